@@ -1,0 +1,269 @@
+"""Every setting of PerturbDiff, and `load_config`: defaults <- yaml <- key=value.
+
+Settings are dataclasses resolved by OmegaConf, so a typo or a wrong type is an error that names the key.
+Sizes that come from data (genes, labels) are not settings: they are passed to what needs them.
+"""
+
+# No `from __future__ import annotations` here: OmegaConf resolves these annotations at run time.
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Optional, TypeVar
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+T = TypeVar("T")
+
+
+@dataclass
+class DataConfig:
+    screen: str = MISSING  # path of the .h5ad
+    perturbation_col: str = "perturbation"  # obs columns
+    cell_type_col: str = "cell_type"
+    batch_col: str = "batch"
+    control_label: str = "control"  # value of perturbation_col that marks control cells
+    combination_separator: Optional[str] = "+"  # "A+B" is A and B together; null: labels are never split
+    input_kind: Literal["auto", "counts", "log1p"] = "auto"  # what X holds
+    library_size_col: Optional[str] = None  # obs column of total counts when X is a panel; null: row sums of X
+    target_sum: float = 1e4  # counts per cell after normalisation
+    scale: float = 10.0  # model space is log1p / scale
+    n_hvg: Optional[int] = 2000  # highly variable genes, chosen on training cells; null: all genes
+    control_match: Literal["auto", "batch", "cell_type"] = "auto"  # whose controls a set gets (README, "Controls")
+    set_size: int = 32  # S, cells per set
+    sets_per_batch: int = 12  # B, sets per step over all processes
+
+
+@dataclass
+class SplitConfig:
+    hold_out: list[str] = field(default_factory=list)  # never trained on: "IFN-beta:CD4T", "batch=rep_3", ...
+    validation: list[str] = field(default_factory=list)  # the same words; scored during training
+    validation_fraction: float = 0.1  # of training conditions, when `validation` is empty and there are >= 10
+
+
+@dataclass
+class DenoiserConfig:
+    width: int = 192  # D
+    depth: int = 4
+    n_heads: int = 6
+    mlp_ratio: float = 4.0
+    attention: Literal["paired", "joint"] = "paired"
+    parallel_block: bool = True  # the MLP reads the block's input, not the attention's result
+    output: Literal["direct", "control_residual"] = "control_residual"
+    out_activation: Literal["relu", "softplus", "none"] = "relu"
+    conditioning: Literal["labels", "reference"] = "labels"
+    covariate_dim: int = 128  # width of each one-hot embedding of conditioning=reference
+    perturbation_encoding: Literal["onehot", "none"] = "onehot"  # conditioning=reference only
+    batch_encoding: Literal["onehot", "none"] = "onehot"  # conditioning=reference only
+
+
+@dataclass
+class DiffusionConfig:
+    n_timesteps: int = 1000  # T
+    schedule: Literal["linear", "cosine", "power_cosine"] = "linear"
+    mse_weight: float = 1.0
+    mmd_weight: float = 1.0
+    kernel: Literal["energy", "rbf", "laplace"] = "energy"
+    p_self_cond: float = 0.5  # sets that see their own first estimate
+    p_drop_cond: float = 0.1  # sets whose whole condition is hidden
+    p_drop_label: float = 0.2  # each label of a set, hidden on its own
+
+
+@dataclass
+class SamplingConfig:
+    sampler: Literal["ddim", "ddpm"] = "ddim"
+    spacing: Literal["strided", "reference"] = "strided"
+    n_steps: int = 10  # denoiser calls; spacing=reference always takes start_time of them
+    start_time: int = 100  # spacing=reference only: unit noise enters at t = start_time - 1
+    guidance_scale: float = 0.0  # w of (1 + w) cond - w uncond
+    eta: float = 0.0  # DDIM: 0 is deterministic given the first noise, 1 is ancestral
+    cutoff: float = 1e-4  # smaller outputs become 0 (model units)
+
+
+@dataclass
+class OptimConfig:
+    lr: float = 5e-4  # peak learning rate
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-8
+    weight_decay: float = 0.01  # matrices only: norms, biases and embeddings are exempt
+    warmup_steps: int = 50
+    min_lr_ratio: float = 0.1  # the cosine ends at this part of lr
+    plateau_ratio: float = 0.0  # part of the steps that stay at lr after the warm-up
+    grad_clip: float = 1.0  # global L2 norm
+    ema_decay: float = 0.99
+    ema_every: int = 1  # optimizer steps between EMA updates
+
+
+@dataclass
+class TrainingConfig:
+    n_steps: int = 400
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    mixed_precision: Literal["no", "bf16"] = "no"
+    log_every: int = 10  # steps
+    validate_every: int = 50
+    early_stop_patience: Optional[int] = None  # validations without a better loss before stopping; null: never
+    save_every: int = 200
+    keep_states: int = 2
+
+
+@dataclass
+class Config:
+    out: str = MISSING  # the run folder
+    data: DataConfig = field(default_factory=DataConfig)
+    split: SplitConfig = field(default_factory=SplitConfig)
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+@dataclass
+class Preprocessing:
+    """How X becomes model input, log1p(count * target_sum / library_size) / scale; stored with the model."""
+
+    input_kind: Literal["counts", "log1p"]
+    target_sum: float
+    scale: float
+    library_size_col: Optional[str] = None
+
+
+def reference_denoiser() -> DenoiserConfig:
+    """The published architecture (Yuan et al. 2026, code of March 2026): 104M parameters at 2,000 genes."""
+    return DenoiserConfig(
+        width=512, depth=8, n_heads=8, attention="paired", parallel_block=True,
+        output="direct", out_activation="relu", conditioning="reference",
+    )  # fmt: skip
+
+
+def load_config(
+    recipe: str | Path | None = None, overrides: Sequence[str] = (), given: Mapping[str, Any] | None = None
+) -> Config:
+    """Defaults, then the recipe (yaml), then `given` values, then `key=value` words; later ones win.
+
+    Raises
+    ------
+    FileNotFoundError
+        The recipe does not exist.
+    ValueError
+        An unknown key, a value of the wrong type or outside its set, a size that cannot be.
+    """
+    base = OmegaConf.structured(Config)
+    try:
+        if recipe is not None:
+            if not Path(recipe).is_file():
+                raise FileNotFoundError(f"recipe {str(recipe)!r} does not exist; give the path of a .yaml file.")
+            base = OmegaConf.merge(base, OmegaConf.load(recipe))
+        base = OmegaConf.merge(base, dict(given or {}))
+        for word in overrides:
+            if "=" not in word:
+                raise ValueError(f"override {word!r} is not key=value; for example training.n_steps=500.")
+        base = OmegaConf.merge(base, OmegaConf.from_dotlist(list(overrides)))
+        config = OmegaConf.to_object(base)
+    except OmegaConfBaseException as error:
+        raise ValueError(_one_line(error)) from error
+    assert isinstance(config, Config), "OmegaConf.to_object returns the schema's class"
+    check_config(config)
+    return config
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved settings as yaml; `load_config(path)` gives them back."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def as_dict(settings: Any) -> dict[str, Any]:
+    """A settings dataclass as plain JSON values."""
+    plain = OmegaConf.to_container(OmegaConf.structured(settings))
+    assert isinstance(plain, dict), "a dataclass becomes a dict"
+    return {str(key): value for key, value in plain.items()}
+
+
+def from_dict(schema: type[T], values: dict[str, Any]) -> T:
+    """The dataclass `schema` from plain values (a model folder's json); unknown keys are refused."""
+    if "${" in str(values):  # OmegaConf would resolve it, and so read the environment of whoever opens the folder
+        raise ValueError(
+            f"{schema.__name__} holds an interpolation ('${{'); settings from a model folder must be plain."
+        )
+    try:
+        settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(values)))
+    except OmegaConfBaseException as error:
+        raise ValueError(_one_line(error)) from error
+    assert isinstance(settings, schema), "OmegaConf.to_object returns the schema's class"
+    return settings
+
+
+def check_config(config: Config) -> None:
+    """Refuse values that no data could make sensible. Raises ValueError."""
+    positive = {
+        "data.set_size": config.data.set_size,
+        "data.sets_per_batch": config.data.sets_per_batch,
+        "data.target_sum": config.data.target_sum,
+        "data.scale": config.data.scale,
+        "denoiser.width": config.denoiser.width,
+        "denoiser.depth": config.denoiser.depth,
+        "denoiser.n_heads": config.denoiser.n_heads,
+        "denoiser.mlp_ratio": config.denoiser.mlp_ratio,
+        "denoiser.covariate_dim": config.denoiser.covariate_dim,
+        "diffusion.n_timesteps": config.diffusion.n_timesteps,
+        "sampling.n_steps": config.sampling.n_steps,
+        "sampling.start_time": config.sampling.start_time,
+        "optim.lr": config.optim.lr,
+        "optim.grad_clip": config.optim.grad_clip,
+        "optim.ema_every": config.optim.ema_every,
+        "training.n_steps": config.training.n_steps,
+        "training.log_every": config.training.log_every,
+        "training.validate_every": config.training.validate_every,
+        "training.save_every": config.training.save_every,
+        "training.keep_states": config.training.keep_states,
+    }
+    for key, value in positive.items():
+        if not value > 0:
+            raise ValueError(f"{key} ({value}) must be greater than 0.")
+    fractions = {
+        "split.validation_fraction": config.split.validation_fraction,
+        "diffusion.p_self_cond": config.diffusion.p_self_cond,
+        "diffusion.p_drop_cond": config.diffusion.p_drop_cond,
+        "diffusion.p_drop_label": config.diffusion.p_drop_label,
+        "optim.ema_decay": config.optim.ema_decay,
+        "optim.min_lr_ratio": config.optim.min_lr_ratio,
+        "optim.plateau_ratio": config.optim.plateau_ratio,
+    }
+    for key, value in fractions.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{key} ({value}) must be between 0 and 1.")
+    if config.data.n_hvg is not None and config.data.n_hvg < 1:
+        raise ValueError(f"data.n_hvg ({config.data.n_hvg}) must be at least 1; null keeps all genes.")
+    check_denoiser(config.denoiser)
+    check_sampling(config.sampling, config.diffusion)
+
+
+def check_denoiser(config: DenoiserConfig) -> None:
+    """Refuse shapes that do not divide. Raises ValueError."""
+    tokens_width = 2 * config.width if config.attention == "paired" else config.width
+    if tokens_width % config.n_heads:
+        raise ValueError(
+            f"denoiser.n_heads ({config.n_heads}) must divide the attention's width ({tokens_width} with "
+            f"denoiser.width={config.width} and attention={config.attention})."
+        )
+
+
+def check_sampling(sampling: SamplingConfig, diffusion: DiffusionConfig) -> None:
+    """Refuse trajectories that leave the schedule. Raises ValueError."""
+    steps, key = (sampling.n_steps, "n_steps") if sampling.spacing == "strided" else (sampling.start_time, "start_time")
+    if not 0 < steps <= diffusion.n_timesteps:
+        raise ValueError(
+            f"sampling.{key} ({steps}) must be between 1 and diffusion.n_timesteps ({diffusion.n_timesteps})."
+        )
+    if not 0 <= sampling.eta <= 1:
+        raise ValueError(f"sampling.eta ({sampling.eta}) must be between 0 and 1.")
+    if sampling.guidance_scale < 0:
+        raise ValueError(f"sampling.guidance_scale ({sampling.guidance_scale}) must not be negative; 0 is none.")
+
+
+def _one_line(error: OmegaConfBaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    where = next((line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")), "")
+    return f"config: {lines[0]}" + (f" (key {where})" if where and where not in lines[0] else "")

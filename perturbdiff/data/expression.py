@@ -1,0 +1,132 @@
+"""Expression matrices: what kind X is, what it must not hold, normalisation, and highly variable genes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from scipy import sparse
+
+from perturbdiff.config import Preprocessing
+
+LOG1P_MAX = 15.0  # log1p of any normalised count stays under this; e**15 is 3.3 million
+_CHUNK = 1 << 24  # values looked at together
+
+InputKind = Literal["counts", "log1p"]
+
+
+def as_csr(matrix: object) -> sparse.csr_matrix:
+    """X of an AnnData, dense, CSR or CSC, as CSR with sorted indices and no stored zeros."""
+    if not (isinstance(matrix, np.ndarray) or sparse.issparse(matrix)):
+        raise ValueError(
+            f"X is a {type(matrix).__name__}; it must be a dense, CSR or CSC matrix in memory (AnnData: to_memory())."
+        )
+    csr = sparse.csr_matrix(matrix)
+    if not csr.has_canonical_format or not csr.data.all():
+        csr = csr.copy()  # the caller's arrays stay as they are
+        csr.sum_duplicates()
+        csr.eliminate_zeros()
+    return csr
+
+
+def input_kind(
+    X: sparse.csr_matrix, genes: Sequence[str], declared: Literal["auto", "counts", "log1p"] = "auto"
+) -> InputKind:
+    """Detect whether X holds raw counts or log1p values, or check what was declared.
+
+    All whole numbers are counts; fractions under 15 are log1p.
+
+    Raises
+    ------
+    ValueError
+        A NaN, infinite or negative value, scaled data, values that are neither, or log1p declared as counts; names
+        gene and value.
+    """
+    fraction: int | None = None  # place of the first fractional value
+    top: int | None = None  # place of the largest value
+    for start in range(0, X.nnz, _CHUNK):
+        values = X.data[start : start + _CHUNK]
+        for wrong, what in ((~np.isfinite(values), "is not finite"), (values < 0, "is negative")):
+            if wrong.any():
+                place = start + int(wrong.argmax())
+                hint = " (z-scored or scaled data?)" if what == "is negative" else ""
+                raise ValueError(
+                    f"X of gene {_gene(X, genes, place)} holds {X.data[place]}, which {what}{hint}; "
+                    "X must be raw counts or log1p values. Give the file before scaling, or its raw layer as X."
+                )
+        if fraction is None and (fractional := values != np.rint(values)).any():
+            fraction = start + int(fractional.argmax())
+        largest = start + int(values.argmax())
+        top = largest if top is None or X.data[largest] > X.data[top] else top
+    if fraction is None:
+        return "log1p" if declared == "log1p" else "counts"
+    assert top is not None, "a matrix with a fractional value has a largest one"
+    if declared == "counts":
+        raise ValueError(
+            f"X was declared as counts but gene {_gene(X, genes, fraction)} holds {X.data[fraction]:.6g}; counts are "
+            "whole numbers. Set data.input_kind=log1p, or give the raw counts."
+        )
+    if X.data[top] >= LOG1P_MAX:
+        raise ValueError(
+            f"X of gene {_gene(X, genes, top)} holds {X.data[top]:.6g}: fractions, yet too large for log1p values "
+            f"(under {LOG1P_MAX:g}); normalised but not log-transformed? Give raw counts or log1p values."
+        )
+    return "log1p"
+
+
+def library_sizes(X: sparse.csr_matrix) -> np.ndarray:
+    """Total counts per cell over all genes of X, (n_cells,) float32."""
+    return np.asarray(X.sum(axis=1, dtype=np.float64)).ravel().astype(np.float32)
+
+
+def log1p_normalised(X: sparse.csr_matrix, library_size: np.ndarray, how: Preprocessing) -> sparse.csr_matrix:
+    """log1p(count * target_sum / library_size), float32; log1p input is returned as it is. No division by scale."""
+    if how.input_kind == "log1p":
+        return X.astype(np.float32)
+    per_cell = np.divide(how.target_sum, library_size, out=np.zeros(len(library_size)), where=library_size > 0)
+    values = np.log1p(X.data * np.repeat(per_cell, np.diff(X.indptr))).astype(np.float32)
+    return sparse.csr_matrix((values, X.indices, X.indptr), shape=X.shape)
+
+
+def highly_variable_genes(X: sparse.csr_matrix, n: int) -> np.ndarray:
+    """Columns of the `n` genes with the largest dispersion for their mean, in column order.
+
+    Parameters
+    ----------
+    X
+        (n_cells, G) log1p values of the training cells.
+
+    Notes
+    -----
+    Satija et al. 2015, as `scanpy.pp.highly_variable_genes(flavor="seurat")`: dispersion of the un-logged values,
+    logged, z-scored within 20 bins of log mean.
+    """
+    n_cells, n_genes = X.shape
+    if n >= n_genes:
+        return np.arange(n_genes)
+    linear = sparse.csr_matrix((np.expm1(X.data.astype(np.float64)), X.indices, X.indptr), shape=X.shape)
+    mean = np.asarray(linear.mean(axis=0)).ravel()
+    mean_square = np.asarray(linear.multiply(linear).mean(axis=0)).ravel()
+    variance = (mean_square - mean**2) * n_cells / max(n_cells - 1, 1)
+    mean[mean == 0] = 1e-12
+    dispersion = variance / mean
+    log_dispersion = np.log(np.where(dispersion > 0, dispersion, np.nan))
+    log_mean = np.log1p(mean)
+    edges = np.linspace(log_mean.min(), log_mean.max(), 21)
+    bins = np.clip(np.searchsorted(edges, log_mean, side="left") - 1, 0, 19)
+    score = np.full(n_genes, -np.inf)
+    for b in np.unique(bins):
+        inside = (bins == b) & np.isfinite(log_dispersion)
+        values = log_dispersion[inside]
+        if len(values) == 1:
+            score[inside] = 1.0  # one gene alone in its bin: variable by definition
+        elif len(values) > 1:
+            spread = values.std(ddof=1)
+            score[inside] = (values - values.mean()) / (spread if spread > 0 else 1.0)
+    chosen = np.argsort(-score, kind="stable")[:n]
+    return np.sort(chosen)
+
+
+def _gene(X: sparse.csr_matrix, genes: Sequence[str], place: int) -> str:
+    return repr(genes[X.indices[place]])

@@ -1,0 +1,275 @@
+"""A screen: one .h5ad (or AnnData) in memory, its cells in condition order, X sparse, everything checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import h5py
+import numpy as np
+import pandas as pd
+from anndata.io import read_elem
+from scipy import sparse
+
+from perturbdiff.config import DataConfig, Preprocessing
+from perturbdiff.data.expression import as_csr, input_kind, library_sizes, log1p_normalised
+from perturbdiff.data.vocab import GeneVocab, nearest
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+LABELS = ("perturbation", "cell_type", "batch")
+ENSEMBL_COLUMNS = ("ensembl_id", "gene_ids", "gene_id", "feature_id")
+
+
+@dataclass(frozen=True)
+class Expression:
+    """Cells by genes with what is needed to normalise them.
+
+    X
+        (n_cells, G) CSR: raw counts (uint16, or uint32 where one needs it) or log1p values (float32).
+    library_size
+        (n_cells,) float32 total counts per cell over all genes of the file; ones for log1p input.
+    """
+
+    X: sparse.csr_matrix
+    genes: GeneVocab
+    library_size: np.ndarray
+    preprocessing: Preprocessing
+
+    def __len__(self) -> int:
+        return self.X.shape[0]
+
+    def with_genes(self, genes: GeneVocab, columns: np.ndarray) -> Expression:
+        """The columns of `genes`, in their order; -1 is a gene the file lacks (all zeros). Library sizes stay."""
+        present = columns >= 0
+        X = self.X[:, columns[present]]
+        if not present.all():  # the present columns go to their places in the wider matrix
+            places = np.flatnonzero(present).astype(np.int32)
+            X = sparse.csr_matrix((X.data, places[X.indices], X.indptr), (X.shape[0], len(columns)))
+        X.sort_indices()
+        return replace(self, X=X, genes=genes)
+
+    def log1p(self, rows: np.ndarray | slice = slice(None)) -> sparse.csr_matrix:
+        """log1p values of some cells, (n, G) float32: the space scores and predictions live in."""
+        return log1p_normalised(self.X[rows], self.library_size[rows], self.preprocessing)
+
+
+@dataclass(frozen=True)
+class Screen:
+    """Cells of a perturbation screen sorted by (cell_type, batch, perturbation).
+
+    obs
+        One row a cell, index = the file's obs_names: `perturbation`, `cell_type`, `batch` as str, then the file's
+        other columns under their names.
+    """
+
+    path: str
+    expression: Expression
+    obs: pd.DataFrame
+    control_label: str
+    notes: tuple[str, ...]  # what was found or changed on reading, for people
+
+    @classmethod
+    def read(cls, path: str | Path, config: DataConfig) -> Screen:
+        """Read an .h5ad: X dense, CSR or CSC, compressed or not; only X, obs and var are read.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError, KeyError
+            No such file; not an .h5ad; a column, the control label or X is not as configured (see `from_parts`).
+        """
+        X, obs, var = read_h5ad_parts(path)
+        return cls.from_parts(X, obs, var, config, str(path))
+
+    @classmethod
+    def from_parts(cls, X: Any, obs: pd.DataFrame, var: pd.DataFrame, config: DataConfig, path: str) -> Screen:
+        """Check and sort the parts of an AnnData.
+
+        Raises
+        ------
+        KeyError
+            An obs column is missing; the message lists those there.
+        ValueError
+            X as in `expression.input_kind`; duplicate genes; missing labels; no cell has the control label.
+        """
+        notes = []
+        labels = {
+            name: _labels(obs, getattr(config, f"{name}_col"), f"data.{name}_col", path) for name in LABELS
+        }  # str arrays
+        if config.control_label not in set(labels["perturbation"]):
+            raise ValueError(
+                f"no cell of {path} has the control label {config.control_label!r} in obs column "
+                f"{config.perturbation_col!r}; {nearest(config.control_label, set(labels['perturbation']))}. "
+                "Set data.control_label."
+            )
+        expression = read_expression(X, obs, var, config.input_kind, config, path)
+        if not obs.index.is_unique:
+            notes.append(f"{obs.index.duplicated().sum()} repeated obs_names got a suffix")
+            obs = obs.set_axis(_unique(obs.index.astype(str)), axis=0)
+        others = obs.drop(columns=[c for c in LABELS if c in obs.columns])
+        order = np.lexsort([labels["perturbation"], labels["batch"], labels["cell_type"]])
+        sorted_obs = pd.DataFrame({name: labels[name][order] for name in LABELS}, index=obs.index[order].astype(str))
+        sorted_obs = sorted_obs.join(others.iloc[order].set_axis(sorted_obs.index, axis=0))
+        if (empty := int((expression.library_size <= 0).sum())) and expression.preprocessing.input_kind == "counts":
+            notes.append(f"{empty} cells have no counts at all; they stay all zeros")
+        return cls(
+            path=path,
+            expression=replace(expression, X=expression.X[order], library_size=expression.library_size[order]),
+            obs=sorted_obs,
+            control_label=config.control_label,
+            notes=tuple(notes),
+        )
+
+    def __len__(self) -> int:
+        return len(self.obs)
+
+    @property
+    def is_control(self) -> np.ndarray:
+        return (self.obs["perturbation"] == self.control_label).to_numpy()
+
+    def with_genes(self, columns: np.ndarray) -> Screen:
+        """Only these genes."""
+        genes = self.expression.genes.select(columns)
+        return replace(self, expression=self.expression.with_genes(genes, columns))
+
+    def summary(self) -> str:
+        """What was found, for a person, several lines."""
+        X, how = self.expression.X, self.expression.preprocessing
+        control = self.is_control
+        sizes = self.obs[~control].groupby(list(LABELS), observed=True).size()
+        top = f"largest value {X.data.max():g}" if X.nnz else "all zeros"
+        lines = [
+            f"screen      {self.path}",
+            f"cells       {len(self):,}: {(~control).sum():,} perturbed, {control.sum():,} {self.control_label!r}",
+            f"genes       {len(self.expression.genes):,}",
+            f"X           {'raw counts' if how.input_kind == 'counts' else 'log1p values'}, "
+            f"{X.nnz / max(X.shape[0] * X.shape[1], 1):.1%} not zero, {top}",
+        ]
+        if how.input_kind == "counts":
+            source = f"obs column {how.library_size_col!r}" if how.library_size_col else "row sums of X"
+            lines.append(
+                f"library     median {np.median(self.expression.library_size):,.0f} counts a cell, from {source}"
+            )
+        for name, plural in (("perturbation", "perturbations"), ("cell_type", "cell types"), ("batch", "batches")):
+            found = self.obs[name][~control] if name == "perturbation" else self.obs[name]
+            counts = found.value_counts()
+            shown = ", ".join(f"{label} ({n:,})" for label, n in counts.head(6).items())
+            lines.append(f"{plural:<12}{len(counts)}: {shown}{', ...' if len(counts) > 6 else ''}")
+        if len(sizes):
+            lines.append(
+                f"conditions  {len(sizes)} (perturbation, cell type, batch) with {sizes.min():,} to {sizes.max():,} "
+                f"cells, median {sizes.median():,.0f}"
+            )
+        return "\n".join([*lines, *(f"note        {note}" for note in self.notes)])
+
+
+def read_h5ad_parts(path: str | Path) -> tuple[Any, pd.DataFrame, pd.DataFrame]:
+    """X, obs and var of an .h5ad, and nothing else of it.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        No such file; not HDF5, damaged, or without X, obs or var.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist or is not a file; give the path of an .h5ad.")
+    try:
+        with h5py.File(path, "r") as file:
+            missing = [name for name in ("X", "obs", "var") if name not in file]
+            if missing:
+                raise ValueError(f"{path} is not an .h5ad: it has no {', '.join(missing)}. Write it with AnnData.")
+            X, obs, var = (read_elem(file[name]) for name in ("X", "obs", "var"))
+    except OSError as error:
+        raise ValueError(f"{path} is not a readable .h5ad ({_short(error)}); write it with AnnData.") from error
+    if not (isinstance(obs, pd.DataFrame) and isinstance(var, pd.DataFrame)):
+        raise ValueError(f"{path} is not an .h5ad: obs and var must be tables. Write it with AnnData.")
+    return X, obs, var
+
+
+def read_expression(
+    X: Any, obs: pd.DataFrame, var: pd.DataFrame, declared: str, config: DataConfig | Preprocessing, path: str
+) -> Expression:
+    """Check X and find the library sizes; cells keep their order. Raises as `Screen.from_parts`."""
+    genes = _genes(var)
+    matrix = as_csr(X)
+    if matrix.shape != (len(obs), len(genes)):
+        raise ValueError(f"X of {path} is {matrix.shape}; it must be {(len(obs), len(genes))}, cells by genes.")
+    kind = input_kind(matrix, genes.names, declared)  # type: ignore[arg-type]
+    how = Preprocessing(kind, config.target_sum, config.scale, config.library_size_col)
+    if kind == "log1p":
+        return Expression(matrix.astype(np.float32), genes, np.ones(len(obs), np.float32), how)
+    if how.library_size_col is None:
+        library = library_sizes(matrix)
+    else:
+        library = _library_column(obs, how.library_size_col, path)
+    largest = matrix.data.max(initial=0)
+    if largest >= 2**32:
+        raise ValueError(f"X of {path} holds a count of {largest:.0f}; counts must be under 2**32.")
+    return Expression(matrix.astype(np.uint16 if largest < 2**16 else np.uint32), genes, library, how)
+
+
+def expression_of(adata: AnnData, how: Preprocessing) -> Expression:
+    """Cells of an AnnData prepared as a model's training cells were.
+
+    log1p values are taken as they are also where the model was trained on counts: they must then be
+    log1p(CP `target_sum`).
+
+    Raises
+    ------
+    ValueError
+        X as in `expression.input_kind`; counts given to a model trained on log1p values, whose scale nobody knows.
+    """
+    expression = read_expression(adata.X, adata.obs, adata.var, "auto", how, "the given AnnData")
+    if how.input_kind == "log1p" and expression.preprocessing.input_kind == "counts":
+        raise ValueError(
+            "X holds counts, but this model was trained on log1p values; normalise X as its training data were."
+        )
+    return expression
+
+
+def _genes(var: pd.DataFrame) -> GeneVocab:
+    ensembl = None
+    for column in ENSEMBL_COLUMNS:
+        if column in var.columns:
+            ensembl = tuple(var[column].astype(str))
+            break
+    return GeneVocab(tuple(var.index.astype(str)), ensembl)
+
+
+def _labels(obs: pd.DataFrame, column: str, setting: str, path: str) -> np.ndarray:
+    if column not in obs.columns:
+        raise KeyError(f"obs column {column!r} not in {path}; found {sorted(map(str, obs.columns))}. Set {setting}.")
+    values = obs[column]
+    if values.isna().any():
+        cell = obs.index[int(values.isna().to_numpy().argmax())]
+        raise ValueError(
+            f"obs column {column!r} of {path} has {values.isna().sum()} missing values, the first in cell {cell!r}; "
+            "every cell needs a label: fill them or drop the cells."
+        )
+    return values.astype(str).to_numpy(dtype=object)
+
+
+def _library_column(obs: pd.DataFrame, column: str, path: str) -> np.ndarray:
+    if column not in obs.columns:
+        raise KeyError(
+            f"obs column {column!r} not in {path}; found {sorted(map(str, obs.columns))}. Set data.library_size_col."
+        )
+    values = pd.to_numeric(obs[column], errors="coerce").to_numpy(dtype=np.float64)
+    if not (np.isfinite(values) & (values >= 0)).all():
+        bad = int(np.argmin(np.isfinite(values) & (values >= 0)))
+        raise ValueError(
+            f"obs column {column!r} holds {obs[column].iloc[bad]!r} in cell {obs.index[bad]!r}; library sizes must be "
+            "finite and not negative."
+        )
+    return values.astype(np.float32)
+
+
+def _unique(names: pd.Index) -> pd.Index:
+    repeat = names.to_series().groupby(names).cumcount().to_numpy()
+    return pd.Index([f"{name}-{k}" if k else name for name, k in zip(names, repeat, strict=True)])
+
+
+def _short(error: BaseException) -> str:
+    return str(error).splitlines()[0][:120]

@@ -1,0 +1,161 @@
+"""Held-out conditions: which cells train, validate and test, written down with a hash.
+
+A selector names perturbed cells: `PERTURBATION`, `PERTURBATION:CELL_TYPE`, `PERTURBATION:CELL_TYPE:BATCH` (`*` is
+any), or `COLUMN=VALUE` with any obs column, as in `batch=rep_3`. Control cells always train.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from perturbdiff.config import SplitConfig
+from perturbdiff.data.screen import LABELS, Screen
+from perturbdiff.data.seeds import numpy_generator
+from perturbdiff.data.vocab import nearest
+
+PARTS = ("train", "validation", "test")
+MIN_CONDITIONS_TO_VALIDATE = 10
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which cells of a screen train, validate and test; boolean (n_cells,) each, in the screen's order."""
+
+    config: SplitConfig
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+
+    def as_json(self, screen: Screen) -> dict[str, Any]:
+        """Selectors, conditions with their number of cells, held-out cells by name, and a hash of all of it."""
+        content: dict[str, Any] = {
+            "format_version": 1,
+            "screen": screen.path,
+            "hold_out": list(self.config.hold_out),
+            "validation": list(self.config.validation),
+            "conditions": {part: _conditions(screen, getattr(self, part)) for part in PARTS},
+            "cells": {part: screen.obs.index[getattr(self, part)].tolist() for part in ("validation", "test")},
+        }
+        return {**content, "sha256": _hash(content)}
+
+
+def make_split(screen: Screen, config: SplitConfig, seed: int) -> Split:
+    """Apply the selectors of `config`; with none for validation, take a fraction of whole training conditions.
+
+    Raises
+    ------
+    ValueError
+        A selector matches no perturbed cell (the message lists the nearest), or nothing is left to train on.
+    """
+    test = _any(screen, config.hold_out)
+    validation = _any(screen, config.validation) & ~test
+    if not config.validation:
+        validation = _random_conditions(screen, ~test & ~screen.is_control, config.validation_fraction, seed)
+    train = ~test & ~validation
+    if not (train & ~screen.is_control).any():
+        raise ValueError(
+            f"split.hold_out {list(config.hold_out)} and validation leave no perturbed cell to train on; hold out less."
+        )
+    return Split(config, train, validation, test)
+
+
+def write_split(split: Split, screen: Screen, path: Path) -> None:
+    path.write_text(json.dumps(split.as_json(screen), indent=1) + "\n")
+
+
+def read_split(path: str | Path, screen: Screen) -> Split:
+    """The split of a `split.json`, for the screen it was made for.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        No such file; not a split, changed by hand, of another version, or with cells that the screen lacks.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist; training writes it as split.json into the run folder.")
+    try:
+        stored = json.loads(Path(path).read_text())
+        version, sha = stored["format_version"], stored.pop("sha256")
+        cells, hold_out, chosen = stored["cells"], stored["hold_out"], stored["validation"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a split.json ({type(error).__name__}: {error}).") from error
+    if version != 1:
+        raise ValueError(f"{path} has format_version {version}; this version reads 1. Update perturbdiff.")
+    if sha != _hash(stored):
+        raise ValueError(f"{path} does not match its own sha256: it was changed. Take the one of the run folder.")
+    parts = {}
+    for part in ("validation", "test"):
+        inside = screen.obs.index.isin(cells[part])
+        if inside.sum() != len(cells[part]):
+            raise ValueError(
+                f"{path} names {len(cells[part])} {part} cells, {screen.path} has {inside.sum()} of them; "
+                "give the screen the split was made for."
+            )
+        parts[part] = inside
+    train = ~parts["validation"] & ~parts["test"]
+    return Split(SplitConfig(hold_out=hold_out, validation=chosen), train, parts["validation"], parts["test"])
+
+
+def select_cells(screen: Screen, selector: str) -> np.ndarray:
+    """Perturbed cells that a selector names, boolean (n_cells,). Raises ValueError where there are none."""
+    matches = ~screen.is_control
+    column, equals, value = selector.partition("=")
+    if equals and column in screen.obs.columns:
+        wanted = {column: value}
+    else:
+        fields = selector.split(":", maxsplit=len(LABELS) - 1)
+        wanted = {name: field for name, field in zip(LABELS, fields, strict=False) if field != "*"}
+    for name, value in wanted.items():
+        present = screen.obs[name].astype(str)
+        matches &= (present == value).to_numpy()
+        if not (present[~screen.is_control] == value).any():
+            raise ValueError(
+                f"hold-out {selector!r}: no perturbed cell has {name} {value!r}; "
+                f"{nearest(value, set(present[~screen.is_control]))}. Selectors are PERTURBATION[:CELL_TYPE[:BATCH]] "
+                f"or COLUMN=VALUE with a column of obs."
+            )
+    if not matches.any():
+        raise ValueError(f"hold-out {selector!r} matches no perturbed cell: no cell has all of {wanted}.")
+    return matches
+
+
+def _any(screen: Screen, selectors: Sequence[str]) -> np.ndarray:
+    chosen = np.zeros(len(screen), dtype=bool)
+    for selector in selectors:
+        chosen |= select_cells(screen, selector)
+    return chosen
+
+
+def _random_conditions(screen: Screen, candidates: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    # Whole conditions: cells of a trained condition would say nothing about transfer.
+    groups = screen.obs.groupby(list(LABELS), observed=True).ngroup().to_numpy()
+    conditions = np.unique(groups[candidates])
+    n = int(len(conditions) * fraction)
+    if len(conditions) < MIN_CONDITIONS_TO_VALIDATE or n == 0:
+        return np.zeros(len(screen), dtype=bool)
+    perturbation = screen.obs["perturbation"].to_numpy()[np.unique(groups, return_index=True)[1]]  # by group number
+    left = Counter(perturbation[conditions])
+    chosen: list[int] = []
+    for condition in numpy_generator(seed, "validation conditions").permutation(conditions):
+        if len(chosen) < n and left[perturbation[condition]] > 1:  # what was never trained could not be scored
+            left[perturbation[condition]] -= 1
+            chosen.append(condition)
+    return candidates & np.isin(groups, chosen)
+
+
+def _conditions(screen: Screen, cells: np.ndarray) -> list[dict[str, Any]]:
+    perturbed = screen.obs[cells & ~screen.is_control]
+    sizes = perturbed.groupby(list(LABELS), observed=True).size()
+    return [{**dict(zip(LABELS, key, strict=True)), "n_cells": int(n)} for key, n in sizes.items()]
+
+
+def _hash(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

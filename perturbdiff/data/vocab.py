@@ -1,0 +1,123 @@
+"""Ordered names: genes, and the labels of perturbations, cell types and batches."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class LabelVocab:
+    """Labels in a fixed order; a label's id is its place."""
+
+    kind: str  # "perturbation", "cell_type", "batch": for messages
+    names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        _refuse_duplicates(self.names, f"{self.kind} labels")
+
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.names)}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.ids
+
+    def id(self, name: str) -> int:
+        """Raises KeyError with the nearest known labels."""
+        if name not in self.ids:
+            raise KeyError(f"{self.kind} {name!r} is not known to this model; {nearest(name, self.names)}.")
+        return self.ids[name]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ "did you mean ..." with up to five of the names, those that look most alike first."""
+    known = list(known)
+    folded: dict[str, str] = {}
+    for candidate in known:
+        folded.setdefault(candidate.casefold(), candidate)
+    close = [folded[c] for c in difflib.get_close_matches(name.casefold(), folded, n=5, cutoff=0.5)]
+    if close:
+        return f"did you mean {', '.join(close)}? ({len(known)} known)"
+    return f"known: {', '.join(sorted(known)[:5]) or 'none'}{', ...' if len(known) > 5 else ''} ({len(known)})"
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Where the genes of a vocabulary lie in a file: `columns` (G,), -1 for a missing gene."""
+
+    columns: np.ndarray
+    matched_by: str  # "name" or "Ensembl id"
+
+    @property
+    def n_matched(self) -> int:
+        return int((self.columns >= 0).sum())
+
+    @property
+    def overlap(self) -> float:
+        return self.n_matched / len(self.columns)
+
+
+@dataclass(frozen=True)
+class GeneVocab:
+    """Genes in model order: unique names, and Ensembl ids where the file had them."""
+
+    names: tuple[str, ...]
+    ensembl: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _refuse_duplicates(self.names, "gene names")
+        if self.ensembl is not None and len(self.ensembl) != len(self.names):
+            raise ValueError(f"{len(self.ensembl)} Ensembl ids for {len(self.names)} genes; give one each.")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def select(self, columns: Sequence[int] | np.ndarray) -> GeneVocab:
+        ensembl = None if self.ensembl is None else tuple(self.ensembl[i] for i in columns)
+        return GeneVocab(tuple(self.names[i] for i in columns), ensembl)
+
+    def align(self, file: GeneVocab, min_overlap: float) -> Alignment:
+        """Find these genes in a file's, by name or, where that finds more, by Ensembl id; never by position.
+
+        Raises
+        ------
+        ValueError
+            Under `min_overlap` of the genes are there.
+        """
+        best = Alignment(_columns(self.names, file.names), "name")
+        for own, theirs in ((self.ensembl, file.ensembl), (self.ensembl, file.names), (self.names, file.ensembl)):
+            if own is not None and theirs is not None:
+                other = Alignment(_columns(own, theirs), "Ensembl id")
+                best = other if other.n_matched > best.n_matched else best
+        if best.overlap < min_overlap:
+            missing = [name for name, column in zip(self.names, best.columns, strict=True) if column < 0]
+            raise ValueError(
+                f"only {best.n_matched} of the model's {len(self)} genes ({best.overlap:.0%}) are among the file's "
+                f"{len(file)}, under min_gene_overlap ({min_overlap:.0%}); missing are {', '.join(missing[:5])}, ... "
+                "Give a file with these genes (names or Ensembl ids), or lower min_gene_overlap."
+            )
+        return best
+
+
+def _columns(wanted: Sequence[str], present: Sequence[str]) -> np.ndarray:
+    places = {name: i for i, name in enumerate(present)}
+    return np.array([places.get(name, -1) for name in wanted], dtype=np.int64)
+
+
+def _refuse_duplicates(names: Sequence[str], what: str) -> None:
+    if len(set(names)) == len(names):
+        return
+    seen: set[str] = set()
+    twice = sorted({name for name in names if name in seen or seen.add(name)})  # type: ignore[func-returns-value]
+    raise ValueError(
+        f"{len(twice)} duplicate {what}, for example {', '.join(twice[:5])}; names must be unique: merge or rename "
+        "them (AnnData: adata.var_names_make_unique())."
+    )
