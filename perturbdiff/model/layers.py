@@ -1,0 +1,108 @@
+"""Pieces of the denoiser: time embedding, modulation, MLP, attention over the cells of a set.
+
+B = sets, S = cells per set, D = width. Conditioning vectors are (B, 1, D): computed once per set and broadcast.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+TIME_FREQUENCIES = 128
+
+
+class TimeEmbedding(nn.Module):
+    """t -> (B, 1, D): cosines and sines of t at 128 frequencies from 1 to 1/10000, then an MLP."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(2 * TIME_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        i = torch.arange(TIME_FREQUENCIES, dtype=torch.float32, device=t.device)
+        frequencies = torch.exp(-math.log(10_000) * i / TIME_FREQUENCIES)
+        angles = t[:, None].float() * frequencies  # (B, 128)
+        embedded = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.mlp(embedded)[:, None]  # (B, 1, D)
+
+
+class Modulation(nn.Module):
+    """adaLN: n vectors of width D from the conditioning vector, (B, 1, D) -> n x (B, 1, D)."""
+
+    def __init__(self, width: int, n: int) -> None:
+        super().__init__()
+        self.n = n
+        self.linear = nn.Linear(width, n * width)
+
+    def forward(self, c: Tensor) -> tuple[Tensor, ...]:
+        return self.linear(F.silu(c)).chunk(self.n, dim=-1)
+
+
+def norm(x: Tensor) -> Tensor:
+    """LayerNorm without parameters; adaLN brings scale and shift."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale) + shift
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, ratio: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, int(width * ratio))
+        self.fc2 = nn.Linear(int(width * ratio), width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Attention(nn.Module):
+    """Queries, keys and values of one stream of tokens; RMS-normalised queries and keys (Henry et al. 2020)."""
+
+    def __init__(self, width: int, n_heads: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.RMSNorm(width // n_heads, eps=1e-6)
+        self.k_norm = nn.RMSNorm(width // n_heads, eps=1e-6)
+        self.proj = nn.Linear(width, width)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, S, D) -> q, k, v, each (B, heads, S, D / heads)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.q_norm(q), self.k_norm(k), v
+
+    def forward(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
+        return self.proj(attend(*self.heads(x), key_mask))
+
+
+class KeysValues(nn.Module):
+    """Keys and values of a stream that is attended to but does not attend."""
+
+    def __init__(self, width: int, n_heads: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.kv = nn.Linear(width, 2 * width)
+        self.k_norm = nn.RMSNorm(width // n_heads, eps=1e-6)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, S, D) -> k, v, each (B, heads, S, D / heads)."""
+        k, v = self.kv(x).unflatten(-1, (2, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.k_norm(k), v
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Softmax attention over the keys of each set, (B, heads, S, d) -> (B, S, heads d).
+
+    `key_mask` is (B, S_k), True where a key is a real cell. A set without any (padding of the last batch)
+    attends to all its keys instead: its output is never read, and a softmax over nothing is NaN.
+    """
+    allowed = None
+    if key_mask is not None:
+        allowed = (key_mask | ~key_mask.any(-1, keepdim=True))[:, None, None, :]  # (B, 1, 1, S_k)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+    return out.transpose(1, 2).flatten(-2)
