@@ -1,0 +1,3 @@
+from perturbdiff.cli import main
+
+main()

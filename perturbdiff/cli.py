@@ -1,0 +1,266 @@
+"""Commands: parse, call, print."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from perturbdiff import __version__
+
+if TYPE_CHECKING:
+    from perturbdiff.config import Config
+
+USER_ERRORS = (ValueError, KeyError, OSError, FloatingPointError)
+
+SELECTORS = """
+hold-out selectors:
+  PERTURBATION                        in every context
+  PERTURBATION:CELL_TYPE              in one cell type, every batch
+  PERTURBATION:CELL_TYPE:BATCH        one condition; * is any
+  COLUMN=VALUE                        by any obs column, as in batch=rep_3
+Control cells are never held out: they are what predictions start from.
+"""
+
+SETTINGS = """
+settings:
+  any number of key=value words, as in  training.n_steps=1000 denoiser.width=256 data.n_hvg=null
+  every key with its default and meaning stands in perturbdiff/config.py; a typo is an error that names the key.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command; exits 0, or 2 with one line on a user's mistake (--debug shows the traceback)."""
+    # Before torch is imported: threads that spin at barriers make a shared machine 20 times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except USER_ERRORS as error:
+        if arguments.debug:
+            raise
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"perturbdiff: error: {' '.join(str(message).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("perturbdiff: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from perturbdiff.demo import HELD_OUT_OF_SIMULATION, run_demo, simulated_screen
+
+    simulated = arguments.screen is None
+    hold_out = arguments.hold_out or (HELD_OUT_OF_SIMULATION if simulated else [])
+    screen = Path(arguments.out) / "screen.h5ad" if simulated else arguments.screen
+    config = _config(arguments, screen, hold_out)
+    if simulated:
+        simulated_screen(Path(arguments.out))
+    result = run_demo(config)
+    if result is not None:
+        print(f"\n{result.report.table()}\n\nwritten:")
+        print("\n".join(f"  {path}" for path in result.written))
+
+
+def _screen_info(arguments: argparse.Namespace) -> None:
+    from perturbdiff.data.screen import Screen
+
+    config = _config(arguments, arguments.file, [], out="unused")
+    print(Screen.read(arguments.file, config.data).summary())
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from perturbdiff.training.loop import train
+
+    result = train(_config(arguments, arguments.screen, arguments.hold_out))
+    if result.stopped_by is None:
+        print(f"model       {result.folder / 'model'} (step {result.step})")
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    from perturbdiff.pretrained import PerturbDiff, control_cells
+
+    _refuse_existing(arguments.out, arguments.overwrite)
+    model = PerturbDiff.from_pretrained(arguments.model)
+    controls = control_cells(arguments.controls, model.config.obs, arguments.cell_type, arguments.batch)
+    predicted = model.predict(
+        controls,
+        perturbation=arguments.perturbation,
+        cell_type=arguments.cell_type,
+        batch=arguments.batch,
+        n_cells=arguments.n_cells,
+        n_populations=arguments.n_populations,
+        guidance_scale=arguments.guidance_scale,
+        steps=arguments.steps,
+        sampler=arguments.sampler,
+        seed=arguments.seed,
+        min_gene_overlap=arguments.min_gene_overlap,
+    )
+    _write(predicted, Path(arguments.out))
+    said: dict[str, Any] = predicted.uns["perturbdiff"]
+    print(f"genes       {said['n_genes_matched']:,} of {len(model.genes):,} matched by {said['genes_matched_by']}")
+    if len(said["unseen"]):
+        print(f"unseen      {', '.join(said['unseen'])}: predicted from the control cells alone")
+    print(f"sampler     {said['sampler']}, {said['n_steps']} steps, guidance {said['guidance_scale']:g}")
+    print(f"written     {arguments.out}: {predicted.n_obs:,} cells, {predicted.n_vars:,} genes")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from perturbdiff.evaluation.report import evaluate_file
+
+    report = evaluate_file(
+        arguments.predictions, _config(arguments, arguments.screen, [], out="unused"), arguments.split
+    )
+    print(report.table())
+    if arguments.out is not None:
+        out = Path(arguments.out)
+        out.mkdir(parents=True, exist_ok=True)
+        print("written: " + ", ".join(map(str, report.save(out))))
+
+
+def _config(
+    arguments: argparse.Namespace, screen: str | Path, hold_out: Sequence[str], out: str | None = None
+) -> Config:
+    from perturbdiff.config import load_config
+
+    given: dict[str, Any] = {"out": out or arguments.out, "data": {"screen": str(screen)}}
+    if hold_out:
+        given["split"] = {"hold_out": list(hold_out)}
+    return load_config(getattr(arguments, "recipe", None), arguments.settings, given)
+
+
+def _refuse_existing(path: str, overwrite: bool) -> None:
+    if Path(path).exists() and not overwrite:
+        raise FileExistsError(f"--out {path} exists; choose another name or give --overwrite.")
+
+
+def _write(predicted: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        predicted.write_h5ad(temporary, compression="gzip")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="perturbdiff",
+        description="Functional diffusion models of single-cell perturbation responses: train on a screen, predict the "
+        "cells of conditions nobody measured, and score them beside honest baselines.",
+        epilog="Start with: perturbdiff demo    (five minutes, no data needed)\n"
+        "Then:       perturbdiff screen info FILE.h5ad",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"perturbdiff {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    demo = _command(
+        commands, "demo", _demo, "the whole way once: train, save, reload, predict what was held out, score",
+        "Simulates a screen (or takes yours), holds conditions out, trains, saves the model folder, reloads it,\n"
+        "predicts the held-out cells from their controls and prints the scores beside baselines and ceiling.",
+        "examples:\n  perturbdiff demo\n"
+        "  perturbdiff demo --screen kang.h5ad --hold-out IFN-beta:CD4T --out runs/kang\n" + SELECTORS + SETTINGS,
+    )  # fmt: skip
+    demo.add_argument("--screen", metavar="FILE.h5ad", help="your screen; without it one is simulated")
+    _hold_out(demo)
+    demo.add_argument("--out", default="runs/demo", metavar="DIR", help="run folder (default: %(default)s)")
+    _recipe(demo)
+    _settings(demo)
+
+    screen = commands.add_parser("screen", help="look at a screen", description="Look at a screen.")
+    screen_commands = screen.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    info = _command(
+        screen_commands, "info", _screen_info, "what an .h5ad holds and how it would be read",
+        "Reads an .h5ad as training would and says what it found: kind of X, perturbations, cell types, batches,\n"
+        "conditions. Columns other than perturbation, cell_type, batch, and a control label other than 'control',\n"
+        "are settings.",
+        "example:\n  perturbdiff screen info FILE.h5ad data.perturbation_col=gene data.control_label=non-targeting\n",
+    )  # fmt: skip
+    info.add_argument("file", metavar="FILE.h5ad")
+    _settings(info)
+
+    train = _command(
+        commands, "train", _train, "train on a screen from scratch",
+        "Trains on an .h5ad and writes a run folder: config.yaml, split.json, metrics.jsonl, states/ and model/.\n"
+        "Ctrl-C, SIGTERM and SIGUSR1 save and stop; the same command goes on where it stopped.",
+        "examples:\n  perturbdiff train --screen kang.h5ad --hold-out IFN-beta:CD4T --out runs/kang\n"
+        "  perturbdiff train --screen kang.h5ad --out runs/ref --recipe recipes/train/reference.yaml\n"
+        + SELECTORS + SETTINGS,
+    )  # fmt: skip
+    train.add_argument("--screen", required=True, metavar="FILE.h5ad", help="X raw counts or log1p")
+    _hold_out(train)
+    train.add_argument("--out", required=True, metavar="DIR", help="run folder")
+    _recipe(train)
+    _settings(train)
+
+    predict = _command(
+        commands, "predict", _predict, "predict cells under a perturbation from control cells",
+        "Predicts one cell for each control cell (or --n-cells) and writes an .h5ad with log1p values. If the file\n"
+        "also holds perturbed cells, its control cells are taken.",
+        "example:\n  perturbdiff predict runs/kang/model --controls kang.h5ad --perturbation IFN-beta --cell-type CD4T "
+        "--out cd4t.h5ad\n",
+    )  # fmt: skip
+    predict.add_argument("model", metavar="MODEL", help="model folder")
+    predict.add_argument("--controls", required=True, metavar="FILE.h5ad", help="X raw counts or log1p")
+    predict.add_argument("--perturbation", required=True, metavar="NAME", help="or several: A+B")
+    predict.add_argument("--cell-type", metavar="NAME", help="only controls of this cell type (default: all)")
+    predict.add_argument("--batch", metavar="NAME", help="only controls of this batch (default: all)")
+    predict.add_argument("--out", required=True, metavar="FILE.h5ad")
+    predict.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    predict.add_argument("--n-cells", type=int, metavar="N", help="cells to predict (default: one per control cell)")
+    predict.add_argument("--n-populations", type=int, default=1, metavar="N", help="draws of the response distribution")
+    predict.add_argument(
+        "--guidance-scale", type=float, metavar="W", help="(1+W) cond - W uncond (default: the model's)"
+    )
+    predict.add_argument("--steps", type=int, metavar="N", help="denoiser calls (default: the model's)")
+    predict.add_argument("--sampler", choices=("ddim", "ddpm"), help="(default: the model's)")
+    predict.add_argument("--seed", type=int, default=0, metavar="N")
+    predict.add_argument(
+        "--min-gene-overlap", type=float, default=0.5, metavar="PART",
+        help="refuse controls with fewer of the model's genes (default: %(default)s)",
+    )  # fmt: skip
+
+    evaluate = _command(
+        commands, "evaluate", _evaluate, "score predicted cells against measured ones, beside baselines",
+        "Compares conditions that are in both files, with the real control cells on both sides. With the split.json\n"
+        "of the run, baselines are made from its training cells and only its held-out cells count.",
+        "example:\n  perturbdiff evaluate cd4t.h5ad --screen kang.h5ad --split runs/kang/split.json --out scores\n",
+    )  # fmt: skip
+    evaluate.add_argument("predictions", metavar="PREDICTED.h5ad", help="X log1p, as perturbdiff predict writes it")
+    evaluate.add_argument("--screen", required=True, metavar="FILE.h5ad", help="the measured cells and their controls")
+    evaluate.add_argument("--split", metavar="split.json", help="of the run folder")
+    evaluate.add_argument("--out", metavar="DIR", help="write scores.csv and scores.json there")
+    _settings(evaluate)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, short: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=short,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _hold_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--hold-out", action="append", metavar="SELECTOR", help="never train on these; may be given several times"
+    )
+
+
+def _recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", metavar="FILE.yaml", help="settings file; key=value words win over it")
+
+
+def _settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, as training.n_steps=1000")

@@ -1,0 +1,229 @@
+"""Scores of predicted cells on held-out conditions, beside baselines and the ceiling of split halves."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData, concat
+
+from perturbdiff.config import Config
+from perturbdiff.data.cellsets import ConditionIndex, ControlMatch, resolve_control_match
+from perturbdiff.data.expression import as_csr, input_kind
+from perturbdiff.data.screen import Expression, Screen, read_h5ad_parts
+from perturbdiff.data.splits import Split, read_split
+from perturbdiff.data.vocab import GeneVocab
+from perturbdiff.evaluation.baselines import BASELINES, TrainingEffects, shift_cells
+from perturbdiff.evaluation.metrics import METRICS, mean_scores, score_condition, split_half_ceiling
+from perturbdiff.pretrained import PerturbDiff
+from perturbdiff.progress import progress
+
+MODEL = "PerturbDiff"
+CEILING = "ceiling (half predicts half)"
+CONDITION = ["perturbation", "cell_type", "batch"]
+ALL_BATCHES = "all"  # the batch of every condition where controls match by cell type
+
+Condition = tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Scores of every method on every held-out condition.
+
+    scores
+        One row a (method, condition): `method`, `perturbation`, `cell_type`, `batch`, the metrics, cell numbers.
+    """
+
+    scores: pd.DataFrame
+
+    def means(self) -> pd.DataFrame:
+        """Unweighted mean over conditions by method (rows) and metric (columns)."""
+        return self._by_method("mean")
+
+    def undefined(self) -> pd.DataFrame:
+        """On how many conditions a metric is undefined (NaN), by method and metric."""
+        return self._by_method("n_nan")
+
+    def _by_method(self, column: str) -> pd.DataFrame:
+        groups = self.scores.groupby("method", sort=False)
+        return pd.DataFrame({method: mean_scores(rows)[column] for method, rows in groups}).T
+
+    def table(self) -> str:
+        """The means as text; a number in brackets says on how many conditions a metric was undefined."""
+        means, undefined = self.means(), self.undefined()
+        n_conditions = int(self.scores.groupby("method").size().max())
+        shown = pd.DataFrame(
+            {
+                metric: [
+                    f"{means.loc[method, metric]:.3f}"
+                    + (f" [{undefined.loc[method, metric]:.0f} NaN]" if undefined.loc[method, metric] else "")
+                    for method in means.index
+                ]
+                for metric in METRICS
+            },
+            index=means.index,
+        )
+        direction = {"higher": "+", "lower": "-", "ideal 1": "1"}
+        shown.columns = pd.Index([f"{name} ({direction[METRICS[name]]})" for name in METRICS])
+        return (
+            f"{shown.to_string()}\n"
+            f"mean over {n_conditions} held-out condition{'s' if n_conditions > 1 else ''}, log1p space; "
+            "+ higher is better, - lower is better, 1 ideal is 1"
+        )
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write scores.csv (by condition) and scores.json (means and NaN counts); returns their paths."""
+        csv, as_json = folder / "scores.csv", folder / "scores.json"
+        self.scores.to_csv(csv, index=False)
+        means = self.means().astype(object).where(self.means().notna(), None)
+        content = {"mean": means.to_dict("index"), "n_undefined": self.undefined().astype(int).to_dict("index")}
+        as_json.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        return [csv, as_json]
+
+
+def predict_held_out(model: PerturbDiff, screen: Screen, split: Split, match: ControlMatch, seed: int) -> AnnData:
+    """Predict each held-out condition from its own control cells, as many cells as were measured.
+
+    `screen` has all genes of the file: library sizes are sums over them. Raises as `PerturbDiff.predict`.
+    """
+    real, controls = _held_out(screen, split.test, match)
+    predictions, n_cells = [], 0
+    bar = progress(sum(len(rows) for rows in real.values()), "predict", "cell")
+    for (perturbation, cell_type, batch), rows in real.items():
+        context = controls[cell_type, batch]
+        cells = AnnData(
+            X=screen.expression.X[context],
+            obs=screen.obs.iloc[context],
+            var=pd.DataFrame(index=pd.Index(screen.expression.genes.names)),
+        )
+        predicted = model.predict(cells, perturbation, cell_type, batch, n_cells=len(rows), seed=seed, bar=bar)
+        predicted.obs_names = pd.Index([f"predicted_{n_cells + i}" for i in range(len(rows))])
+        n_cells += len(rows)
+        predictions.append(predicted)
+    bar.close()
+    return concat(predictions, merge="same", uns_merge="first")
+
+
+def evaluate(
+    predicted: AnnData, screen: Screen, match: ControlMatch, split: Split | None = None, seed: int = 0
+) -> Report:
+    """Score predicted cells against the measured ones of the same conditions.
+
+    Parameters
+    ----------
+    predicted
+        X log1p values; obs perturbation, cell_type and (unless controls match by cell type alone) batch.
+    screen
+        The measured cells, normalised as the model's training data were.
+    match
+        Whether batch is part of a condition; see `resolve_control_match`.
+    split
+        Its test cells are the measured ones and its training cells make the baselines. Without, all perturbed cells
+        are measured ones, and only `no change` stands beside the model.
+
+    Raises
+    ------
+    ValueError, KeyError
+        A gene of `predicted` is not in the screen, an obs column is missing, or no condition is in both.
+    """
+    if missing := [name for name in CONDITION if name not in predicted.obs.columns]:
+        raise KeyError(f"obs columns {missing} not in the predictions; found {sorted(predicted.obs.columns)}.")
+    genes = GeneVocab(tuple(predicted.var_names.astype(str)))
+    expression = screen.expression.with_genes(genes, genes.align(screen.expression.genes, min_overlap=1.0).columns)
+    real, controls = _held_out(screen, ~screen.is_control if split is None else split.test, match)
+    found = _group(predicted.obs, np.ones(predicted.n_obs, dtype=bool), match)
+    common = [condition for condition in real if condition in found]
+    if not common:
+        raise ValueError(
+            f"no predicted condition was measured: predicted are {sorted(found)[:3]}, measured {sorted(real)[:3]}. "
+            "Perturbation, cell type and batch must be the same words in both."
+        )
+    if len(common) < len(real):
+        print(f"note: {len(real) - len(common)} of {len(real)} measured conditions were not predicted.", flush=True)
+    values = as_csr(predicted.X)
+    effects = None if split is None else _training_effects(screen, expression, split, match)
+    rows: list[dict[str, object]] = []
+    with progress(len(common), "evaluate", "condition") as bar:
+        for condition in common:
+            perturbation, cell_type, batch = condition
+            measured = expression.log1p(real[condition]).toarray()
+            control = expression.log1p(controls[cell_type, batch]).toarray()
+            methods = {MODEL: score_condition(values[found[condition]].toarray(), measured, control)}
+            if effects is None:
+                methods["no change"] = score_condition(control, measured, control)
+            else:
+                control_mean = control.mean(axis=0, dtype=np.float64)
+                for name, baseline in BASELINES.items():
+                    shift = baseline(effects, perturbation, cell_type, batch, control_mean)
+                    methods[name] = score_condition(shift_cells(control, shift), measured, control)
+            methods[CEILING] = split_half_ceiling(measured, control, seed)
+            labels = dict(zip(CONDITION, condition, strict=True))
+            rows += [{"method": name, **labels, **scores} for name, scores in methods.items()]
+            bar.update()
+    return Report(pd.DataFrame(rows))
+
+
+def evaluate_file(predictions: str | Path, config: Config, split: str | Path | None) -> Report:
+    """`evaluate` on files: predictions as `perturbdiff predict` wrote them, config.data.screen, and a split.json.
+
+    Normalisation is that of the predictions (uns["perturbdiff"]), unless config.data says another.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError, KeyError
+        A file is missing or not what it should be; and as `evaluate`.
+    """
+    X, obs, var = read_h5ad_parts(predictions)
+    values = as_csr(X)
+    if input_kind(values, list(var.index), "auto") != "log1p":
+        raise ValueError(
+            f"{predictions} holds counts; predictions are log1p values, as `perturbdiff predict` writes them."
+        )
+    screen = Screen.read(config.data.screen, config.data)
+    everything = ConditionIndex.build(screen, np.ones(len(screen), dtype=bool))
+    match = resolve_control_match(everything, config.data.control_match)
+    return evaluate(
+        AnnData(X=values, obs=obs, var=var), screen, match, None if split is None else read_split(split, screen)
+    )
+
+
+def _held_out(
+    screen: Screen, cells: np.ndarray, match: ControlMatch
+) -> tuple[dict[Condition, np.ndarray], dict[tuple[str, str], np.ndarray]]:
+    # Rows of the screen of each condition among `cells`, and of the controls of each (cell type, batch).
+    real = _group(screen.obs, cells & ~screen.is_control, match)
+    if not real:
+        raise ValueError("nothing is held out: give split.hold_out (--hold-out) conditions to predict and score.")
+    controls = {(c, b): rows for (_, c, b), rows in _group(screen.obs, screen.is_control, match).items()}
+    return real, controls
+
+
+def _group(obs: pd.DataFrame, cells: np.ndarray, match: ControlMatch) -> dict[Condition, np.ndarray]:
+    labels = [obs[name].astype(str).to_numpy() for name in CONDITION]
+    if match == "cell_type":
+        labels[2] = np.full(len(obs), ALL_BATCHES)
+    groups: dict[Condition, list[int]] = {}
+    for row in np.flatnonzero(cells).tolist():
+        groups.setdefault((labels[0][row], labels[1][row], labels[2][row]), []).append(row)
+    return {condition: np.array(rows) for condition, rows in sorted(groups.items())}
+
+
+def _training_effects(screen: Screen, expression: Expression, split: Split, match: ControlMatch) -> TrainingEffects:
+    trained, controls = _held_out(screen, split.train, match)
+
+    def mean(rows: np.ndarray) -> np.ndarray:
+        return np.asarray(expression.log1p(rows).mean(axis=0, dtype=np.float64)).ravel()
+
+    control_mean = {context: mean(rows) for context, rows in controls.items()}
+    matched = np.stack([control_mean[c, b] for _, c, b in trained])
+    return TrainingEffects(
+        perturbation=[p for p, _, _ in trained],
+        cell_type=[c for _, c, _ in trained],
+        batch=[b for _, _, b in trained],
+        control_mean=matched,
+        effect=np.stack([mean(rows) for rows in trained.values()]) - matched,
+        n_cells=np.array([len(rows) for rows in trained.values()]),
+    )

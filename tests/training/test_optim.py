@@ -1,0 +1,52 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from perturbdiff.config import DenoiserConfig, OptimConfig
+from perturbdiff.model.conditioning import VocabSizes
+from perturbdiff.model.denoiser import Denoiser
+from perturbdiff.training.optim import learning_rate, make_optimizer
+
+
+def test_learning_rate_warms_up_stays_and_falls_on_a_cosine():
+    config = OptimConfig(lr=2.0, warmup_steps=4, plateau_ratio=0.1, min_lr_ratio=0.1)
+    rates = [learning_rate(step, 104, config) for step in range(104)]
+    assert rates[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    assert rates[4:14] == pytest.approx([2.0] * 10)
+    # Independent: midway between plateau (14.4) and last step (103) the cosine is half way between lr and floor.
+    middle = learning_rate(round((14.4 + 103) / 2), 104, config)
+    assert middle == pytest.approx((2.0 + 0.2) / 2, rel=0.01)
+    assert rates[-1] == pytest.approx(0.2)
+    assert all(later <= earlier for earlier, later in zip(rates[4:], rates[5:], strict=False))
+
+
+def test_a_run_shorter_than_its_warm_up_only_warms_up():
+    config = OptimConfig(lr=1.0, warmup_steps=10)
+    assert [learning_rate(step, 3, config) for step in range(3)] == pytest.approx([0.1, 0.2, 0.3])
+
+
+def test_without_warm_up_the_first_step_has_the_peak_rate():
+    assert learning_rate(0, 10, OptimConfig(lr=1.0, warmup_steps=0)) == pytest.approx(1.0)
+    assert math.isfinite(learning_rate(0, 1, OptimConfig(lr=1.0, warmup_steps=0)))
+
+
+def test_only_matrices_of_linear_layers_decay():
+    denoiser = Denoiser(DenoiserConfig(width=16, depth=1, n_heads=2), 5, VocabSizes(2, 2, 2))
+    decay, keep = make_optimizer(denoiser, OptimConfig(weight_decay=0.3)).param_groups
+    assert (decay["weight_decay"], keep["weight_decay"]) == (0.3, 0.0)
+    linear = {id(m.weight) for m in denoiser.modules() if isinstance(m, nn.Linear)}
+    assert {id(p) for p in decay["params"]} == linear
+    assert len(decay["params"]) + len(keep["params"]) == len(list(denoiser.parameters()))
+
+
+def test_weight_decay_shrinks_a_matrix_without_gradient_pull():
+    denoiser = Denoiser(DenoiserConfig(width=16, depth=1, n_heads=2), 5, VocabSizes(2, 2, 2))
+    optimizer = make_optimizer(denoiser, OptimConfig(weight_decay=0.5, lr=0.1))
+    for parameter in denoiser.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    matrix, table = denoiser.embed_x.weight.detach().clone(), denoiser.conditioning.perturbation.weight.detach().clone()
+    optimizer.step()
+    torch.testing.assert_close(denoiser.embed_x.weight.detach(), matrix * (1 - 0.1 * 0.5))
+    torch.testing.assert_close(denoiser.conditioning.perturbation.weight.detach(), table)
