@@ -1,0 +1,168 @@
+import hashlib
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from perturbdiff.hub.layout import CONFIG, GOLDEN, HASHED_FILES, WEIGHTS
+from perturbdiff.pretrained import PerturbDiff
+from perturbdiff.training.loop import train
+from tests.simulated import tiny_config, write_screen
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    return train(tiny_config(write_screen(folder), folder / "run")).folder / "model"
+
+
+@pytest.fixture
+def folder(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "model")
+
+
+def rehash(folder, **changes):
+    """Make config.json agree with changed files, as a careful forger would."""
+    config = json.loads((folder / CONFIG).read_text())
+    config.update(changes)
+    config["sha256"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in HASHED_FILES}
+    (folder / CONFIG).write_text(json.dumps(config))
+
+
+def test_saving_a_loaded_model_gives_the_same_files(folder, tmp_path):
+    PerturbDiff.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    assert names == sorted(
+        str(p.relative_to(tmp_path / "again")) for p in (tmp_path / "again").rglob("*") if p.is_file()
+    )
+    for name in names:
+        assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("name", HASHED_FILES)
+def test_a_truncated_file_is_refused_by_name(folder, name):
+    path = folder / name
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(ValueError, match=f"{name} does not have the sha256"):
+        PerturbDiff.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", HASHED_FILES)
+def test_a_missing_file_is_refused_by_name(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
+        PerturbDiff.from_pretrained(folder)
+
+
+def test_weights_of_another_training_fail_the_golden_check(folder):
+    weights = load_file(folder / WEIGHTS)
+    weights["head.bias"] += 0.01
+    save_file(weights, folder / WEIGHTS)
+    rehash(folder)
+    with pytest.raises(ValueError, match="golden check"):
+        PerturbDiff.from_pretrained(folder)
+
+
+def test_missing_and_unexpected_tensors_are_listed(folder):
+    weights = load_file(folder / WEIGHTS)
+    weights["surprise"] = weights.pop("head.bias")
+    save_file(weights, folder / WEIGHTS)
+    rehash(folder)
+    with pytest.raises(ValueError, match=r"missing head\.bias; unexpected surprise"):
+        PerturbDiff.from_pretrained(folder)
+
+
+def test_a_tensor_of_another_shape_is_refused_before_it_is_read(folder):
+    weights = load_file(folder / WEIGHTS)
+    weights["head.bias"] = torch.zeros(3)
+    save_file(weights, folder / WEIGHTS)
+    rehash(folder)
+    with pytest.raises(ValueError, match=r"head\.bias \(3,\) \(must be \(40,\)\)"):
+        PerturbDiff.from_pretrained(folder)
+
+
+def test_a_config_that_asks_for_a_giant_is_refused_without_taking_memory(folder):
+    config = json.loads((folder / CONFIG).read_text())
+    rehash(folder, denoiser={**config["denoiser"], "width": 10_000_000})
+    with pytest.raises(ValueError, match="does not fit"):
+        PerturbDiff.from_pretrained(folder)
+    rehash(folder, denoiser={**config["denoiser"], "depth": 10**9})
+    with pytest.raises(ValueError, match="depth"):
+        PerturbDiff.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_another_format_version_is_refused(folder, version):
+    rehash(folder, format_version=version)
+    with pytest.raises(ValueError, match="format_version"):
+        PerturbDiff.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("genes.json", {"names": ["a", "a"], "ensembl": []}),
+        ("genes.json", {"names": "abc", "ensembl": []}),
+        ("perturbations.json", {"names": ["x"]}),
+        ("preprocessing.json", {"input_kind": "counts", "target_sum": "${oc.env:HOME}", "scale": 10.0}),
+        ("preprocessing.json", {"input_kind": "magic", "target_sum": 1.0, "scale": 10.0}),
+        ("preprocessing.json", {"input_kind": "counts", "target_sum": 1.0, "scale": 10.0, "extra": 1}),
+    ],
+)
+def test_json_of_the_wrong_kind_is_refused(folder, name, content):
+    (folder / name).write_text(json.dumps(content))
+    rehash(folder)
+    with pytest.raises(ValueError, match=r"."):
+        PerturbDiff.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("text", ["not json", "[1]", "[" * 100_000])
+def test_a_broken_config_is_refused(folder, text):
+    (folder / CONFIG).write_text(text)
+    with pytest.raises(ValueError, match=CONFIG):
+        PerturbDiff.from_pretrained(folder)
+
+
+def test_a_shortened_vocabulary_does_not_fit_the_weights(folder):
+    (folder / "cell_types.json").write_text(json.dumps({"names": ["type_0"]}))
+    rehash(folder)
+    with pytest.raises(ValueError, match="cell_type"):
+        PerturbDiff.from_pretrained(folder)
+
+
+def test_a_folder_that_is_no_model_is_never_overwritten(trained, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="not a model folder"):
+        PerturbDiff.from_pretrained(trained).save_pretrained(tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_failed_save_leaves_the_old_folder_and_no_rubbish(folder, monkeypatch):
+    model = PerturbDiff.from_pretrained(folder)
+    before = (folder / CONFIG).read_bytes()
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("perturbdiff.hub.layout.save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        model.save_pretrained(folder)
+    assert (folder / CONFIG).read_bytes() == before
+    assert [p.name for p in folder.parent.iterdir()] == ["model"]
+    PerturbDiff.from_pretrained(folder)
+
+
+def test_no_pickle_in_a_model_folder(folder):
+    names = [p.name for p in folder.rglob("*") if p.is_file()]
+    assert {name.rsplit(".", 1)[1] for name in names} == {"json", "safetensors", "md"}
+    assert "x0_pred" in load_file(folder / GOLDEN)
+
+
+def test_missing_folder_and_plain_folder_say_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        PerturbDiff.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"not a model folder.*config\.json"):
+        PerturbDiff.from_pretrained(tmp_path)
