@@ -55,7 +55,7 @@ def denoiser_from_reference(state_dict: Mapping[str, Tensor], n_heads: int) -> R
     state_dict
         Tensors named as in the published `Cross_DiT`, with or without a leading `model.`; sizes are read from them.
     n_heads
-        Attention heads; no tensor tells.
+        Attention heads; a number that does not fit the query norms is refused.
 
     Raises
     ------
@@ -70,8 +70,10 @@ def denoiser_from_reference(state_dict: Mapping[str, Tensor], n_heads: int) -> R
         raise ValueError(f"x_embedder.weight has {n_inputs} inputs; it must be twice the number of genes.")
     n_genes = n_inputs // 2
     depth = 1 + max((int(m[1]) for name in published if (m := re.match(r"blocks\.(\d+)\.", name))), default=-1)
-    if depth == 0:
-        raise KeyError("no tensor 'blocks.0...' in the state dict; give the state dict of a published Cross_DiT.")
+    if not 0 < depth <= len(published):  # a block has many tensors; a name alone must not ask for a billion blocks
+        raise KeyError(
+            "no tensors 'blocks.0...', 'blocks.1...', ... in the state dict; give that of a published Cross_DiT."
+        )
     hidden = _get(published, "blocks.0.block.mlp.fc1.weight").shape[0]
     config = DenoiserConfig(
         width=width, depth=depth, n_heads=n_heads, mlp_ratio=hidden / width,
@@ -104,8 +106,21 @@ def covariate_encoder_from_reference(state_dict: Mapping[str, Tensor]) -> Covari
 
 
 def _rename_denoiser(published: Mapping[str, Tensor], n_genes: int, depth: int) -> dict[str, Tensor]:
-    ours: dict[str, Tensor] = {}
     last = f"blocks.{depth - 1}.block."
+    width = published["x_embedder.weight"].shape[0]
+    # Tensors that are cut or summed below: afterwards their shapes tell nothing.
+    shapes = {
+        "x_embedder.bias": (width,),
+        "x_control_embedder.weight": (width, 2 * n_genes),
+        "x_control_embedder.bias": (width,),
+        "class_embedding.null_emb.weight": (1, width),
+        "gene_embedding.null_emb.weight": (1, width),
+        f"{last}control_adaLN_modulation.1.weight": (6 * width, width),
+        f"{last}control_adaLN_modulation.1.bias": (6 * width,),
+    }
+    for name, shape in shapes.items():
+        _check_shape(name, _get(published, name), shape)
+    ours: dict[str, Tensor] = {}
     for name, tensor in published.items():
         if _DEAD.match(name) or name.startswith(f"{last}control_mlp."):
             continue
@@ -122,14 +137,13 @@ def _rename_denoiser(published: Mapping[str, Tensor], n_genes: int, depth: int) 
         else:
             ours[_replace_prefix(name, _NAMES)] = tensor
     # The published code adds one vector to both embedded streams; a bias does the same.
-    shared = _get(published, "gene_embedding.null_emb.weight")[0]
+    shared = published["gene_embedding.null_emb.weight"][0]
     for bias in ("embed_x.bias", "embed_control.bias"):
-        ours[bias] = _get(ours, bias) + shared
+        ours[bias] = ours[bias] + shared
     # Of the last block's control modulation only shift and scale before the attention reach x.
     modulation = f"blocks.{depth - 1}.control_modulation.linear"
-    width = ours["embed_x.bias"].shape[0]
     for kind in ("weight", "bias"):
-        ours[f"{modulation}.{kind}"] = _get(ours, f"{modulation}.{kind}")[: 2 * width]
+        ours[f"{modulation}.{kind}"] = ours[f"{modulation}.{kind}"][: 2 * width]
     return ours
 
 
@@ -146,13 +160,17 @@ def _get(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     return tensors[name]
 
 
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"tensor {name}: shape {tuple(tensor.shape)} must be {shape}.")
+
+
 def _load(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     own = module.state_dict()
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or unexpected:
         raise KeyError(f"published state dict: missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}.")
     for name, tensor in own.items():
-        if tensors[name].shape != tensor.shape:
-            raise ValueError(f"tensor {name}: shape {tuple(tensors[name].shape)} must be {tuple(tensor.shape)}.")
+        _check_shape(name, tensors[name], tuple(tensor.shape))
     with torch.no_grad():
         module.load_state_dict(dict(tensors), strict=True)

@@ -137,14 +137,15 @@ class Denoiser(nn.Module):
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """Xavier for matrices, N(0, 0.02) for embeddings, zero for every gate and for the head (adaLN-Zero)."""
+        """Xavier for matrices, N(0, 0.5) for label rows, zero for every gate and for a residual head (adaLN-Zero)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+                # Far apart from the start: at DiT's 0.02, 200 steps on 25 knock-outs gave Pearson delta 0.16 for 0.24.
+                nn.init.normal_(module.weight, std=0.5)
         for module in self.modules():
             if isinstance(module, Modulation):
                 nn.init.zeros_(module.linear.weight)
@@ -196,7 +197,8 @@ class Denoiser(nn.Module):
         shift, scale = self.final_modulation(c)
         x0_pred = self.head(modulate(norm(h), shift, scale))  # (B, S, G)
         if self.config.output == "control_residual":
-            x0_pred = x0_pred + _control_of_each_cell(control, control_mask, x_t.shape[1])
+            paired = self.config.attention == "paired"
+            x0_pred = x0_pred + (control if paired else _controls_in_turn(control, control_mask, x_t.shape[1]))
         return self._activate(x0_pred)
 
     def _embed_condition(self, cond: Labels | Tensor | None) -> Tensor:
@@ -222,10 +224,9 @@ def _all_real(x: Tensor, mask: Tensor | None) -> Tensor:
     return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
 
 
-def _control_of_each_cell(control: Tensor, control_mask: Tensor | None, n_cells: int) -> Tensor:
-    # Cell i starts from control i. With another number of controls (joint attention) they are taken in turn.
-    if control.shape[1] == n_cells:
-        return control
-    n_real = _all_real(control, control_mask).sum(1).clamp_min(1)  # (B,)
-    turn = torch.arange(n_cells, device=control.device)[None] % n_real[:, None]  # (B, S)
-    return control.gather(1, turn[..., None].expand(-1, -1, control.shape[-1]))
+def _controls_in_turn(control: Tensor, control_mask: Tensor | None, n_cells: int) -> Tensor:
+    # (B, S, G): cell i starts from the i-th real control; where there are fewer, they are taken in turn.
+    real = _all_real(control, control_mask)  # (B, S')
+    real_first = (~real).byte().argsort(dim=1, stable=True)
+    turn = torch.arange(n_cells, device=control.device) % real.sum(1, keepdim=True).clamp_min(1)  # (B, S)
+    return control.gather(1, real_first.gather(1, turn)[..., None].expand(-1, -1, control.shape[-1]))

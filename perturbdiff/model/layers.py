@@ -53,11 +53,20 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class MLP(nn.Module):
     def __init__(self, width: int, ratio: float) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, int(width * ratio))
-        self.fc2 = nn.Linear(int(width * ratio), width)
+        hidden = round(width * ratio)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class RMSNorm(nn.RMSNorm):
+    """With the weight in the input's type: under autocast torch would warn and leave its fused kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -67,8 +76,8 @@ class Attention(nn.Module):
         super().__init__()
         self.n_heads = n_heads
         self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = nn.RMSNorm(width // n_heads, eps=1e-6)
-        self.k_norm = nn.RMSNorm(width // n_heads, eps=1e-6)
+        self.q_norm = RMSNorm(width // n_heads, eps=1e-6)
+        self.k_norm = RMSNorm(width // n_heads, eps=1e-6)
         self.proj = nn.Linear(width, width)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,7 +96,7 @@ class KeysValues(nn.Module):
         super().__init__()
         self.n_heads = n_heads
         self.kv = nn.Linear(width, 2 * width)
-        self.k_norm = nn.RMSNorm(width // n_heads, eps=1e-6)
+        self.k_norm = RMSNorm(width // n_heads, eps=1e-6)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, S, D) -> k, v, each (B, heads, S, D / heads)."""

@@ -1,0 +1,177 @@
+"""Condition vectors against sums of their rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from perturbdiff.config import DenoiserConfig
+from perturbdiff.data.batch import NULL, Labels
+from perturbdiff.model.conditioning import CovariateEncoder, LabelConditioning, ReferenceConditioning, VocabSizes
+
+SIZES = VocabSizes(perturbations=5, cell_types=3, batches=4)
+
+
+def randomized(module: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, generator=generator)
+    return module
+
+
+@pytest.fixture
+def by_labels() -> LabelConditioning:
+    return randomized(LabelConditioning(SIZES, 6))
+
+
+def encoder(**settings: str) -> CovariateEncoder:
+    return randomized(CovariateEncoder(SIZES, DenoiserConfig(covariate_dim=4, **settings), n_genes=7))
+
+
+def labels(perturbation: list[list[int]], cell_type: list[int], batch: list[int], hidden: list[bool] | None = None):
+    return Labels(
+        torch.tensor(perturbation),
+        torch.tensor(cell_type),
+        torch.tensor(batch),
+        None if hidden is None else torch.tensor(hidden),
+    )
+
+
+def rows(conditioning: LabelConditioning, perturbations: list[int], cell_type: int, batch: int) -> Tensor:
+    """The sum, row by row; row 0 is null."""
+    total = conditioning.cell_type.weight[cell_type + 1] + conditioning.batch.weight[batch + 1]
+    for perturbation in perturbations:
+        total = total + conditioning.perturbation.weight[perturbation + 1]
+    return total
+
+
+def test_condition_is_the_sum_of_the_rows_of_its_labels(by_labels):
+    c = by_labels(labels([[0], [4]], [2, 0], [3, 1]))
+    assert c.shape == (2, 1, 6)
+    torch.testing.assert_close(c[0, 0], rows(by_labels, [0], 2, 3))
+    torch.testing.assert_close(c[1, 0], rows(by_labels, [4], 0, 1))
+
+
+def test_combination_is_the_sum_of_its_parts_in_any_order_and_padding(by_labels):
+    c = by_labels(labels([[1, 3, -1], [3, 1, -1], [-1, 3, 1], [3, -1, -1]], [0] * 4, [0] * 4))
+    for b in range(3):
+        torch.testing.assert_close(c[b, 0], rows(by_labels, [1, 3], 0, 0))
+    torch.testing.assert_close(c[3, 0], rows(by_labels, [3], 0, 0))
+
+
+def test_a_perturbation_given_twice_counts_twice(by_labels):
+    c = by_labels(labels([[2, 2]], [0], [0]))
+    torch.testing.assert_close(c[0, 0], rows(by_labels, [2, 2], 0, 0))
+
+
+def test_absent_labels_are_the_null_rows(by_labels):
+    c = by_labels(labels([[-1, -1], [2, -1], [2, -1]], [1, -1, 1], [2, 2, -1]))
+    torch.testing.assert_close(c[0, 0], rows(by_labels, [NULL], 1, 2))
+    torch.testing.assert_close(c[1, 0], rows(by_labels, [2], NULL, 2))
+    torch.testing.assert_close(c[2, 0], rows(by_labels, [2], 1, NULL))
+
+
+def test_hidden_sets_are_the_null_vector_and_others_are_not_touched(by_labels):
+    given = ([[0], [1], [2]], [0, 1, 2], [0, 1, 2])
+    c, seen = by_labels(labels(*given, hidden=[True, False, True])), by_labels(labels(*given))
+    assert torch.equal(c[[0, 2], 0], by_labels.null.expand(2, 6))
+    assert torch.equal(c[1], seen[1])
+
+
+def test_absent_batch_vocabulary_leaves_the_null_row():
+    conditioning = randomized(LabelConditioning(VocabSizes(2, 1, 0), 6))
+    c = conditioning(labels([[1]], [0], [-1]))
+    torch.testing.assert_close(c[0, 0], rows(conditioning, [1], 0, NULL))
+
+
+@pytest.mark.parametrize("ids", [([[5]], [0], [0]), ([[0]], [3], [0]), ([[0]], [0], [4])])
+def test_a_label_outside_its_vocabulary_is_an_error(by_labels, ids):
+    with pytest.raises(IndexError):
+        by_labels(labels(*ids))
+
+
+def test_gradients_reach_only_the_rows_of_the_given_labels(by_labels):
+    by_labels(labels([[1, 3], [-1, -1]], [2, -1], [0, 0], hidden=[False, False])).sum().backward()
+    reached = {name: set(p.grad.abs().sum(1).nonzero()[:, 0].tolist()) for name, p in tables(by_labels).items()}
+    assert reached == {"perturbation": {0, 2, 4}, "cell_type": {0, 3}, "batch": {1}}
+    assert not by_labels.null.grad.any()
+
+
+def tables(conditioning: LabelConditioning) -> dict[str, Tensor]:
+    return {name: getattr(conditioning, name).weight for name in ("perturbation", "cell_type", "batch")}
+
+
+def by_hand(encoder: CovariateEncoder, parts: list[Tensor]) -> Tensor:
+    return encoder.transform.weight @ torch.cat(parts) + encoder.transform.bias
+
+
+def test_covariate_embedding_is_linear_in_the_concatenated_rows():
+    e = encoder()
+    cov = e(torch.tensor([4, 0]), torch.tensor([2, 1]), torch.tensor([3, 0]))
+    for b, (perturbation, cell_type, batch) in enumerate([(4, 2, 3), (0, 1, 0)]):
+        parts = [e.perturbation.weight[perturbation + 1], e.cell_type.weight[cell_type], e.batch.weight[batch]]
+        torch.testing.assert_close(cov[b], by_hand(e, parts))
+
+
+def test_covariate_embedding_without_perturbation_is_row_0():
+    e = encoder()
+    cov = e(torch.tensor([-1]), torch.tensor([2]), torch.tensor([3]))
+    torch.testing.assert_close(cov[0], by_hand(e, [e.perturbation.weight[0], e.cell_type.weight[2], e.batch.weight[3]]))
+
+
+def test_absent_cell_type_and_batch_are_the_mean_of_the_rows():
+    e = encoder()
+    cov = e(torch.tensor([1]), torch.tensor([-1]), torch.tensor([-1]))
+    parts = [e.perturbation.weight[2], e.cell_type.weight.mean(0), e.batch.weight.mean(0)]
+    torch.testing.assert_close(cov[0], by_hand(e, parts))
+
+
+def test_encoder_without_perturbations_gives_all_of_them_row_0():
+    e = encoder(perturbation_encoding="none")
+    cov = e(torch.tensor([-1, 0, 4]), torch.tensor([2] * 3), torch.tensor([3] * 3))
+    expected = by_hand(e, [e.perturbation.weight[0], e.cell_type.weight[2], e.batch.weight[3]])
+    torch.testing.assert_close(cov, expected.expand(3, 7))
+
+
+def test_encoder_without_batches_ignores_them():
+    e = encoder(batch_encoding="none")
+    cov = e(torch.tensor([1, 1]), torch.tensor([2, 2]), torch.tensor([0, 3]))
+    torch.testing.assert_close(cov, by_hand(e, [e.perturbation.weight[2], e.cell_type.weight[2]]).expand(2, 7))
+
+
+def test_covariate_embedding_keeps_the_shape_of_the_ids():
+    e, ids = encoder(), torch.tensor([[0, 1], [-1, 2], [2, 0]])
+    cov = e(ids, ids.clamp_min(0), ids)
+    assert cov.shape == (3, 2, 7)
+    torch.testing.assert_close(cov[2, 1], e(ids[2, 1], ids[2, 1], ids[2, 1]))
+
+
+def test_reference_condition_is_linear_in_the_silu_of_the_covariates():
+    conditioning = randomized(ReferenceConditioning(6, 7, encoder()))
+    given = labels([[1], [-1]], [2, 0], [3, 3])
+    cov = conditioning.encoder(given.perturbation[:, 0], given.cell_type, given.batch)
+    expected = F.linear(cov / (1 + torch.exp(-cov)), conditioning.linear.weight, conditioning.linear.bias)
+    assert conditioning(given).shape == (2, 1, 6)
+    torch.testing.assert_close(conditioning(given)[:, 0], expected)
+    torch.testing.assert_close(conditioning.from_covariates(cov), expected)
+
+
+def test_hidden_sets_of_the_reference_are_the_null_vector():
+    conditioning = randomized(ReferenceConditioning(6, 7, encoder()))
+    given = ([[1], [2]], [2, 0], [3, 3])
+    c = conditioning(labels(*given, hidden=[False, True]))
+    assert torch.equal(c[1, 0], conditioning.null)
+    assert torch.equal(c[0], conditioning(labels(*given))[0])
+
+
+def test_reference_refuses_combinations_and_says_what_to_set():
+    conditioning = ReferenceConditioning(6, 7, encoder())
+    with pytest.raises(ValueError, match=r"one perturbation a set, got 2; set data\.combination_separator=null"):
+        conditioning(labels([[1, 2]], [0], [0]))
+
+
+def test_reference_without_encoder_refuses_labels():
+    with pytest.raises(ValueError, match="give it `cov`"):
+        ReferenceConditioning(6, 7, None)(labels([[1]], [0], [0]))
