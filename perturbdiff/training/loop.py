@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from perturbdiff import __version__
 from perturbdiff.config import Config, as_dict, load_config, save_config
@@ -82,9 +83,15 @@ class _Run:
     def __init__(self, config: Config, data: TrainingSet) -> None:
         self.config = config
         self.data = data
+        AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
         self.accelerator = Accelerator(
             cpu=config.training.device == "cpu", mixed_precision=config.training.mixed_precision
         )
+        if self.accelerator.num_processes > 1:
+            raise ValueError(
+                f"launched on {self.accelerator.num_processes} processes; this version trains in one. Start it without "
+                "accelerate launch."
+            )
         if config.training.device == "cuda" and self.accelerator.device.type != "cuda":
             raise ValueError("training.device=cuda, but there is no CUDA device here; set training.device=auto.")
         with torch.random.fork_rng():  # weights depend on the seed alone
@@ -128,7 +135,8 @@ class _Run:
                     n_logged = done.window.pop("steps")
                     means = {name: value / n_logged for name, value in done.window.items()}
                     metrics.write(step=done.step, cells=done.cells_seen, cells_per_s=round(rate, 1), **means)
-                    bar.set_postfix_str(f"loss {means['loss']:.4f} mmd {means['mmd']:.4f} {rate:,.0f} cells/s", refresh=False)
+                    shown = f"loss {means['loss']:.4f} mmd {means['mmd']:.4f} {rate:,.0f} cells/s"
+                    bar.set_postfix_str(shown, refresh=False)
                     done.window, clock, cells_at = {}, time.perf_counter(), done.cells_seen
                 if self.data.validation is not None and done.step % training.validate_every == 0:
                     metrics.write(step=done.step, validation_loss=self._validate(self.data.validation))

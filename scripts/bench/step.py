@@ -1,0 +1,123 @@
+"""CPU-seconds of a training step and of sampling one set, at the size of the published model.
+
+104M parameters, 2,000 genes at 8 % density, 8 sets of 64 cells, float32, one thread:
+    OMP_NUM_THREADS=1 python scripts/bench/step.py
+Prints JSON; `reference` are the published code's figures on one core of such a machine (3.80 CPU-s a step, 32 CPU-s for
+one set of 64 cells with guidance). Medians over --repeats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from scipy import sparse
+
+from perturbdiff.config import (
+    DenoiserConfig,
+    DiffusionConfig,
+    OptimConfig,
+    Preprocessing,
+    SamplingConfig,
+    reference_denoiser,
+)
+from perturbdiff.data.batch import CellSetBatch, Labels, make_batch
+from perturbdiff.data.cellsets import CellSet
+from perturbdiff.data.screen import Expression
+from perturbdiff.data.vocab import GeneVocab
+from perturbdiff.diffusion.losses import DiffusionLoss, training_draws
+from perturbdiff.diffusion.sampling import sample
+from perturbdiff.diffusion.schedule import Schedule
+from perturbdiff.model.conditioning import VocabSizes
+from perturbdiff.model.denoiser import Denoiser
+from perturbdiff.training.ema import EMA
+from perturbdiff.training.optim import make_optimizer
+
+GENES, SETS, CELLS, DENSITY = 2000, 8, 64, 0.08
+REFERENCE = {"step_cpu_s": 3.80, "cells_per_cpu_s": 135, "sampling_one_set_cpu_s": 32.0}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    repeats = parser.parse_args().repeats
+    expression = _random_cells(4096)
+    report: dict[str, object] = {"threads": torch.get_num_threads(), "reference": REFERENCE}
+    residual = reference_denoiser()
+    residual.output, residual.conditioning = "control_residual", "labels"
+    for name, config in (("reference preset", reference_denoiser()), ("control residual, labels", residual)):
+        report[name] = _measure(config, expression, repeats)
+    print(json.dumps(report, indent=1))
+
+
+def _measure(config: DenoiserConfig, expression: Expression, repeats: int) -> dict[str, float]:
+    denoiser = Denoiser(config, GENES, VocabSizes(90, 18, 12))
+    optimizer, ema, loss = (
+        make_optimizer(denoiser, OptimConfig()),
+        EMA(denoiser, 0.99),
+        DiffusionLoss(DiffusionConfig()),
+    )
+    steps = iter(range(10**6))
+
+    def step() -> None:
+        batch = _batch(expression, next(steps))
+        output = loss(denoiser, batch, training_draws(batch, loss.config, seed=0))
+        output.total.mean().backward()
+        torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(denoiser)
+
+    one_set = _batch(expression, 0, n_sets=1)
+    control = one_set.dense()[1]
+
+    def sampling(settings: SamplingConfig) -> Callable[[], object]:
+        return lambda: sample(
+            denoiser, torch.randn_like(control), control, one_set.labels, settings, Schedule(), lambda: control
+        )
+
+    step_s = _cpu_seconds(step, repeats)
+    published = sampling(SamplingConfig(spacing="reference", start_time=100, guidance_scale=1.0))
+    strided = sampling(SamplingConfig(n_steps=10, guidance_scale=1.0))
+    return {
+        "parameters": sum(p.numel() for p in denoiser.parameters()),
+        "step_cpu_s": step_s,
+        "cells_per_cpu_s": SETS * CELLS / step_s,
+        "times_the_reference": REFERENCE["step_cpu_s"] / step_s,
+        "sampling_one_set_100_steps_guided_cpu_s": _cpu_seconds(published, 1),
+        "sampling_one_set_10_steps_guided_cpu_s": _cpu_seconds(strided, repeats),
+    }
+
+
+def _cpu_seconds(work: Callable[[], object], repeats: int) -> float:
+    work()
+    seconds = []
+    for _ in range(repeats):
+        start = time.process_time()
+        work()
+        seconds.append(time.process_time() - start)
+    return round(statistics.median(seconds), 3)
+
+
+def _random_cells(n_cells: int) -> Expression:
+    rng = np.random.default_rng(0)
+    X = sparse.random(n_cells, GENES, DENSITY, "csr", rng=rng)
+    X.data = rng.integers(1, 20, X.nnz).astype(np.uint16)
+    library = np.asarray(X.sum(1, dtype=np.float64)).ravel().astype(np.float32)
+    return Expression(X, GeneVocab(tuple(map(str, range(GENES)))), library, Preprocessing("counts", 1e4, 10.0))
+
+
+def _batch(expression: Expression, step: int, n_sets: int = SETS) -> CellSetBatch:
+    rng = np.random.default_rng(step)
+    sets = [CellSet((0, step * SETS + i), i, *rng.integers(0, len(expression), (2, CELLS))) for i in range(n_sets)]
+    ids = torch.arange(SETS)
+    return make_batch(sets, CELLS, expression, Labels(ids[:, None], ids % 18, ids % 12))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+import json
+from dataclasses import replace
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+
+from perturbdiff.config import load_config
+from perturbdiff.data.expression import as_csr
+from perturbdiff.data.screen import Screen
+from perturbdiff.data.splits import make_split, write_split
+from perturbdiff.evaluation.metrics import METRICS, score_condition
+from perturbdiff.evaluation.report import (
+    CEILING,
+    MODEL,
+    Report,
+    _training_effects,
+    evaluate,
+    evaluate_file,
+    predict_held_out,
+)
+from perturbdiff.pretrained import PerturbDiff
+from perturbdiff.training.loop import train
+from tests.simulated import tiny_config, write_screen
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    config = tiny_config(write_screen(folder), folder / "out", hold_out=("pert_0:type_0", "pert_2:type_1:batch_1"))
+    train(config)
+    return config
+
+
+@pytest.fixture(scope="module")
+def screen(run):
+    return Screen.read(run.data.screen, run.data)
+
+
+@pytest.fixture(scope="module")
+def split(run, screen):
+    return make_split(screen, run.split, run.training.seed)
+
+
+def truth_as_prediction(screen, rows):
+    return anndata.AnnData(
+        screen.expression.log1p(rows), screen.obs.iloc[rows], pd.DataFrame(index=list(screen.expression.genes.names))
+    )
+
+
+def test_held_out_conditions_are_predicted_with_as_many_cells_as_measured(run, screen, split):
+    model = PerturbDiff.from_pretrained(f"{run.out}/model", device="cpu")
+    predicted = predict_held_out(model, screen, split, "batch", seed=0)
+    labels = ["perturbation", "cell_type", "batch"]
+    measured = screen.obs[split.test].groupby(labels).size()
+    assert predicted.obs.astype(str).groupby(labels).size().to_dict() == measured.to_dict()
+    assert predicted.obs_names.is_unique
+    source = screen.obs.loc[predicted.obs["source_control"]]
+    assert set(source["perturbation"]) == {"control"}
+    for column in ("cell_type", "batch"):
+        assert list(source[column]) == list(predicted.obs[column].astype(str))
+
+
+def test_every_method_is_scored_on_every_held_out_condition(screen, split):
+    report = evaluate(truth_as_prediction(screen, np.flatnonzero(split.test)), screen, "batch", split)
+    conditions = {(p, c, b) for p, c, b in screen.obs[split.test][["perturbation", "cell_type", "batch"]].to_numpy()}
+    for _, rows in report.scores.groupby("method"):
+        assert {tuple(row) for row in rows[["perturbation", "cell_type", "batch"]].to_numpy()} == conditions
+    assert list(report.means().index) == [
+        MODEL, "no change", "context mean shift", "perturbation mean shift", "ridge", CEILING,
+    ]  # fmt: skip
+
+
+def test_the_truth_scores_perfectly_and_beats_every_baseline(screen, split):
+    means = evaluate(truth_as_prediction(screen, np.flatnonzero(split.test)), screen, "batch", split).means()
+    assert means.loc[MODEL, "pearson_delta"] == pytest.approx(1.0)
+    assert means.loc[MODEL, "mse_of_means"] == pytest.approx(0.0, abs=1e-12)
+    assert means.loc[MODEL, "variance_ratio"] == pytest.approx(1.0)
+    assert (means.loc[MODEL, "energy_distance"] < means["energy_distance"].drop([MODEL, CEILING])).all()
+
+
+def test_scores_are_those_of_the_matched_real_cells(screen, split):
+    # An independent selection by pandas, with shifted cells as the prediction.
+    obs = screen.obs
+    rows = np.flatnonzero(((obs["perturbation"] == "pert_1") & (obs["cell_type"] == "type_0")).to_numpy() & split.train)
+    predicted = truth_as_prediction(screen, rows)
+    predicted.obs["perturbation"] = "pert_0"
+    report = evaluate(predicted, screen, "batch", split)
+    for batch in ("batch_0", "batch_1"):
+        here = (obs["cell_type"] == "type_0") & (obs["batch"] == batch)
+
+        def cells(chosen):
+            return screen.expression.log1p(np.flatnonzero(chosen.to_numpy())).toarray()
+
+        expected = score_condition(
+            cells(here & (obs["perturbation"] == "pert_1")),
+            cells(here & (obs["perturbation"] == "pert_0")),
+            cells(here & (obs["perturbation"] == "control")),
+        )
+        row = report.scores[(report.scores["method"] == MODEL) & (report.scores["batch"] == batch)].iloc[0]
+        for name, value in expected.items():
+            assert row[name] == pytest.approx(value), name
+
+
+def test_held_out_cells_do_not_reach_the_baselines(screen, split):
+    predicted = truth_as_prediction(screen, np.flatnonzero(split.test))
+    before = evaluate(predicted, screen, "batch", split)
+    X = screen.expression.X.copy()
+    X.data[np.repeat(split.test, np.diff(X.indptr))] += 50  # other measured cells, same training cells
+    changed = replace(screen, expression=replace(screen.expression, X=X))
+    a = _training_effects(screen, screen.expression, split, "batch")
+    b = _training_effects(changed, changed.expression, split, "batch")
+    np.testing.assert_array_equal(a.effect, b.effect)
+    after = evaluate(predicted, changed, "batch", split)
+    assert not np.allclose(before.means()["mse_of_means"].loc["ridge"], after.means()["mse_of_means"].loc["ridge"])
+
+
+def test_undefined_scores_are_counted_and_shown(screen, split):
+    report = evaluate(truth_as_prediction(screen, np.flatnonzero(split.test)), screen, "batch", split)
+    assert report.undefined().loc["no change", "pearson_delta"] == 3  # its delta is zero in each condition
+    assert "nan [3 NaN]" in report.table()
+    assert "mean over 3 held-out conditions" in report.table()
+
+
+def test_scores_are_saved_as_csv_and_json(screen, split, tmp_path):
+    report = evaluate(truth_as_prediction(screen, np.flatnonzero(split.test)), screen, "batch", split)
+    csv, as_json = report.save(tmp_path)
+    again = Report(pd.read_csv(csv))
+    pd.testing.assert_frame_equal(again.means(), report.means(), check_names=False)
+    saved = json.loads(as_json.read_text())
+    assert saved["mean"]["no change"]["pearson_delta"] is None
+    assert saved["n_undefined"]["no change"]["pearson_delta"] == 3
+    assert set(saved["mean"][MODEL]) == set(METRICS)
+
+
+def test_evaluating_files_gives_what_evaluating_arrays_gives(run, screen, split, tmp_path):
+    predicted = truth_as_prediction(screen, np.flatnonzero(split.test))
+    predicted.write_h5ad(tmp_path / "p.h5ad")
+    write_split(split, screen, tmp_path / "split.json")
+    config = load_config(None, [], {"out": "unused", "data": {"screen": run.data.screen}})
+    report = evaluate_file(tmp_path / "p.h5ad", config, tmp_path / "split.json")
+    pd.testing.assert_frame_equal(report.means(), evaluate(predicted, screen, "batch", split).means())
+
+
+def test_without_a_split_the_model_stands_beside_no_change_only(screen):
+    rows = np.flatnonzero((screen.obs["perturbation"] == "pert_1").to_numpy())
+    report = evaluate(truth_as_prediction(screen, rows), screen, "batch")
+    assert list(report.means().index) == [MODEL, "no change", CEILING]
+    assert len(report.scores) == 3 * 4
+
+
+def test_where_controls_match_by_cell_type_batches_are_one_condition(screen, split):
+    predicted = truth_as_prediction(screen, np.flatnonzero(split.test))
+    predicted.obs["batch"] = "another name"
+    report = evaluate(predicted, screen, "cell_type", split)
+    assert set(report.scores["batch"]) == {"all"}
+    assert report.means().loc[MODEL, "pearson_delta"] == pytest.approx(1.0)
+
+
+def test_predictions_that_cannot_be_compared_are_refused(screen, split):
+    predicted = truth_as_prediction(screen, np.flatnonzero(split.test))
+    with pytest.raises(KeyError, match="perturbation"):
+        evaluate(anndata.AnnData(predicted.X, None, predicted.var), screen, "batch", split)
+    elsewhere = predicted.copy()
+    elsewhere.obs["cell_type"] = "type_9"
+    with pytest.raises(ValueError, match="no predicted condition was measured"):
+        evaluate(elsewhere, screen, "batch", split)
+    foreign = predicted.copy()
+    foreign.var_names = [f"other_{i}" for i in range(foreign.n_vars)]
+    with pytest.raises(ValueError, match="only 0 of the"):
+        evaluate(foreign, screen, "batch", split)
+
+
+def test_counts_are_not_taken_for_predictions(run, screen, split, tmp_path):
+    rows = np.flatnonzero(split.test)
+    counts = anndata.AnnData(
+        as_csr(screen.expression.X[rows]).astype(np.float32),
+        screen.obs.iloc[rows],
+        pd.DataFrame(index=list(screen.expression.genes.names)),
+    )
+    counts.write_h5ad(tmp_path / "counts.h5ad")
+    config = load_config(None, [], {"out": "unused", "data": {"screen": run.data.screen}})
+    with pytest.raises(ValueError, match="holds counts"):
+        evaluate_file(tmp_path / "counts.h5ad", config, None)
