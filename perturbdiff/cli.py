@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,9 +33,7 @@ settings:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; exits 0, or 2 with one line on a user's mistake (--debug shows the traceback)."""
-    # Before torch is imported: threads that spin at barriers make a shared machine 20 times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    arguments = _parser().parse_args(argv)
+    arguments = _arguments(argv)
     try:
         arguments.run(arguments)
     except USER_ERRORS as error:
@@ -81,6 +78,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _predict(arguments: argparse.Namespace) -> None:
+    from perturbdiff.data.screen import write_h5ad
     from perturbdiff.pretrained import PerturbDiff, control_cells
 
     _refuse_existing(arguments.out, arguments.overwrite)
@@ -99,7 +97,7 @@ def _predict(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         min_gene_overlap=arguments.min_gene_overlap,
     )
-    _write(predicted, Path(arguments.out))
+    write_h5ad(predicted, Path(arguments.out))
     said: dict[str, Any] = predicted.uns["perturbdiff"]
     print(f"genes       {said['n_genes_matched']:,} of {len(model.genes):,} matched by {said['genes_matched_by']}")
     if len(said["unseen"]):
@@ -111,14 +109,25 @@ def _predict(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from perturbdiff.evaluation.report import evaluate_file
 
-    report = evaluate_file(
-        arguments.predictions, _config(arguments, arguments.screen, [], out="unused"), arguments.split
-    )
+    if arguments.out is not None and Path(arguments.out).exists() and not Path(arguments.out).is_dir():
+        raise FileExistsError(f"--out {arguments.out} is a file; give a folder.")
+    report = evaluate_file(arguments.predictions, arguments.screen, arguments.split, arguments.settings)
     print(report.table())
     if arguments.out is not None:
         out = Path(arguments.out)
         out.mkdir(parents=True, exist_ok=True)
         print("written: " + ", ".join(map(str, report.save(out))))
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    # argparse reads positional words in one run only; key=value words may stand anywhere, before and after options.
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(arguments, "settings") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.settings = [*arguments.settings, *rest]
+    return arguments
 
 
 def _config(
@@ -135,16 +144,6 @@ def _config(
 def _refuse_existing(path: str, overwrite: bool) -> None:
     if Path(path).exists() and not overwrite:
         raise FileExistsError(f"--out {path} exists; choose another name or give --overwrite.")
-
-
-def _write(predicted: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        predicted.write_h5ad(temporary, compression="gzip")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _parser() -> argparse.ArgumentParser:

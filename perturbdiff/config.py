@@ -5,12 +5,14 @@ Sizes that come from data (genes, labels) are not settings: they are passed to w
 """
 
 # No `from __future__ import annotations` here: OmegaConf resolves these annotations at run time.
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Optional, TypeVar
 
-from omegaconf import MISSING, OmegaConf
+import yaml  # type: ignore[import-untyped]
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 T = TypeVar("T")
@@ -97,7 +99,7 @@ class OptimConfig:
 
 @dataclass
 class TrainingConfig:
-    n_steps: int = 400
+    n_steps: int = 300
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     mixed_precision: Literal["no", "bf16"] = "no"
@@ -155,14 +157,14 @@ def load_config(
         if recipe is not None:
             if not Path(recipe).is_file():
                 raise FileNotFoundError(f"recipe {str(recipe)!r} does not exist; give the path of a .yaml file.")
-            base = OmegaConf.merge(base, OmegaConf.load(recipe))
+            base = OmegaConf.merge(base, _read_yaml(recipe))
         base = OmegaConf.merge(base, dict(given or {}))
         for word in overrides:
             if "=" not in word:
                 raise ValueError(f"override {word!r} is not key=value; for example training.n_steps=500.")
-        base = OmegaConf.merge(base, OmegaConf.from_dotlist(list(overrides)))
+            base = OmegaConf.merge(base, _read_word(word))
         config = OmegaConf.to_object(base)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError) as error:
         raise ValueError(_one_line(error)) from error
     assert isinstance(config, Config), "OmegaConf.to_object returns the schema's class"
     check_config(config)
@@ -197,20 +199,22 @@ def from_dict(schema: type[T], values: dict[str, Any]) -> T:
 
 def check_config(config: Config) -> None:
     """Refuse values that no data could make sensible. Raises ValueError."""
+    for section in fields(config):
+        settings = getattr(config, section.name)
+        for field_ in fields(settings) if is_dataclass(settings) else ():
+            value = getattr(settings, field_.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{section.name}.{field_.name} ({value}) must be a finite number.")
     positive = {
         "data.set_size": config.data.set_size,
         "data.sets_per_batch": config.data.sets_per_batch,
         "data.target_sum": config.data.target_sum,
         "data.scale": config.data.scale,
-        "denoiser.width": config.denoiser.width,
-        "denoiser.depth": config.denoiser.depth,
-        "denoiser.n_heads": config.denoiser.n_heads,
-        "denoiser.mlp_ratio": config.denoiser.mlp_ratio,
-        "denoiser.covariate_dim": config.denoiser.covariate_dim,
         "diffusion.n_timesteps": config.diffusion.n_timesteps,
         "sampling.n_steps": config.sampling.n_steps,
         "sampling.start_time": config.sampling.start_time,
         "optim.lr": config.optim.lr,
+        "optim.eps": config.optim.eps,
         "optim.grad_clip": config.optim.grad_clip,
         "optim.ema_every": config.optim.ema_every,
         "training.n_steps": config.training.n_steps,
@@ -222,6 +226,17 @@ def check_config(config: Config) -> None:
     for key, value in positive.items():
         if not value > 0:
             raise ValueError(f"{key} ({value}) must be greater than 0.")
+    not_negative = {
+        "diffusion.mse_weight": config.diffusion.mse_weight,
+        "diffusion.mmd_weight": config.diffusion.mmd_weight,
+        "sampling.cutoff": config.sampling.cutoff,
+        "optim.weight_decay": config.optim.weight_decay,
+        "optim.warmup_steps": config.optim.warmup_steps,
+        "training.seed": config.training.seed,
+    }
+    for key, value in not_negative.items():
+        if value < 0:
+            raise ValueError(f"{key} ({value}) must not be negative.")
     fractions = {
         "split.validation_fraction": config.split.validation_fraction,
         "diffusion.p_self_cond": config.diffusion.p_self_cond,
@@ -236,12 +251,23 @@ def check_config(config: Config) -> None:
             raise ValueError(f"{key} ({value}) must be between 0 and 1.")
     if config.data.n_hvg is not None and config.data.n_hvg < 1:
         raise ValueError(f"data.n_hvg ({config.data.n_hvg}) must be at least 1; null keeps all genes.")
+    if config.data.combination_separator == "":
+        raise ValueError("data.combination_separator ('') must not be empty; null never splits labels.")
+    for key, value in (("optim.beta1", config.optim.beta1), ("optim.beta2", config.optim.beta2)):
+        if not 0 <= value < 1:
+            raise ValueError(f"{key} ({value}) must be at least 0 and less than 1.")
+    patience = config.training.early_stop_patience
+    if patience is not None and patience < 1:
+        raise ValueError(f"training.early_stop_patience ({patience}) must be at least 1; null never stops early.")
     check_denoiser(config.denoiser)
     check_sampling(config.sampling, config.diffusion)
 
 
 def check_denoiser(config: DenoiserConfig) -> None:
-    """Refuse shapes that do not divide. Raises ValueError."""
+    """Refuse sizes that are none and shapes that do not divide. Raises ValueError."""
+    for name in ("width", "depth", "n_heads", "mlp_ratio", "covariate_dim"):
+        if not getattr(config, name) > 0:
+            raise ValueError(f"denoiser.{name} ({getattr(config, name)}) must be greater than 0.")
     tokens_width = 2 * config.width if config.attention == "paired" else config.width
     if tokens_width % config.n_heads:
         raise ValueError(
@@ -259,11 +285,33 @@ def check_sampling(sampling: SamplingConfig, diffusion: DiffusionConfig) -> None
         )
     if not 0 <= sampling.eta <= 1:
         raise ValueError(f"sampling.eta ({sampling.eta}) must be between 0 and 1.")
-    if sampling.guidance_scale < 0:
-        raise ValueError(f"sampling.guidance_scale ({sampling.guidance_scale}) must not be negative; 0 is none.")
+    if not 0 <= sampling.guidance_scale < math.inf:
+        raise ValueError(
+            f"sampling.guidance_scale ({sampling.guidance_scale}) must be finite and not negative; 0 is none."
+        )
 
 
-def _one_line(error: OmegaConfBaseException) -> str:
+def _read_yaml(recipe: str | Path) -> DictConfig:
+    try:
+        settings = OmegaConf.load(recipe)
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {str(recipe)!r} is not yaml ({' '.join(str(error).split())}).") from error
+    if not isinstance(settings, DictConfig):
+        raise ValueError(
+            f"recipe {str(recipe)!r} is a list; it must hold keys and values, as training: {{n_steps: 9}}."
+        )
+    return settings
+
+
+def _read_word(word: str) -> DictConfig:
+    try:
+        return OmegaConf.from_dotlist([word])
+    except yaml.YAMLError as error:
+        key, value = word.split("=", 1)
+        raise ValueError(f"override {word!r}: {value!r} is not yaml; quote it: {key}=\"'{value}'\".") from error
+
+
+def _one_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     where = next((line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")), "")
     return f"config: {lines[0]}" + (f" (key {where})" if where and where not in lines[0] else "")

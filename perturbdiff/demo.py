@@ -7,7 +7,7 @@ from pathlib import Path
 
 from perturbdiff.config import Config
 from perturbdiff.data.batch import split_label
-from perturbdiff.data.screen import Screen
+from perturbdiff.data.screen import Screen, write_h5ad
 from perturbdiff.data.simulate import SimulationConfig, simulate
 from perturbdiff.data.splits import make_split, read_split
 from perturbdiff.evaluation.report import Report, evaluate, predict_held_out
@@ -46,7 +46,7 @@ def run_demo(config: Config) -> DemoResult | None:
     split = read_split(out / "split.json", screen)
     match = model.training["control_match"]
     predicted = predict_held_out(model, screen, split, match, config.training.seed)
-    predicted.write_h5ad(out / "predicted.h5ad", compression="gzip")
+    write_h5ad(predicted, out / "predicted.h5ad")
     report = evaluate(predicted, screen, match, split)
     names = ("config.yaml", "split.json", "metrics.jsonl", "model", "predicted.h5ad")
     return DemoResult(report, [*(out / name for name in names), *report.save(out)])

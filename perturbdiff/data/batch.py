@@ -81,7 +81,8 @@ class Vocabularies:
             An unknown perturbation; the message lists the nearest. Never a silent null.
         """
         parts = [
-            [self.perturbations.id(part) for part in self.parts(name)] if name else [] for name, _, _ in conditions
+            [] if name is None else [self.perturbations.id(part) for part in self.parts(name)]
+            for name, _, _ in conditions
         ]
         width = max([1, *(len(ids) for ids in parts)])
         padded = [ids + [NULL] * (width - len(ids)) for ids in parts]

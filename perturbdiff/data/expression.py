@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from scipy import sparse
@@ -16,12 +16,30 @@ _CHUNK = 1 << 24  # values looked at together
 InputKind = Literal["counts", "log1p"]
 
 
-def as_csr(matrix: object) -> sparse.csr_matrix:
-    """X of an AnnData, dense, CSR or CSC, as CSR with sorted indices and no stored zeros."""
+def as_csr(matrix: Any) -> sparse.csr_matrix:
+    """X of an AnnData, dense, CSR or CSC, as CSR with sorted indices and no stored zeros.
+
+    Raises
+    ------
+    ValueError
+        Not a matrix of numbers, or a sparse one whose indices lead outside of it.
+    """
     if not (isinstance(matrix, np.ndarray) or sparse.issparse(matrix)):
         raise ValueError(
             f"X is a {type(matrix).__name__}; it must be a dense, CSR or CSC matrix in memory (AnnData: to_memory())."
         )
+    if matrix.ndim != 2 or matrix.dtype.kind not in "biuf":
+        raise ValueError(
+            f"X has {matrix.ndim} dimensions and type {matrix.dtype}; it must be a dense, CSR or CSC matrix of "
+            "numbers, cells by genes."
+        )
+    if matrix.dtype == np.float16:  # scipy has no sparse matrices of it
+        matrix = matrix.astype(np.float32)
+    if sparse.issparse(matrix) and matrix.format in ("csr", "csc"):
+        try:  # scipy trusts indices: with a bad one it reads and writes outside of the arrays
+            type(matrix)(matrix).check_format(full_check=True)
+        except ValueError as error:
+            raise ValueError(f"X is a damaged sparse matrix ({error}); get or write the file again.") from error
     csr = sparse.csr_matrix(matrix)
     if not csr.has_canonical_format or not csr.data.all():
         csr = csr.copy()  # the caller's arrays stay as they are
@@ -40,8 +58,8 @@ def input_kind(
     Raises
     ------
     ValueError
-        A NaN, infinite or negative value, scaled data, values that are neither, or log1p declared as counts; names
-        gene and value.
+        A NaN, infinite or negative value, scaled data, values that are neither, or one kind declared as the other;
+        names gene and value.
     """
     fraction: int | None = None  # place of the first fractional value
     top: int | None = None  # place of the largest value
@@ -59,15 +77,20 @@ def input_kind(
             fraction = start + int(fractional.argmax())
         largest = start + int(values.argmax())
         top = largest if top is None or X.data[largest] > X.data[top] else top
-    if fraction is None:
-        return "log1p" if declared == "log1p" else "counts"
-    assert top is not None, "a matrix with a fractional value has a largest one"
-    if declared == "counts":
+    if fraction is None and declared != "log1p":
+        return "counts"
+    if fraction is not None and declared == "counts":
         raise ValueError(
             f"X was declared as counts but gene {_gene(X, genes, fraction)} holds {X.data[fraction]:.6g}; counts are "
             "whole numbers. Set data.input_kind=log1p, or give the raw counts."
         )
-    if X.data[top] >= LOG1P_MAX:
+    if top is not None and X.data[top] >= LOG1P_MAX and fraction is None:
+        raise ValueError(
+            f"X was declared as log1p but gene {_gene(X, genes, top)} holds {X.data[top]:.6g}, too large for log1p "
+            f"values (under {LOG1P_MAX:g}), and all are whole numbers. Set data.input_kind=counts, or give log1p "
+            "values."
+        )
+    if top is not None and X.data[top] >= LOG1P_MAX:
         raise ValueError(
             f"X of gene {_gene(X, genes, top)} holds {X.data[top]:.6g}: fractions, yet too large for log1p values "
             f"(under {LOG1P_MAX:g}); normalised but not log-transformed? Give raw counts or log1p values."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -156,7 +157,7 @@ class Screen:
             found = self.obs[name][~control] if name == "perturbation" else self.obs[name]
             counts = found.value_counts()
             shown = ", ".join(f"{label} ({n:,})" for label, n in counts.head(6).items())
-            lines.append(f"{plural:<12}{len(counts)}: {shown}{', ...' if len(counts) > 6 else ''}")
+            lines.append(f"{plural:<11} {len(counts)}: {shown}{', ...' if len(counts) > 6 else ''}")
         if len(sizes):
             lines.append(
                 f"conditions  {len(sizes)} (perturbation, cell type, batch) with {sizes.min():,} to {sizes.max():,} "
@@ -175,17 +176,29 @@ def read_h5ad_parts(path: str | Path) -> tuple[Any, pd.DataFrame, pd.DataFrame]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist or is not a file; give the path of an .h5ad.")
+    names = ("X", "obs", "var")
     try:
         with h5py.File(path, "r") as file:
-            missing = [name for name in ("X", "obs", "var") if name not in file]
-            if missing:
-                raise ValueError(f"{path} is not an .h5ad: it has no {', '.join(missing)}. Write it with AnnData.")
-            X, obs, var = (read_elem(file[name]) for name in ("X", "obs", "var"))
-    except OSError as error:
+            missing = [name for name in names if name not in file]
+            X, obs, var = (None if missing else read_elem(file[name]) for name in names)
+    except Exception as error:  # on a damaged file h5py and anndata raise what comes, types of their own among it
         raise ValueError(f"{path} is not a readable .h5ad ({_short(error)}); write it with AnnData.") from error
+    if missing:
+        raise ValueError(f"{path} is not an .h5ad: it has no {', '.join(missing)}. Write it with AnnData.")
     if not (isinstance(obs, pd.DataFrame) and isinstance(var, pd.DataFrame)):
         raise ValueError(f"{path} is not an .h5ad: obs and var must be tables. Write it with AnnData.")
     return X, obs, var
+
+
+def write_h5ad(adata: AnnData, path: Path) -> None:
+    """Write a compressed .h5ad, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        adata.write_h5ad(temporary, compression="gzip")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_expression(
@@ -233,7 +246,7 @@ def _genes(var: pd.DataFrame) -> GeneVocab:
     ensembl = None
     for column in ENSEMBL_COLUMNS:
         if column in var.columns:
-            ensembl = tuple(var[column].astype(str))
+            ensembl = tuple("" if pd.isna(name) else str(name) for name in var[column])
             break
     return GeneVocab(tuple(var.index.astype(str)), ensembl)
 
@@ -267,9 +280,17 @@ def _library_column(obs: pd.DataFrame, column: str, path: str) -> np.ndarray:
 
 
 def _unique(names: pd.Index) -> pd.Index:
-    repeat = names.to_series().groupby(names).cumcount().to_numpy()
-    return pd.Index([f"{name}-{k}" if k else name for name, k in zip(names, repeat, strict=True)])
+    taken, seen, unique = set(names), Counter[str](), []
+    for name in names:
+        candidate = name
+        while seen[name] and candidate in taken:  # "a-1" may be another cell's own name
+            candidate = f"{name}-{seen[name]}"
+            seen[name] += candidate in taken
+        taken.add(candidate)
+        seen[name] += 1
+        unique.append(candidate)
+    return pd.Index(unique)
 
 
 def _short(error: BaseException) -> str:
-    return str(error).splitlines()[0][:120]
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]

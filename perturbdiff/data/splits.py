@@ -53,10 +53,16 @@ def make_split(screen: Screen, config: SplitConfig, seed: int) -> Split:
     Raises
     ------
     ValueError
-        A selector matches no perturbed cell (the message lists the nearest), or nothing is left to train on.
+        A selector matches no perturbed cell (the message lists the nearest), all of `validation` is held out, or
+        nothing is left to train on.
     """
     test = _any(screen, config.hold_out)
     validation = _any(screen, config.validation) & ~test
+    if config.validation and not validation.any():
+        raise ValueError(
+            f"split.validation {list(config.validation)} is held out by split.hold_out {list(config.hold_out)}; "
+            "validate on other conditions."
+        )
     if not config.validation:
         validation = _random_conditions(screen, ~test & ~screen.is_control, config.validation_fraction, seed)
     train = ~test & ~validation

@@ -67,7 +67,7 @@ class Alignment:
 
 @dataclass(frozen=True)
 class GeneVocab:
-    """Genes in model order: unique names, and Ensembl ids where the file had them."""
+    """Genes in model order: unique names, and Ensembl ids where the file had them ("" for a gene without)."""
 
     names: tuple[str, ...]
     ensembl: tuple[str, ...] | None = None
@@ -92,6 +92,8 @@ class GeneVocab:
         ValueError
             Under `min_overlap` of the genes are there.
         """
+        if not 0 <= min_overlap <= 1:
+            raise ValueError(f"min_gene_overlap ({min_overlap}) must be between 0 and 1.")
         best = Alignment(_columns(self.names, file.names), "name")
         for own, theirs in ((self.ensembl, file.ensembl), (self.ensembl, file.names), (self.names, file.ensembl)):
             if own is not None and theirs is not None:
@@ -108,7 +110,7 @@ class GeneVocab:
 
 
 def _columns(wanted: Sequence[str], present: Sequence[str]) -> np.ndarray:
-    places = {name: i for i, name in enumerate(present)}
+    places = {name: i for i, name in enumerate(present) if name}  # "" is an Ensembl id that is missing
     return np.array([places.get(name, -1) for name in wanted], dtype=np.int64)
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import h5py
 import numpy as np
 import pandas as pd
 from anndata import AnnData, concat
+from anndata.io import read_elem
 
-from perturbdiff.config import Config
+from perturbdiff.config import load_config
 from perturbdiff.data.cellsets import ConditionIndex, ControlMatch, resolve_control_match
 from perturbdiff.data.expression import as_csr, input_kind
 from perturbdiff.data.screen import Expression, Screen, read_h5ad_parts
@@ -166,10 +170,13 @@ def evaluate(
     return Report(pd.DataFrame(rows))
 
 
-def evaluate_file(predictions: str | Path, config: Config, split: str | Path | None) -> Report:
-    """`evaluate` on files: predictions as `perturbdiff predict` wrote them, config.data.screen, and a split.json.
+def evaluate_file(
+    predictions: str | Path, screen: str | Path, split: str | Path | None = None, settings: Sequence[str] = ()
+) -> Report:
+    """`evaluate` on files: predictions as `perturbdiff predict` wrote them, the measured screen, and a split.json.
 
-    Normalisation is that of the predictions (uns["perturbdiff"]), unless config.data says another.
+    The screen is normalised as the predictions say they were (uns["perturbdiff"]); `settings` are key=value words that
+    win over that, as data.batch_col=donor.
 
     Raises
     ------
@@ -177,17 +184,27 @@ def evaluate_file(predictions: str | Path, config: Config, split: str | Path | N
         A file is missing or not what it should be; and as `evaluate`.
     """
     X, obs, var = read_h5ad_parts(predictions)
+    given = {"out": "unused", "data": {"screen": str(screen), **_normalisation(predictions)}}
+    config = load_config(None, settings, given)
     values = as_csr(X)
     if input_kind(values, list(var.index), "auto") != "log1p":
         raise ValueError(
             f"{predictions} holds counts; predictions are log1p values, as `perturbdiff predict` writes them."
         )
-    screen = Screen.read(config.data.screen, config.data)
-    everything = ConditionIndex.build(screen, np.ones(len(screen), dtype=bool))
+    measured = Screen.read(screen, config.data)
+    everything = ConditionIndex.build(measured, np.ones(len(measured), dtype=bool))
     match = resolve_control_match(everything, config.data.control_match)
-    return evaluate(
-        AnnData(X=values, obs=obs, var=var), screen, match, None if split is None else read_split(split, screen)
-    )
+    chosen = None if split is None else read_split(split, measured)
+    return evaluate(AnnData(X=values, obs=obs, var=var), measured, match, chosen)
+
+
+def _normalisation(predictions: str | Path) -> dict[str, Any]:
+    # What PerturbDiff.predict wrote into uns; nothing for files of others.
+    with h5py.File(predictions, "r") as file:
+        said = read_elem(file["uns/perturbdiff"]) if "uns/perturbdiff" in file else {}
+    if "target_sum" not in said:
+        return {}
+    return {"target_sum": float(said["target_sum"]), "library_size_col": str(said["library_size_col"]) or None}
 
 
 def _held_out(

@@ -1,12 +1,12 @@
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import anndata
 import numpy as np
 import pandas as pd
 import pytest
 
-from perturbdiff.config import load_config
 from perturbdiff.data.expression import as_csr
 from perturbdiff.data.screen import Screen
 from perturbdiff.data.splits import make_split, write_split
@@ -138,8 +138,7 @@ def test_evaluating_files_gives_what_evaluating_arrays_gives(run, screen, split,
     predicted = truth_as_prediction(screen, np.flatnonzero(split.test))
     predicted.write_h5ad(tmp_path / "p.h5ad")
     write_split(split, screen, tmp_path / "split.json")
-    config = load_config(None, [], {"out": "unused", "data": {"screen": run.data.screen}})
-    report = evaluate_file(tmp_path / "p.h5ad", config, tmp_path / "split.json")
+    report = evaluate_file(tmp_path / "p.h5ad", run.data.screen, tmp_path / "split.json")
     pd.testing.assert_frame_equal(report.means(), evaluate(predicted, screen, "batch", split).means())
 
 
@@ -180,6 +179,23 @@ def test_counts_are_not_taken_for_predictions(run, screen, split, tmp_path):
         pd.DataFrame(index=list(screen.expression.genes.names)),
     )
     counts.write_h5ad(tmp_path / "counts.h5ad")
-    config = load_config(None, [], {"out": "unused", "data": {"screen": run.data.screen}})
     with pytest.raises(ValueError, match="holds counts"):
-        evaluate_file(tmp_path / "counts.h5ad", config, None)
+        evaluate_file(tmp_path / "counts.h5ad", run.data.screen)
+
+
+def test_the_measured_cells_are_normalised_as_the_predictions_were(run, tmp_path):
+    config = tiny_config(Path(run.data.screen), tmp_path / "out", "data.target_sum=500")
+    train(config)
+    screen = Screen.read(config.data.screen, config.data)
+    split = make_split(screen, config.split, config.training.seed)
+    model = PerturbDiff.from_pretrained(tmp_path / "out" / "model", device="cpu")
+    predicted = predict_held_out(model, screen, split, "batch", seed=0)
+    predicted.write_h5ad(tmp_path / "p.h5ad")
+    write_split(split, screen, tmp_path / "split.json")
+    expected = evaluate(predicted, screen, "batch", split).means()
+    report = evaluate_file(tmp_path / "p.h5ad", config.data.screen, tmp_path / "split.json")
+    pd.testing.assert_frame_equal(report.means(), expected)
+    other = evaluate_file(
+        tmp_path / "p.h5ad", config.data.screen, tmp_path / "split.json", ["data.target_sum=10000"]
+    ).means()
+    assert abs(other.loc[MODEL, "mse_of_means"] - expected.loc[MODEL, "mse_of_means"]) > 0.1

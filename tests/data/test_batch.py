@@ -1,0 +1,197 @@
+import numpy as np
+import pytest
+import torch
+
+from perturbdiff.config import Preprocessing
+from perturbdiff.data.batch import NULL, Labels, Vocabularies, make_batch, split_label
+from perturbdiff.data.cellsets import CellSet, ConditionIndex
+from perturbdiff.data.vocab import LabelVocab
+from tests.screens import counts_screen, log1p_cp10k, read, screen_with_cells
+
+NO_LABELS = Labels(torch.full((3, 1), NULL), torch.full((3,), NULL), torch.full((3,), NULL))
+
+
+def sets_of(rng, n_cells, sizes):
+    """Cell sets of random rows, the conditions numbered 0, 1, 2, 0, ..."""
+    return [
+        CellSet((0, i), i % 3, rng.choice(n_cells, n, replace=False), rng.choice(n_cells, n, replace=False))
+        for i, n in enumerate(sizes)
+    ]
+
+
+def expected_dense(values, rows_of_sets, set_size):
+    """(B, S, G) by a double loop."""
+    dense = np.zeros((len(rows_of_sets), set_size, values.shape[1]))
+    for b, rows in enumerate(rows_of_sets):
+        for s, row in enumerate(rows):
+            dense[b, s] = values[row]
+    return dense
+
+
+@pytest.mark.parametrize("set_size", [5, 9])
+@pytest.mark.parametrize("kind", ["counts", "log1p"])
+def test_the_dense_batch_equals_a_numpy_computation(kind, set_size):
+    adata = counts_screen(n_genes=20)
+    X = adata.X.toarray()
+    X[[3, 4, 40]] = 0  # cells without any count
+    logged = log1p_cp10k(X)
+    adata.X = X if kind == "counts" else logged
+    screen = read(adata, scale=4.0)
+    of_cell = dict(zip(adata.obs_names, logged, strict=True))
+    values = np.stack([of_cell[name] for name in screen.obs.index]) / 4.0
+    sets = sets_of(np.random.default_rng(0), len(screen), [5, 1, 3, 5])
+    batch = make_batch(sets, set_size, screen.expression, NO_LABELS)
+    x0, control = batch.dense()
+    assert x0.shape == control.shape == (4, set_size, 20)
+    assert x0.dtype == torch.float32
+    np.testing.assert_allclose(x0, expected_dense(values, [s.rows for s in sets], set_size), rtol=2e-6)
+    np.testing.assert_allclose(control, expected_dense(values, [s.control_rows for s in sets], set_size), rtol=2e-6)
+
+
+def test_library_size_and_target_sum_enter_the_dense_values():
+    adata = counts_screen(n_genes=20)
+    adata.obs["total"] = np.arange(adata.n_obs) * 7.0  # the first cell has a library size of 0
+    screen = read(adata, library_size_col="total", target_sum=300.0)
+    sets = [CellSet((0, 0), 0, np.arange(len(screen)), np.arange(len(screen)))]
+    x0, _ = make_batch(sets, len(screen), screen.expression, NO_LABELS).dense()
+    total = screen.obs["total"].to_numpy()[:, None]
+    counts = screen.expression.X.toarray()
+    expected = np.log1p(np.divide(counts * 300.0, total, out=np.zeros(counts.shape), where=total > 0)) / 10
+    np.testing.assert_allclose(x0[0], expected, rtol=2e-6)
+
+
+def test_counts_over_65535_pass_unharmed():
+    adata = counts_screen(n_genes=4)
+    X = adata.X.astype(np.float64).toarray()
+    X[:, 2] = 3_000_000_000
+    adata.X = X
+    screen = read(adata)
+    assert screen.expression.X.dtype == np.uint32
+    x0, _ = make_batch(
+        [CellSet((0, 0), 0, np.array([1, 2]), np.array([0, 3]))], 2, screen.expression, NO_LABELS
+    ).dense()
+    np.testing.assert_allclose(x0[0], log1p_cp10k(screen.expression.X[[1, 2]]) / 10, rtol=2e-6)
+
+
+def test_a_batch_without_sets_is_empty_and_dense():
+    screen = read(counts_screen(n_genes=5))
+    batch = make_batch([], 4, screen.expression, NO_LABELS)
+    x0, control = batch.dense()
+    assert x0.shape == control.shape == (0, 4, 5)
+    assert batch.mask.shape == (0, 4)
+    assert batch.labels.perturbation.shape == (0, 1)
+    assert batch.keys == batch.conditions == ()
+
+
+def test_the_mask_marks_the_places_that_hold_cells_and_empty_places_are_zero():
+    screen = read(counts_screen())
+    sets = sets_of(np.random.default_rng(0), len(screen), [2, 4, 1])
+    batch = make_batch(sets, 4, screen.expression, NO_LABELS)
+    assert batch.mask.tolist() == [[s < n for s in range(4)] for n in (2, 4, 1)]
+    for dense in batch.dense():
+        assert not dense[~batch.mask].any()
+        assert dense[batch.mask].any(1).all()
+    for cells in (batch.cells, batch.controls):
+        np.testing.assert_array_equal(cells.place, np.flatnonzero(batch.mask.flatten()))
+
+
+def test_each_set_carries_the_labels_and_key_of_its_condition():
+    labels = Labels(torch.tensor([[4, NULL], [5, 6], [7, NULL]]), torch.tensor([1, 2, 3]), torch.tensor([NULL, 8, 9]))
+    screen = read(counts_screen())
+    sets = sets_of(np.random.default_rng(0), len(screen), [1, 1, 1, 1])[::-1]
+    batch = make_batch(sets, 2, screen.expression, labels)
+    assert batch.conditions == (0, 2, 1, 0)
+    assert batch.keys == ((0, 3), (0, 2), (0, 1), (0, 0))
+    assert batch.labels.perturbation.tolist() == [[4, NULL], [7, NULL], [5, 6], [4, NULL]]
+    assert batch.labels.cell_type.tolist() == [1, 3, 2, 1]
+    assert batch.labels.batch.tolist() == [NULL, 9, 8, NULL]
+
+
+def test_moving_a_batch_to_a_device_changes_no_value():
+    screen = read(counts_screen())
+    batch = make_batch(sets_of(np.random.default_rng(0), len(screen), [2, 3]), 3, screen.expression, NO_LABELS)
+    moved = batch.to("cpu")
+    for a, b in zip(batch.dense(), moved.dense(), strict=True):
+        assert torch.equal(a, b)
+    hidden = Labels(NO_LABELS.perturbation, NO_LABELS.cell_type, NO_LABELS.batch, torch.tensor([True, False, True]))
+    assert hidden.to("cpu").select(slice(1, 3)).hidden.tolist() == [False, True]
+
+
+# ---------------------------------------------------------------- labels
+
+
+@pytest.fixture
+def known():
+    return Vocabularies(
+        LabelVocab("perturbation", ("A", "B", "JAK2", "X+Y")),
+        LabelVocab("cell_type", ("NK", "T")),
+        LabelVocab("batch", ("b1",)),
+        "+",
+    )
+
+
+def test_names_become_ids_and_combinations_become_several(known):
+    labels = known.encode([("A", "T", "b1"), ("JAK2+B+A", "NK", None), ("X+Y", None, "b1"), (None, "T", "b1")])
+    assert labels.perturbation.tolist() == [[0, NULL, NULL], [2, 1, 0], [3, NULL, NULL], [NULL] * 3]
+    assert labels.cell_type.tolist() == [1, 0, NULL, 1]
+    assert labels.batch.tolist() == [0, NULL, 0, 0]
+
+
+def test_unknown_cell_types_and_batches_are_null(known):
+    labels = known.encode([("A", "B cell", "b9"), ("A", "", "")])
+    assert labels.cell_type.tolist() == labels.batch.tolist() == [NULL, NULL]
+
+
+def test_labels_of_nothing_have_shapes(known):
+    labels = known.encode([])
+    assert (labels.perturbation.shape, labels.cell_type.shape) == ((0, 1), (0,))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("jak1", "did you mean JAK2"),
+        ("A+jak2", "'jak2' is not known.*did you mean JAK2"),
+        ("A:B", "'A:B' is not known"),
+    ],
+)
+def test_an_unknown_perturbation_is_an_error_with_the_nearest_and_never_null(known, name, text):
+    with pytest.raises(KeyError, match=text):
+        known.encode([(name, "T", "b1")])
+
+
+@pytest.mark.parametrize("name", ["", "+", " "])
+def test_a_perturbation_without_a_name_is_unknown_and_not_null(known, name):
+    with pytest.raises(KeyError, match="is not known"):
+        known.encode([(name, "T", "b1")])
+
+
+def test_labels_are_split_at_the_separator_and_empty_parts_are_dropped():
+    assert split_label("A+B", "+") == ["A", "B"]
+    assert split_label("A+", "+") == ["A"]
+    assert split_label("A+B", None) == ["A+B"]
+    assert split_label("A__B", "__") == ["A", "B"]
+    assert split_label("+", "+") == ["+"]
+
+
+def test_known_labels_are_those_of_perturbed_conditions_in_order():
+    found = [("control", "T", "b1", 2), ("control", "B", "b2", 2), ("D+C", "T", "b3", 2), ("A", "NK", "b1", 2)]
+    screen = read(screen_with_cells(found))
+    index = ConditionIndex.build(screen, np.ones(len(screen), bool))
+    vocabularies = Vocabularies.of(index, "+", with_batches=True)
+    assert vocabularies.perturbations.names == ("A", "C", "D")
+    assert vocabularies.cell_types.names == ("NK", "T")
+    assert vocabularies.batches.names == ("b1", "b3")
+    assert Vocabularies.of(index, "+", with_batches=False).batches.names == ()
+    assert Vocabularies.of(index, None, with_batches=True).perturbations.names == ("A", "D+C")
+
+
+def test_scale_and_kind_are_those_of_the_preprocessing_and_not_of_the_cells():
+    screen = read(counts_screen())
+    batch = make_batch(sets_of(np.random.default_rng(0), len(screen), [3]), 3, screen.expression, NO_LABELS)
+    ten, five = (batch.cells.dense(1, 3, 12, Preprocessing("counts", 1e4, scale))[0] for scale in (10.0, 5.0))
+    torch.testing.assert_close(ten * 2, five)
+    raw = batch.cells.dense(1, 3, 12, Preprocessing("log1p", 1e4, 1.0))[0]
+    np.testing.assert_array_equal(
+        raw, screen.expression.X[sets_of(np.random.default_rng(0), len(screen), [3])[0].rows].toarray()
+    )

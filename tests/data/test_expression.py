@@ -1,0 +1,257 @@
+import itertools
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+from perturbdiff.config import Preprocessing
+from perturbdiff.data import expression as module
+from perturbdiff.data.expression import (
+    LOG1P_MAX,
+    as_csr,
+    highly_variable_genes,
+    input_kind,
+    library_sizes,
+    log1p_normalised,
+)
+from perturbdiff.data.screen import read_h5ad_parts
+from tests.screens import log1p_cp10k, quality_file, real_screen
+
+GENES = [f"gene_{g}" for g in range(6)]
+COUNTS = np.array([[0, 3, 0, 1, 0, 0], [2, 0, 0, 0, 0, 7], [0, 0, 0, 0, 0, 0], [1, 1, 4, 0, 0, 0]], dtype=np.float32)
+
+
+def kind(values, declared="auto"):
+    X = as_csr(np.asarray(values))
+    return input_kind(X, GENES[: X.shape[1]], declared)
+
+
+def with_value(value, row=1, gene=5, base=COUNTS):
+    X = base.astype(np.float64).copy()
+    X[row, gene] = value
+    return X
+
+
+# ---------------------------------------------------------------- as_csr
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [
+        *itertools.product(
+            [np.asarray, sparse.csr_matrix, sparse.csc_matrix, sparse.csr_array],
+            [np.float32, np.float64, np.int8, np.int64, np.uint16, bool],
+        ),
+        (np.asarray, np.float16),
+    ],
+)
+def test_any_form_and_number_type_gives_the_same_cells(form, dtype):
+    dense = COUNTS.astype(dtype)
+    csr = as_csr(form(dense))
+    assert isinstance(csr, sparse.csr_matrix)
+    assert csr.has_canonical_format
+    np.testing.assert_array_equal(csr.toarray().astype(float), dense.astype(float))
+
+
+def test_unsorted_repeated_and_stored_zero_entries_are_cleaned_without_touching_the_callers_arrays():
+    data, indices, indptr = np.array([5.0, 0.0, 1.0, 2.0]), np.array([2, 1, 0, 0]), np.array([0, 2, 4])
+    given = sparse.csr_matrix((data, indices, indptr), shape=(2, 3))
+    csr = as_csr(given)
+    np.testing.assert_array_equal(csr.toarray(), [[0, 0, 5], [3, 0, 0]])
+    assert csr.nnz == 2
+    assert csr.has_canonical_format
+    np.testing.assert_array_equal(given.data, [5, 0, 1, 2])
+    np.testing.assert_array_equal(given.indices, [2, 1, 0, 0])
+    np.testing.assert_array_equal(given.indptr, [0, 2, 4])
+
+
+@pytest.mark.parametrize(
+    ("form", "array", "place", "value"),
+    [
+        (sparse.csr_matrix, "indices", 1, 99),
+        (sparse.csr_matrix, "indices", 1, -2),
+        (sparse.csr_matrix, "indptr", 2, 1000),
+        (sparse.csc_matrix, "indices", 1, 99),
+        (sparse.csc_matrix, "indptr", 2, 1000),
+    ],
+)
+def test_sparse_indices_outside_the_matrix_are_refused(form, array, place, value):
+    matrix = form(COUNTS)
+    getattr(matrix, array)[place] = value
+    with pytest.raises(ValueError, match="X is a damaged sparse matrix"):
+        as_csr(matrix)
+
+
+@pytest.mark.parametrize("given", [None, [[1.0]], pd.DataFrame([[1.0]]), np.array([["a"]]), np.zeros((2, 2, 2))])
+def test_what_is_no_matrix_of_numbers_is_refused(given):
+    with pytest.raises(ValueError, match="it must be a dense, CSR or CSC matrix"):
+        as_csr(given)
+
+
+# ---------------------------------------------------------------- input_kind
+
+
+def test_whole_numbers_are_counts_and_fractions_under_the_limit_are_log1p():
+    assert kind(COUNTS) == "counts"
+    assert kind(COUNTS.astype(np.int64)) == "counts"
+    assert kind(log1p_cp10k(COUNTS)) == "log1p"
+    assert kind(with_value(np.nextafter(LOG1P_MAX, 0))) == "log1p"
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (1, 6), (0, 6), (4, 0)])
+def test_matrices_of_zeros_one_cell_and_nothing_at_all_are_counts(shape):
+    assert kind(np.zeros(shape)) == "counts"
+    assert kind(np.zeros(shape), "counts") == "counts"
+    assert kind(np.zeros(shape), "log1p") == "log1p"
+
+
+def test_one_cell_is_enough_to_tell():
+    assert kind([[0, 2, 1]]) == "counts"
+    assert kind([[0, 0.69, 1.1]]) == "log1p"
+
+
+def test_one_fractional_value_among_counts_is_enough_to_refuse_them():
+    with pytest.raises(ValueError, match=r"gene 'gene_5' holds 40\.5: fractions, yet too large for log1p"):
+        kind(with_value(40.5))
+    with pytest.raises(ValueError, match=r"declared as counts but gene 'gene_5' holds 1\.5; .*data.input_kind=log1p"):
+        kind(with_value(1.5), "counts")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(np.nan, "nan"), (np.inf, "inf"), (-np.inf, "-inf"), (-0.25, "-0.25"), (-3.0, "-3.0")]
+)
+@pytest.mark.parametrize("declared", ["auto", "counts", "log1p"])
+def test_nan_infinite_and_negative_values_are_refused_with_gene_and_value(value, text, declared):
+    with pytest.raises(ValueError, match=rf"X of gene 'gene_3' holds {text}, which is (not finite|negative)"):
+        kind(with_value(value, row=0, gene=3), declared)
+
+
+def test_scaled_data_are_called_so():
+    scaled = (COUNTS - COUNTS.mean(0)) / (COUNTS.std(0) + 1)
+    with pytest.raises(ValueError, match=r"z-scored or scaled"):
+        kind(scaled)
+
+
+def test_values_that_were_normalised_but_not_logged_are_refused_with_the_largest():
+    normalised = COUNTS / np.maximum(COUNTS.sum(1, keepdims=True), 1) * 1e4
+    with pytest.raises(ValueError, match=r"gene 'gene_5' holds 7777\.78: .*not log-transformed"):
+        kind(normalised)
+
+
+def test_log1p_values_must_stay_under_the_limit_also_where_they_are_whole_or_declared():
+    assert kind([[0, 1, 2]], "log1p") == "log1p"
+    for values in ([[0, 1, 400]], [[0, 1.5, 400]]):
+        with pytest.raises(ValueError, match=r"gene 'gene_2' holds 400"):
+            kind(values, "log1p")
+
+
+@pytest.mark.parametrize("place", range(10))
+def test_a_bad_value_is_found_in_whatever_chunk_it_lies(monkeypatch, place):
+    monkeypatch.setattr(module, "_CHUNK", 3)
+    values = np.full((2, 5), 2.0)
+    values.flat[place] = np.nan
+    with pytest.raises(ValueError, match=f"gene 'gene_{place % 5}' holds nan"):
+        kind(values)
+    values.flat[place] = 99.5
+    with pytest.raises(ValueError, match=rf"gene 'gene_{place % 5}' holds 99\.5"):
+        kind(values)
+    values.flat[place] = 0.5
+    assert kind(values) == "log1p"
+
+
+@pytest.mark.parametrize("place", range(10))
+def test_the_first_fractional_value_is_named_in_whatever_chunk_it_lies(monkeypatch, place):
+    monkeypatch.setattr(module, "_CHUNK", 3)
+    values = np.full((2, 5), 2.0)
+    values.flat[place:] = np.arange(place, 10) + 0.5
+    with pytest.raises(ValueError, match=rf"declared as counts but gene 'gene_{place % 5}' holds {place}\.5;"):
+        kind(values, "counts")
+
+
+# ---------------------------------------------------------------- normalisation
+
+
+def test_library_sizes_are_row_sums_without_overflow():
+    X = sparse.csr_matrix(np.full((2, 3), 60_000, dtype=np.uint16))
+    np.testing.assert_array_equal(library_sizes(X), [180_000, 180_000])
+    assert library_sizes(X).dtype == np.float32
+
+
+@pytest.mark.parametrize("target_sum", [1e4, 250.0])
+def test_normalised_counts_equal_numpy(target_sum):
+    rng = np.random.default_rng(0)
+    counts = rng.poisson(1.3, (40, 25)).astype(np.uint16)
+    counts[7] = 0
+    library = counts.sum(1).astype(np.float32) * 1.5
+    how = Preprocessing("counts", target_sum, 10.0)
+    got = log1p_normalised(sparse.csr_matrix(counts), library, how)
+    per_cell = np.divide(target_sum, library, out=np.zeros(40), where=library > 0)
+    np.testing.assert_allclose(got.toarray(), np.log1p(counts * per_cell[:, None]), rtol=1e-6)
+    assert got.dtype == np.float32
+
+
+def test_normalising_a_panel_by_its_row_sums_is_log1p_cp10k():
+    got = log1p_normalised(as_csr(COUNTS), library_sizes(as_csr(COUNTS)), Preprocessing("counts", 1e4, 10.0))
+    np.testing.assert_allclose(got.toarray(), log1p_cp10k(COUNTS), rtol=1e-6)
+
+
+def test_log1p_input_is_not_normalised_again():
+    X = as_csr(log1p_cp10k(COUNTS))
+    got = log1p_normalised(X, np.full(4, 3.0, np.float32), Preprocessing("log1p", 1e4, 10.0))
+    np.testing.assert_array_equal(got.toarray(), X.toarray().astype(np.float32))
+
+
+# ---------------------------------------------------------------- highly variable genes
+
+
+def hvg_by_pandas(logged: np.ndarray, n: int) -> np.ndarray:
+    """flavor="seurat" as scanpy writes it: pd.cut on the log mean, z-scores by groupby."""
+    linear = np.expm1(logged)
+    table = pd.DataFrame({"mean": linear.mean(0), "variance": linear.var(0, ddof=1)})
+    table.loc[table["mean"] == 0, "mean"] = 1e-12
+    dispersion = table["variance"] / table["mean"]
+    table["dispersion"] = np.log(dispersion.where(dispersion > 0))
+    table["bin"] = pd.cut(np.log1p(table["mean"]), bins=20)
+    by_bin = table.groupby("bin", observed=True)["dispersion"]
+    mean, spread = by_bin.transform("mean"), by_bin.transform("std")
+    alone = spread.isna()
+    score = ((table["dispersion"] - mean.where(~alone, 0)) / spread.where(~alone, mean)).fillna(-np.inf)
+    return np.sort(score.sort_values(ascending=False, kind="stable").index[:n].to_numpy())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_highly_variable_genes_equal_a_pandas_derivation(seed):
+    rng = np.random.default_rng(seed)
+    means = rng.lognormal(-1, 1.5, 300)
+    means[:9] = [0, 0, 40, 90, 160, 260, 400, 900, 2000]  # genes nobody has, and bins with a gene or two
+    shape = rng.uniform(0.3, 4, 300)
+    counts = rng.poisson(rng.gamma(shape, means / shape, (150, 300)))
+    logged = log1p_cp10k(counts)
+    for n in (1, 40, 200):
+        np.testing.assert_array_equal(highly_variable_genes(sparse.csr_matrix(logged), n), hvg_by_pandas(logged, n))
+
+
+def test_all_genes_come_in_order_where_no_more_are_there():
+    X = sparse.csr_matrix(log1p_cp10k(COUNTS))
+    for n in (6, 7, 2000):
+        np.testing.assert_array_equal(highly_variable_genes(X, n), np.arange(6))
+
+
+def test_choosing_genes_works_on_one_cell_and_on_constant_genes():
+    for cells in (COUNTS[:1], np.ones((5, 6)), np.zeros((5, 6))):
+        chosen = highly_variable_genes(sparse.csr_matrix(log1p_cp10k(cells)), 3)
+        assert len(set(chosen.tolist())) == 3
+        assert (np.diff(chosen) > 0).all()
+
+
+def test_highly_variable_genes_of_kang_equal_the_list_made_with_scanpy():
+    split = json.loads(quality_file("T1/split.json").read_text())
+    X, obs, var = read_h5ad_parts(real_screen("kang2018_pbmc_ifnb.h5ad"))
+    train = ~obs.index.isin(split["test_barcodes"])
+    assert train.sum() == split["n_train"]
+    counts = as_csr(X)[train]
+    logged = log1p_normalised(counts, library_sizes(counts), Preprocessing("counts", 1e4, 10.0))
+    chosen = highly_variable_genes(logged, 2000)
+    assert var.index[chosen].tolist() == split["genes"]
