@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,12 +28,16 @@ Control cells are never held out: they are what predictions start from.
 SETTINGS = """
 settings:
   any number of key=value words, as in  training.n_steps=1000 denoiser.width=256 data.n_hvg=null
-  every key with its default and meaning stands in perturbdiff/config.py; a typo is an error that names the key.
+  a run's config.yaml lists every key with its value, perturbdiff/config.py what it means; a typo is an error that
+  names the nearest key.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; exits 0, or 2 with one line on a user's mistake (--debug shows the traceback)."""
+    # Before torch is imported. Its threads spin at every barrier: on quiet cores this makes no difference, but where
+    # another process holds a core, steps take a half to a third of the time.
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     arguments = _arguments(argv)
     try:
         arguments.run(arguments)
@@ -149,8 +154,8 @@ def _refuse_existing(path: str, overwrite: bool) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="perturbdiff",
-        description="Functional diffusion models of single-cell perturbation responses: train on a screen, predict the "
-        "cells of conditions nobody measured, and score them beside honest baselines.",
+        description="Functional diffusion models of single-cell perturbation responses: train on a screen, predict\n"
+        "the cells of conditions nobody measured, and score them beside honest baselines.",
         epilog="Start with: perturbdiff demo    (five minutes, no data needed)\n"
         "Then:       perturbdiff screen info FILE.h5ad",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -178,9 +183,10 @@ def _parser() -> argparse.ArgumentParser:
         "Reads an .h5ad as training would and says what it found: kind of X, perturbations, cell types, batches,\n"
         "conditions. Columns other than perturbation, cell_type, batch, and a control label other than 'control',\n"
         "are settings.",
-        "example:\n  perturbdiff screen info FILE.h5ad data.perturbation_col=gene data.control_label=non-targeting\n",
+        "example:\n  perturbdiff screen info FILE.h5ad data.perturbation_col=gene data.control_label=non-targeting\n"
+        + SETTINGS,
     )  # fmt: skip
-    info.add_argument("file", metavar="FILE.h5ad")
+    info.add_argument("file", metavar="FILE.h5ad", help="X raw counts or log1p")
     _settings(info)
 
     train = _command(
@@ -209,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--perturbation", required=True, metavar="NAME", help="or several: A+B")
     predict.add_argument("--cell-type", metavar="NAME", help="only controls of this cell type (default: all)")
     predict.add_argument("--batch", metavar="NAME", help="only controls of this batch (default: all)")
-    predict.add_argument("--out", required=True, metavar="FILE.h5ad")
+    predict.add_argument("--out", required=True, metavar="FILE.h5ad", help="file to write")
     predict.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     predict.add_argument("--n-cells", type=int, metavar="N", help="cells to predict (default: one per control cell)")
     predict.add_argument("--n-populations", type=int, default=1, metavar="N", help="draws of the response distribution")
@@ -218,7 +224,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     predict.add_argument("--steps", type=int, metavar="N", help="denoiser calls (default: the model's)")
     predict.add_argument("--sampler", choices=("ddim", "ddpm"), help="(default: the model's)")
-    predict.add_argument("--seed", type=int, default=0, metavar="N")
+    predict.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same cells (default: 0)")
     predict.add_argument(
         "--min-gene-overlap", type=float, default=0.5, metavar="PART",
         help="refuse controls with fewer of the model's genes (default: %(default)s)",
@@ -228,7 +234,8 @@ def _parser() -> argparse.ArgumentParser:
         commands, "evaluate", _evaluate, "score predicted cells against measured ones, beside baselines",
         "Compares conditions that are in both files, with the real control cells on both sides. With the split.json\n"
         "of the run, baselines are made from its training cells and only its held-out cells count.",
-        "example:\n  perturbdiff evaluate cd4t.h5ad --screen kang.h5ad --split runs/kang/split.json --out scores\n",
+        "example:\n  perturbdiff evaluate cd4t.h5ad --screen kang.h5ad --split runs/kang/split.json --out scores\n"
+        + SETTINGS,
     )  # fmt: skip
     evaluate.add_argument("predictions", metavar="PREDICTED.h5ad", help="X log1p, as perturbdiff predict writes it")
     evaluate.add_argument("--screen", required=True, metavar="FILE.h5ad", help="the measured cells and their controls")

@@ -173,7 +173,9 @@ def load_config(
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved settings as yaml; `load_config(path)` gives them back."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    temporary.replace(path)
 
 
 def as_dict(settings: Any) -> dict[str, Any]:
@@ -261,6 +263,13 @@ def check_config(config: Config) -> None:
         raise ValueError(f"training.early_stop_patience ({patience}) must be at least 1; null never stops early.")
     check_denoiser(config.denoiser)
     check_sampling(config.sampling, config.diffusion)
+
+
+def check_preprocessing(how: Preprocessing) -> None:
+    """Refuse factors that would erase or invent expression. Raises ValueError."""
+    for key, value in (("target_sum", how.target_sum), ("scale", how.scale)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"preprocessing {key} ({value}) must be finite and greater than 0.")
 
 
 def check_denoiser(config: DenoiserConfig) -> None:

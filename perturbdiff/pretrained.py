@@ -20,13 +20,14 @@ from perturbdiff.config import (
     Preprocessing,
     SamplingConfig,
     as_dict,
+    check_preprocessing,
     check_sampling,
     from_dict,
 )
 from perturbdiff.data.batch import CellSetBatch, Labels, Vocabularies, make_batch
 from perturbdiff.data.cellsets import CellSet, draw_controls
 from perturbdiff.data.expression import as_csr
-from perturbdiff.data.screen import Expression, expression_of, read_h5ad_parts
+from perturbdiff.data.screen import Expression, expression_of, genes_of, read_h5ad_parts, unique_names
 from perturbdiff.data.seeds import numpy_generator, torch_generator
 from perturbdiff.data.vocab import GeneVocab, LabelVocab, nearest
 from perturbdiff.diffusion.sampling import sample
@@ -50,10 +51,13 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 MAX_VALUES_PER_CHUNK = 1 << 22  # cells x genes denoised at once: memory does not grow with the number of cells
-MAX_DEPTH = 1024  # a config.json that asks for more is not believed
+MAX_PREDICTED_CELLS = 50_000_000  # of one call: the answer is held in memory
+CONFIG_KEYS = {
+    "format_version", "library_version", "class", "denoiser", "diffusion", "sampling", "obs", "set_size", "sha256",
+}  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass
 class ObsColumns:
     """Names of the obs columns of the training data; predict reads cell type and batch of controls under them."""
 
@@ -135,13 +139,13 @@ class PerturbDiff:
                 from_dict(DenoiserConfig, config["denoiser"]),
                 from_dict(DiffusionConfig, config["diffusion"]),
                 from_dict(SamplingConfig, config["sampling"]),
-                ObsColumns(**config["obs"]),
-                int(config["set_size"]),
+                from_dict(ObsColumns, config["obs"]),
+                config["set_size"],
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: a setting is missing or of the wrong kind ({error}).") from error
-        if model_config.denoiser.depth > MAX_DEPTH:
-            raise ValueError(f"{path}: denoiser.depth ({model_config.denoiser.depth}) must be at most {MAX_DEPTH}.")
+        check_preprocessing(preprocessing)
+        _refuse_unbelievable(path, config, model_config)
         with torch.device("meta"):  # shapes only: no memory is taken before they were compared with the file's
             denoiser = Denoiser(model_config.denoiser, len(genes), _sizes(vocabularies))
         load_weights(path, denoiser)
@@ -247,6 +251,10 @@ class PerturbDiff:
             raise ValueError(f"n_cells ({n_cells}) must be at least 1.")
         if n_populations < 1:
             raise ValueError(f"n_populations ({n_populations}) must be at least 1.")
+        if (n_all := (n_cells or controls.n_obs) * n_populations) > MAX_PREDICTED_CELLS:
+            raise ValueError(
+                f"{n_all:,} cells asked for; one call predicts at most {MAX_PREDICTED_CELLS:,}: use several."
+            )
         if controls.n_obs == 0:
             raise ValueError("controls has no cells; give the control cells of the context to predict.")
         self.vocabularies.encode([(perturbation, None, None)])  # an unknown perturbation fails before the work
@@ -398,6 +406,30 @@ class PerturbDiff:
         }
 
 
+def _refuse_unbelievable(path: str | Path, config: dict[str, Any], model: ModelConfig) -> None:
+    # Sizes from a foreign config.json: beyond these bounds even shapes without memory are a burden.
+    if unknown := sorted(set(config) - CONFIG_KEYS):
+        raise ValueError(f"{path}: config.json has unknown keys {unknown}; update perturbdiff or get the folder again.")
+    if config.get("class") != "PerturbDiff":
+        raise ValueError(f"{path}: config.json is of class {config.get('class')!r}; this reads 'PerturbDiff'.")
+    if set(config["obs"]) != set(ObsColumns.__dataclass_fields__):
+        raise ValueError(f"{path}: config.json's obs must have the keys {sorted(ObsColumns.__dataclass_fields__)}.")
+    bounds: dict[str, tuple[Any, int]] = {
+        "set_size": (model.set_size, 1 << 20),
+        "denoiser.depth": (model.denoiser.depth, 1 << 10),
+        "denoiser.width": (model.denoiser.width, 1 << 16),
+        "denoiser.covariate_dim": (model.denoiser.covariate_dim, 1 << 16),
+        "denoiser.mlp_ratio": (model.denoiser.mlp_ratio, 1 << 8),
+        "diffusion.n_timesteps": (model.diffusion.n_timesteps, 1 << 20),
+    }
+    for key, (value, most) in bounds.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+            raise ValueError(f"{path}: {key} ({value!r}) must be greater than 0 and at most {most}.")
+    if not isinstance(model.set_size, int):
+        raise ValueError(f"{path}: set_size ({model.set_size!r}) must be a whole number.")
+    check_sampling(model.sampling, model.diffusion)
+
+
 def control_cells(path: str | Path, obs: ObsColumns, cell_type: str | None, batch: str | None) -> AnnData:
     """The control cells of an .h5ad, of one cell type or batch if given; all cells where it has no such column.
 
@@ -409,6 +441,7 @@ def control_cells(path: str | Path, obs: ObsColumns, cell_type: str | None, batc
     from anndata import AnnData
 
     X, table, var = read_h5ad_parts(path)
+    genes_of(var)  # refuses duplicates before AnnData merely warns of them
     wanted = ((obs.perturbation, obs.control_label), (obs.cell_type, cell_type), (obs.batch, batch))
     chosen = np.ones(len(table), dtype=bool)
     for column, value in wanted:
@@ -420,7 +453,7 @@ def control_cells(path: str | Path, obs: ObsColumns, cell_type: str | None, batc
                 f"{path} has no control cell with {column} {value!r}; {nearest(value, set(labels[chosen]))}."
             )
         chosen &= labels == value
-    return AnnData(X=as_csr(X)[chosen], obs=table[chosen], var=var)
+    return AnnData(X=as_csr(X)[chosen], obs=table[chosen].set_axis(unique_names(table.index[chosen])), var=var)
 
 
 def build_denoiser(config: DenoiserConfig, n_genes: int, vocabularies: Vocabularies) -> Denoiser:

@@ -174,6 +174,7 @@ def test_missing_genes_are_zeros_up_to_the_allowed_overlap(model, controls):
     ("argument", "message"),
     [
         ({"n_cells": 0}, "n_cells"),
+        ({"n_cells": 10**14}, "at most"),
         ({"n_populations": 0}, "n_populations"),
         ({"steps": 0}, "n_steps"),
         ({"steps": 1001}, "n_steps"),

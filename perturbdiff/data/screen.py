@@ -108,7 +108,7 @@ class Screen:
         expression = read_expression(X, obs, var, config.input_kind, config, path)
         if not obs.index.is_unique:
             notes.append(f"{obs.index.duplicated().sum()} repeated obs_names got a suffix")
-            obs = obs.set_axis(_unique(obs.index.astype(str)), axis=0)
+            obs = obs.set_axis(unique_names(obs.index.astype(str)), axis=0)
         others = obs.drop(columns=[c for c in LABELS if c in obs.columns])
         order = np.lexsort([labels["perturbation"], labels["batch"], labels["cell_type"]])
         sorted_obs = pd.DataFrame({name: labels[name][order] for name in LABELS}, index=obs.index[order].astype(str))
@@ -205,7 +205,7 @@ def read_expression(
     X: Any, obs: pd.DataFrame, var: pd.DataFrame, declared: str, config: DataConfig | Preprocessing, path: str
 ) -> Expression:
     """Check X and find the library sizes; cells keep their order. Raises as `Screen.from_parts`."""
-    genes = _genes(var)
+    genes = genes_of(var)
     matrix = as_csr(X)
     if matrix.shape != (len(obs), len(genes)):
         raise ValueError(f"X of {path} is {matrix.shape}; it must be {(len(obs), len(genes))}, cells by genes.")
@@ -242,7 +242,8 @@ def expression_of(adata: AnnData, how: Preprocessing) -> Expression:
     return expression
 
 
-def _genes(var: pd.DataFrame) -> GeneVocab:
+def genes_of(var: pd.DataFrame) -> GeneVocab:
+    """Gene names and, where var has such a column, Ensembl ids. Raises ValueError on duplicate names."""
     ensembl = None
     for column in ENSEMBL_COLUMNS:
         if column in var.columns:
@@ -279,7 +280,7 @@ def _library_column(obs: pd.DataFrame, column: str, path: str) -> np.ndarray:
     return values.astype(np.float32)
 
 
-def _unique(names: pd.Index) -> pd.Index:
+def unique_names(names: pd.Index) -> pd.Index:
     taken, seen, unique = set(names), Counter[str](), []
     for name in names:
         candidate = name

@@ -22,4 +22,5 @@ def torch_generator(device: torch.device | str, seed: int, purpose: str, *key: i
 def _sequence(seed: int, purpose: str, key: tuple[int, ...]) -> np.random.SeedSequence:
     if seed < 0:
         raise ValueError(f"seed ({seed}) must not be negative.")
-    return np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), *key])
+    # With the key's length: a SeedSequence does not see trailing zeros.
+    return np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), len(key), *key])

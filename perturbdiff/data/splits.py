@@ -56,8 +56,8 @@ def make_split(screen: Screen, config: SplitConfig, seed: int) -> Split:
         A selector matches no perturbed cell (the message lists the nearest), all of `validation` is held out, or
         nothing is left to train on.
     """
-    test = _any(screen, config.hold_out)
-    validation = _any(screen, config.validation) & ~test
+    test = _any(screen, config.hold_out, "hold-out")
+    validation = _any(screen, config.validation, "validation") & ~test
     if config.validation and not validation.any():
         raise ValueError(
             f"split.validation {list(config.validation)} is held out by split.hold_out {list(config.hold_out)}; "
@@ -74,7 +74,9 @@ def make_split(screen: Screen, config: SplitConfig, seed: int) -> Split:
 
 
 def write_split(split: Split, screen: Screen, path: Path) -> None:
-    path.write_text(json.dumps(split.as_json(screen), indent=1) + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(split.as_json(screen), indent=1) + "\n")
+    temporary.replace(path)
 
 
 def read_split(path: str | Path, screen: Screen) -> Split:
@@ -90,7 +92,8 @@ def read_split(path: str | Path, screen: Screen) -> Split:
     try:
         stored = json.loads(Path(path).read_text())
         version, sha = stored["format_version"], stored.pop("sha256")
-        cells, hold_out, chosen = stored["cells"], stored["hold_out"], stored["validation"]
+        cells = {part: list(map(str, stored["cells"][part])) for part in ("validation", "test")}
+        hold_out, chosen = list(stored["hold_out"]), list(stored["validation"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a split.json ({type(error).__name__}: {error}).") from error
     if version != 1:
@@ -110,7 +113,7 @@ def read_split(path: str | Path, screen: Screen) -> Split:
     return Split(SplitConfig(hold_out=hold_out, validation=chosen), train, parts["validation"], parts["test"])
 
 
-def select_cells(screen: Screen, selector: str) -> np.ndarray:
+def select_cells(screen: Screen, selector: str, purpose: str = "hold-out") -> np.ndarray:
     """Perturbed cells that a selector names, boolean (n_cells,). Raises ValueError where there are none."""
     matches = ~screen.is_control
     column, equals, value = selector.partition("=")
@@ -124,19 +127,19 @@ def select_cells(screen: Screen, selector: str) -> np.ndarray:
         matches &= (present == value).to_numpy()
         if not (present[~screen.is_control] == value).any():
             raise ValueError(
-                f"hold-out {selector!r}: no perturbed cell has {name} {value!r}; "
+                f"{purpose} {selector!r}: no perturbed cell has {name} {value!r}; "
                 f"{nearest(value, set(present[~screen.is_control]))}. Selectors are PERTURBATION[:CELL_TYPE[:BATCH]] "
                 f"or COLUMN=VALUE with a column of obs."
             )
     if not matches.any():
-        raise ValueError(f"hold-out {selector!r} matches no perturbed cell: no cell has all of {wanted}.")
+        raise ValueError(f"{purpose} {selector!r} matches no perturbed cell: no cell has all of {wanted}.")
     return matches
 
 
-def _any(screen: Screen, selectors: Sequence[str]) -> np.ndarray:
+def _any(screen: Screen, selectors: Sequence[str], purpose: str) -> np.ndarray:
     chosen = np.zeros(len(screen), dtype=bool)
     for selector in selectors:
-        chosen |= select_cells(screen, selector)
+        chosen |= select_cells(screen, selector, purpose)
     return chosen
 
 

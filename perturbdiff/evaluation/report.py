@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from anndata.io import read_elem
 from perturbdiff.config import load_config
 from perturbdiff.data.cellsets import ConditionIndex, ControlMatch, resolve_control_match
 from perturbdiff.data.expression import as_csr, input_kind
-from perturbdiff.data.screen import Expression, Screen, read_h5ad_parts
+from perturbdiff.data.screen import Expression, Screen, genes_of, read_h5ad_parts, unique_names
 from perturbdiff.data.splits import Split, read_split
 from perturbdiff.data.vocab import GeneVocab
 from perturbdiff.evaluation.baselines import BASELINES, TrainingEffects, shift_cells
@@ -134,15 +134,23 @@ def evaluate(
         A gene of `predicted` is not in the screen, an obs column is missing, or no condition is in both.
     """
     if missing := [name for name in CONDITION if name not in predicted.obs.columns]:
-        raise KeyError(f"obs columns {missing} not in the predictions; found {sorted(predicted.obs.columns)}.")
+        raise KeyError(
+            f"obs columns {missing} not in the predictions; found {sorted(predicted.obs.columns)}. Name them so."
+        )
     genes = GeneVocab(tuple(predicted.var_names.astype(str)))
-    expression = screen.expression.with_genes(genes, genes.align(screen.expression.genes, min_overlap=1.0).columns)
+    alignment = genes.align(screen.expression.genes, min_overlap=0.0)
+    if lacking := [name for name, column in zip(genes.names, alignment.columns, strict=True) if column < 0]:
+        raise ValueError(
+            f"{len(lacking)} of the {len(genes)} predicted genes are not in {screen.path}, for example "
+            f"{', '.join(lacking[:5])}; give the screen that was predicted."
+        )
+    expression = screen.expression.with_genes(genes, alignment.columns)
     real, controls = _held_out(screen, ~screen.is_control if split is None else split.test, match)
     found = _group(predicted.obs, np.ones(predicted.n_obs, dtype=bool), match)
     common = [condition for condition in real if condition in found]
     if not common:
         raise ValueError(
-            f"no predicted condition was measured: predicted are {sorted(found)[:3]}, measured {sorted(real)[:3]}. "
+            f"no predicted condition was measured: predicted are {_shown(found)}, measured {_shown(real)}. "
             "Perturbation, cell type and batch must be the same words in both."
         )
     if len(common) < len(real):
@@ -187,7 +195,8 @@ def evaluate_file(
     given = {"out": "unused", "data": {"screen": str(screen), **_normalisation(predictions)}}
     config = load_config(None, settings, given)
     values = as_csr(X)
-    if input_kind(values, list(var.index), "auto") != "log1p":
+    genes = genes_of(var)
+    if input_kind(values, genes.names, "auto") != "log1p":
         raise ValueError(
             f"{predictions} holds counts; predictions are log1p values, as `perturbdiff predict` writes them."
         )
@@ -195,7 +204,12 @@ def evaluate_file(
     everything = ConditionIndex.build(measured, np.ones(len(measured), dtype=bool))
     match = resolve_control_match(everything, config.data.control_match)
     chosen = None if split is None else read_split(split, measured)
-    return evaluate(AnnData(X=values, obs=obs, var=var), measured, match, chosen)
+    predicted = AnnData(X=values, obs=obs.set_axis(unique_names(obs.index)), var=pd.DataFrame(index=list(genes.names)))
+    return evaluate(predicted, measured, match, chosen)
+
+
+def _shown(conditions: Iterable[Condition]) -> str:
+    return ", ".join(":".join(condition) for condition in sorted(conditions)[:3])
 
 
 def _normalisation(predictions: str | Path) -> dict[str, Any]:

@@ -68,8 +68,9 @@ def write_model_folder(folder: str | Path, files: ModelFiles) -> None:
         save_file(_contiguous(files.weights), temporary / WEIGHTS, metadata={"format": "pt"})
         save_file(_contiguous(files.golden), temporary / GOLDEN)
         (temporary / "README.md").write_text(files.card)
+        config = {"format_version": FORMAT_VERSION, **files.config}
         hashes = {name: _sha256(temporary / name) for name in HASHED_FILES}
-        _write_json(temporary / CONFIG, {"format_version": FORMAT_VERSION, **files.config, "sha256": hashes})
+        _write_json(temporary / CONFIG, {**config, "sha256": {CONFIG: config_hash(config), **hashes}})
         temporary.chmod(0o755)
         replace_folder(temporary, folder)
     except BaseException:
@@ -122,8 +123,10 @@ def read_json_files(folder: str | Path, config: dict[str, Any]) -> dict[str, dic
     """
     folder = Path(folder)
     stated = config.get("sha256")
-    if not isinstance(stated, dict) or set(stated) != set(HASHED_FILES):
-        raise ValueError(f"{folder / CONFIG}: sha256 must name exactly {', '.join(HASHED_FILES)}.")
+    if not isinstance(stated, dict) or set(stated) != {CONFIG, *HASHED_FILES}:
+        raise ValueError(f"{folder / CONFIG}: sha256 must name exactly {CONFIG}, {', '.join(HASHED_FILES)}.")
+    if config_hash(config) != stated[CONFIG]:
+        raise ValueError(f"{folder / CONFIG} does not have the sha256 that it states: it was changed. Get it again.")
     for name in HASHED_FILES:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} lacks {name}; the model folder is incomplete: get it again.")
@@ -160,6 +163,12 @@ def load_weights(folder: str | Path, denoiser: nn.Module) -> None:
     if foreign := sorted(n for n, t in tensors.items() if not t.is_floating_point()):
         raise ValueError(f"{path} holds weights that are not floating point: {_few(foreign)}.")
     denoiser.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=True, assign=True)
+
+
+def config_hash(config: dict[str, Any]) -> str:
+    """Hash of all of config.json but its `sha256` entry."""
+    content = {key: value for key, value in config.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def make_golden(denoiser: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

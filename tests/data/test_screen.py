@@ -9,7 +9,7 @@ from anndata.io import write_elem
 from scipy import sparse
 
 from perturbdiff.config import DataConfig, Preprocessing
-from perturbdiff.data.screen import Screen, expression_of, read_h5ad_parts
+from perturbdiff.data.screen import Screen, expression_of, read_h5ad_parts, write_h5ad
 from perturbdiff.data.vocab import GeneVocab
 from tests.screens import counts_screen, log1p_cp10k, read, real_screen, shared, written
 
@@ -408,6 +408,27 @@ def test_obs_that_is_no_table_is_refused(tmp_path):
             write_elem(file, name, np.ones(shape))
     with pytest.raises(ValueError, match="obs and var must be tables"):
         read_h5ad_parts(tmp_path / "arrays.h5ad")
+
+
+# ---------------------------------------------------------------- writing
+
+
+def test_a_written_file_is_read_back_and_replaces_an_older_one(adata, tmp_path):
+    path = tmp_path / "new" / "folder" / "screen.h5ad"
+    write_h5ad(adata[:9].copy(), path)
+    write_h5ad(adata, path)
+    assert_equal(Screen.read(path, CONFIG), read(adata))
+    assert [p.name for p in path.parent.iterdir()] == ["screen.h5ad"]
+
+
+def test_a_write_that_fails_leaves_the_older_file_and_nothing_half_written(adata, tmp_path):
+    path = written(adata, tmp_path / "screen.h5ad")
+    before = path.read_bytes()
+    adata.uns["cannot be written"] = object()
+    with pytest.raises(Exception, match="No method registered for writing"):
+        write_h5ad(adata, path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 # ---------------------------------------------------------------- summary

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from perturbdiff.hub.layout import CONFIG, GOLDEN, HASHED_FILES, WEIGHTS
+from perturbdiff.hub.layout import CONFIG, GOLDEN, HASHED_FILES, WEIGHTS, config_hash
 from perturbdiff.pretrained import PerturbDiff
 from perturbdiff.training.loop import train
 from tests.simulated import tiny_config, write_screen
@@ -27,7 +27,8 @@ def rehash(folder, **changes):
     """Make config.json agree with changed files, as a careful forger would."""
     config = json.loads((folder / CONFIG).read_text())
     config.update(changes)
-    config["sha256"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in HASHED_FILES}
+    hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in HASHED_FILES}
+    config["sha256"] = {CONFIG: config_hash(config), **hashes}
     (folder / CONFIG).write_text(json.dumps(config))
 
 
@@ -85,11 +86,34 @@ def test_a_tensor_of_another_shape_is_refused_before_it_is_read(folder):
 
 def test_a_config_that_asks_for_a_giant_is_refused_without_taking_memory(folder):
     config = json.loads((folder / CONFIG).read_text())
-    rehash(folder, denoiser={**config["denoiser"], "width": 10_000_000})
+    rehash(folder, denoiser={**config["denoiser"], "width": 60_000})
     with pytest.raises(ValueError, match="does not fit"):
         PerturbDiff.from_pretrained(folder)
-    rehash(folder, denoiser={**config["denoiser"], "depth": 10**9})
-    with pytest.raises(ValueError, match="depth"):
+    for key in ("width", "depth", "covariate_dim"):
+        rehash(folder, denoiser={**config["denoiser"], key: 10**9})
+        with pytest.raises(ValueError, match=rf"denoiser\.{key} \(1000000000\) must be"):
+            PerturbDiff.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"set_size": 0}, {"set_size": 10**12}, {"set_size": "x"}, {"set_size": 1.5}, {"surprise": 1}, {"obs": {}},
+        {"obs": {"perturbation": "p", "cell_type": "c", "batch": "b", "control_label": ["x"]}}, {"class": "Other"},
+        {"diffusion": {"n_timesteps": 10**12}}, {"sampling": {"n_steps": 10**6}},
+    ],
+)  # fmt: skip
+def test_settings_that_make_no_sense_are_refused(folder, change):
+    rehash(folder, **change)
+    with pytest.raises(ValueError, match=r"."):
+        PerturbDiff.from_pretrained(folder)
+
+
+def test_a_changed_setting_is_noticed_without_any_other_change(folder):
+    config = json.loads((folder / CONFIG).read_text())
+    config["denoiser"]["out_activation"] = "none"
+    (folder / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.json does not have the sha256"):
         PerturbDiff.from_pretrained(folder)
 
 
@@ -107,6 +131,8 @@ def test_another_format_version_is_refused(folder, version):
         ("genes.json", {"names": "abc", "ensembl": []}),
         ("perturbations.json", {"names": ["x"]}),
         ("preprocessing.json", {"input_kind": "counts", "target_sum": "${oc.env:HOME}", "scale": 10.0}),
+        ("preprocessing.json", {"input_kind": "counts", "target_sum": 1.0, "scale": 0.0}),
+        ("preprocessing.json", {"input_kind": "counts", "target_sum": float("nan"), "scale": 1.0}),
         ("preprocessing.json", {"input_kind": "magic", "target_sum": 1.0, "scale": 10.0}),
         ("preprocessing.json", {"input_kind": "counts", "target_sum": 1.0, "scale": 10.0, "extra": 1}),
     ],
