@@ -132,6 +132,27 @@ class Preprocessing:
     library_size_col: Optional[str] = None
 
 
+@dataclass
+class ObsColumns:
+    """Names of the obs columns of the training data; predict reads cell type and batch of controls under them."""
+
+    perturbation: str = "perturbation"
+    cell_type: str = "cell_type"
+    batch: str = "batch"
+    control_label: str = "control"
+
+
+@dataclass
+class ModelConfig:
+    """What a model folder's config.json holds besides format and hashes."""
+
+    denoiser: DenoiserConfig
+    diffusion: DiffusionConfig
+    sampling: SamplingConfig
+    obs: ObsColumns
+    set_size: int
+
+
 def reference_denoiser() -> DenoiserConfig:
     """The published architecture (Yuan et al. 2026, code of March 2026): 104M parameters at 2,000 genes."""
     return DenoiserConfig(

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
-from scipy import sparse
 from torch import Tensor
 
 from perturbdiff import __version__
 from perturbdiff.config import (
     DenoiserConfig,
     DiffusionConfig,
+    ModelConfig,
+    ObsColumns,
     Preprocessing,
     SamplingConfig,
     as_dict,
@@ -24,14 +24,11 @@ from perturbdiff.config import (
     check_sampling,
     from_dict,
 )
-from perturbdiff.data.batch import CellSetBatch, Labels, Vocabularies, make_batch
-from perturbdiff.data.cellsets import CellSet, draw_controls
+from perturbdiff.data.batch import Vocabularies
 from perturbdiff.data.expression import as_csr
-from perturbdiff.data.screen import Expression, expression_of, genes_of, read_h5ad_parts, unique_names
-from perturbdiff.data.seeds import numpy_generator, torch_generator
+from perturbdiff.data.screen import expression_of, genes_of, read_h5ad_parts, unique_names
+from perturbdiff.data.seeds import torch_generator
 from perturbdiff.data.vocab import GeneVocab, LabelVocab, nearest
-from perturbdiff.diffusion.sampling import sample
-from perturbdiff.diffusion.schedule import Schedule
 from perturbdiff.hub.card import write_card
 from perturbdiff.hub.layout import (
     ModelFiles,
@@ -44,38 +41,17 @@ from perturbdiff.hub.layout import (
 )
 from perturbdiff.model.conditioning import VocabSizes
 from perturbdiff.model.denoiser import Denoiser
+from perturbdiff.prediction import Context, deal_sets, denoise_sets
 from perturbdiff.progress import progress
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from tqdm import tqdm
 
-MAX_VALUES_PER_CHUNK = 1 << 22  # cells x genes denoised at once: memory does not grow with the number of cells
 MAX_PREDICTED_CELLS = 50_000_000  # of one call: the answer is held in memory
 CONFIG_KEYS = {
     "format_version", "library_version", "class", "denoiser", "diffusion", "sampling", "obs", "set_size", "sha256",
 }  # fmt: skip
-
-
-@dataclass
-class ObsColumns:
-    """Names of the obs columns of the training data; predict reads cell type and batch of controls under them."""
-
-    perturbation: str = "perturbation"
-    cell_type: str = "cell_type"
-    batch: str = "batch"
-    control_label: str = "control"
-
-
-@dataclass
-class ModelConfig:
-    """What config.json holds besides format and hashes."""
-
-    denoiser: DenoiserConfig
-    diffusion: DiffusionConfig
-    sampling: SamplingConfig
-    obs: ObsColumns
-    set_size: int
 
 
 class PerturbDiff:
@@ -262,13 +238,12 @@ class PerturbDiff:
         alignment = self.genes.align(expression.genes, min_gene_overlap)
         expression = expression.with_genes(self.genes, alignment.columns)
         contexts = self._contexts(controls.obs, cell_type, batch)
-        sets, source, population, conditions = self._deal(contexts, n_cells, n_populations, seed)
+        sets, conditions = deal_sets(contexts, n_cells, n_populations, self.config.set_size, seed)
+        source = np.concatenate([s.rows for s in sets])  # the control each predicted cell starts from
+        population = np.concatenate([np.full(len(s.rows), s.key[0]) for s in sets])
         labels = self.vocabularies.encode([(perturbation, *context) for context in conditions])
-        if bar is None:
-            with progress(len(source), "predict", "cell") as bar:
-                X = self._denoise(sets, expression, labels, sampling, seed, bar)
-        else:
-            X = self._denoise(sets, expression, labels, sampling, seed, bar)
+        with nullcontext(bar) if bar is not None else progress(len(source), "predict", "cell") as bar:
+            X = denoise_sets(self.denoiser, sets, expression, labels, self.config, sampling, seed, bar)
         context = [contexts[i] for i in source]
         obs = pd.DataFrame(
             {
@@ -308,9 +283,7 @@ class PerturbDiff:
         check_sampling(sampling, self.config.diffusion)
         return sampling
 
-    def _contexts(
-        self, obs: pd.DataFrame, cell_type: str | None, batch: str | None
-    ) -> list[tuple[str | None, str | None]]:
+    def _contexts(self, obs: pd.DataFrame, cell_type: str | None, batch: str | None) -> list[Context]:
         # (cell type, batch) of each control cell; None where nobody says.
         columns = []
         for given, name in ((cell_type, self.config.obs.cell_type), (batch, self.config.obs.batch)):
@@ -320,68 +293,7 @@ class PerturbDiff:
                 columns.append([None if pd.isna(label) else str(label) for label in obs[name]])
         return list(zip(*columns, strict=True))
 
-    def _deal(
-        self, contexts: list[tuple[str | None, str | None]], n_cells: int | None, n_populations: int, seed: int
-    ) -> tuple[list[CellSet], np.ndarray, np.ndarray, list[tuple[str | None, str | None]]]:
-        # Every predicted cell gets a source control; cells of one context form sets. Returns the sets, the source and
-        # population of each predicted cell in the sets' order, and the context of each condition number.
-        conditions = sorted(set(contexts), key=lambda c: (c[0] or "", c[1] or ""))
-        number = {context: i for i, context in enumerate(conditions)}
-        condition_of_cell = np.array([number[context] for context in contexts])
-        sets: list[CellSet] = []
-        for population in range(n_populations):
-            if n_cells is None:
-                source = numpy_generator(seed, "prediction order", population).permutation(len(contexts))
-            else:
-                source = draw_controls(np.arange(len(contexts)), n_cells, seed, population)
-            for condition in range(len(conditions)):
-                rows = source[condition_of_cell[source] == condition]
-                for start in range(0, len(rows), self.config.set_size):
-                    chosen = rows[start : start + self.config.set_size]
-                    sets.append(CellSet((population, len(sets)), condition, chosen, chosen))
-        order = np.concatenate([s.rows for s in sets])
-        populations = np.concatenate([np.full(len(s.rows), s.key[0]) for s in sets])
-        return sets, order, populations, conditions
-
-    def _denoise(
-        self,
-        sets: list[CellSet],
-        expression: Expression,
-        labels: Labels,
-        sampling: SamplingConfig,
-        seed: int,
-        bar: tqdm[Any],
-    ) -> sparse.csr_matrix:
-        schedule = Schedule(self.config.diffusion.schedule, self.config.diffusion.n_timesteps)
-        device = next(self.denoiser.parameters()).device
-        blocks = []
-        for chunk in self._chunks(sets):
-            batch = make_batch(chunk, self.config.set_size, expression, labels).to(device)
-            x0 = self._sample(batch, sampling, schedule, seed)
-            cells = x0[batch.mask].mul_(self.preprocessing.scale).cpu().numpy()
-            blocks.append(sparse.csr_matrix(cells))
-            bar.update(len(cells))
-        return sparse.vstack(blocks, format="csr")
-
-    def _chunks(self, sets: list[CellSet]) -> Iterator[list[CellSet]]:
-        n = max(1, MAX_VALUES_PER_CHUNK // (self.config.set_size * len(self.genes)))
-        for start in range(0, len(sets), n):
-            yield sets[start : start + n]
-
-    def _sample(self, batch: CellSetBatch, sampling: SamplingConfig, schedule: Schedule, seed: int) -> Tensor:
-        # Noise comes from one generator a set, so that a set's cells do not depend on its neighbours.
-        _, control = batch.dense()
-        generators = [torch_generator(control.device, seed, "prediction noise", *key) for key in batch.keys]
-
-        def draw() -> Tensor:
-            return torch.stack([torch.randn(control.shape[1:], generator=g, device=control.device) for g in generators])
-
-        def denoise(x_t: Tensor, t: Tensor, control: Tensor, cond: Labels | None, self_cond: Tensor | None) -> Tensor:
-            return self.denoiser(x_t, t, control, cond, self_cond, batch.mask, batch.mask)
-
-        return sample(denoise, draw(), control, batch.labels, sampling, schedule, draw)
-
-    def _unseen(self, conditions: list[tuple[str | None, str | None]]) -> list[str]:
+    def _unseen(self, conditions: list[Context]) -> list[str]:
         known = self.vocabularies
         cell_types = sorted({c or "unknown" for c, _ in conditions if c not in known.cell_types.ids})
         batches = sorted({b or "unknown" for _, b in conditions if b not in known.batches.ids})

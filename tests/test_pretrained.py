@@ -5,9 +5,10 @@ import pytest
 import torch
 from scipy import sparse
 
-import perturbdiff.pretrained as pretrained
+import perturbdiff.prediction as prediction
 from perturbdiff import PerturbDiff
-from perturbdiff.pretrained import ObsColumns, control_cells
+from perturbdiff.config import ObsColumns
+from perturbdiff.pretrained import control_cells
 from perturbdiff.training.loop import train
 from tests.simulated import SIMULATION, tiny_config, write_screen
 
@@ -72,7 +73,7 @@ def test_the_same_seed_gives_the_same_cells_and_another_seed_others(model, contr
 
 def test_the_result_does_not_depend_on_the_chunks(model, controls, monkeypatch):
     whole = model.predict(controls, "pert_2", guidance_scale=0.5)
-    monkeypatch.setattr(pretrained, "MAX_VALUES_PER_CHUNK", 1)  # one set at a time
+    monkeypatch.setattr(prediction, "MAX_VALUES_PER_CHUNK", 1)  # one set at a time
     chunked = model.predict(controls, "pert_2", guidance_scale=0.5)
     np.testing.assert_allclose(dense(chunked), dense(whole), rtol=1e-4, atol=1e-4)
     assert list(chunked.obs["source_control"]) == list(whole.obs["source_control"])

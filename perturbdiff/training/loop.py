@@ -13,14 +13,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from perturbdiff import __version__
-from perturbdiff.config import Config, as_dict, load_config, save_config
+from perturbdiff.config import Config, ModelConfig, ObsColumns, as_dict, load_config, save_config
 from perturbdiff.data.batch import CellSetBatch, make_batch
 from perturbdiff.data.cellsets import CellSetSampler
 from perturbdiff.data.screen import Screen
 from perturbdiff.data.splits import write_split
 from perturbdiff.data.training_set import IndexedCells, TrainingSet
 from perturbdiff.diffusion.losses import DiffusionLoss, LossOutput, training_draws, validation_draws
-from perturbdiff.pretrained import ModelConfig, ObsColumns, PerturbDiff, build_denoiser
+from perturbdiff.pretrained import PerturbDiff, build_denoiser
 from perturbdiff.progress import progress
 from perturbdiff.training.ema import EMA
 from perturbdiff.training.interrupt import StopRequest
