@@ -154,7 +154,7 @@ class ModelConfig:
 
 
 def reference_denoiser() -> DenoiserConfig:
-    """The published architecture (Yuan et al. 2026, code of March 2026): 104M parameters at 2,000 genes."""
+    """The published architecture (Yuan et al. 2026), without the weights it never uses: 96M of 104M at 2,000 genes."""
     return DenoiserConfig(
         width=512, depth=8, n_heads=8, attention="paired", parallel_block=True,
         output="direct", out_activation="relu", conditioning="reference",

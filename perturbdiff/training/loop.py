@@ -239,6 +239,9 @@ class _Run:
         obs = ObsColumns(
             config.data.perturbation_col, config.data.cell_type_col, config.data.batch_col, config.data.control_label
         )
+        settings = as_dict(config)
+        settings["data"]["screen"] = Path(config.data.screen).name  # no paths of this machine in what may be published
+        del settings["out"]
         training = {
             "library_version": __version__,
             "screen": Path(config.data.screen).name,
@@ -246,7 +249,7 @@ class _Run:
             "cells_seen": done.cells_seen,
             "control_match": self.data.match,
             "hold_out": list(config.split.hold_out),
-            "settings": as_dict(config),
+            "settings": settings,
         }
         model_config = ModelConfig(config.denoiser, config.diffusion, config.sampling, obs, config.data.set_size)
         return PerturbDiff(

@@ -1,6 +1,7 @@
 """CPU-seconds of a training step and of sampling one set, at the size of the published model.
 
-104M parameters, 2,000 genes at 8 % density, 8 sets of 64 cells, float32, one thread:
+The published 104M parameters (96M without those it never uses), 2,000 genes at 8 % density, 8 sets of 64 cells,
+float32, one thread:
     OMP_NUM_THREADS=1 python scripts/bench/step.py
 Prints JSON; `reference` are the published code's figures on one core of such a machine (3.80 CPU-s a step, 32 CPU-s for
 one set of 64 cells with guidance). Medians over --repeats.
