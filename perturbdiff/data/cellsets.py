@@ -74,13 +74,10 @@ class ConditionIndex:
 class ControlPools:
     """The control cells each perturbed condition may draw from.
 
-    by
-        What a control shares with the condition: cell type and batch, or cell type only.
     of
         Condition -> its control conditions; empty for control conditions.
     """
 
-    by: ControlMatch
     of: tuple[tuple[int, ...], ...]
     index: ConditionIndex
 
@@ -132,7 +129,7 @@ def match_controls(index: ConditionIndex, by: ControlMatch) -> ControlPools:
                 f"{index.n_cells[condition]} cells) has no control cells of {where}. {remedy}"
             )
         pools[condition] = tuple(found)
-    return ControlPools(by, tuple(pools), index)
+    return ControlPools(tuple(pools), index)
 
 
 @dataclass(frozen=True)
