@@ -83,8 +83,8 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _predict(arguments: argparse.Namespace) -> None:
-    from perturbdiff.data.screen import write_h5ad
-    from perturbdiff.pretrained import PerturbDiff, control_cells
+    from perturbdiff.data.screen import control_cells, write_h5ad
+    from perturbdiff.pretrained import PerturbDiff
 
     _refuse_existing(arguments.out, arguments.overwrite)
     model = PerturbDiff.from_pretrained(arguments.model)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from perturbdiff.config import Config
-from perturbdiff.data.batch import split_label
 from perturbdiff.data.screen import Screen, write_h5ad
 from perturbdiff.data.simulate import SimulationConfig, simulate
 from perturbdiff.data.splits import make_split, read_split
+from perturbdiff.data.vocab import split_label
 from perturbdiff.evaluation.report import Report, evaluate, predict_held_out
 from perturbdiff.pretrained import PerturbDiff
 from perturbdiff.training.loop import train

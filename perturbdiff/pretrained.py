@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
+from anndata import AnnData
 from torch import Tensor
 
 from perturbdiff import __version__
@@ -25,10 +26,9 @@ from perturbdiff.config import (
     from_dict,
 )
 from perturbdiff.data.batch import Vocabularies
-from perturbdiff.data.expression import as_csr
-from perturbdiff.data.screen import expression_of, genes_of, read_h5ad_parts, unique_names
+from perturbdiff.data.screen import expression_of
 from perturbdiff.data.seeds import torch_generator
-from perturbdiff.data.vocab import GeneVocab, LabelVocab, nearest
+from perturbdiff.data.vocab import GeneVocab, LabelVocab
 from perturbdiff.hub.card import write_card
 from perturbdiff.hub.layout import (
     ModelFiles,
@@ -45,7 +45,6 @@ from perturbdiff.prediction import Context, deal_sets, denoise_sets
 from perturbdiff.progress import progress
 
 if TYPE_CHECKING:
-    from anndata import AnnData
     from tqdm import tqdm
 
 MAX_PREDICTED_CELLS = 50_000_000  # of one call: the answer is held in memory
@@ -123,7 +122,7 @@ class PerturbDiff:
         check_preprocessing(preprocessing)
         _refuse_unbelievable(path, config, model_config)
         with torch.device("meta"):  # shapes only: no memory is taken before they were compared with the file's
-            denoiser = Denoiser(model_config.denoiser, len(genes), _sizes(vocabularies))
+            denoiser = build_denoiser(model_config.denoiser, len(genes), vocabularies)
         load_weights(path, denoiser)
         check_golden(path, denoiser.eval())
         model = cls(denoiser, genes, vocabularies, preprocessing, model_config, files["training.json"], Path(path).name)
@@ -161,7 +160,7 @@ class PerturbDiff:
         }
         weights = {name: tensor.detach().cpu() for name, tensor in self.denoiser.state_dict().items()}
         with torch.device("meta"):
-            on_cpu = Denoiser(self.config.denoiser, len(self.genes), _sizes(vocabularies)).eval()
+            on_cpu = build_denoiser(self.config.denoiser, len(self.genes), vocabularies).eval()
         on_cpu.load_state_dict(weights, assign=True)  # the golden output is that of the CPU, wherever training ran
         n_parameters = sum(tensor.numel() for tensor in weights.values())
         card = write_card(config, json_files, n_parameters)
@@ -220,8 +219,6 @@ class PerturbDiff:
         ValueError
             X is neither counts nor log1p; too few genes match; no cells; a sampling setting that cannot be.
         """
-        from anndata import AnnData
-
         sampling = self._sampling(guidance_scale, steps, sampler)
         if n_cells is not None and n_cells < 1:
             raise ValueError(f"n_cells ({n_cells}) must be at least 1.")
@@ -340,32 +337,6 @@ def _refuse_unbelievable(path: str | Path, config: dict[str, Any], model: ModelC
     if not isinstance(model.set_size, int):
         raise ValueError(f"{path}: set_size ({model.set_size!r}) must be a whole number.")
     check_sampling(model.sampling, model.diffusion)
-
-
-def control_cells(path: str | Path, obs: ObsColumns, cell_type: str | None, batch: str | None) -> AnnData:
-    """The control cells of an .h5ad, of one cell type or batch if given; all cells where it has no such column.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        Not a readable .h5ad, or no such cell in it (the message lists what is there).
-    """
-    from anndata import AnnData
-
-    X, table, var = read_h5ad_parts(path)
-    genes_of(var)  # refuses duplicates before AnnData merely warns of them
-    wanted = ((obs.perturbation, obs.control_label), (obs.cell_type, cell_type), (obs.batch, batch))
-    chosen = np.ones(len(table), dtype=bool)
-    for column, value in wanted:
-        if value is None or column not in table.columns:
-            continue
-        labels = table[column].astype(str).to_numpy()
-        if not (chosen & (labels == value)).any():
-            raise ValueError(
-                f"{path} has no control cell with {column} {value!r}; {nearest(value, set(labels[chosen]))}."
-            )
-        chosen &= labels == value
-    return AnnData(X=as_csr(X)[chosen], obs=table[chosen].set_axis(unique_names(table.index[chosen])), var=var)
 
 
 def build_denoiser(config: DenoiserConfig, n_genes: int, vocabularies: Vocabularies) -> Denoiser:

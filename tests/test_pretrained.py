@@ -8,7 +8,7 @@ from scipy import sparse
 import perturbdiff.prediction as prediction
 from perturbdiff import PerturbDiff
 from perturbdiff.config import ObsColumns
-from perturbdiff.pretrained import control_cells
+from perturbdiff.data.screen import control_cells
 from perturbdiff.training.loop import train
 from tests.simulated import SIMULATION, tiny_config, write_screen
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from perturbdiff.config import Preprocessing
 from perturbdiff.data.cellsets import CellSet, ConditionIndex
 from perturbdiff.data.screen import Expression
-from perturbdiff.data.vocab import LabelVocab
+from perturbdiff.data.vocab import LabelVocab, split_label
 
 NULL = -1  # id of an absent, hidden or unknown label
 
@@ -41,7 +41,7 @@ class Labels:
         hidden = None if self.hidden is None else self.hidden.to(device)
         return Labels(self.perturbation.to(device), self.cell_type.to(device), self.batch.to(device), hidden)
 
-    def select(self, sets: Tensor | slice) -> Labels:
+    def select(self, sets: Tensor) -> Labels:
         """The conditions of some sets."""
         hidden = None if self.hidden is None else self.hidden[sets]
         return Labels(self.perturbation[sets], self.cell_type[sets], self.batch[sets], hidden)
@@ -95,11 +95,6 @@ class Vocabularies:
     def parts(self, label: str) -> list[str]:
         """ "A+B" -> A, B; a label that is known as a whole stays whole."""
         return [label] if label in self.perturbations else split_label(label, self.combination_separator)
-
-
-def split_label(label: str, separator: str | None) -> list[str]:
-    parts = [part for part in label.split(separator) if part] if separator else []
-    return parts or [label]
 
 
 @dataclass(frozen=True)

@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import h5py
 import numpy as np
 import pandas as pd
+from anndata import AnnData
 from anndata.io import read_elem
 from scipy import sparse
 
-from perturbdiff.config import DataConfig, Preprocessing
+from perturbdiff.config import DataConfig, ObsColumns, Preprocessing
 from perturbdiff.data.expression import as_csr, input_kind, library_sizes, log1p_normalised
 from perturbdiff.data.vocab import GeneVocab, nearest
-
-if TYPE_CHECKING:
-    from anndata import AnnData
 
 LABELS = ("perturbation", "cell_type", "batch")
 ENSEMBL_COLUMNS = ("ensembl_id", "gene_ids", "gene_id", "feature_id")
@@ -188,6 +186,30 @@ def read_h5ad_parts(path: str | Path) -> tuple[Any, pd.DataFrame, pd.DataFrame]:
     if not (isinstance(obs, pd.DataFrame) and isinstance(var, pd.DataFrame)):
         raise ValueError(f"{path} is not an .h5ad: obs and var must be tables. Write it with AnnData.")
     return X, obs, var
+
+
+def control_cells(path: str | Path, obs: ObsColumns, cell_type: str | None, batch: str | None) -> AnnData:
+    """The control cells of an .h5ad, of one cell type or batch if given; all cells where it has no such column.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        Not a readable .h5ad, or no such cell in it (the message lists what is there).
+    """
+    X, table, var = read_h5ad_parts(path)
+    genes_of(var)  # refuses duplicates before AnnData merely warns of them
+    wanted = ((obs.perturbation, obs.control_label), (obs.cell_type, cell_type), (obs.batch, batch))
+    chosen = np.ones(len(table), dtype=bool)
+    for column, value in wanted:
+        if value is None or column not in table.columns:
+            continue
+        labels = table[column].astype(str).to_numpy()
+        if not (chosen & (labels == value)).any():
+            raise ValueError(
+                f"{path} has no control cell with {column} {value!r}; {nearest(value, set(labels[chosen]))}."
+            )
+        chosen &= labels == value
+    return AnnData(X=as_csr(X)[chosen], obs=table[chosen].set_axis(unique_names(table.index[chosen])), var=var)
 
 
 def write_h5ad(adata: AnnData, path: Path) -> None:

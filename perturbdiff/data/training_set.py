@@ -30,11 +30,9 @@ class IndexedCells:
     labels: Labels
 
     @classmethod
-    def of(cls, screen: Screen, cells: np.ndarray, match: ControlMatch, vocabularies: Vocabularies) -> IndexedCells:
-        """Index `cells`, boolean (n_cells,), together with all controls. Raises as `match_controls`, `encode`."""
-        index = ConditionIndex.build(screen, cells | screen.is_control)
-        pools = match_controls(index, match)
-        return cls(index, pools, vocabularies.encode(_conditions(index)))
+    def of(cls, index: ConditionIndex, match: ControlMatch, vocabularies: Vocabularies) -> IndexedCells:
+        """Match and label an index that holds the controls too. Raises as `match_controls`, `encode`."""
+        return cls(index, match_controls(index, match), vocabularies.encode(_conditions(index)))
 
     def sampler(self, config: Config) -> CellSetSampler:
         return CellSetSampler(
@@ -72,11 +70,12 @@ class TrainingSet:
         train_index = ConditionIndex.build(screen, split.train)
         # Where batch and perturbation are confounded, a batch label would give the answer away.
         vocabularies = Vocabularies.of(train_index, config.data.combination_separator, with_batches=match == "batch")
-        train = IndexedCells.of(screen, split.train, match, vocabularies)
+        train = IndexedCells.of(train_index, match, vocabularies)
         validation = None
         if split.validation.any():
+            validation_index = ConditionIndex.build(screen, split.validation | screen.is_control)
             try:
-                validation = IndexedCells.of(screen, split.validation, match, vocabularies)
+                validation = IndexedCells.of(validation_index, match, vocabularies)
             except KeyError as error:
                 raise ValueError(f"split.validation cannot be scored: {error.args[0]} Validate known ones.") from error
         return cls(screen, split, match, vocabularies, train, validation)
@@ -96,7 +95,8 @@ class TrainingSet:
             + (
                 "cell type and batch"
                 if self.match == "batch"
-                else "cell type only: no batch holds both controls and perturbed cells, so batch labels are left out"
+                else "cell type only (asked for, or no batch holds both controls and perturbed cells); "
+                "batch labels are left out"
             ),
         ]
         return "\n".join(lines)

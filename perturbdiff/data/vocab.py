@@ -49,6 +49,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"known: {', '.join(sorted(known)[:5]) or 'none'}{', ...' if len(known) > 5 else ''} ({len(known)})"
 
 
+def split_label(label: str, separator: str | None) -> list[str]:
+    """ "A+B" -> A, B; a label without parts, or any label where the separator is None, is its only part."""
+    parts = [part for part in label.split(separator) if part] if separator else []
+    return parts or [label]
+
+
 @dataclass(frozen=True)
 class Alignment:
     """Where the genes of a vocabulary lie in a file: `columns` (G,), -1 for a missing gene."""

@@ -12,6 +12,8 @@ from functools import cached_property
 
 import numpy as np
 
+from perturbdiff.data.vocab import split_label
+
 PENALTIES = np.logspace(-3, 5, 17)
 """Candidates for the ridge penalty. Features have unit scale: the last one is as good as the plain mean."""
 
@@ -196,4 +198,4 @@ class RidgeFit:
 
 def _parts(perturbation: str) -> tuple[str, ...]:
     """Single perturbations of a combination "A+B", sorted: their order has no meaning."""
-    return tuple(sorted(part.strip() for part in perturbation.split("+")))
+    return tuple(sorted(part.strip() for part in split_label(perturbation, "+")))

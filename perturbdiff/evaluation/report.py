@@ -95,19 +95,18 @@ def predict_held_out(model: PerturbDiff, screen: Screen, split: Split, match: Co
     """
     real, controls = _held_out(screen, split.test, match)
     predictions, n_cells = [], 0
-    bar = progress(sum(len(rows) for rows in real.values()), "predict", "cell")
-    for (perturbation, cell_type, batch), rows in real.items():
-        context = controls[cell_type, batch]
-        cells = AnnData(
-            X=screen.expression.X[context],
-            obs=screen.obs.iloc[context],
-            var=pd.DataFrame(index=pd.Index(screen.expression.genes.names)),
-        )
-        predicted = model.predict(cells, perturbation, cell_type, batch, n_cells=len(rows), seed=seed, bar=bar)
-        predicted.obs_names = pd.Index([f"predicted_{n_cells + i}" for i in range(len(rows))])
-        n_cells += len(rows)
-        predictions.append(predicted)
-    bar.close()
+    with progress(sum(len(rows) for rows in real.values()), "predict", "cell") as bar:
+        for (perturbation, cell_type, batch), rows in real.items():
+            context = controls[cell_type, batch]
+            cells = AnnData(
+                X=screen.expression.X[context],
+                obs=screen.obs.iloc[context],
+                var=pd.DataFrame(index=pd.Index(screen.expression.genes.names)),
+            )
+            predicted = model.predict(cells, perturbation, cell_type, batch, n_cells=len(rows), seed=seed, bar=bar)
+            predicted.obs_names = pd.Index([f"predicted_{n_cells + i}" for i in range(len(rows))])
+            n_cells += len(rows)
+            predictions.append(predicted)
     return concat(predictions, merge="same", uns_merge="first")
 
 

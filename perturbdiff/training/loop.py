@@ -34,7 +34,9 @@ FREE_ON_RESUME = {"out", "training.log_every", "training.save_every", "training.
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """model
+    """What a call of `train` leaves behind.
+
+    model
         The EMA weights, at the best validation with early stopping.
     stopped_by
         None when training is complete; else the signal or limit that stopped it, and the same call resumes.

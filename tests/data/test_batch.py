@@ -3,9 +3,9 @@ import pytest
 import torch
 
 from perturbdiff.config import Preprocessing
-from perturbdiff.data.batch import NULL, Labels, Vocabularies, make_batch, split_label
+from perturbdiff.data.batch import NULL, Labels, Vocabularies, make_batch
 from perturbdiff.data.cellsets import CellSet, ConditionIndex
-from perturbdiff.data.vocab import LabelVocab
+from perturbdiff.data.vocab import LabelVocab, split_label
 from tests.screens import counts_screen, log1p_cp10k, read, screen_with_cells
 
 NO_LABELS = Labels(torch.full((3, 1), NULL), torch.full((3,), NULL), torch.full((3,), NULL))
