@@ -19,8 +19,19 @@ T = TypeVar("T")
 
 
 @dataclass
+class AtlasConfig:
+    path: str = MISSING  # folder, or repo id of a data set on the Hub
+    revision: Optional[str] = None  # branch, tag or commit of a repo
+    weight: Optional[float] = None  # share of the sets, relative to the others; null: as many as it has
+    sets: Literal["perturbed", "marginal"] = "perturbed"  # marginal: all cells, no label of perturbation, no controls
+
+
+@dataclass
 class DataConfig:
-    screen: str = MISSING  # path of the .h5ad
+    screen: Optional[str] = None  # path of the .h5ad; or
+    atlases: list[AtlasConfig] = field(default_factory=list)  # with one gene space, mixed by weight
+    streamed: bool = False  # atlases: read whole shards as they come instead of a memory-mapped cache on disk
+    stream_lanes: Optional[int] = None  # shards open at once over all processes; null: one a process at the start
     perturbation_col: str = "perturbation"  # obs columns
     cell_type_col: str = "cell_type"
     batch_col: str = "batch"
@@ -33,7 +44,41 @@ class DataConfig:
     n_hvg: Optional[int] = 2000  # highly variable genes, chosen on training cells; null: all genes
     control_match: Literal["auto", "batch", "cell_type"] = "auto"  # whose controls a set gets (README, "Controls")
     set_size: int = 32  # S, cells per set
+    min_set_size: int = 1  # sets are never smaller; conditions with fewer cells are left out
     sets_per_batch: int = 12  # B, sets per step over all processes
+    prefetch: int = 2  # batches made ahead
+
+
+@dataclass
+class SourceConfig:
+    """One input of an atlas."""
+
+    path: str = MISSING  # .h5ad; folder or repo id of Tahoe-100M-schema Parquet; folder or repo id of an atlas
+    kind: Literal["auto", "h5ad", "tahoe", "atlas"] = "auto"
+    name: Optional[str] = None  # null: the file's or folder's
+    licence: Optional[str] = None
+    perturbation_col: Optional[str] = "perturbation"  # obs columns; null: all cells are unperturbed
+    cell_type_col: Optional[str] = "cell_type"  # null: one cell type, named as the source
+    batch_col: Optional[str] = "batch"  # null: one batch, named as the source
+    control_label: str = "control"  # becomes "control" in the atlas
+    input_kind: Literal["auto", "counts", "log1p"] = "auto"  # what X holds
+    library_size_col: Optional[str] = None  # obs column of total counts when X is a panel; null: row sums of X
+    cells: Literal["all", "unperturbed", "perturbed"] = "all"
+    keep: list[str] = field(default_factory=list)  # PERTURBATION[:CELL_TYPE[:BATCH]], * is any; none: everything
+    drop: list[str] = field(default_factory=list)
+
+
+@dataclass
+class BuildConfig:
+    """How an atlas is built; everything here moves its bytes, and nothing else does."""
+
+    out: str = MISSING  # the folder
+    sources: list[SourceConfig] = field(default_factory=list)
+    genes: str = "union"  # union, intersection, merge-then-select:N, or a file of names, one a line
+    gene_table: Optional[str] = None  # .csv of two columns, name in a source and name in the atlas
+    count_type: Literal["uint16", "uint32"] = "uint16"
+    licence: Optional[str] = None  # of the whole
+    seed: int = 0  # of the order of cells within a condition
 
 
 @dataclass
@@ -173,7 +218,40 @@ def load_config(
     ValueError
         An unknown key, a value of the wrong type or outside its set, a size that cannot be.
     """
-    base = OmegaConf.structured(Config)
+    config = _resolved(Config, recipe, overrides, given)
+    check_config(config)
+    return config
+
+
+def load_build_config(
+    inputs: Sequence[str],
+    recipe: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    given: Mapping[str, Any] | None = None,
+) -> BuildConfig:
+    """Settings of an atlas build, found as `load_config` does; words `source.KEY=value` are of each of the `inputs`.
+
+    The inputs come after the recipe's sources. Raises as `load_config`.
+    """
+    of_inputs = [word.removeprefix("source.") for word in overrides if word.startswith("source.")]
+    own = [word for word in overrides if not word.startswith("source.")]
+    config = _resolved(BuildConfig, recipe, own, given)
+    if of_inputs and not inputs:
+        raise ValueError(
+            f"source.{of_inputs[0]} is of inputs on the command line, and there are none; set the recipe's."
+        )
+    config.sources += [_resolved(SourceConfig, None, of_inputs, {"path": path}) for path in inputs]
+    if not config.sources:
+        raise ValueError("nothing to build from: give inputs, or a recipe with sources.")
+    if not 0 <= config.seed < 10**16:  # the key of a hash of 16 bytes
+        raise ValueError(f"seed ({config.seed}) must not be negative and have at most 16 digits.")
+    return config
+
+
+def _resolved(
+    schema: type[T], recipe: str | Path | None, overrides: Sequence[str], given: Mapping[str, Any] | None
+) -> T:
+    base = OmegaConf.structured(schema)
     try:
         if recipe is not None:
             if not Path(recipe).is_file():
@@ -187,8 +265,7 @@ def load_config(
         config = OmegaConf.to_object(base)
     except (OmegaConfBaseException, TypeError) as error:
         raise ValueError(_one_line(error)) from error
-    assert isinstance(config, Config), "OmegaConf.to_object returns the schema's class"
-    check_config(config)
+    assert isinstance(config, schema), "OmegaConf.to_object returns the schema's class"
     return config
 
 
@@ -250,6 +327,7 @@ def check_config(config: Config) -> None:
         if not value > 0:
             raise ValueError(f"{key} ({value}) must be greater than 0.")
     not_negative = {
+        "data.prefetch": config.data.prefetch,
         "diffusion.mse_weight": config.diffusion.mse_weight,
         "diffusion.mmd_weight": config.diffusion.mmd_weight,
         "sampling.cutoff": config.sampling.cutoff,
@@ -272,6 +350,7 @@ def check_config(config: Config) -> None:
     for key, value in fractions.items():
         if not 0 <= value <= 1:
             raise ValueError(f"{key} ({value}) must be between 0 and 1.")
+    _check_data(config.data)
     if config.data.n_hvg is not None and config.data.n_hvg < 1:
         raise ValueError(f"data.n_hvg ({config.data.n_hvg}) must be at least 1; null keeps all genes.")
     if config.data.combination_separator == "":
@@ -284,6 +363,28 @@ def check_config(config: Config) -> None:
         raise ValueError(f"training.early_stop_patience ({patience}) must be at least 1; null never stops early.")
     check_denoiser(config.denoiser)
     check_sampling(config.sampling, config.diffusion)
+
+
+def _check_data(data: DataConfig) -> None:
+    if (data.screen is None) == (not data.atlases):
+        raise ValueError(
+            f"data.screen ({data.screen}), data.atlases ({[atlas.path for atlas in data.atlases]}): give one of them."
+        )
+    if not 1 <= data.min_set_size <= (data.set_size + 1) // 2:
+        raise ValueError(
+            f"data.min_set_size ({data.min_set_size}) must be between 1 and half of data.set_size ({data.set_size}): "
+            "a rest under it shares the cells of the set before."
+        )
+    weights = [atlas.weight for atlas in data.atlases]
+    if any(weight is not None for weight in weights) and not all(
+        weight is not None and weight > 0 for weight in weights
+    ):
+        raise ValueError(f"data.atlases weights {weights} must be given to all atlases, greater than 0, or to none.")
+    if data.stream_lanes is not None and (data.stream_lanes < 1 or data.sets_per_batch % data.stream_lanes):
+        raise ValueError(
+            f"data.stream_lanes ({data.stream_lanes}) must divide data.sets_per_batch ({data.sets_per_batch}): each "
+            "lane gives as many sets a step."
+        )
 
 
 def check_preprocessing(how: Preprocessing) -> None:

@@ -37,6 +37,8 @@ def run_demo(config: Config) -> DemoResult | None:
         Nothing is held out, or a held-out perturbation is never trained on; and as `train`.
     """
     out = Path(config.out)
+    if config.data.screen is None:
+        raise ValueError("a demo runs on a screen; set data.screen, not data.atlases.")
     screen = Screen.read(config.data.screen, config.data)
     _refuse_unseen(screen, config)
     result = train(config, screen)

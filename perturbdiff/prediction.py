@@ -55,7 +55,7 @@ def deal_sets(
         if n_cells is None:
             source = numpy_generator(seed, "prediction order", population).permutation(len(contexts))
         else:
-            source = draw_controls(np.arange(len(contexts)), n_cells, seed, population)
+            source = draw_controls(len(contexts), n_cells, seed, population)
         for condition in range(len(conditions)):
             rows = source[condition_of_control[source] == condition]
             for start in range(0, len(rows), set_size):

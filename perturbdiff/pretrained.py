@@ -309,7 +309,7 @@ class PerturbDiff:
             "control": torch.rand(shape, generator=generator),
             "self_cond": torch.rand(shape, generator=generator),
             "mask": torch.tensor([[True, True, True], [True, True, False]]),
-            "perturbation": torch.tensor([[0], [sizes.perturbations - 1]]),
+            "perturbation": torch.tensor([[min(0, sizes.perturbations - 1)], [sizes.perturbations - 1]]),
             "cell_type": torch.tensor([sizes.cell_types - 1, -1]),
             "batch": torch.tensor([-1, sizes.batches - 1]),
         }

@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from scipy import sparse
 from torch import Tensor
 
 from perturbdiff.config import Preprocessing
-from perturbdiff.data.cellsets import CellSet, ConditionIndex
-from perturbdiff.data.screen import Expression
+from perturbdiff.data.cellsets import CellSet
+from perturbdiff.data.conditions import ConditionIndex
+from perturbdiff.data.expression import Cells
 from perturbdiff.data.vocab import LabelVocab, split_label
 
 NULL = -1  # id of an absent, hidden or unknown label
@@ -57,13 +59,20 @@ class Vocabularies:
     combination_separator: str | None
 
     @classmethod
-    def of(cls, index: ConditionIndex, separator: str | None, with_batches: bool) -> Vocabularies:
-        """The labels of the perturbed conditions of an index: those that training gives a meaning.
+    def of(
+        cls, index: ConditionIndex, separator: str | None, with_batches: bool, marginal: np.ndarray | None = None
+    ) -> Vocabularies:
+        """The labels of the conditions of an index that are dealt: those that training gives a meaning.
 
+        These are the perturbed ones, and all where `marginal` (n_conditions,), which have no perturbation then.
         `with_batches` False leaves the batch out, as where batch and perturbation are confounded.
         """
-        perturbed = [index.labels(int(condition)) for condition in np.flatnonzero(~index.is_control)]
-        seen = [sorted({labels[i] for labels in perturbed}) for i in range(3)]
+        marginal = np.zeros(len(index), dtype=bool) if marginal is None else marginal
+        labelled = (~index.is_control & ~marginal, ~index.is_control | marginal, ~index.is_control)
+        seen = [
+            [index.names[i][code] for code in np.unique(index.codes[conditions, i])]
+            for i, conditions in enumerate(labelled)
+        ]
         parts = sorted({part for label in seen[0] for part in split_label(label, separator)})
         return cls(
             LabelVocab("perturbation", tuple(parts)),
@@ -91,6 +100,23 @@ class Vocabularies:
             torch.tensor([self.cell_types.ids.get(c or "", NULL) for _, c, _ in conditions], dtype=torch.int64),
             torch.tensor([self.batches.ids.get(b or "", NULL) for _, _, b in conditions], dtype=torch.int64),
         )
+
+    def encode_conditions(self, index: ConditionIndex, marginal: np.ndarray) -> Labels:
+        """Ids of the conditions of an index, one row each: controls have the null perturbation.
+
+        So has every condition where `marginal` (n_conditions,); its controls, pooled over batches, have no batch.
+        Raises as `encode`.
+        """
+        p, c, b = index.codes.astype(np.int64).T
+        perturbed = ~index.is_control & ~marginal
+        named = set(p[perturbed].tolist())
+        of_perturbation = self.encode([(n if i in named else None, None, None) for i, n in enumerate(index.names[0])])
+        of_cell_type = self.encode([(None, name, None) for name in index.names[1]]).cell_type
+        of_batch = self.encode([(None, None, name) for name in index.names[2]]).batch
+        perturbation, batch = of_perturbation.perturbation[p], of_batch[b]
+        perturbation[torch.from_numpy(~perturbed)] = NULL
+        batch[torch.from_numpy(index.is_control & marginal)] = NULL
+        return Labels(perturbation, of_cell_type[c], batch)
 
     def parts(self, label: str) -> list[str]:
         """ "A+B" -> A, B; a label that is known as a whole stays whole."""
@@ -125,10 +151,21 @@ class SparseCells:
         if how.input_kind == "counts":
             factor = torch.where(self.library_size > 0, how.target_sum / self.library_size, 0.0)
             values = torch.log1p(values * factor.repeat_interleave(per_cell))
-        flat = torch.zeros(n_sets * set_size * n_genes, device=values.device)
-        start = (self.place * n_genes).repeat_interleave(per_cell)
-        flat[start + self.genes] = values / how.scale
-        return flat.view(n_sets, set_size, n_genes)
+        fill = self._filled_by_scipy if values.device.type == "cpu" else self._filled
+        return fill(values / how.scale, n_sets * set_size, n_genes).view(n_sets, set_size, n_genes)
+
+    def _filled(self, values: Tensor, n_places: int, n_genes: int) -> Tensor:
+        flat = torch.zeros(n_places * n_genes, device=values.device)
+        start = (self.place * n_genes).repeat_interleave(self.indptr.diff())
+        flat[start + self.genes.long()] = values
+        return flat
+
+    def _filled_by_scipy(self, values: Tensor, n_places: int, n_genes: int) -> Tensor:
+        # On the CPU a third of the time: no index of each value, and numpy's memory comes in large pages.
+        ends = torch.zeros(n_places + 1, dtype=torch.int64)
+        ends[self.place + 1] = self.indptr.diff()
+        csr = (values.numpy(), self.genes.numpy().astype(np.int64, copy=False), ends.cumsum(0).numpy())
+        return torch.from_numpy(sparse.csr_matrix(csr, shape=(n_places, n_genes)).toarray())
 
 
 @dataclass(frozen=True)
@@ -136,7 +173,7 @@ class CellSetBatch:
     """B cell sets with their controls and conditions.
 
     mask
-        (B, S) True where there is a cell; cells and controls stand at the same places.
+        (B, S) True where there is a cell. Controls stand at the same places; marginal sets have none.
     keys
         (epoch, set number) of each set.
     conditions
@@ -168,35 +205,35 @@ class CellSetBatch:
         return x0, self.controls.dense(n_sets, set_size, self.n_genes, self.preprocessing)
 
 
-def make_batch(sets: Sequence[CellSet], set_size: int, expression: Expression, labels: Labels) -> CellSetBatch:
+def make_batch(sets: Sequence[CellSet], set_size: int, cells: Cells, labels: Labels) -> CellSetBatch:
     """Gather the cells of some sets. `labels` are those of all conditions of the index, by condition.
 
     An empty list gives a batch without sets.
     """
     mask = torch.zeros(len(sets), set_size, dtype=torch.bool)
+    has_control = mask.clone()
     for b, cell_set in enumerate(sets):
         mask[b, : len(cell_set.rows)] = True
-    place = mask.flatten().nonzero()[:, 0]
+        has_control[b, : len(cell_set.control_rows)] = True
     conditions = torch.tensor([s.condition for s in sets], dtype=torch.int64)
     return CellSetBatch(
-        cells=_gather(expression, [s.rows for s in sets], place),
-        controls=_gather(expression, [s.control_rows for s in sets], place),
+        cells=_gather(cells, [s.rows for s in sets], mask),
+        controls=_gather(cells, [s.control_rows for s in sets], has_control),
         mask=mask,
         labels=labels.select(conditions),
-        n_genes=len(expression.genes),
-        preprocessing=expression.preprocessing,
+        n_genes=len(cells.genes),
+        preprocessing=cells.preprocessing,
         keys=tuple(s.key for s in sets),
         conditions=tuple(s.condition for s in sets),
     )
 
 
-def _gather(expression: Expression, rows: Sequence[np.ndarray], place: Tensor) -> SparseCells:
-    chosen = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
-    X = expression.X[chosen]
+def _gather(cells: Cells, rows: Sequence[np.ndarray], where: Tensor) -> SparseCells:
+    taken = cells.take(np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64))
     return SparseCells(
-        place=place,
-        indptr=torch.from_numpy(X.indptr.astype(np.int64)),
-        genes=torch.from_numpy(X.indices),
-        values=torch.from_numpy(X.data),
-        library_size=torch.from_numpy(expression.library_size[chosen]),
+        place=where.flatten().nonzero()[:, 0],
+        indptr=torch.from_numpy(taken.indptr),
+        genes=torch.from_numpy(taken.genes),
+        values=torch.from_numpy(taken.values),
+        library_size=torch.from_numpy(taken.library_size),
     )

@@ -3,17 +3,90 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from scipy import sparse
 
 from perturbdiff.config import Preprocessing
+from perturbdiff.data.vocab import GeneVocab
 
 LOG1P_MAX = 15.0  # log1p of any normalised count stays under this; e**15 is 3.3 million
 _CHUNK = 1 << 24  # values looked at together
 
 InputKind = Literal["counts", "log1p"]
+
+
+@dataclass(frozen=True)
+class CellRows:
+    """Some cells in CSR form.
+
+    indptr, genes, values
+        CSR over the n cells, genes sorted within a cell; values are counts (uint16, uint32) or log1p values (float32).
+    library_size
+        (n,) float32 total counts per cell; ones for log1p values.
+    """
+
+    indptr: np.ndarray
+    genes: np.ndarray
+    values: np.ndarray
+    library_size: np.ndarray
+
+    @classmethod
+    def concat(cls, parts: Sequence[CellRows]) -> CellRows:
+        """The cells of all parts, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        lengths = np.concatenate([np.diff(part.indptr) for part in parts])
+        return cls(
+            np.concatenate([[0], np.cumsum(lengths)]),
+            *(np.concatenate([getattr(part, name) for part in parts]) for name in ("genes", "values", "library_size")),
+        )
+
+
+class Cells(Protocol):
+    """Cells by row number, wherever they lie: in memory or in an atlas."""
+
+    @property
+    def genes(self) -> GeneVocab: ...
+
+    @property
+    def preprocessing(self) -> Preprocessing: ...
+
+    def take(self, rows: np.ndarray) -> CellRows:
+        """The cells of these rows, in this order; a row may come twice."""
+
+
+@dataclass(frozen=True)
+class ConcatenatedCells:
+    """Cells of several places under one numbering: the first part's rows, then the second's, ..."""
+
+    parts: tuple[Cells, ...]
+    ends: np.ndarray  # rows up to and with each part
+
+    @classmethod
+    def of(cls, parts: Sequence[Cells], n_cells: Sequence[int]) -> ConcatenatedCells:
+        """Parts with the same genes and preprocessing, and how many cells each has."""
+        return cls(tuple(parts), np.cumsum(n_cells))
+
+    @property
+    def genes(self) -> GeneVocab:
+        return self.parts[0].genes
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return self.parts[0].preprocessing
+
+    def take(self, rows: np.ndarray) -> CellRows:
+        """As `Cells.take`."""
+        part = np.searchsorted(self.ends, rows, "right")
+        borders = np.flatnonzero(np.diff(part)) + 1
+        taken = []
+        for stretch in np.split(np.arange(len(rows)), borders) if len(rows) else [np.arange(0)]:
+            of = int(part[stretch[0]]) if len(stretch) else 0
+            taken.append(self.parts[of].take(rows[stretch] - (int(self.ends[of - 1]) if of else 0)))
+        return CellRows.concat(taken)
 
 
 def as_csr(matrix: Any) -> sparse.csr_matrix:
@@ -113,42 +186,63 @@ def log1p_normalised(X: sparse.csr_matrix, library_size: np.ndarray, how: Prepro
 
 
 def highly_variable_genes(X: sparse.csr_matrix, n: int) -> np.ndarray:
-    """Columns of the `n` genes with the largest dispersion for their mean, in column order.
+    """Columns of the `n` genes with the largest dispersion for their mean, in column order; see `GeneMoments`.
 
     Parameters
     ----------
     X
         (n_cells, G) log1p values of the training cells.
-
-    Notes
-    -----
-    Satija et al. 2015, as `scanpy.pp.highly_variable_genes(flavor="seurat")`: dispersion of the un-logged values,
-    logged, z-scored within 20 bins of log mean.
     """
-    n_cells, n_genes = X.shape
-    if n >= n_genes:
-        return np.arange(n_genes)
-    linear = sparse.csr_matrix((np.expm1(X.data.astype(np.float64)), X.indices, X.indptr), shape=X.shape)
-    mean = np.asarray(linear.mean(axis=0)).ravel()
-    mean_square = np.asarray(linear.multiply(linear).mean(axis=0)).ravel()
-    variance = (mean_square - mean**2) * n_cells / max(n_cells - 1, 1)
-    mean[mean == 0] = 1e-12
-    dispersion = variance / mean
-    log_dispersion = np.log(np.where(dispersion > 0, dispersion, np.nan))
-    log_mean = np.log1p(mean)
-    edges = np.linspace(log_mean.min(), log_mean.max(), 21)
-    bins = np.clip(np.searchsorted(edges, log_mean, side="left") - 1, 0, 19)
-    score = np.full(n_genes, -np.inf)
-    for b in np.unique(bins):
-        inside = (bins == b) & np.isfinite(log_dispersion)
-        values = log_dispersion[inside]
-        if len(values) == 1:
-            score[inside] = 1.0  # one gene alone in its bin: variable by definition
-        elif len(values) > 1:
-            spread = values.std(ddof=1)
-            score[inside] = (values - values.mean()) / (spread if spread > 0 else 1.0)
-    chosen = np.argsort(-score, kind="stable")[:n]
-    return np.sort(chosen)
+    moments = GeneMoments(X.shape[1])
+    moments.add(X)
+    return moments.highly_variable(n)
+
+
+class GeneMoments:
+    """Mean and variance of each gene over cells that come in parts, and the highly variable genes they show."""
+
+    def __init__(self, n_genes: int) -> None:
+        self.n_cells = 0
+        self.total = np.zeros(n_genes)
+        self.total_square = np.zeros(n_genes)
+
+    def add(self, X: sparse.csr_matrix) -> None:
+        """(n, G) log1p values of some more cells."""
+        linear = np.expm1(X.data.astype(np.float64))
+        self.n_cells += X.shape[0]
+        self.total += np.bincount(X.indices, weights=linear, minlength=X.shape[1])
+        self.total_square += np.bincount(X.indices, weights=linear * linear, minlength=X.shape[1])
+
+    def highly_variable(self, n: int) -> np.ndarray:
+        """Columns of the `n` genes with the largest dispersion for their mean, in column order.
+
+        Notes
+        -----
+        Satija et al. 2015, as `scanpy.pp.highly_variable_genes(flavor="seurat")`: dispersion of the un-logged values,
+        logged, z-scored within 20 bins of log mean.
+        """
+        n_genes = len(self.total)
+        if n >= n_genes:
+            return np.arange(n_genes)
+        mean = self.total / self.n_cells
+        variance = (self.total_square / self.n_cells - mean**2) * self.n_cells / max(self.n_cells - 1, 1)
+        mean[mean == 0] = 1e-12
+        dispersion = variance / mean
+        log_dispersion = np.log(np.where(dispersion > 0, dispersion, np.nan))
+        log_mean = np.log1p(mean)
+        edges = np.linspace(log_mean.min(), log_mean.max(), 21)
+        bins = np.clip(np.searchsorted(edges, log_mean, side="left") - 1, 0, 19)
+        score = np.full(n_genes, -np.inf)
+        for b in np.unique(bins):
+            inside = (bins == b) & np.isfinite(log_dispersion)
+            values = log_dispersion[inside]
+            if len(values) == 1:
+                score[inside] = 1.0  # one gene alone in its bin: variable by definition
+            elif len(values) > 1:
+                spread = values.std(ddof=1)
+                score[inside] = (values - values.mean()) / (spread if spread > 0 else 1.0)
+        chosen = np.argsort(-score, kind="stable")[:n]
+        return np.sort(chosen)
 
 
 def _gene(X: sparse.csr_matrix, genes: Sequence[str], place: int) -> str:

@@ -15,7 +15,8 @@ from anndata.io import read_elem
 from scipy import sparse
 
 from perturbdiff.config import DataConfig, ObsColumns, Preprocessing
-from perturbdiff.data.expression import as_csr, input_kind, library_sizes, log1p_normalised
+from perturbdiff.data.expression import CellRows, as_csr, input_kind, library_sizes, log1p_normalised
+from perturbdiff.data.seeds import cell_order_key
 from perturbdiff.data.vocab import GeneVocab, nearest
 
 LABELS = ("perturbation", "cell_type", "batch")
@@ -49,6 +50,11 @@ class Expression:
             X = sparse.csr_matrix((X.data, places[X.indices], X.indptr), (X.shape[0], len(columns)))
         X.sort_indices()
         return replace(self, X=X, genes=genes)
+
+    def take(self, rows: np.ndarray) -> CellRows:
+        """The cells of these rows, as `expression.Cells`."""
+        X = self.X[rows]
+        return CellRows(X.indptr.astype(np.int64), X.indices, X.data, self.library_size[rows])
 
     def log1p(self, rows: np.ndarray | slice = slice(None)) -> sparse.csr_matrix:
         """log1p values of some cells, (n, G) float32: the space scores and predictions live in."""
@@ -104,11 +110,12 @@ class Screen:
                 "Set data.control_label."
             )
         expression = read_expression(X, obs, var, config.input_kind, config, path)
+        order_key = cell_order_key(obs.index.astype(str).to_numpy(), seed=0)
         if not obs.index.is_unique:
             notes.append(f"{obs.index.duplicated().sum()} repeated obs_names got a suffix")
             obs = obs.set_axis(unique_names(obs.index.astype(str)), axis=0)
         others = obs.drop(columns=[c for c in LABELS if c in obs.columns])
-        order = np.lexsort([labels["perturbation"], labels["batch"], labels["cell_type"]])
+        order = np.lexsort([order_key, labels["perturbation"], labels["batch"], labels["cell_type"]])
         sorted_obs = pd.DataFrame({name: labels[name][order] for name in LABELS}, index=obs.index[order].astype(str))
         sorted_obs = sorted_obs.join(others.iloc[order].set_axis(sorted_obs.index, axis=0))
         if (empty := int((expression.library_size <= 0).sum())) and expression.preprocessing.input_kind == "counts":
@@ -127,6 +134,11 @@ class Screen:
     @property
     def is_control(self) -> np.ndarray:
         return (self.obs["perturbation"] == self.control_label).to_numpy()
+
+    @property
+    def n_cells(self) -> np.ndarray:
+        """(n_cells,) ones: the cells of each row, as of a `Labelled`."""
+        return np.ones(len(self), np.int64)
 
     def with_genes(self, columns: np.ndarray) -> Screen:
         """Only these genes."""

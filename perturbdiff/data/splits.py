@@ -1,7 +1,8 @@
 """Held-out conditions: which cells train, validate and test, written down with a hash.
 
 A selector names perturbed cells: `PERTURBATION`, `PERTURBATION:CELL_TYPE`, `PERTURBATION:CELL_TYPE:BATCH` (`*` is
-any), or `COLUMN=VALUE` with any obs column, as in `batch=rep_3`. Control cells always train.
+any), or `COLUMN=VALUE` with any obs column, as in `batch=rep_3`. Control cells always train. Of a screen cells are
+split, of an atlas whole conditions.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import pandas as pd
 
 from perturbdiff.config import SplitConfig
 from perturbdiff.data.screen import LABELS, Screen
@@ -25,30 +27,52 @@ PARTS = ("train", "validation", "test")
 MIN_CONDITIONS_TO_VALIDATE = 10
 
 
+class Labelled(Protocol):
+    """What can be split, row by row: a screen by cells, atlases by conditions.
+
+    obs
+        Labels of each row, `perturbation`, `cell_type`, `batch` and perhaps others.
+    is_control, n_cells
+        (n_rows,)
+    """
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def obs(self) -> pd.DataFrame: ...
+    @property
+    def is_control(self) -> np.ndarray: ...
+    @property
+    def n_cells(self) -> np.ndarray: ...
+
+
 @dataclass(frozen=True)
 class Split:
-    """Which cells of a screen train, validate and test; boolean (n_cells,) each, in the screen's order."""
+    """Which rows (cells of a screen, conditions of atlases) train, validate and test; boolean (n_rows,) each."""
 
     config: SplitConfig
     train: np.ndarray
     validation: np.ndarray
     test: np.ndarray
 
-    def as_json(self, screen: Screen) -> dict[str, Any]:
-        """Selectors, conditions with their number of cells, held-out cells by name, and a hash of all of it."""
+    def as_json(self, screen: Labelled) -> dict[str, Any]:
+        """Selectors, conditions with their number of cells, a screen's held-out cells by name, and a hash of it all."""
         content: dict[str, Any] = {
             "format_version": 1,
-            "screen": screen.path,
+            "screen" if isinstance(screen, Screen) else "atlases": screen.path,
             "hold_out": list(self.config.hold_out),
             "validation": list(self.config.validation),
             "conditions": {part: _conditions(screen, getattr(self, part)) for part in PARTS},
-            "cells": {part: screen.obs.index[getattr(self, part)].tolist() for part in ("validation", "test")},
         }
+        if isinstance(screen, Screen):
+            content["cells"] = {part: screen.obs.index[getattr(self, part)].tolist() for part in ("validation", "test")}
         return {**content, "sha256": _hash(content)}
 
 
-def make_split(screen: Screen, config: SplitConfig, seed: int) -> Split:
+def make_split(screen: Labelled, config: SplitConfig, seed: int, marginal: np.ndarray | None = None) -> Split:
     """Apply the selectors of `config`; with none for validation, take a fraction of whole training conditions.
+
+    Rows where `marginal` (n_rows,) train without labels: they may be held out but are never taken for validation.
 
     Raises
     ------
@@ -64,16 +88,17 @@ def make_split(screen: Screen, config: SplitConfig, seed: int) -> Split:
             "validate on other conditions."
         )
     if not config.validation:
-        validation = _random_conditions(screen, ~test & ~screen.is_control, config.validation_fraction, seed)
+        candidates = ~test & ~screen.is_control & (True if marginal is None else ~marginal)
+        validation = _random_conditions(screen, candidates, config.validation_fraction, seed)
     train = ~test & ~validation
-    if not (train & ~screen.is_control).any():
+    if not (train & (~screen.is_control if marginal is None else ~screen.is_control | marginal)).any():
         raise ValueError(
             f"split.hold_out {list(config.hold_out)} and validation leave no perturbed cell to train on; hold out less."
         )
     return Split(config, train, validation, test)
 
 
-def write_split(split: Split, screen: Screen, path: Path) -> None:
+def write_split(split: Split, screen: Labelled, path: Path) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(split.as_json(screen), indent=1) + "\n")
     temporary.replace(path)
@@ -92,6 +117,8 @@ def read_split(path: str | Path, screen: Screen) -> Split:
     try:
         stored = json.loads(Path(path).read_text())
         version, sha = stored["format_version"], stored.pop("sha256")
+        if "cells" not in stored:
+            raise ValueError("it was made for an atlas, whose cells are not listed; give one made for a screen")
         cells = {part: list(map(str, stored["cells"][part])) for part in ("validation", "test")}
         hold_out, chosen = list(stored["hold_out"]), list(stored["validation"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -113,7 +140,7 @@ def read_split(path: str | Path, screen: Screen) -> Split:
     return Split(SplitConfig(hold_out=hold_out, validation=chosen), train, parts["validation"], parts["test"])
 
 
-def select_cells(screen: Screen, selector: str, purpose: str = "hold-out") -> np.ndarray:
+def select_cells(screen: Labelled, selector: str, purpose: str = "hold-out") -> np.ndarray:
     """Perturbed cells that a selector names, boolean (n_cells,). Raises ValueError where there are none."""
     matches = ~screen.is_control
     column, equals, value = selector.partition("=")
@@ -136,20 +163,20 @@ def select_cells(screen: Screen, selector: str, purpose: str = "hold-out") -> np
     return matches
 
 
-def _any(screen: Screen, selectors: Sequence[str], purpose: str) -> np.ndarray:
-    chosen = np.zeros(len(screen), dtype=bool)
+def _any(screen: Labelled, selectors: Sequence[str], purpose: str) -> np.ndarray:
+    chosen = np.zeros(len(screen.obs), dtype=bool)
     for selector in selectors:
         chosen |= select_cells(screen, selector, purpose)
     return chosen
 
 
-def _random_conditions(screen: Screen, candidates: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+def _random_conditions(screen: Labelled, candidates: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     # Whole conditions: cells of a trained condition would say nothing about transfer.
     groups = screen.obs.groupby(list(LABELS), observed=True).ngroup().to_numpy()
     conditions = np.unique(groups[candidates])
     n = int(len(conditions) * fraction)
     if len(conditions) < MIN_CONDITIONS_TO_VALIDATE or n == 0:
-        return np.zeros(len(screen), dtype=bool)
+        return np.zeros(len(screen.obs), dtype=bool)
     perturbation = screen.obs["perturbation"].to_numpy()[np.unique(groups, return_index=True)[1]]  # by group number
     left = Counter(perturbation[conditions])
     chosen: list[int] = []
@@ -160,9 +187,10 @@ def _random_conditions(screen: Screen, candidates: np.ndarray, fraction: float, 
     return candidates & np.isin(groups, chosen)
 
 
-def _conditions(screen: Screen, cells: np.ndarray) -> list[dict[str, Any]]:
-    perturbed = screen.obs[cells & ~screen.is_control]
-    sizes = perturbed.groupby(list(LABELS), observed=True).size()
+def _conditions(screen: Labelled, cells: np.ndarray) -> list[dict[str, Any]]:
+    perturbed = cells & ~screen.is_control
+    chosen = screen.obs.loc[perturbed, list(LABELS)].assign(n_cells=screen.n_cells[perturbed])
+    sizes = chosen.groupby(list(LABELS), observed=True)["n_cells"].sum()
     return [{**dict(zip(LABELS, key, strict=True)), "n_cells": int(n)} for key, n in sizes.items()]
 
 

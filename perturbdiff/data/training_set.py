@@ -1,94 +1,216 @@
-"""From a screen and its settings to what training reads: genes chosen, cells split, indexed, matched and labelled."""
+"""From a screen or atlases and their settings to what training reads: cells split, genes chosen, indexed, labelled."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+import pandas as pd
+from scipy import sparse
 
-from perturbdiff.config import Config
-from perturbdiff.data.batch import Labels, Vocabularies
-from perturbdiff.data.cellsets import (
-    CellSetSampler,
+from perturbdiff.config import Config, Preprocessing
+from perturbdiff.data.atlas import Atlas
+from perturbdiff.data.batch import CellSetBatch, Labels, Vocabularies, make_batch
+from perturbdiff.data.cellsets import CellSetSampler, SetSource, StreamedSampler
+from perturbdiff.data.conditions import (
     ConditionIndex,
     ControlMatch,
     ControlPools,
     match_controls,
     resolve_control_match,
 )
-from perturbdiff.data.expression import highly_variable_genes
-from perturbdiff.data.screen import Screen
-from perturbdiff.data.splits import Split, make_split
+from perturbdiff.data.expression import Cells, ConcatenatedCells, GeneMoments, highly_variable_genes, log1p_normalised
+from perturbdiff.data.screen import LABELS, Screen
+from perturbdiff.data.splits import Labelled, Split, make_split
+from perturbdiff.data.stream import StreamedCells
+
+ROWS_AT_ONCE = 8192
 
 
 @dataclass(frozen=True)
 class IndexedCells:
-    """The conditions of some cells of a screen, their controls and labels (one row a condition)."""
+    """The conditions of some cells, their controls and labels (one row a condition), and how they become sets."""
 
+    cells: Cells
     index: ConditionIndex
     pools: ControlPools
     labels: Labels
+    sources: Sequence[SetSource]
 
     @classmethod
-    def of(cls, index: ConditionIndex, match: ControlMatch, vocabularies: Vocabularies) -> IndexedCells:
+    def of(
+        cls,
+        cells: Cells,
+        index: ConditionIndex,
+        match: ControlMatch,
+        vocabularies: Vocabularies,
+        sources: Sequence[SetSource],
+        set_size: int,
+    ) -> IndexedCells:
         """Match and label an index that holds the controls too. Raises as `match_controls`, `encode`."""
-        return cls(index, match_controls(index, match), vocabularies.encode(_conditions(index)))
+        borders = cells.borders if isinstance(cells, StreamedCells) else None
+        index = index if borders is None else index.cut(borders)
+        marginal = _marginal(index, sources)
+        pools = match_controls(index, match, ~marginal)
+        if borders is not None:  # other shards are read for controls only where a condition's own has too few
+            here = match_controls(index.by_shard(borders), match, np.zeros(len(index), dtype=bool))
+            pools = pools.preferring(here, set_size)
+        return cls(cells, index, pools, vocabularies.encode_conditions(index, marginal), sources)
 
-    def sampler(self, config: Config) -> CellSetSampler:
-        return CellSetSampler(
-            self.index, self.pools, config.data.set_size, config.data.sets_per_batch, config.training.seed
-        )
+    def close(self) -> None:
+        """Give up reading shards that nobody waits for any more."""
+        if isinstance(self.cells, StreamedCells):
+            self.cells.close()
+
+    def sampler(self, config: Config) -> CellSetSampler | StreamedSampler:
+        data = config.data
+        rest = (data.set_size, data.sets_per_batch, config.training.seed, data.min_set_size, self.sources)
+        if not isinstance(self.cells, StreamedCells):
+            return CellSetSampler(self.index, self.pools, *rest)
+        return StreamedSampler(self.index, self.pools, self.cells.borders, data.stream_lanes or 1, *rest)
+
+    def batch(
+        self, sampler: CellSetSampler | StreamedSampler, epoch: int, step: int, rank: int, world_size: int
+    ) -> CellSetBatch:
+        """The batch of one rank in one step."""
+        if isinstance(self.cells, StreamedCells) and isinstance(sampler, StreamedSampler):
+            self.cells.open(sampler.shards(epoch, step, rank, world_size))
+        return make_batch(sampler.batch(epoch, step, rank, world_size), sampler.set_size, self.cells, self.labels)
+
+
+@dataclass(frozen=True)
+class AtlasConditions:
+    """The conditions of one or several atlases, as a `Labelled` with one row a condition.
+
+    path
+        Each atlas's name and sha256: what the split is of.
+    """
+
+    path: str
+    obs: pd.DataFrame
+    is_control: np.ndarray
+    n_cells: np.ndarray
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Everything training reads. `screen` holds the model's genes only."""
+    """Everything training reads. `cells` hold the model's genes only; `origin` is what `split` speaks of."""
 
-    screen: Screen
+    origin: Labelled
+    cells: Cells
     split: Split
     match: ControlMatch
     vocabularies: Vocabularies
     train: IndexedCells
     validation: IndexedCells | None
+    description: str
+    atlases: tuple[Atlas, ...] = ()
 
     @classmethod
     def of(cls, screen: Screen, config: Config) -> TrainingSet:
-        """Split, choose genes on training cells, match controls, collect labels.
+        """Split a screen, choose genes on training cells, match controls, collect labels.
 
         Raises
         ------
         ValueError
             A selector matches nothing; a condition has no controls; a validation condition's perturbation is never
-            trained on.
+            trained on; no set is as large as data.min_set_size.
         """
         split = make_split(screen, config.split, config.training.seed)
         everything = ConditionIndex.build(screen, np.ones(len(screen), dtype=bool))
         match = resolve_control_match(everything, config.data.control_match)
         match_controls(everything, match)  # held-out conditions need controls too: say so now
+        description = screen.summary()
         if config.data.n_hvg is not None and config.data.n_hvg < len(screen.expression.genes):
             screen = screen.with_genes(highly_variable_genes(screen.expression.log1p(split.train), config.data.n_hvg))
-        train_index = ConditionIndex.build(screen, split.train)
+        train = ConditionIndex.build(screen, split.train)
+        validation = (
+            ConditionIndex.build(screen, split.validation | screen.is_control) if split.validation.any() else None
+        )
+        cells = (screen.expression, screen.expression)
+        return cls._indexed(config, screen, cells, split, match, train, validation, (SetSource(),), description)
+
+    @classmethod
+    def of_atlases(cls, config: Config) -> TrainingSet:
+        """Open the atlases of config.data, split their conditions, choose genes, match controls, collect labels.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            As `Atlas.open`; atlases differ in genes or kind of input; as `of`.
+        """
+        atlases = [Atlas.open(atlas.path, atlas.revision) for atlas in config.data.atlases]
+        sources = tuple(SetSource(atlas.sets == "marginal", atlas.weight) for atlas in config.data.atlases)
+        how = _common_preprocessing(atlases, config)
+        first_rows = np.cumsum([0, *map(len, atlases)])
+        index = ConditionIndex.concat([_index(atlas) for atlas in atlases], first_rows[:-1].tolist())
+        marginal = _marginal(index, sources)
+        origin = _conditions(index, atlases)
+        split = make_split(origin, config.split, config.training.seed, marginal)
+        match = resolve_control_match(index.select(~marginal), config.data.control_match)
+        match_controls(index, match, ~marginal)
+        train = index.select(split.train)
+        validation = index.select(split.validation | origin.is_control) if split.validation.any() else None
+        cells: tuple[Cells, Cells]  # for training and validation, whose streams must not disturb each other
+        if config.data.streamed:
+            _refuse_choosing_genes(len(atlases[0].genes), config)
+            controls = _spans(index.select(index.is_control))
+            cells = StreamedCells(atlases, how, controls), StreamedCells(atlases, how, controls)
+        else:
+            cells = (_cached_cells(atlases, how, train, config.data.n_hvg),) * 2
+        description = "\n".join(atlas.summary() for atlas in atlases)
+        data = cls._indexed(config, origin, cells, split, match, train, validation, sources, description)
+        return replace(data, atlases=tuple(atlases))
+
+    @classmethod
+    def _indexed(
+        cls,
+        config: Config,
+        origin: Labelled,
+        cells: tuple[Cells, Cells],
+        split: Split,
+        match: ControlMatch,
+        train: ConditionIndex,
+        validation: ConditionIndex | None,
+        sources: Sequence[SetSource],
+        description: str,
+    ) -> TrainingSet:
         # Where batch and perturbation are confounded, a batch label would give the answer away.
-        vocabularies = Vocabularies.of(train_index, config.data.combination_separator, with_batches=match == "batch")
-        train = IndexedCells.of(train_index, match, vocabularies)
-        validation = None
-        if split.validation.any():
-            validation_index = ConditionIndex.build(screen, split.validation | screen.is_control)
+        vocabularies = Vocabularies.of(
+            train, config.data.combination_separator, match == "batch", _marginal(train, sources)
+        )
+        indexed = IndexedCells.of(cells[0], train, match, vocabularies, sources, config.data.set_size)
+        sampler = indexed.sampler(config)
+        if sampler.n_sets == 0:
+            raise ValueError(
+                f"no training condition has data.min_set_size ({config.data.min_set_size}) cells; lower it."
+            )
+        validated = None
+        if validation is not None:
+            only_controls = (SetSource(),) * len(sources)  # unperturbed cells are not held out, so nothing to score
             try:
-                validation = IndexedCells.of(validation_index, match, vocabularies)
+                validated = IndexedCells.of(
+                    cells[1], validation, match, vocabularies, only_controls, config.data.set_size
+                )
             except KeyError as error:
                 raise ValueError(f"split.validation cannot be scored: {error.args[0]} Validate known ones.") from error
-        return cls(screen, split, match, vocabularies, train, validation)
+        if sampler.left_out:
+            few = f"{sampler.left_out:,} cells of conditions under data.min_set_size={config.data.min_set_size}"
+            description += f"\nleft out    {few}"
+        return cls(origin, cells[0], split, match, vocabularies, indexed, validated, description)
 
     def summary(self) -> str:
         """What will be trained on, for a person, several lines."""
-        perturbed = ~self.screen.is_control
+        perturbed, n_cells = ~self.origin.is_control, self.origin.n_cells
         known = self.vocabularies
-        n_cells = {part: int((getattr(self.split, part) & perturbed).sum()) for part in ("train", "validation", "test")}
+        n = {
+            part: int(n_cells[getattr(self.split, part) & perturbed].sum()) for part in ("train", "validation", "test")
+        }
         lines = [
-            f"genes       {len(self.screen.expression.genes):,} in the model",
-            f"split       {n_cells['train']:,} perturbed cells to train on, {n_cells['validation']:,} to validate, "
-            f"{n_cells['test']:,} held out",
+            f"genes       {len(self.cells.genes):,} in the model",
+            f"split       {n['train']:,} perturbed cells to train on, {n['validation']:,} to validate, "
+            f"{n['test']:,} held out",
             f"labels      {len(known.perturbations)} perturbations, {len(known.cell_types)} cell types, "
             f"{len(known.batches)} batches seen in training",
             "controls    matched by "
@@ -99,12 +221,87 @@ class TrainingSet:
                 "batch labels are left out"
             ),
         ]
-        return "\n".join(lines)
+        return "\n".join([self.description, *lines])
 
 
-def _conditions(index: ConditionIndex) -> list[tuple[str | None, str | None, str | None]]:
-    conditions: list[tuple[str | None, str | None, str | None]] = []
-    for condition in range(len(index)):
-        perturbation, cell_type, batch = index.labels(condition)
-        conditions.append((None if index.is_control[condition] else perturbation, cell_type, batch))
-    return conditions
+def _marginal(index: ConditionIndex, sources: Sequence[SetSource]) -> np.ndarray:
+    return np.array([source.marginal for source in sources], dtype=bool)[index.source]
+
+
+def _common_preprocessing(atlases: Sequence[Atlas], config: Config) -> Preprocessing:
+    first = atlases[0]
+    for other in atlases[1:]:
+        if other.info.input_kind != first.info.input_kind:
+            raise ValueError(
+                f"atlas {first.name} holds {first.info.input_kind}, {other.name} {other.info.input_kind}; train on "
+                "atlases of one kind."
+            )
+        if other.genes.names != first.genes.names:
+            differ = sorted(set(other.genes.names) ^ set(first.genes.names))
+            raise ValueError(
+                f"atlases {first.name} and {other.name} must have the same genes in the same order; {len(differ)} "
+                f"differ ({', '.join(differ[:3])}{', ...' if len(differ) > 3 else ''}). Build one with --genes FILE of "
+                "the other's."
+            )
+    data = config.data
+    return Preprocessing(first.info.input_kind, data.target_sum, data.scale, data.library_size_col)
+
+
+def _refuse_choosing_genes(n_genes: int, config: Config) -> None:
+    if config.data.n_hvg is not None and config.data.n_hvg < n_genes:
+        raise ValueError(
+            f"data.n_hvg ({config.data.n_hvg}) needs a pass over all cells, which data.streamed=true does not make; "
+            "set data.n_hvg=null, or build the atlas with --genes merge-then-select:N."
+        )
+
+
+def _cached_cells(atlases: Sequence[Atlas], how: Preprocessing, train: ConditionIndex, n_hvg: int | None) -> Cells:
+    for atlas in atlases:
+        atlas.download()
+    n_cells = [len(atlas) for atlas in atlases]
+    cells = ConcatenatedCells.of([atlas.arrow_cells(None, how) for atlas in atlases], n_cells)
+    if n_hvg is None or n_hvg >= len(cells.genes):
+        return cells
+    genes = cells.genes.select(_highly_variable_genes(cells, train, n_hvg))
+    return ConcatenatedCells.of([atlas.arrow_cells(genes, how) for atlas in atlases], n_cells)
+
+
+def _index(atlas: Atlas) -> ConditionIndex:
+    column = atlas.conditions.column
+    perturbation, cell_type, batch = (column(name).combine_chunks().to_pandas() for name in LABELS)
+    return ConditionIndex.of_conditions(
+        perturbation, cell_type, batch, column("is_control").to_numpy(), column("n_cells").to_numpy()
+    )
+
+
+def _conditions(index: ConditionIndex, atlases: Sequence[Atlas]) -> AtlasConditions:
+    obs = pd.DataFrame(
+        {name: pd.Categorical.from_codes(index.codes[:, i], pd.Index(index.names[i])) for i, name in enumerate(LABELS)}
+    )
+    return AtlasConditions(
+        ", ".join(f"{atlas.name} ({atlas.sha256})" for atlas in atlases), obs, index.is_control, index.n_cells
+    )
+
+
+def _spans(index: ConditionIndex) -> np.ndarray:
+    """(n, 2) first row and end of the stretches of rows that an index covers."""
+    ends = index.first + index.n_cells
+    if not len(index):
+        return np.zeros((0, 2), np.int64)
+    begins = np.flatnonzero(np.concatenate([[True], index.first[1:] != ends[:-1]]))
+    return np.stack([index.first[begins], ends[np.append(begins[1:], len(index)) - 1]], axis=1)
+
+
+def _chunks(index: ConditionIndex) -> Iterator[np.ndarray]:
+    for start, stop in _spans(index).tolist():
+        for first in range(start, stop, ROWS_AT_ONCE):
+            yield np.arange(first, min(first + ROWS_AT_ONCE, stop))
+
+
+def _highly_variable_genes(cells: Cells, train: ConditionIndex, n: int) -> np.ndarray:
+    moments = GeneMoments(len(cells.genes))
+    for rows in _chunks(train):
+        taken = cells.take(rows)
+        X = sparse.csr_matrix((taken.values, taken.genes, taken.indptr), (len(rows), len(cells.genes)))
+        moments.add(log1p_normalised(X, taken.library_size, cells.preprocessing))
+    return moments.highly_variable(n)

@@ -15,7 +15,7 @@ from anndata import AnnData, concat
 from anndata.io import read_elem
 
 from perturbdiff.config import load_config
-from perturbdiff.data.cellsets import ConditionIndex, ControlMatch, resolve_control_match
+from perturbdiff.data.conditions import ConditionIndex, ControlMatch, resolve_control_match
 from perturbdiff.data.expression import as_csr, input_kind
 from perturbdiff.data.screen import Expression, Screen, genes_of, read_h5ad_parts, unique_names
 from perturbdiff.data.splits import Split, read_split

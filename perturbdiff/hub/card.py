@@ -16,6 +16,12 @@ def write_card(config: dict[str, Any], json_files: dict[str, dict[str, Any]], n_
         if how["input_kind"] == "counts"
         else "log1p values, normalised as the training data were"
     )
+    use = (
+        f"""controls = anndata.read_h5ad("controls.h5ad")  # control cells of the context to predict
+predicted = model.predict(controls, perturbation={perturbations[0]!r})"""
+        if perturbations
+        else "# trained without perturbations (marginal cell sets): a start for training; it predicts no response"
+    )
     rows = "\n".join(f"- {name}: {value}" for name, value in training.items() if not isinstance(value, (dict, list)))
     return f"""---
 library_name: perturbdiff
@@ -35,8 +41,7 @@ import anndata
 from perturbdiff import PerturbDiff
 
 model = PerturbDiff.from_pretrained("THIS_FOLDER")
-controls = anndata.read_h5ad("controls.h5ad")  # control cells of the context to predict
-predicted = model.predict(controls, perturbation={perturbations[0]!r})
+{use}
 ```
 
 ## What it expects

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
 import time
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,10 @@ from accelerate.state import AcceleratorState
 
 from perturbdiff import __version__
 from perturbdiff.config import Config, ModelConfig, ObsColumns, as_dict, load_config, save_config
-from perturbdiff.data.batch import CellSetBatch, make_batch
-from perturbdiff.data.cellsets import CellSetSampler
+from perturbdiff.data.batch import CellSetBatch
 from perturbdiff.data.screen import Screen
 from perturbdiff.data.splits import write_split
+from perturbdiff.data.stream import prefetched
 from perturbdiff.data.training_set import IndexedCells, TrainingSet
 from perturbdiff.diffusion.losses import DiffusionLoss, LossOutput, training_draws, validation_draws
 from perturbdiff.pretrained import PerturbDiff, build_denoiser
@@ -29,7 +32,7 @@ from perturbdiff.training.state import Progress, TrainingState, load_latest, sav
 from perturbdiff.training.tracking import MetricsFile
 
 # Settings that may change between a run and its resumption: they move no number.
-FREE_ON_RESUME = {"out", "training.log_every", "training.save_every", "training.keep_states"}
+FREE_ON_RESUME = {"out", "data.prefetch", "training.log_every", "training.save_every", "training.keep_states"}
 
 
 @dataclass(frozen=True)
@@ -68,14 +71,18 @@ def train(config: Config, screen: Screen | None = None, stop_at: int | None = No
         A loss is not finite; names step and conditions.
     """
     out = Path(config.out)
+    config = _with_lanes(config, out)
     _check_resumable(out, config)
-    screen = screen if screen is not None else Screen.read(config.data.screen, config.data)
-    data = TrainingSet.of(screen, config)
+    if config.data.screen is None:
+        data = TrainingSet.of_atlases(config)
+    else:
+        data = TrainingSet.of(screen or Screen.read(config.data.screen, config.data), config)
+    _check_same_data(out, data)
     run = _Run(config, data)
     out.mkdir(parents=True, exist_ok=True)
     save_config(config, out / "config.yaml")
-    write_split(data.split, data.screen, out / "split.json")
-    print(f"{screen.summary()}\n{data.summary()}\n{run.summary()}", flush=True)
+    write_split(data.split, data.origin, out / "split.json")
+    print(f"{data.summary()}\n{run.summary()}", flush=True)
     return run.train(out, stop_at)
 
 
@@ -98,7 +105,7 @@ class _Run:
             raise ValueError("training.device=cuda, but there is no CUDA device here; set training.device=auto.")
         with torch.random.fork_rng():  # weights depend on the seed alone
             torch.manual_seed(config.training.seed)
-            denoiser = build_denoiser(config.denoiser, len(data.screen.expression.genes), data.vocabularies)
+            denoiser = build_denoiser(config.denoiser, len(data.cells.genes), data.vocabularies)
         denoiser.to(self.accelerator.device)
         self.ema = EMA(denoiser, config.optim.ema_decay)
         self.denoiser, self.optimizer = self.accelerator.prepare(denoiser, make_optimizer(denoiser, config.optim))
@@ -122,11 +129,29 @@ class _Run:
         done = self.state.progress
         metrics = MetricsFile(out / "metrics.jsonl", done.step)
         stopped_by = None
-        with StopRequest() as stop, progress(training.n_steps, "train", "step", initial=done.step) as bar:
+        stop = StopRequest()
+        batches = prefetched(
+            self._batch,
+            done.step,
+            training.n_steps,
+            self.config.data.prefetch,
+            stopped=lambda: stop.signal_name is not None,
+            give_up=self.data.train.close,
+        )
+        with (
+            stop,
+            closing(batches),
+            progress(training.n_steps, "train", "step", initial=done.step) as bar,
+        ):
             clock, cells_at = time.perf_counter(), done.cells_seen
             saved_at = done.step
             while done.step < training.n_steps and not self._converged():
-                values = self._step(done.step)
+                batch = next(batches, None)
+                if batch is None:  # the signal came while data were waited for
+                    stopped_by = stop.signal_name
+                    self._save(out)
+                    break
+                values = self._step(done.step, *batch)
                 done.step += 1
                 for name, value in values.items():
                     done.window[name] = done.window.get(name, 0.0) + value
@@ -159,13 +184,10 @@ class _Run:
             )
         return TrainingResult(self._model(), out, done.step, stopped_by)
 
-    def _step(self, step: int) -> dict[str, float]:
+    def _step(self, step: int, batch: CellSetBatch, n_cells: int) -> dict[str, float]:
         config = self.config
-        epoch, place = divmod(step, self.sampler.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, config.training.n_steps, config.optim)
-        batch = self._batch(self.sampler, self.data.train, epoch, place)
-        n_cells = self.sampler.n_cells(epoch, place)
         draws = training_draws(batch, config.diffusion, config.training.seed)
         self.denoiser.train()
         with self.accelerator.autocast():
@@ -186,11 +208,12 @@ class _Run:
         lr = self.optimizer.param_groups[0]["lr"]
         return {"loss": loss_value, "mse": mse, "mmd": mmd, "grad_norm": grad_norm, "lr": lr, "steps": 1}
 
-    def _batch(self, sampler: CellSetSampler, cells: IndexedCells, epoch: int, step: int) -> CellSetBatch:
+    def _batch(self, step: int) -> tuple[CellSetBatch, int]:
+        """This rank's part of a step, and the cells of the whole of it."""
+        epoch, place = self.sampler.place(step)
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        sets = sampler.batch(epoch, step, rank, world_size)
-        expression = self.data.screen.expression
-        return make_batch(sets, sampler.set_size, expression, cells.labels).to(self.accelerator.device)
+        batch = self.data.train.batch(self.sampler, epoch, place, rank, world_size)
+        return batch.to(self.accelerator.device), self.sampler.n_cells(epoch, place)
 
     def _refuse_non_finite(self, output: LossOutput, batch: CellSetBatch, step: int) -> None:
         finite = output.total.isfinite()
@@ -211,7 +234,7 @@ class _Run:
         sampler = cells.sampler(config)
         total, n_cells = 0.0, 0
         for step in range(sampler.steps_per_epoch):
-            batch = self._batch(sampler, cells, 0, step)
+            batch = cells.batch(sampler, 0, step, rank=0, world_size=1).to(self.accelerator.device)
             output = self.loss(self.ema.module, batch, validation_draws(batch, config.diffusion, config.training.seed))
             counts = batch.mask.sum(1)
             total += float((output.total * counts).sum())
@@ -242,11 +265,19 @@ class _Run:
             config.data.perturbation_col, config.data.cell_type_col, config.data.batch_col, config.data.control_label
         )
         settings = as_dict(config)
-        settings["data"]["screen"] = Path(config.data.screen).name  # no paths of this machine in what may be published
+        # No paths of this machine in what may be published.
+        if config.data.screen is not None:
+            settings["data"]["screen"] = Path(config.data.screen).name
+        for atlas in settings["data"]["atlases"]:
+            atlas["path"] = Path(atlas["path"]).name if Path(atlas["path"]).is_dir() else atlas["path"]
         del settings["out"]
         training = {
             "library_version": __version__,
-            "screen": Path(config.data.screen).name,
+            "screen": settings["data"]["screen"],
+            "atlases": [
+                {"name": atlas["path"], "commit": opened.commit, "sha256": opened.sha256}
+                for atlas, opened in zip(settings["data"]["atlases"], self.data.atlases, strict=True)
+            ],
             "steps": done.best_step if self.state.best is not None else done.step,
             "cells_seen": done.cells_seen,
             "control_match": self.data.match,
@@ -256,13 +287,23 @@ class _Run:
         model_config = ModelConfig(config.denoiser, config.diffusion, config.sampling, obs, config.data.set_size)
         return PerturbDiff(
             denoiser,
-            self.data.screen.expression.genes,
+            self.data.cells.genes,
             self.data.vocabularies,
-            self.data.screen.expression.preprocessing,
+            self.data.cells.preprocessing,
             model_config,
             training,
             name=str(Path(config.out) / "model"),
         )
+
+
+def _with_lanes(config: Config, out: Path) -> Config:
+    # A run keeps the lanes it was started with, so that more or fewer processes go on with the same sets.
+    if not config.data.streamed or config.data.stream_lanes is not None:
+        return config
+    lanes = int(os.environ.get("WORLD_SIZE", "1"))
+    if saved_states(out / "states"):
+        lanes = load_config(out / "config.yaml").data.stream_lanes or lanes
+    return replace(config, data=replace(config.data, stream_lanes=lanes))
 
 
 def _check_resumable(out: Path, config: Config) -> None:
@@ -279,6 +320,18 @@ def _check_resumable(out: Path, config: Config) -> None:
             f"run folder {out} was made with other settings ({shown}); choose another --out, or give the same settings "
             "to go on."
         )
+
+
+def _check_same_data(out: Path, data: TrainingSet) -> None:
+    # The same settings may name a file or atlas that has changed since.
+    if saved_states(out / "states") and (out / "split.json").is_file():
+        before, now = json.loads((out / "split.json").read_text()), data.split.as_json(data.origin)
+        if before["sha256"] != now["sha256"]:
+            changed = [key for key in now if key != "sha256" and before.get(key) != now[key]]
+            raise ValueError(
+                f"the data of run folder {out} are not those it was started with ({', '.join(changed)} of split.json "
+                "differ); choose another --out, or give the same data to go on."
+            )
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,10 +1,15 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from perturbdiff.config import Preprocessing
 from perturbdiff.data.batch import NULL, Labels, Vocabularies, make_batch
-from perturbdiff.data.cellsets import CellSet, ConditionIndex
+from perturbdiff.data.cellsets import CellSet
+from perturbdiff.data.conditions import ConditionIndex
 from perturbdiff.data.vocab import LabelVocab, split_label
 from tests.screens import counts_screen, log1p_cp10k, read, screen_with_cells
 
@@ -46,6 +51,15 @@ def test_the_dense_batch_equals_a_numpy_computation(kind, set_size):
     assert x0.dtype == torch.float32
     np.testing.assert_allclose(x0, expected_dense(values, [s.rows for s in sets], set_size), rtol=2e-6)
     np.testing.assert_allclose(control, expected_dense(values, [s.control_rows for s in sets], set_size), rtol=2e-6)
+
+
+def test_the_batch_of_another_device_is_filled_alike():
+    screen = read(counts_screen(n_genes=20))
+    cells = make_batch(sets_of(np.random.default_rng(0), len(screen), [5, 1, 3]), 6, screen.expression, NO_LABELS).cells
+    values = torch.rand(len(cells.values))
+    expected = cells._filled_by_scipy(values, 18, 20)
+    assert expected.count_nonzero() == len(values)
+    assert torch.equal(cells._filled(values, 18, 20).view(18, 20), expected)
 
 
 def test_library_size_and_target_sum_enter_the_dense_values():
@@ -93,6 +107,23 @@ def test_the_mask_marks_the_places_that_hold_cells_and_empty_places_are_zero():
         assert dense[batch.mask].any(1).all()
     for cells in (batch.cells, batch.controls):
         np.testing.assert_array_equal(cells.place, np.flatnonzero(batch.mask.flatten()))
+
+
+@pytest.mark.parametrize("marginal", [(1,), (0, 3), (0, 1, 2, 3)])
+def test_a_marginal_set_has_cells_and_no_controls(marginal):
+    screen = read(counts_screen(n_genes=8))
+    sets = [
+        replace(s, control_rows=s.control_rows[:0]) if i in marginal else s
+        for i, s in enumerate(sets_of(np.random.default_rng(0), len(screen), [2, 4, 1, 3]))
+    ]
+    batch = make_batch(sets, 4, screen.expression, NO_LABELS)
+    logged = log1p_cp10k(screen.expression.X) / 10
+    x0, control = batch.dense()
+    np.testing.assert_allclose(x0, expected_dense(logged, [s.rows for s in sets], 4), rtol=2e-6)
+    np.testing.assert_allclose(control, expected_dense(logged, [s.control_rows for s in sets], 4), rtol=2e-6)
+    assert batch.mask.tolist() == [[s < n for s in range(4)] for n in (2, 4, 1, 3)]
+    assert len(batch.controls.place) == sum(n for i, n in enumerate((2, 4, 1, 3)) if i not in marginal)
+    assert not control[list(marginal)].any()
 
 
 def test_each_set_carries_the_labels_and_key_of_its_condition():
@@ -184,6 +215,80 @@ def test_known_labels_are_those_of_perturbed_conditions_in_order():
     assert vocabularies.batches.names == ("b1", "b3")
     assert Vocabularies.of(index, "+", with_batches=False).batches.names == ()
     assert Vocabularies.of(index, None, with_batches=True).perturbations.names == ("A", "D+C")
+
+
+CONDITIONS = st.lists(
+    st.tuples(
+        st.sampled_from(["A", "B", "A+B", "C+A", "D", "control"]),
+        st.sampled_from(["T", "NK", "B cell"]),
+        st.sampled_from(["b1", "b2", "b3"]),
+        st.booleans(),
+    ),
+    max_size=10,
+    unique=True,
+)
+
+
+def labelled(found):
+    """Index of (perturbation, cell_type, batch, marginal) conditions of two cells each, and which are marginal."""
+    columns = [[c[i] for c in found] for i in range(3)]
+    is_control = np.array([c[0] == "control" for c in found], bool)
+    index = ConditionIndex.of_conditions(*columns, is_control, np.full(len(found), 2))
+    return index, np.array([c[3] for c in found], bool)
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(CONDITIONS, st.sampled_from(["+", None]), st.booleans())
+def test_known_labels_are_those_that_some_set_is_trained_with(found, separator, with_batches):
+    index, marginal = labelled(found)
+    seen = [set(), set(), set()]
+    for perturbation, cell_type, batch, is_marginal in found:
+        if perturbation != "control" and not is_marginal:
+            seen[0].update([perturbation] if separator is None else perturbation.split(separator))
+        if perturbation != "control" or is_marginal:
+            seen[1].add(cell_type)
+        if perturbation != "control" and with_batches:
+            seen[2].add(batch)
+    known = Vocabularies.of(index, separator, with_batches, marginal)
+    names = (known.perturbations.names, known.cell_types.names, known.batches.names)
+    assert names == tuple(tuple(sorted(of)) for of in seen)
+    if not marginal.any():
+        assert Vocabularies.of(index, separator, with_batches) == known
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(CONDITIONS, CONDITIONS, st.booleans(), st.sampled_from(["+", None]), st.booleans())
+def test_the_labels_of_an_index_are_those_of_its_conditions_one_by_one(found, others, trained, separator, with_batches):
+    index, marginal = labelled(found)
+    everything, of_everything = labelled([*found, *others] if trained else others)
+    known = Vocabularies.of(everything, separator, with_batches, of_everything)
+    names = [
+        (
+            None if perturbation == "control" or is_marginal else perturbation,
+            cell_type,
+            None if perturbation == "control" and is_marginal else batch,
+        )
+        for perturbation, cell_type, batch, is_marginal in found
+    ]
+    parts = {part for name, _, _ in names if name for part in ([name] if separator is None else name.split(separator))}
+    if not parts <= set(known.perturbations.names):
+        assert not trained
+        with pytest.raises(KeyError, match="is not known to this model"):
+            known.encode_conditions(index, marginal)
+        return
+    labels, expected = known.encode_conditions(index, marginal), known.encode(names)
+    assert labels.hidden is None
+    for column in ("perturbation", "cell_type", "batch"):
+        assert getattr(labels, column).dtype == torch.int64
+        assert torch.equal(getattr(labels, column), getattr(expected, column))
+
+
+def test_unknown_perturbations_of_marginal_conditions_are_no_error(known):
+    index, marginal = labelled([("never seen", "T", "b1", True), ("control", "T", "b1", True), ("A", "T", "b1", False)])
+    labels = known.encode_conditions(index, marginal)
+    assert labels.perturbation.tolist() == [[NULL], [NULL], [0]]
+    assert labels.cell_type.tolist() == [1, 1, 1]
+    assert labels.batch.tolist() == [0, NULL, 0]
 
 
 def test_scale_and_kind_are_those_of_the_preprocessing_and_not_of_the_cells():

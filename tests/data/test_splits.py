@@ -279,19 +279,19 @@ def test_no_held_out_cell_reaches_training(hold_out, validation):
     split = SplitConfig(hold_out, validation, 0.0)
     config = config_for("memory", "unused", "data.n_hvg=null", split=split)
     data = TrainingSet.of(screen, config)
-    assert not held_out & set(data.screen.obs.index[data.train.index.rows])
+    assert not held_out & set(data.origin.obs.index[data.train.index.rows])
     sampler = data.train.sampler(config)
     seen = set()
     for epoch in range(2):
         for step in range(sampler.steps_per_epoch):
             sets = sampler.batch(epoch, step)
             for s in sets:
-                seen |= set(data.screen.obs.index[np.concatenate([s.rows, s.control_rows])])
-            batch = make_batch(sets, config.data.set_size, data.screen.expression, data.train.labels)
+                seen |= set(data.origin.obs.index[np.concatenate([s.rows, s.control_rows])])
+            batch = make_batch(sets, config.data.set_size, data.cells, data.train.labels)
             for cells in batch.dense():
                 assert not cells[..., -1].any()
     assert not held_out & seen
-    assert set(data.screen.obs.index[~data.screen.is_control]) - held_out <= seen
+    assert set(data.origin.obs.index[~data.origin.is_control]) - held_out <= seen
 
 
 def test_no_test_cell_is_validated_on():

@@ -38,7 +38,7 @@ def test_genes_are_chosen_on_training_cells(adata):
     data = training_set(adata, "data.n_hvg=15", hold_out=["A:NK"])
     train = ~held_out(adata)
     expected = highly_variable_genes(sparse.csr_matrix(log1p_cp10k(adata.X[train])), 15)
-    assert data.screen.expression.genes.names == tuple(adata.var_names[expected])
+    assert data.cells.genes.names == tuple(adata.var_names[expected])
     assert len(expected) == 15
 
 
@@ -47,28 +47,28 @@ def test_the_expression_of_held_out_cells_chooses_nothing(adata, part):
     chosen = held_out(adata)
     plain = training_set(adata, "data.n_hvg=15", **{part: ["A:NK"]})
     changed = training_set(spoiled(adata, chosen), "data.n_hvg=15", **{part: ["A:NK"]})
-    assert changed.screen.expression.genes == plain.screen.expression.genes
+    assert changed.cells.genes == plain.cells.genes
     assert changed.vocabularies == plain.vocabularies
     assert changed.match == plain.match
     rows = plain.train.index.rows
     np.testing.assert_array_equal(changed.train.index.rows, rows)
     for name in ("X", "library_size"):
-        own, other = (getattr(data.screen.expression, name)[rows] for data in (plain, changed))
+        own, other = (getattr(data.cells, name)[rows] for data in (plain, changed))
         assert (own != other).sum() == 0
     # The same change in training cells does change the choice, so that this test can fail.
     everywhere = training_set(spoiled(adata, chosen), "data.n_hvg=15")
-    assert everywhere.screen.expression.genes != training_set(adata, "data.n_hvg=15").screen.expression.genes
+    assert everywhere.cells.genes != training_set(adata, "data.n_hvg=15").cells.genes
 
 
 def test_library_sizes_are_of_all_genes_of_the_file(adata):
     data = training_set(adata, "data.n_hvg=15")
     totals = dict(zip(adata.obs_names, adata.X.sum(1).A1, strict=True))
-    np.testing.assert_array_equal(data.screen.expression.library_size, [totals[name] for name in data.screen.obs.index])
+    np.testing.assert_array_equal(data.cells.library_size, [totals[name] for name in data.origin.obs.index])
 
 
 @pytest.mark.parametrize("word", ["data.n_hvg=null", "data.n_hvg=80", "data.n_hvg=2000"])
 def test_all_genes_stay_in_file_order_where_no_fewer_are_asked_for(adata, word):
-    assert training_set(adata, word).screen.expression.genes.names == tuple(adata.var_names)
+    assert training_set(adata, word).cells.genes.names == tuple(adata.var_names)
 
 
 def test_only_labels_that_training_gives_a_meaning_are_known():

@@ -1,0 +1,243 @@
+"""The genes of an atlas: which gene of each source is which, and which of them are kept."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from perturbdiff.data.vocab import GeneVocab
+
+SELECT = re.compile(r"merge-then-select:([1-9]\d*)")
+_ENSEMBL_ID = re.compile(r"(ENS[A-Z]*\d{11})(\.\d+)?")
+MIN_FOUND = 0.5  # of the genes of a file
+
+
+@dataclass(frozen=True)
+class GeneSpace:
+    """Genes of an atlas, and where each gene of each source lies among them.
+
+    columns
+        One array a source: (genes of the source,) int32 place in `genes`, -1 for a gene that is not kept.
+    """
+
+    genes: GeneVocab
+    columns: tuple[np.ndarray, ...]
+
+    def n_kept(self, source: int) -> int:
+        """Genes of a source that are kept."""
+        return int((self.columns[source] >= 0).sum())
+
+    def select(self, places: np.ndarray) -> GeneSpace:
+        """Only the genes at these places, in this order."""
+        new = np.full(len(self.genes) + 1, -1, dtype=np.int32)  # the last entry is where -1 points
+        new[places] = np.arange(len(places), dtype=np.int32)
+        return GeneSpace(self.genes.select(places), tuple(new[columns] for columns in self.columns))
+
+    def among(self, chosen: Sequence[np.ndarray]) -> GeneSpace:
+        """Only the genes that are among the chosen columns of any source."""
+        places = np.concatenate([columns[c] for columns, c in zip(self.columns, chosen, strict=True)])
+        return self.select(np.unique(places[places >= 0]))
+
+
+def n_selected(rule: str) -> int | None:
+    """N of "merge-then-select:N"; None for another rule. Raises ValueError on one that is misspelt."""
+    if match := SELECT.fullmatch(rule):
+        return int(match[1])
+    if rule.startswith("merge-then-select"):
+        raise ValueError(f"genes ({rule!r}) must be merge-then-select:N with N at least 1, as merge-then-select:2000.")
+    return None
+
+
+def read_gene_table(path: str | Path) -> dict[str, str]:
+    """The user's table: name (or Ensembl id) in a source -> name in the atlas, "" for a gene to leave out.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        No such file; columns other than `from` and `to`; one gene with two names.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"gene_table {str(path)!r} does not exist; give a .csv with the columns from,to.")
+    table: dict[str, str] = {}
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        for number, row in enumerate(csv.reader(file), start=1):
+            fields = [field.strip() for field in row]
+            if number == 1:
+                if fields != ["from", "to"]:
+                    raise ValueError(f"the first line of gene_table {path} is {','.join(row)!r}; it must be from,to.")
+            elif fields and (len(fields) != 2 or not fields[0]):
+                raise ValueError(
+                    f"line {number} of gene_table {path} is {','.join(row)!r}; it must hold a name in a source, a "
+                    "comma and a name in the atlas (nothing after the comma leaves the gene out)."
+                )
+            elif fields and table.setdefault(fields[0], fields[1]) != fields[1]:
+                raise ValueError(
+                    f"line {number} of gene_table {path} maps {fields[0]!r} to {fields[1]!r}, an earlier one to "
+                    f"{table[fields[0]]!r}; keep one of them."
+                )
+    return table
+
+
+def read_gene_file(path: str | Path) -> tuple[str, ...]:
+    """Gene names, one a line. Raises FileNotFoundError, and ValueError where a name comes twice or there is none."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"genes ({str(path)!r}) must be union, intersection, merge-then-select:N, or a file of names, one a line; "
+            "there is no such file."
+        )
+    lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    names = GeneVocab(tuple(line.strip() for line in lines if line.strip())).names
+    if not names:
+        raise ValueError(f"genes file {path} is empty; write the names of the genes, one a line.")
+    return names
+
+
+def merge_genes(
+    sources: Mapping[str, GeneVocab],
+    rule: str,
+    table: Mapping[str, str] | None = None,
+) -> GeneSpace:
+    """The gene space of all sources.
+
+    Genes are one where their names are (after the table), or their Ensembl ids (whatever the version); a gene the table
+    renames is known by its new name alone.
+
+    Parameters
+    ----------
+    sources
+        Genes of each source by its name, in order.
+    rule
+        "union": the first source's genes, then the others' new ones in order; "intersection": those of the first
+        source that all have; or a file of names (or Ensembl ids), whose order is kept. For "merge-then-select:N" it is
+        the union, of which `GeneSpace.among` keeps the genes that vary most.
+
+    Raises
+    ------
+    ValueError
+        Two sources give one name different Ensembl ids; two genes of a source are one gene; no gene is left; under
+        half of the genes of a file are in any source.
+    """
+    union = _union(sources, dict(table or {}))
+    if rule == "union" or n_selected(rule) is not None:
+        space = union
+    elif rule == "intersection":
+        present = np.ones(len(union.genes), dtype=bool)
+        for columns in union.columns:
+            present &= np.isin(np.arange(len(present)), columns)
+        space = union.select(np.flatnonzero(present))
+    else:
+        space = _listed(union, rule)
+    if not len(space.genes):
+        raise ValueError(f"no gene is left with genes={rule} of {', '.join(sources)}; map their names in gene_table.")
+    return space
+
+
+def _listed(union: GeneSpace, path: str) -> GeneSpace:
+    """The genes of a file; one that no source has stays, without values, so that atlases can share a gene space."""
+    names = read_gene_file(path)
+    ids = union.genes.ensembl or ()
+    place = {_stable(gene): i for i, gene in enumerate(ids) if gene}
+    place.update({name: i for i, name in enumerate(union.genes.names)})
+    found = np.array([place.get(name, place.get(_stable(name), -1)) for name in names], dtype=np.int64)
+    missing = [name for name, i in zip(names, found, strict=True) if i < 0]
+    if len(missing) > (1 - MIN_FOUND) * len(names):
+        raise ValueError(
+            f"only {len(names) - len(missing)} of the {len(names)} genes of {path} are in any source; missing are "
+            f"{', '.join(missing[:5])}, ... Give the names the sources use, or map theirs in gene_table."
+        )
+    known = found[found >= 0]
+    if len(np.unique(known)) < len(known):
+        first, second = _twice(names, found)
+        raise ValueError(f"{first!r} and {second!r} of {path} are one gene of the sources; keep one of them.")
+    new = np.full(len(union.genes) + 1, -1, dtype=np.int32)
+    new[known] = np.flatnonzero(found >= 0)
+    genes = GeneVocab(names, tuple(ids[i] if i >= 0 and ids else "" for i in found) if ids else None)
+    return GeneSpace(genes, tuple(new[columns] for columns in union.columns))
+
+
+def _union(sources: Mapping[str, GeneVocab], table: dict[str, str]) -> GeneSpace:
+    names: list[str] = []
+    ids: list[str] = []
+    givers: list[str] = []  # the source an id comes from
+    by_name: dict[str, int] = {}
+    by_id: dict[str, int] = {}
+    renamed: dict[int, str] = {}  # ids of genes that the table renamed: taken where nobody gives another
+    used: set[str] = set()
+    all_columns = []
+    for source, genes in sources.items():
+        columns = np.full(len(genes), -1, dtype=np.int32)
+        taken: dict[int, str] = {}
+        for g, (own, given) in enumerate(zip(genes.names, genes.ensembl or ("",) * len(genes), strict=True)):
+            gene_id = given or (own if _ENSEMBL_ID.fullmatch(own) else "")
+            name, by_table = own, False
+            for key in (own, gene_id, _stable(gene_id)):
+                if key and key in table:
+                    used.add(key)
+                    name, by_table = table[key], True
+                    break
+            if not name:
+                continue
+            match_id = "" if by_table else gene_id
+            place = by_name.get(name)
+            if place is not None and match_id and ids[place] and _stable(match_id) != _stable(ids[place]):
+                raise ValueError(
+                    f"gene {name!r} is {ids[place]} in source {givers[place]!r} and {match_id} in source {source!r}; "
+                    "say which is meant with a line 'from,to' in gene_table: an Ensembl id or name, and the name it "
+                    "gets in the atlas (or nothing, to leave it out)."
+                )
+            if place is None and match_id:
+                place = by_id.get(_stable(match_id))
+            if place is None:
+                place = len(names)
+                names.append(name)
+                ids.append("")
+                givers.append("")
+                by_name[name] = place
+            if match_id and not ids[place] and (other := by_id.get(_stable(match_id), place)) != place:
+                raise ValueError(
+                    f"gene {name!r} ({match_id}) of source {source!r} is two genes of the sources before it: "
+                    f"{names[place]!r} by name and {names[other]!r} by Ensembl id; rename one in gene_table."
+                )
+            if match_id and not ids[place]:
+                ids[place], givers[place] = match_id, source
+                by_id[_stable(match_id)] = place
+            if by_table and gene_id:
+                renamed.setdefault(place, gene_id)
+            if place in taken:
+                raise ValueError(
+                    f"genes {taken[place]!r} and {own!r} of source {source!r} are both {names[place]!r} in the atlas; "
+                    "give one another name, or leave it out, with a line 'from,to' in gene_table."
+                )
+            taken[place] = own
+            columns[g] = place
+        all_columns.append(columns)
+    if table and not used:
+        raise ValueError(
+            f"no gene of gene_table is in any source, {next(iter(table))!r} among them; column 'from' must hold names "
+            "or Ensembl ids of the sources."
+        )
+    for place, gene_id in renamed.items():
+        if not ids[place] and _stable(gene_id) not in by_id:
+            ids[place] = gene_id
+            by_id[_stable(gene_id)] = place
+    return GeneSpace(GeneVocab(tuple(names), tuple(ids) if any(ids) else None), tuple(all_columns))
+
+
+def _stable(gene_id: str) -> str:
+    """An Ensembl id without its version; other names as they are."""
+    match = _ENSEMBL_ID.fullmatch(gene_id)
+    return match[1] if match else gene_id
+
+
+def _twice(names: Sequence[str], places: np.ndarray) -> tuple[str, str]:
+    seen: dict[int, str] = {}
+    for name, place in zip(names, places.tolist(), strict=True):
+        if place >= 0 and place in seen:
+            return seen[place], name
+        seen[place] = name
+    raise AssertionError("called where a place comes twice")

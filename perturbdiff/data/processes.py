@@ -1,0 +1,90 @@
+"""Processes that share work, and end with the one that started them however it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+Job = TypeVar("Job")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Crew(Generic[Job]):
+    """Calls functions of (job, item) in `n_workers` processes, which get the job once; 1 calls them in this one.
+
+    Processes are spawned: HDF5 does not survive a fork. A script that starts them needs `if __name__ == "__main__":`.
+    """
+
+    def __init__(self, job: Job, n_workers: int) -> None:
+        self.job = job
+        self._pool: ProcessPoolExecutor | None = None
+        if n_workers > 1:
+            context = get_context("spawn")
+            # Nothing is ever sent. Workers see the end of it when this process closes it, or dies of whatever.
+            there, self._alive = context.Pipe(duplex=False)
+            self._pool = ProcessPoolExecutor(n_workers, context, initializer=_start, initargs=(job, there))
+
+    def __enter__(self) -> Crew[Job]:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is None:
+            return
+        if error is not None:  # work in progress is worth nothing any more
+            self._alive.close()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._alive.close()
+
+    def run(self, function: Callable[[Job, Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
+        """Each item with its result, as they are done.
+
+        Raises
+        ------
+        OSError
+            A process was killed; else the first error of any.
+        """
+        if self._pool is None:
+            for item in items:
+                yield item, function(self.job, item)
+            return
+        futures = {self._pool.submit(_call, function, item): item for item in items}
+        try:
+            for future in as_completed(futures):
+                yield futures.pop(future), future.result()
+        except BrokenProcessPool as error:
+            raise OSError(
+                "a worker process was killed, perhaps for want of memory; give less max_memory or fewer workers and "
+                "run the same command again: it goes on where it was."
+            ) from error
+
+
+_job: Any = None  # of a worker process
+
+
+def _start(job: Any, alive: Connection) -> None:
+    global _job
+    _job = job
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one tells the others
+    threading.Thread(target=_end_with, args=(alive,), daemon=True).start()
+
+
+def _end_with(alive: Connection) -> None:
+    try:
+        alive.recv_bytes()
+    except (EOFError, OSError):
+        os._exit(1)
+
+
+def _call(function: Callable[[Any, Item], Result], item: Item) -> Result:
+    return function(_job, item)
