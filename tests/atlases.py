@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy import sparse
 
-from perturbdiff.data.atlas import (
+from perturbdiff.data.atlas_format import (
+    CHECKSUMS,
     CONDITIONS_SCHEMA,
     LABELS,
     AtlasInfo,
@@ -25,7 +26,6 @@ from perturbdiff.data.atlas import (
     shard_schema,
     write_manifest,
 )
-from perturbdiff.data.atlas_format import CHECKSUMS
 from perturbdiff.data.screen import Screen
 from perturbdiff.data.vocab import GeneVocab
 

@@ -75,7 +75,7 @@ def test_the_loader_benchmark_builds_and_reads_in_every_way_and_runs_again_on_wh
     assert 0.06 < report["input"]["density"] < 0.1
     assert report["build"]["one process"]["cells_per_cpu_s"] > 0
     for made in report["build"].values():
-        assert 0 < made["peak_gb"] <= made["max_memory_gb"]
+        assert 0 < made["peak_gb_of_a_process"] <= made["max_memory_gb"]
     assert report["atlas"]["conditions"] == 21 * 4 * 2
     rates = report["cells/CPU-s"]
     with_controls = {"sparse batches", "dense log1p batches", "the sampler alone", "a screen in memory, sparse"}

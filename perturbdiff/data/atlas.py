@@ -1,4 +1,4 @@
-"""An atlas: Parquet shards of cells in condition order, with a manifest, on disk or on the Hub (README, "Atlas").
+"""An atlas: Parquet shards of cells in condition order, with a manifest, on disk or on the Hub (README, "Atlases").
 
 The content of a shard is believed once its sha256 is right; what could do harm is looked at again where it is used.
 """
@@ -26,10 +26,7 @@ from perturbdiff.data.atlas_format import (
     AGAIN,
     CHECKSUMS,
     CONDITIONS,
-    CONDITIONS_SCHEMA,
-    CONTROL_LABEL,
     DICTIONARY,
-    FORMAT_VERSION,
     GENES,
     LABELS,
     MANIFEST,
@@ -39,44 +36,19 @@ from perturbdiff.data.atlas_format import (
     SHARD_BYTES,
     SMALL_FILES,
     AtlasInfo,
-    AtlasSource,
-    Shard,
     check_file,
     check_size,
     few,
     inside,
-    parquet_options,
     read_checksums,
     read_conditions,
     read_footer,
     read_genes,
     read_info,
-    sha256,
-    shard_name,
-    shard_schema,
     short,
-    write_manifest,
 )
 from perturbdiff.data.vocab import GeneVocab
 from perturbdiff.progress import progress
-
-__all__ = [
-    "CONDITIONS_SCHEMA",
-    "CONTROL_LABEL",
-    "FORMAT_VERSION",
-    "LABELS",
-    "ROW_GROUP",
-    "SHARD_BYTES",
-    "Atlas",
-    "AtlasInfo",
-    "AtlasSource",
-    "Shard",
-    "parquet_options",
-    "sha256",
-    "shard_name",
-    "shard_schema",
-    "write_manifest",
-]
 
 
 @dataclass

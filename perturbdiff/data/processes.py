@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Generic, TypeVar
+
+import pyarrow as pa
 
 Job = TypeVar("Job")
 Item = TypeVar("Item")
@@ -34,12 +38,16 @@ class Crew(Generic[Job]):
             self._pool = ProcessPoolExecutor(n_workers, context, initializer=_start, initargs=(job, there))
 
     def __enter__(self) -> Crew[Job]:
+        if self._pool is None:
+            self._memory = memory_kept()
+            self._memory.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._pool is None:
+            self._memory.__exit__(None, None, None)
             return
         if error is not None:  # work in progress is worth nothing any more
             self._alive.close()
@@ -69,12 +77,37 @@ class Crew(Generic[Job]):
             ) from error
 
 
+@contextmanager
+def memory_kept() -> Iterator[None]:
+    """Freed arrays are used again instead of being given back: fresh memory is a fifth of the time of a build.
+
+    Of the whole process, until the end of the context.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of the GNU C library
+    pool = pa.default_memory_pool()
+    pa.set_memory_pool(pa.system_memory_pool())
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+    try:
+        yield
+    finally:
+        pa.set_memory_pool(pool)
+        if mallopt is not None:
+            mallopt(_M_MMAP_MAX, 1 << 16)  # as they were
+            mallopt(_M_TRIM_THRESHOLD, 1 << 17)
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+
 _job: Any = None  # of a worker process
 
 
 def _start(job: Any, alive: Connection) -> None:
     global _job
     _job = job
+    memory_kept().__enter__()  # until the process ends
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one tells the others
     threading.Thread(target=_end_with, args=(alive,), daemon=True).start()
 

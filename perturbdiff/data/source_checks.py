@@ -139,7 +139,11 @@ def row_of(place: int, indptr: np.ndarray) -> int:
 
 def row_sums(X: sparse.csr_matrix) -> np.ndarray:
     """(n,) float32 total counts; exact in between, as `expression.library_sizes`."""
-    totals = sparse.csr_matrix((X.data.astype(np.float64), X.indices, X.indptr), X.shape) @ np.ones(X.shape[1])
+    for kind, exact in ((np.float32, 2**24), (np.float64, np.inf)):
+        ones = np.ones(X.shape[1], kind)
+        totals = sparse.csr_matrix((X.data.astype(kind), X.indices, X.indptr), X.shape) @ ones
+        if totals.max(initial=0) < exact:  # whole numbers under this are added without rounding
+            break
     return totals.astype(np.float32)
 
 

@@ -90,13 +90,8 @@ def read_shard(atlas: Atlas, i: int, closed: threading.Event | None = None) -> p
     if atlas.folder is not None:
         source: object = atlas.check_shard(i)
     else:
-        digest, size = atlas.digests[file]
-        content = _download(atlas.shard_url(i), size, file, closed or threading.Event())
-        if (found := hashlib.sha256(content).hexdigest()) != digest:
-            raise ValueError(
-                f"shard {file} of {atlas.name} has sha256 {found}, {CHECKSUMS} says {digest}: changed, or damaged on "
-                "its way. Start again, and if that does not help, publish the atlas again."
-            )
+        content = _download(atlas.shard_url(i), atlas.shard_size(i), file, closed or threading.Event())
+        atlas.check_shard_bytes(i, hashlib.sha256(content).hexdigest())
         source = pa.BufferReader(pa.py_buffer(content))
     columns = ["genes", atlas.info.value_column, "library_size"]
     try:
@@ -165,7 +160,8 @@ class StreamedCells:
         return CellRows.concat(taken)
 
     def _read(self, shard: int) -> AtlasCells:
-        return self._cells(self._table(shard), shard)
+        atlas, i = self._shards[shard]
+        return AtlasCells.of_table(self._table(shard), atlas, i, self._how)
 
     def _table(self, shard: int) -> pa.Table:
         if self._gone is not None:  # minutes were waited already; not again for each shard
@@ -177,13 +173,6 @@ class StreamedCells:
             self._gone = error
             raise
 
-    def _cells(self, table: pa.Table, shard: int) -> AtlasCells:
-        # Rows of the table, from 0.
-        atlas, i = self._shards[shard]
-        file = f"{atlas.info.shards[i].file} of {atlas.name}"
-        genes, values = atlas.genes, atlas.info.value_column
-        return AtlasCells([table], values, genes, genes, self._how, lambda row: f"cell {row} of {file}")
-
     def _take_controls(self, shard: int, rows: np.ndarray) -> CellRows:
         if shard not in self._kept:
             inside = np.clip(self._controls, self.borders[shard], self._ends[shard])
@@ -192,7 +181,8 @@ class StreamedCells:
             parts = [table.slice(a - self.borders[shard], b - a) for a, b in stretches.tolist()]
             # take() copies, so that the rest of the shard can go
             table = pa.concat_tables(parts).take(pa.array(np.arange(sum(len(part) for part in parts))))
-            self._kept[shard] = (self._cells(table, shard), stretches, table.nbytes)
+            atlas, i = self._shards[shard]
+            self._kept[shard] = (AtlasCells.of_table(table, atlas, i, self._how), stretches, table.nbytes)
             while len(self._kept) > 1 and sum(size for _, _, size in self._kept.values()) > CONTROL_BYTES:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(shard)

@@ -21,7 +21,6 @@ import os
 import resource
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,10 +36,9 @@ import torch
 from anndata.io import sparse_dataset, write_elem
 from scipy import sparse
 
-from perturbdiff.config import AtlasConfig, BuildConfig, Config, DataConfig, SourceConfig
+from perturbdiff.config import AtlasConfig, Config, DataConfig
 from perturbdiff.data.atlas import Atlas
 from perturbdiff.data.batch import CellSetBatch
-from perturbdiff.data.build import build
 from perturbdiff.data.screen import Screen
 from perturbdiff.data.training_set import TrainingSet
 
@@ -55,6 +53,7 @@ BUDGETS = {
     "build, cells/CPU-s": 20_000,
     "atlas, bytes/cell": 1600,
 }
+QUIET = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
 PUBLISHED = {"CSR X, 12,626 genes, cells/CPU-s": 68}
 
 
@@ -70,13 +69,7 @@ def main() -> None:
     parser.add_argument("--max-memory", type=float, default=2.0, help="of the build, GB")
     parser.add_argument("--workers", type=int, default=2, help="of the build")
     parser.add_argument("--shard-mb", type=int, default=64, help="genes and values of a shard; 512 is the default")
-    parser.add_argument(
-        "--build-only", metavar="NAME", help="build --folder/NAME from the .h5ad there, and say its cost"
-    )
     args = parser.parse_args()
-    if args.build_only:
-        print(json.dumps(_build(args)))
-        return
     torch.set_num_threads(1)
     pa.set_cpu_count(1)
     if args.folder is None:
@@ -96,7 +89,7 @@ def _report(args: argparse.Namespace) -> dict[str, object]:
     if (args.folder / "atlas").exists():
         report["build"] = "the atlas was there"
     else:
-        one, several = _built_elsewhere(args, "atlas", 1), _built_elsewhere(args, "again", args.workers)
+        one, several = _built(args, "atlas", 1), _built(args, "again", args.workers)
         made = [(args.folder / name / "checksums.json").read_bytes() for name in ("atlas", "again")]
         assert made[0] == made[1], "the number of workers changes no byte"
         shutil.rmtree(args.folder / "again")
@@ -176,41 +169,43 @@ def _input(args: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def _built_elsewhere(args: argparse.Namespace, out: str, workers: int) -> dict[str, object]:
-    command = [sys.executable, __file__, "--build-only", out, "--folder", str(args.folder), "--workers", str(workers)]
-    command += ["--max-memory", str(args.max_memory), "--shard-mb", str(args.shard_mb)]
-    lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
-    found: dict[str, object] = json.loads(lines[-1])
-    return found
+BUILD = """
+import sys
+from perturbdiff.config import BuildConfig, SourceConfig
+from perturbdiff.data.build import build
+path, out, bound, workers, shard_bytes = sys.argv[1:]
+build(BuildConfig(out, [SourceConfig(path)]), int(bound), int(workers), shard_bytes=int(shard_bytes))
+"""
 
 
-def _build(args: argparse.Namespace) -> dict[str, object]:
-    config = BuildConfig(
-        out=str(args.folder / args.build_only), sources=[SourceConfig(path=str(args.folder / "cells.h5ad"))]
-    )
+def _built(args: argparse.Namespace, out: str, workers: int) -> dict[str, object]:
+    """The cost of a build in a process of its own and its workers, and what of it is their start."""
     bound = round(args.max_memory * 1e9)
-    start, start_wall = _with_children(), time.perf_counter()
-    atlas = build(config, bound, args.workers, shard_bytes=args.shard_mb << 20)
-    cpu_s, wall_s = _with_children() - start, time.perf_counter() - start_wall
-    assert atlas is not None, "this is no task"
-    own, worker = _peak_gb(resource.RUSAGE_SELF), _peak_gb(resource.RUSAGE_CHILDREN)
-    several = args.workers > 1
+    words = [args.folder / "cells.h5ad", args.folder / out, bound, workers, args.shard_mb << 20]
+    wall = time.perf_counter()
+    cpu_s, peak_gb = _of_process(["-c", BUILD, *map(str, words)])
+    wall = time.perf_counter() - wall
+    start_s = _of_process(["-c", "import perturbdiff.data.build"])[0] * (1 if workers == 1 else workers + 1)
+    n_cells = len(Atlas.open(args.folder / out))
     return {
-        "workers": args.workers,
+        "workers": workers,
         "shard_mb": args.shard_mb,
-        "cells_per_cpu_s": round(len(atlas) / cpu_s),
+        "cells_per_cpu_s": round(n_cells / cpu_s),
+        "cells_per_cpu_s_without_start": round(n_cells / (cpu_s - start_s)),
         "cpu_s": round(cpu_s, 2),
-        "wall_s": round(wall_s, 2),
+        "start_cpu_s": round(start_s, 2),
+        "wall_s": round(wall, 2),
         "max_memory_gb": round(bound / 1e9, 3),
-        "peak_gb": round(own + worker * args.workers * several, 3),  # at most: as if all peaked together
-        "peak_gb_of_a_worker": worker if several else None,
+        "peak_gb_of_a_process": peak_gb,
     }
 
 
-def _with_children() -> float:
-    """CPU-seconds of this process and of those it waited for."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(of.ru_utime + of.ru_stime for of in used)
+def _of_process(words: Sequence[str]) -> tuple[float, float]:
+    """CPU-seconds of a Python process and its children, and the most memory that one of them took, GB."""
+    child = os.posix_spawn(sys.executable, [sys.executable, *words], os.environ, file_actions=QUIET)
+    _, status, used = os.wait4(child, 0)
+    assert status == 0, f"the process ended with {status}"
+    return used.ru_utime + used.ru_stime, round(used.ru_maxrss * 1024 / 1e9, 3)
 
 
 def _peak_gb(who: int) -> float:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from perturbdiff.config import Preprocessing
-from perturbdiff.data.atlas import Atlas, parquet_options, sha256, shard_name, shard_schema, write_manifest
+from perturbdiff.data.atlas import Atlas
 from perturbdiff.data.atlas_format import (
     CHECKSUMS,
     CONDITIONS,
@@ -23,6 +23,11 @@ from perturbdiff.data.atlas_format import (
     GENES_SCHEMA,
     MANIFEST,
     MAX_BYTES,
+    parquet_options,
+    sha256,
+    shard_name,
+    shard_schema,
+    write_manifest,
 )
 from perturbdiff.data.vocab import GeneVocab
 from tests.atlases import CONDITIONS as CELLS

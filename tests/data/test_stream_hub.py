@@ -258,7 +258,7 @@ def test_what_is_not_the_shard_is_refused_by_name_and_before_memory_is_taken(fol
     assert kinds == ("ValueError", "ValueError", "ValueError", "ValueError", "ConnectionError")
     words = ["has sha256", "has 5,000 bytes", f"has more than {len(content[2]):,} bytes", "has 0 bytes", "status 403"]
     for message, shard, text in zip(messages, SHARDS[:5], words, strict=True):
-        assert f"shard {shard}" in message
+        assert shard in message
         assert text in message
         assert "\n" not in message
     assert peak < 10e6  # bytes, where one answer had a hundred million
