@@ -309,7 +309,7 @@ def _atlas_commands(commands: Any) -> None:
         "\ngenes:\n"
         "  union                  every gene of any input, in order of appearance (the default)\n"
         "  intersection           genes of all inputs\n"
-        "  FILE                   the names in a file, one a line, in its order\n"
+        "  FILE                   the names in a file, one a line, in its order; or another atlas's genes.parquet\n"
         "  merge-then-select:N    the N most variable genes of each input, then their union\n"
         "\nsettings:\n"
         "  source.KEY=value is of every input named here: perturbation_col, cell_type_col, batch_col (null: none),\n"

@@ -74,7 +74,7 @@ class BuildConfig:
 
     out: str = MISSING  # the folder
     sources: list[SourceConfig] = field(default_factory=list)
-    genes: str = "union"  # union, intersection, merge-then-select:N, or a file of names, one a line
+    genes: str = "union"  # union, intersection, merge-then-select:N, or a file: names, one a line, or a genes.parquet
     gene_table: Optional[str] = None  # .csv of two columns, name in a source and name in the atlas
     count_type: Literal["uint16", "uint32"] = "uint16"
     licence: Optional[str] = None  # of the whole

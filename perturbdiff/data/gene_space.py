@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
+from perturbdiff.data.atlas_format import short
 from perturbdiff.data.vocab import GeneVocab
 
 SELECT = re.compile(r"merge-then-select:([1-9]\d*)")
@@ -84,13 +87,22 @@ def read_gene_table(path: str | Path) -> dict[str, str]:
 
 
 def read_gene_file(path: str | Path) -> tuple[str, ...]:
-    """Gene names, one a line. Raises FileNotFoundError, and ValueError where a name comes twice or there is none."""
+    """Gene names of a text file, one a line, or of the genes.parquet of an atlas.
+
+    Raises FileNotFoundError, and ValueError where a name comes twice or there is none.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(
-            f"genes ({str(path)!r}) must be union, intersection, merge-then-select:N, or a file of names, one a line; "
-            "there is no such file."
+            f"genes ({str(path)!r}) must be union, intersection, merge-then-select:N, or a file of names, one a line, "
+            "or the genes.parquet of an atlas; there is no such file."
         )
-    lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    if Path(path).suffix == ".parquet":
+        try:
+            lines = pq.read_table(path, columns=["name"])["name"].to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"genes file {path} is no genes.parquet of an atlas ({short(error)}).") from error
+    else:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     names = GeneVocab(tuple(line.strip() for line in lines if line.strip())).names
     if not names:
         raise ValueError(f"genes file {path} is empty; write the names of the genes, one a line.")

@@ -24,6 +24,7 @@ from perturbdiff.data.expression import Cells, ConcatenatedCells, GeneMoments, h
 from perturbdiff.data.screen import LABELS, Screen
 from perturbdiff.data.splits import Labelled, Split, make_split
 from perturbdiff.data.stream import StreamedCells
+from perturbdiff.progress import progress
 
 ROWS_AT_ONCE = 8192
 
@@ -57,6 +58,11 @@ class IndexedCells:
             here = match_controls(index.by_shard(borders), match, np.zeros(len(index), dtype=bool))
             pools = pools.preferring(here, set_size)
         return cls(cells, index, pools, vocabularies.encode_conditions(index, marginal), sources)
+
+    def release(self) -> None:
+        """Free the memory of shards until the next batch."""
+        if isinstance(self.cells, StreamedCells):
+            self.cells.open([])
 
     def close(self) -> None:
         """Give up reading shards that nobody waits for any more."""
@@ -240,8 +246,8 @@ def _common_preprocessing(atlases: Sequence[Atlas], config: Config) -> Preproces
             differ = sorted(set(other.genes.names) ^ set(first.genes.names))
             raise ValueError(
                 f"atlases {first.name} and {other.name} must have the same genes in the same order; {len(differ)} "
-                f"differ ({', '.join(differ[:3])}{', ...' if len(differ) > 3 else ''}). Build one with --genes FILE of "
-                "the other's."
+                f"differ ({', '.join(differ[:3])}{', ...' if len(differ) > 3 else ''}). Build one with "
+                "--genes OTHER/genes.parquet."
             )
     data = config.data
     return Preprocessing(first.info.input_kind, data.target_sum, data.scale, data.library_size_col)
@@ -300,8 +306,10 @@ def _chunks(index: ConditionIndex) -> Iterator[np.ndarray]:
 
 def _highly_variable_genes(cells: Cells, train: ConditionIndex, n: int) -> np.ndarray:
     moments = GeneMoments(len(cells.genes))
-    for rows in _chunks(train):
-        taken = cells.take(rows)
-        X = sparse.csr_matrix((taken.values, taken.genes, taken.indptr), (len(rows), len(cells.genes)))
-        moments.add(log1p_normalised(X, taken.library_size, cells.preprocessing))
+    with progress(int(train.n_cells.sum()), "choose genes", "cell") as bar:
+        for rows in _chunks(train):
+            taken = cells.take(rows)
+            X = sparse.csr_matrix((taken.values, taken.genes, taken.indptr), (len(rows), len(cells.genes)))
+            moments.add(log1p_normalised(X, taken.library_size, cells.preprocessing))
+            bar.update(len(rows))
     return moments.highly_variable(n)

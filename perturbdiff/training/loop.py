@@ -239,6 +239,7 @@ class _Run:
             counts = batch.mask.sum(1)
             total += float((output.total * counts).sum())
             n_cells += int(counts.sum())
+        cells.release()
         loss, done = total / n_cells, self.state.progress
         if done.best_validation is None or loss < done.best_validation:
             done.best_validation, done.best_step = loss, done.step

@@ -5,6 +5,7 @@ import pytest
 
 from perturbdiff.data.gene_space import merge_genes, n_selected, read_gene_file, read_gene_table
 from perturbdiff.data.vocab import GeneVocab
+from tests.atlases import write_atlas
 
 E = [f"ENSG{i:011d}" for i in range(9)]
 
@@ -124,6 +125,14 @@ def test_a_file_whose_genes_nobody_has_or_has_twice_is_an_error(tmp_path):
     path.write_text("\n")
     with pytest.raises(ValueError, match="is empty"):
         read_gene_file(path)
+
+
+def test_the_genes_of_another_atlas_are_taken_from_its_file(tmp_path):
+    write_atlas(tmp_path / "atlas", n_genes=6)
+    names = tuple(f"gene_{g}" for g in range(6))
+    assert read_gene_file(tmp_path / "atlas" / "genes.parquet") == names
+    with pytest.raises(ValueError, match=r"conditions\.parquet is no genes\.parquet"):
+        read_gene_file(tmp_path / "atlas" / "conditions.parquet")
 
 
 def test_a_rule_that_is_none_is_an_error():

@@ -1,11 +1,14 @@
+import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from scipy import sparse
 
-from perturbdiff.config import SplitConfig
+from perturbdiff.config import AtlasConfig, BuildConfig, SourceConfig, SplitConfig
+from perturbdiff.data.build import build
 from perturbdiff.data.expression import highly_variable_genes
 from perturbdiff.data.training_set import TrainingSet
-from tests.screens import config_for, counts_screen, log1p_cp10k, read, screen_with_cells
+from tests.screens import config_for, counts_screen, log1p_cp10k, read, screen_with_cells, written
 
 
 def training_set(adata, *words, hold_out=(), validation=(), fraction=0.0):
@@ -129,3 +132,40 @@ def test_the_summary_gives_the_numbers(adata):
     assert "90 perturbed cells to train on, 10 to validate, 20 held out" in text
     assert "2 perturbations, 2 cell types, 2 batches" in text
     assert "matched by cell type and batch" in text
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("seed", range(3))
+def test_a_screen_and_the_atlas_built_from_it_have_one_index_and_deal_the_same_cells(tmp_path, seed):
+    adata = counts_screen(n_genes=9, n=11 + seed, seed=seed)
+    path = written(adata, tmp_path / "screen.h5ad")
+    build(BuildConfig(str(tmp_path / "atlas"), [SourceConfig(str(path))]), workers=1, shard_bytes=1000)
+    split = SplitConfig(["A:NK"], [], 0.2)
+    of_screen = TrainingSet.of(read(adata), config_for("memory", "unused", split=split))
+    config = config_for("memory", "unused", split=split)
+    config.data.screen, config.data.atlases = None, [AtlasConfig(str(tmp_path / "atlas"))]
+    of_atlas = TrainingSet.of_atlases(config)
+    names = np.concatenate([pq.read_table(p)["cell"].to_numpy() for p in sorted((tmp_path / "atlas/data").iterdir())])
+    assert len(list((tmp_path / "atlas/data").iterdir())) > 1
+    assert of_atlas.vocabularies == of_screen.vocabularies
+    for part in ("train", "validation"):
+        own, other = getattr(of_screen, part), getattr(of_atlas, part)
+        conditions = [
+            [(cells.index.labels(c), int(cells.index.n_cells[c])) for c in range(len(cells.index))]
+            for cells in (own, other)
+        ]
+        assert conditions[0] == conditions[1]
+        samplers = own.sampler(config), other.sampler(config)
+        for epoch in range(2):
+            for step in range(samplers[0].steps_per_epoch):
+                sets = zip(samplers[0].batch(epoch, step), samplers[1].batch(epoch, step), strict=True)
+                for of_cells, of_rows in sets:
+                    assert of_cells.key == of_rows.key
+                    for rows in ("rows", "control_rows"):
+                        found = of_screen.origin.obs.index[getattr(of_cells, rows)]
+                        assert found.tolist() == names[getattr(of_rows, rows)].tolist()
