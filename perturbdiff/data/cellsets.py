@@ -249,7 +249,7 @@ class StreamedSampler:
         source_of_shard = np.zeros(len(borders), np.int32)
         source_of_shard[by_shard.source] = index.source
         self._sets = _Sets(by_shard, [sources[source] for source in source_of_shard.tolist()], set_size, min_set_size)
-        self._order: tuple[int, list[list[int]], list[np.ndarray]] | None = None
+        self._orders: dict[int, tuple[list[list[int]], list[np.ndarray]]] = {}  # of an epoch and its neighbours
         self._step_cells: tuple[int, np.ndarray] | None = None  # of one epoch
         self._first_steps = [0]  # of each epoch looked at so far
 
@@ -310,7 +310,7 @@ class StreamedSampler:
         return n_cells
 
     def shards(self, epoch: int, step: int, rank: int = 0, world_size: int = 1) -> list[int]:
-        """The shards that a rank reads in a step, and then those its lanes come to next."""
+        """The shards that a rank reads in a step, then those its lanes come to next, if need be in the next epoch."""
         shards, ends = self._lanes(epoch)
         place = step * (self.sets_per_batch // self.n_lanes)
         now, later = [], []
@@ -318,8 +318,8 @@ class StreamedSampler:
             last = np.searchsorted(ends[lane], place + self.sets_per_batch // self.n_lanes - 1, "right")
             at = int(np.searchsorted(ends[lane], place, "right"))
             now += shards[lane][at : int(last) + 1]
-            later += shards[lane][int(last) + 1 : int(last) + 2]
-        return now + later
+            later += shards[lane][int(last) + 1 : int(last) + 2] or self._lanes(epoch + 1)[0][lane][:1]
+        return list(dict.fromkeys(now + later))  # a lane may come to what another one reads now
 
     def _dealt(self, epoch: int, step: int, lane: int) -> np.ndarray:
         ends, n = self._lanes(epoch)[1][lane], self.sets_per_batch // self.n_lanes
@@ -340,8 +340,9 @@ class StreamedSampler:
         return found
 
     def _lanes(self, epoch: int) -> tuple[list[list[int]], list[np.ndarray]]:
-        # The shards of each lane and the sets up to and with each of them; one epoch's are kept.
-        if self._order is None or self._order[0] != epoch:
+        # The shards of each lane and the sets up to and with each of them.
+        if epoch not in self._orders:
+            self._orders = {near: order for near, order in self._orders.items() if abs(near - epoch) == 1}
             n_sets = self._sets.per_source
             order = permuted(len(n_sets), np.arange(len(n_sets)), self.seed, "shard order", epoch)
             lanes: list[list[int]] = [[] for _ in range(self.n_lanes)]
@@ -350,8 +351,8 @@ class StreamedSampler:
                 load, lane = heapq.heappop(filled)
                 lanes[lane].append(shard)
                 heapq.heappush(filled, (load + int(n_sets[shard]), lane))
-            self._order = (epoch, lanes, [np.cumsum(n_sets[shards]) for shards in lanes])
-        return self._order[1], self._order[2]
+            self._orders[epoch] = (lanes, [np.cumsum(n_sets[shards]) for shards in lanes])
+        return self._orders[epoch]
 
 
 def _cell_set(

@@ -302,7 +302,8 @@ def test_a_server_that_is_gone_ends_training_with_one_line_that_names_the_shard(
 
 
 CLOSED = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may be told to ignore it
 from contextlib import closing
 import numpy as np
 import perturbdiff.data.stream as stream
