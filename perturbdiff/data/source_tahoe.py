@@ -45,9 +45,9 @@ _MAX_TOKEN = 1 << 24
 class TahoeSource:
     """Parquet files with the columns of Tahoe-100M: `genes` (tokens) and `expressions` (counts), one row a cell.
 
-    The first element of both lists is a marker (its expression is negative): it is checked and left out. Settings
-    that were left at their defaults become the data set's own (`drug`, `cell_line_id`, `plate`, "DMSO_TF");
-    `perturbation_col` may also be a column of the sample table, as `drugname_drugconc`.
+    Where a cell's first expression is negative it is a marker, and left out with its gene. Settings that were left at
+    their defaults become the data set's own (`drug`, `cell_line_id`, `plate`, "DMSO_TF"); `perturbation_col` may also
+    be a column of the sample table, as `drugname_drugconc`.
     """
 
     config: SourceConfig
@@ -165,13 +165,8 @@ class TahoeSource:
         starts, lengths = ends[:-1], np.diff(ends)
         marked = lengths > 0
         marked[marked] = values[starts[marked]] < 0
-        if not marked.all():
-            raise ValueError(
-                f"row {row + int(np.argmin(marked))} of {name} does not start with the marker of Tahoe-100M's schema, "
-                "a negative first expression."
-            )
         is_gene = np.ones(len(values), dtype=bool)
-        is_gene[starts] = False
+        is_gene[starts[marked]] = False
         tokens, values = tokens[is_gene], values[is_gene]
         known = len(tokens) == 0 or 0 <= tokens.min() <= tokens.max() < len(self.column_of)
         columns = self.column_of[tokens] if known else np.zeros(0, np.int32)
@@ -181,7 +176,7 @@ class TahoeSource:
             raise ValueError(
                 f"gene token {bad} of {name} is in no row of gene_metadata.parquet; take both from one release."
             )
-        return lengths - 1, columns, values
+        return lengths - marked, columns, values
 
 
 def tahoe_settings(config: SourceConfig) -> SourceConfig:

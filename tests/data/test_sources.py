@@ -604,7 +604,6 @@ def test_a_symbol_of_several_tahoe_genes_gives_way_to_their_ids(tmp_path):
         ("genes", [1, 9_000_000], "gene token 9000000 of data/train-00001"),
         ("genes", [1, 3, 4], "row 6 of data/train-00001.* different lengths"),
         ("genes", None, "genes of data/train-00001.* missing list or value in row 6"),
-        ("expressions", [2.0, 2.0], "row 6 of data/train-00001.* does not start with the marker"),
         ("expressions", [-2.0, -2.0], "holds -2 for gene 'a' in cell 'bc_20' .*negative"),
         ("expressions", [-2.0, 1.5], "holds 1.5 for gene 'a' in cell 'bc_20' .*no whole number"),
         ("expressions", [-2.0, None], "missing list or value in row 6"),
@@ -617,6 +616,16 @@ def test_a_bad_cell_of_tahoe_is_named(tmp_path, column, value, message):
     source = open_source(SourceConfig(path=str(tahoe_folder(tmp_path / "tahoe", frame))))
     with pytest.raises(ValueError, match=message):
         whole(source, 10**6)
+
+
+def test_a_cell_of_tahoe_without_a_marker_keeps_its_first_gene(tmp_path):
+    frame, _ = tahoe_cells()
+    frame.at[20, "genes"], frame.at[20, "expressions"] = [1, 3], [-2.0, 2.0]
+    _, marked, _ = whole(open_source(SourceConfig(path=str(tahoe_folder(tmp_path / "marked", frame)))), 10**6)
+    frame.at[20, "genes"], frame.at[20, "expressions"] = [3], [2.0]
+    _, plain, _ = whole(open_source(SourceConfig(path=str(tahoe_folder(tmp_path / "plain", frame)))), 10**6)
+    assert plain[20].nnz == 1
+    assert (marked != plain).nnz == 0
 
 
 def test_an_incomplete_tahoe_folder_is_refused(tmp_path):
