@@ -28,7 +28,7 @@ from perturbdiff.data.vocab import GeneVocab
 from perturbdiff.progress import progress
 
 MB = 1 << 20
-PROCESS_BYTES = 450 * MB  # of a process that holds no cells: libraries, and memory that is not given back
+PROCESS_BYTES = 320 * MB  # of a process that holds no cells: libraries, and memory that is not given back
 READ_VALUES = 1 << 21  # of a source at a time; fixed, because the moments of genes depend on it
 READ_BYTES = READ_VALUES * 40  # of them, at the most crowded moment
 GROUP_TIMES = 8  # what a row group takes while it is gathered and written as Parquet, of its genes and values
