@@ -16,7 +16,7 @@ from scipy import sparse
 from perturbdiff.data.atlas_format import (
     CHECKSUMS,
     CONDITIONS_SCHEMA,
-    LABELS,
+    SORTED_BY,
     AtlasInfo,
     AtlasSource,
     Shard,
@@ -144,7 +144,7 @@ def condition_table(conditions: Sequence[tuple[str, str, str, int]], rows_per_sh
 
 def atlas_of_screen(folder: Path, screen: Screen, rows_per_shard: int = 17, **settings: object) -> Path:
     """The cells of a screen with control label "control", in its order, as an atlas."""
-    labels = screen.obs[list(LABELS)].itertuples(index=False, name=None)
+    labels = screen.obs[list(SORTED_BY)].itertuples(index=False, name=None)
     conditions = [(p, c, b, len(list(cells))) for (c, b, p), cells in groupby(labels)]
     expression = screen.expression
     return write_atlas(

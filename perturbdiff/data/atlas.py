@@ -28,13 +28,13 @@ from perturbdiff.data.atlas_format import (
     CONDITIONS,
     DICTIONARY,
     GENES,
-    LABELS,
     MANIFEST,
     MAX_BYTES,
     MAX_SHARD_FILE,
     ROW_GROUP,
     SHARD_BYTES,
     SMALL_FILES,
+    SORTED_BY,
     AtlasInfo,
     check_file,
     check_size,
@@ -289,7 +289,7 @@ class Atlas:
 
         ends = self._condition_ends
         condition = np.searchsorted(ends, np.arange(first, first + len(batch)), side="right")
-        for name in LABELS:
+        for name in SORTED_BY:
             column, own = batch.column(name), self.conditions.column(name).chunk(0)
             known = pc.index_in(column.dictionary, own.dictionary).fill_null(-1).to_numpy()
             expected = own.indices.to_numpy()[condition]

@@ -30,7 +30,7 @@ CHECKSUMS = "checksums.json"
 CARD = "README.md"
 SMALL_FILES = (MANIFEST, GENES, CONDITIONS, CARD)  # every file but the shards and the checksums themselves
 CONTROL_LABEL = "control"
-LABELS = ("cell_type", "batch", "perturbation")  # the order cells are sorted by
+SORTED_BY = ("cell_type", "batch", "perturbation")  # the order of cells, not that in which a condition is named
 ROW_GROUP = 8192  # rows of a Parquet row group, and of a record batch of the Arrow cache
 SHARD_BYTES = 512 << 20  # genes and values of a shard, in memory
 MAX_BYTES = {MANIFEST: 64 << 20, CHECKSUMS: 64 << 20, GENES: 256 << 20, CONDITIONS: 2 << 30}  # more is not read
@@ -47,7 +47,7 @@ GENES_SCHEMA = pa.schema(
 )
 CONDITIONS_SCHEMA = pa.schema(
     [
-        *(pa.field(name, pa.string(), nullable=False) for name in LABELS),
+        *(pa.field(name, pa.string(), nullable=False) for name in SORTED_BY),
         pa.field("is_control", pa.bool_(), nullable=False),
         pa.field("n_cells", pa.int64(), nullable=False),
         pa.field("shard", pa.string(), nullable=False),
@@ -55,6 +55,11 @@ CONDITIONS_SCHEMA = pa.schema(
     ]
 )
 DICTIONARY = ("perturbation", "cell_type", "batch", "source")
+
+
+def gene_type(n_genes: int) -> str:
+    """Of the gene indices of an atlas."""
+    return "uint16" if n_genes < 2**16 else "uint32"
 
 
 def shard_name(i: int) -> str:
@@ -164,7 +169,7 @@ def write_manifest(
     Parameters
     ----------
     conditions
-        As CONDITIONS_SCHEMA, sorted by LABELS.
+        As CONDITIONS_SCHEMA, sorted by SORTED_BY.
     digests
         sha256 and size of each shard by its path within the folder.
     """
@@ -324,13 +329,13 @@ def read_conditions(folder: Path, info: AtlasInfo) -> pa.Table:
             values = {name: table[name][row].as_py() for name in table.column_names}
             raise ValueError(f"{path}, row {row}: {str(values)[:400]}: {rule}. {AGAIN}")
 
-    codes = [table[name].chunk(0).indices.to_numpy() for name in LABELS]
+    codes = [table[name].chunk(0).indices.to_numpy() for name in SORTED_BY]
     after = np.zeros(max(len(table) - 1, 0), dtype=bool)
     for column in reversed(codes):
         step = np.sign(np.diff(column))
         after = (step > 0) | ((step == 0) & after)
     refuse(np.concatenate([[False], ~after]), "conditions must be sorted and each there once")
-    n_labels = dict(zip(LABELS, (len(table[name].chunk(0).dictionary) for name in LABELS), strict=True))
+    n_labels = dict(zip(SORTED_BY, (len(table[name].chunk(0).dictionary) for name in SORTED_BY), strict=True))
     control = pc.equal(table["perturbation"].cast(pa.string()), info.control_label).to_numpy()
     refuse(table["is_control"].to_numpy() != control, f"is_control is for {info.control_label!r} alone")
     n_labels["perturbation"] -= bool(control.any())

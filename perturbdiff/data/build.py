@@ -8,7 +8,6 @@ All work is done in a hidden folder beside the atlas, `.NAME.building`, and goes
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -30,6 +29,7 @@ from perturbdiff.data.atlas_format import (
     AtlasInfo,
     AtlasSource,
     Shard,
+    sha256,
     shard_name,
     write_manifest,
 )
@@ -154,7 +154,7 @@ def _check_settings(inputs: Inputs) -> None:
             {**{key: value for key, value in asdict(s.config).items() if key != "path"}, "input": s.fingerprint}
             for s in inputs.sources
         ],
-        "files": [_digest(path) for path in (config.gene_table, config.genes) if path and Path(path).is_file()],
+        "files": [sha256(Path(path)) for path in (config.gene_table, config.genes) if path and Path(path).is_file()],
         "shard_bytes": inputs.shard_bytes,
         "versions": [__version__, pa.__version__],
     }
@@ -169,10 +169,6 @@ def _check_settings(inputs: Inputs) -> None:
             f"{inputs.folder} holds an interrupted build with other {', '.join(different)}; give what it was begun "
             "with, delete that folder to begin anew, or choose another --out."
         )
-
-
-def _digest(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _report(plan: Plan) -> None:

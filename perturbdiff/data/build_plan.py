@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from perturbdiff.config import BuildConfig, Preprocessing
-from perturbdiff.data.atlas_format import LABELS, ROW_GROUP
+from perturbdiff.data.atlas_format import ROW_GROUP, SORTED_BY, gene_type
 from perturbdiff.data.expression import GeneMoments, log1p_normalised
-from perturbdiff.data.external_sort import CELL_BYTES, Conditions, Sort, gene_type, written
+from perturbdiff.data.external_sort import CELL_BYTES, Conditions, Sort, written
 from perturbdiff.data.gene_space import merge_genes, n_selected, read_gene_table
 from perturbdiff.data.processes import Crew
 from perturbdiff.data.sources import Selection, Source
@@ -211,7 +211,7 @@ def _count(inputs: Inputs, rows: tuple[int, int, int]) -> tuple[Selection, dict[
     number, first, last = rows
     selection = Selection(inputs.sources[number].config)
     labels = selection.labels(inputs.sources[number], first, last)
-    counts = labels.groupby(list(LABELS), observed=True, sort=False).size()
+    counts = labels.groupby(list(SORTED_BY), observed=True, sort=False).size()
     return selection, {labels: int(n) for labels, n in counts.items()}  # type: ignore[misc]
 
 

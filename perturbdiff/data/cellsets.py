@@ -82,8 +82,17 @@ PERTURBED = SetSource()
 class _Sets:
     """The sets of an index: groups of cells cut into sets of at most S, in the order of sources."""
 
-    def __init__(self, index: ConditionIndex, sources: Sequence[SetSource], set_size: int, min_set_size: int) -> None:
-        self.set_size, self.min_set_size = set_size, min_set_size
+    def __init__(
+        self,
+        index: ConditionIndex,
+        pools: ControlPools,
+        sources: Sequence[SetSource],
+        set_size: int,
+        min_set_size: int,
+        seed: int,
+    ) -> None:
+        self.pools, self.sources = pools, sources
+        self.set_size, self.min_set_size, self.seed = set_size, min_set_size, seed
         marginal = np.array([source.marginal for source in sources])[index.source]
         conditions = np.flatnonzero(marginal | ~index.is_control)
         pooled = (marginal & index.is_control)[conditions]
@@ -115,6 +124,22 @@ class _Sets:
         stop = np.where(shared & (place == per_group - 2), n_cells - (rest + self.set_size) // 2, stop)
         return group, start, stop
 
+    def make(self, epoch: int, numbers: np.ndarray, epochs: np.ndarray, sets: np.ndarray) -> list[CellSet]:
+        """Sets that are dealt in an epoch under these numbers, each in an epoch of its source."""
+        spans = zip(numbers.tolist(), epochs.tolist(), *(part.tolist() for part in self.spans(sets)), strict=True)
+        return [self._cell_set((epoch, number), *span) for number, *span in spans]
+
+    def _cell_set(self, key: tuple[int, int], epoch: int, group: int, start: int, stop: int) -> CellSet:
+        groups, run = self.groups, max(1, self.set_size // RUNS_PER_SET)
+        condition, n = int(groups.of(group)[0]), int(groups.n_cells[group])
+        places = shuffled_places(n, start, stop, run, self.seed, "cells of a condition", epoch, group)
+        rows = groups.rows(group, places)
+        if self.sources[groups.index.source[condition]].marginal:
+            return CellSet(key, condition, rows, np.zeros(0, np.int64))
+        pool = self.pools.of[condition]
+        drawn = draw_controls(int(self.pools.groups.n_cells[pool]), len(rows), self.seed, *key, run=run)
+        return CellSet(key, condition, rows, self.pools.groups.rows(pool, drawn))
+
 
 class CellSetSampler:
     """Deals every perturbed cell exactly once per epoch.
@@ -142,11 +167,9 @@ class CellSetSampler:
         min_set_size: int = 1,
         sources: Sequence[SetSource] = (PERTURBED,),
     ) -> None:
-        self.index, self.pools = index, pools
+        self.index = index
         self.set_size, self.sets_per_batch, self.seed = set_size, sets_per_batch, seed
-        self.run = max(1, set_size // RUNS_PER_SET)
-        self.sources = sources
-        self._sets = _Sets(index, sources, set_size, min_set_size)
+        self._sets = _Sets(index, pools, sources, set_size, min_set_size, seed)
         self._dealt_of_source = _shares(self._sets.per_source, [source.weight for source in sources])
         self._ends = np.cumsum(self._dealt_of_source)
 
@@ -185,12 +208,7 @@ class CellSetSampler:
 
     def cell_sets(self, epoch: int, numbers: np.ndarray) -> list[CellSet]:
         """The sets with these numbers (0..n_sets-1) of an epoch."""
-        epochs, sets = self._of_epoch(epoch, numbers)
-        group, start, stop = self._sets.spans(sets)
-        return [
-            self._cell_set((epoch, int(number)), *map(int, span))
-            for number, *span in zip(numbers, epochs, group, start, stop, strict=True)
-        ]
+        return self._sets.make(epoch, numbers, *self._of_epoch(epoch, numbers))
 
     def _of_epoch(self, epoch: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         # The source's own epoch, and the set, of each number.
@@ -201,11 +219,6 @@ class CellSetSampler:
             these = (source == i) & (epochs == e)  # a part of a source's epoch must not be the part that comes first
             place[these] = permuted(int(n_sets[these][0]), place[these], self.seed, "order of a source", i, e)
         return epochs, self._sets.first_of_source[source] + place
-
-    def _cell_set(self, key: tuple[int, int], epoch: int, group: int, start: int, stop: int) -> CellSet:
-        return _cell_set(
-            self._sets.groups, self.pools, self.sources, self.run, self.seed, key, epoch, group, start, stop
-        )
 
 
 class StreamedSampler:
@@ -241,14 +254,14 @@ class StreamedSampler:
             )
         if any(source.weight is not None for source in sources):
             raise ValueError("data.streamed=true mixes atlases by their size; drop their weights or stream none.")
-        self.index, self.pools, self.sources = index, pools, sources
+        self.index = index
         self.set_size, self.sets_per_batch, self.seed, self.n_lanes = set_size, sets_per_batch, seed, n_lanes
-        self.run = max(1, set_size // RUNS_PER_SET)
         # Each shard is a source of its own: its sets follow one another and nothing is pooled over shards.
         by_shard = index.by_shard(borders)
         source_of_shard = np.zeros(len(borders), np.int32)
         source_of_shard[by_shard.source] = index.source
-        self._sets = _Sets(by_shard, [sources[source] for source in source_of_shard.tolist()], set_size, min_set_size)
+        of_shard = [sources[source] for source in source_of_shard.tolist()]
+        self._sets = _Sets(by_shard, pools, of_shard, set_size, min_set_size, seed)
         self._orders: dict[int, tuple[list[list[int]], list[np.ndarray]]] = {}  # of an epoch and its neighbours
         self._step_cells: tuple[int, np.ndarray] | None = None  # of one epoch
         self._first_steps = [0]  # of each epoch looked at so far
@@ -282,15 +295,9 @@ class StreamedSampler:
 
     def batch(self, epoch: int, step: int, rank: int = 0, world_size: int = 1) -> list[CellSet]:
         """The sets of one rank in one step; fewer where one of its lanes is through."""
-        found = []
-        for lane in range(rank, self.n_lanes, world_size):
-            sets = self._dealt(epoch, step, lane)
-            for number, *span in zip(sets, *self._sets.spans(sets), strict=True):
-                key, group_span = (epoch, int(number)), map(int, span)
-                found.append(
-                    _cell_set(self._sets.groups, self.pools, self.sources, self.run, self.seed, key, epoch, *group_span)
-                )
-        return found
+        dealt = [self._dealt(epoch, step, lane) for lane in range(rank, self.n_lanes, world_size)]
+        sets = np.concatenate([np.zeros(0, np.int64), *dealt])  # a rank beyond the lanes has none
+        return self._sets.make(epoch, sets, np.full(len(sets), epoch), sets)
 
     def n_cells(self, epoch: int, step: int) -> int:
         """Cells of a step over all ranks, without controls."""
@@ -353,28 +360,6 @@ class StreamedSampler:
                 heapq.heappush(filled, (load + int(n_sets[shard]), lane))
             self._orders[epoch] = (lanes, [np.cumsum(n_sets[shards]) for shards in lanes])
         return self._orders[epoch]
-
-
-def _cell_set(
-    groups: Groups,
-    pools: ControlPools,
-    sources: Sequence[SetSource],
-    run: int,
-    seed: int,
-    key: tuple[int, int],
-    epoch: int,
-    group: int,
-    start: int,
-    stop: int,
-) -> CellSet:
-    condition = int(groups.of(group)[0])
-    n = int(groups.n_cells[group])
-    rows = groups.rows(group, shuffled_places(n, start, stop, run, seed, "cells of a condition", epoch, group))
-    if sources[pools.groups.index.source[condition]].marginal:
-        return CellSet(key, condition, rows, np.zeros(0, np.int64))
-    pool = pools.of[condition]
-    drawn = draw_controls(int(pools.groups.n_cells[pool]), len(rows), seed, *key, run=run)
-    return CellSet(key, condition, rows, pools.groups.rows(pool, drawn))
 
 
 def _shares(n_sets: np.ndarray, weights: Sequence[float | None]) -> np.ndarray:

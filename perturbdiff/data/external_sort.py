@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy import sparse
 
-from perturbdiff.data.atlas_format import LABELS, ROW_GROUP, parquet_options, sha256, shard_schema
+from perturbdiff.data.atlas_format import ROW_GROUP, SORTED_BY, gene_type, parquet_options, sha256, shard_schema
 from perturbdiff.data.seeds import cell_order_key
 from perturbdiff.data.sources import Source
 
@@ -101,7 +101,7 @@ class Conditions:
     def of_cells(self, labels: pd.DataFrame) -> np.ndarray:
         """(n,) int64 condition of each row of the labels of a source."""
         key = np.zeros(len(labels), dtype=np.int64)
-        for name, ids in zip(LABELS, self._ids, strict=True):
+        for name, ids in zip(SORTED_BY, self._ids, strict=True):
             codes, found = pd.factorize(labels[name])
             key = key * len(ids) + np.array([ids.get(label, -1) for label in found], dtype=np.int64)[codes]
         places = np.minimum(np.searchsorted(self.keys, key), len(self) - 1)
@@ -120,11 +120,6 @@ class Conditions:
         cell_type, batch = np.divmod(rest, len(self.names[1]))
         columns = zip(self.names, (cell_type, batch, perturbation), strict=True)
         return [[names[i] for i in places.tolist()] for names, places in columns]
-
-
-def gene_type(n_genes: int) -> str:
-    """Of the gene indices of an atlas."""
-    return "uint16" if n_genes < 2**16 else "uint32"
 
 
 @dataclass(frozen=True)
@@ -340,9 +335,9 @@ def merge_bucket(sort: Sort, bucket: int, memory: int) -> int:
             for rows, genes, values in reader.groups(groups):
                 starts = _starts(cells["n_values"][rows]).astype(np.int32)
                 found, place = np.unique(cells["condition"][rows], return_inverse=True)
-                labels = dict(zip(LABELS, sort.conditions.labels(found), strict=True))
+                labels = dict(zip(SORTED_BY, sort.conditions.labels(found), strict=True))
                 columns = {
-                    **{name: pa.array(labels[name], pa.string()).take(pa.array(place)) for name in LABELS},
+                    **{name: pa.array(labels[name], pa.string()).take(pa.array(place)) for name in SORTED_BY},
                     "source": pa.array([s.name for s in sort.sources], pa.string()).take(pa.array(source[rows])),
                     "cell": _text(gathered(all_names, name_starts, rows), cells["name_bytes"][rows]),
                     "library_size": pa.array(cells["library_size"][rows]),

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +65,9 @@ class OtherAtlas:
     def input_kind(self) -> InputKind:
         return self.atlas.info.input_kind
 
-    @cached_property
+    @property
     def fingerprint(self) -> dict[str, Any]:
-        listed = json.dumps(self.atlas.digests, sort_keys=True)
-        digest = hashlib.sha256(listed.encode()).hexdigest()
-        return {"file": Path(self.config.path).resolve().name, "files_sha256": digest}
+        return {"file": Path(self.config.path).resolve().name, "files_sha256": self.atlas.sha256}
 
     def chunks(self, max_values: int) -> list[tuple[int, int]]:
         return self.groups.chunks(max_values)

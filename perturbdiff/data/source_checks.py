@@ -12,7 +12,7 @@ import pandas as pd
 from scipy import sparse
 
 from perturbdiff.config import SourceConfig
-from perturbdiff.data.atlas_format import CONTROL_LABEL
+from perturbdiff.data.atlas_format import CONTROL_LABEL, short
 from perturbdiff.data.expression import LOG1P_MAX, InputKind, as_csr
 from perturbdiff.data.screen import LABELS
 from perturbdiff.data.vocab import GeneVocab
@@ -137,16 +137,6 @@ def row_of(place: int, indptr: np.ndarray) -> int:
     return int(np.searchsorted(indptr, place, side="right")) - 1
 
 
-def row_sums(X: sparse.csr_matrix) -> np.ndarray:
-    """(n,) float32 total counts; exact in between, as `expression.library_sizes`."""
-    for kind, exact in ((np.float32, 2**24), (np.float64, np.inf)):
-        ones = np.ones(X.shape[1], kind)
-        totals = sparse.csr_matrix((X.data.astype(kind), X.indices, X.indptr), X.shape) @ ones
-        if totals.max(initial=0) < exact:  # whole numbers under this are added without rounding
-            break
-    return totals.astype(np.float32)
-
-
 def library_text(kind: InputKind, column: str | None) -> str:
     if kind == "log1p":
         return "none (log1p values)"
@@ -240,7 +230,3 @@ def naming(path: Path, make: Any) -> Any:
         return make()
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def short(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]

@@ -15,7 +15,7 @@ from anndata.io import read_elem
 from scipy import sparse
 
 from perturbdiff.config import SourceConfig
-from perturbdiff.data.expression import InputKind
+from perturbdiff.data.expression import InputKind, library_sizes
 from perturbdiff.data.screen import LABELS, genes_of
 from perturbdiff.data.source_checks import (
     BLOCK,
@@ -25,7 +25,6 @@ from perturbdiff.data.source_checks import (
     library_text,
     naming,
     reading,
-    row_sums,
     selected,
 )
 from perturbdiff.data.vocab import GeneVocab
@@ -150,7 +149,7 @@ class H5adSource:
         if self.input_kind == "log1p":
             return X, np.ones(X.shape[0], np.float32)
         if self.config.library_size_col is None:
-            return X, row_sums(X)
+            return X, library_sizes(X)
         return X, self._library_column(self.config.library_size_col, first, last)
 
     def _checked(self, first: int, last: int, kind: InputKind) -> sparse.csr_matrix:

@@ -15,7 +15,7 @@ from scipy import sparse
 
 from perturbdiff.config import SourceConfig
 from perturbdiff.data.atlas_format import CONTROL_LABEL
-from perturbdiff.data.expression import InputKind
+from perturbdiff.data.expression import InputKind, library_sizes
 from perturbdiff.data.screen import LABELS
 from perturbdiff.data.source_checks import (
     categorical,
@@ -24,7 +24,6 @@ from perturbdiff.data.source_checks import (
     label_table,
     naming,
     reading,
-    row_sums,
     selected,
 )
 from perturbdiff.data.source_parquet import ParquetFiles, RowGroups, batches, lists
@@ -150,7 +149,7 @@ class TahoeSource:
             indptr, np.concatenate(indices), np.concatenate(values), self.genes, "counts", False,
             f"expressions of {self.config.path}", lambda row: self._cell(first + row),
         )  # fmt: skip
-        return X, row_sums(X)
+        return X, library_sizes(X)
 
     def _cell(self, row: int) -> str:
         return f"cell {self.all_labels(row, row + 1)['cell'].iloc[0]!r} (row {row})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -101,17 +101,21 @@ class AtlasConditions:
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Everything training reads. `cells` hold the model's genes only; `origin` is what `split` speaks of."""
+    """Everything training reads. `origin` is what `split` speaks of; `atlases` are those of the settings, in order."""
 
     origin: Labelled
-    cells: Cells
     split: Split
     match: ControlMatch
     vocabularies: Vocabularies
     train: IndexedCells
     validation: IndexedCells | None
     description: str
-    atlases: tuple[Atlas, ...] = ()
+    atlases: tuple[Atlas, ...]
+
+    @property
+    def cells(self) -> Cells:
+        """The training cells with the model's genes only."""
+        return self.train.cells
 
     @classmethod
     def of(cls, screen: Screen, config: Config) -> TrainingSet:
@@ -135,7 +139,7 @@ class TrainingSet:
             ConditionIndex.build(screen, split.validation | screen.is_control) if split.validation.any() else None
         )
         cells = (screen.expression, screen.expression)
-        return cls._indexed(config, screen, cells, split, match, train, validation, (SetSource(),), description)
+        return cls._indexed(config, screen, cells, split, match, train, validation, (SetSource(),), description, ())
 
     @classmethod
     def of_atlases(cls, config: Config) -> TrainingSet:
@@ -166,8 +170,8 @@ class TrainingSet:
         else:
             cells = (_cached_cells(atlases, how, train, config.data.n_hvg),) * 2
         description = "\n".join(atlas.summary() for atlas in atlases)
-        data = cls._indexed(config, origin, cells, split, match, train, validation, sources, description)
-        return replace(data, atlases=tuple(atlases))
+        made = (sources, description, tuple(atlases))
+        return cls._indexed(config, origin, cells, split, match, train, validation, *made)
 
     @classmethod
     def _indexed(
@@ -181,6 +185,7 @@ class TrainingSet:
         validation: ConditionIndex | None,
         sources: Sequence[SetSource],
         description: str,
+        atlases: tuple[Atlas, ...],
     ) -> TrainingSet:
         # Where batch and perturbation are confounded, a batch label would give the answer away.
         vocabularies = Vocabularies.of(
@@ -204,7 +209,7 @@ class TrainingSet:
         if sampler.left_out:
             few = f"{sampler.left_out:,} cells of conditions under data.min_set_size={config.data.min_set_size}"
             description += f"\nleft out    {few}"
-        return cls(origin, cells[0], split, match, vocabularies, indexed, validated, description)
+        return cls(origin, split, match, vocabularies, indexed, validated, description, atlases)
 
     def summary(self) -> str:
         """What will be trained on, for a person, several lines."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import NoneType
 from typing import Any
 
 
@@ -22,7 +23,9 @@ predicted = model.predict(controls, perturbation={perturbations[0]!r})"""
         if perturbations
         else "# trained without perturbations (marginal cell sets): a start for training; it predicts no response"
     )
-    rows = "\n".join(f"- {name}: {value}" for name, value in training.items() if not isinstance(value, (dict, list)))
+    rows = "\n".join(
+        f"- {name}: {value}" for name, value in training.items() if not isinstance(value, (dict, list, NoneType))
+    )
     return f"""---
 library_name: perturbdiff
 tags:

@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 from perturbdiff import __version__
 from perturbdiff.config import Config, ModelConfig, ObsColumns, as_dict, load_config, save_config
 from perturbdiff.data.batch import CellSetBatch
+from perturbdiff.data.cellsets import CellSetSampler, StreamedSampler
 from perturbdiff.data.screen import Screen
 from perturbdiff.data.splits import write_split
 from perturbdiff.data.stream import prefetched
@@ -111,6 +112,7 @@ class _Run:
         self.denoiser, self.optimizer = self.accelerator.prepare(denoiser, make_optimizer(denoiser, config.optim))
         self.loss = DiffusionLoss(config.diffusion)
         self.sampler = data.train.sampler(config)
+        self.validation = None if data.validation is None else (data.validation, data.validation.sampler(config))
         self.state = TrainingState(self.accelerator.unwrap_model(self.denoiser), self.ema, self.optimizer, Progress())
 
     def summary(self) -> str:
@@ -165,8 +167,8 @@ class _Run:
                     shown = f"loss {means['loss']:.4f} mmd {means['mmd']:.4f} {rate:,.0f} cells/s"
                     bar.set_postfix_str(shown, refresh=False)
                     done.window, clock, cells_at = {}, time.perf_counter(), done.cells_seen
-                if self.data.validation is not None and done.step % training.validate_every == 0:
-                    metrics.write(step=done.step, validation_loss=self._validate(self.data.validation))
+                if self.validation is not None and done.step % training.validate_every == 0:
+                    metrics.write(step=done.step, validation_loss=self._validate(*self.validation))
                 if stop.signal_name is not None:
                     stopped_by = stop.signal_name
                 elif stop_at is not None and done.step >= stop_at and done.step < training.n_steps:
@@ -228,10 +230,9 @@ class _Run:
         )
 
     @torch.no_grad()
-    def _validate(self, cells: IndexedCells) -> float:
+    def _validate(self, cells: IndexedCells, sampler: CellSetSampler | StreamedSampler) -> float:
         """Loss of the EMA weights on the validation conditions with fixed t, noise and sets, and no dropout."""
         config = self.config
-        sampler = cells.sampler(config)
         total, n_cells = 0.0, 0
         for step in range(sampler.steps_per_epoch):
             batch = cells.batch(sampler, 0, step, rank=0, world_size=1).to(self.accelerator.device)

@@ -101,7 +101,7 @@ def test_an_atlas_opens_with_what_was_written(folder):
 @pytest.mark.parametrize("value_type", ["uint16", "uint32", "float32"])
 @pytest.mark.parametrize("gene_type", ["uint16", "uint32"])
 def test_atlases_of_every_type_are_verified(tmp_path, value_type, gene_type):
-    Atlas.open(write_atlas(tmp_path / "a", value_type=value_type, gene_type=gene_type)).verify()
+    assert Atlas.open(write_atlas(tmp_path / "a", value_type=value_type, gene_type=gene_type)).verify() == []
 
 
 def test_an_atlas_of_a_screen_gives_the_cells_of_the_screen(tmp_path):

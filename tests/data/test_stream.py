@@ -112,6 +112,11 @@ def streamed(*atlases):
     return StreamedCells(atlases, HOW, np.array(stretches))
 
 
+def is_control(atlas):
+    """Of each cell."""
+    return np.repeat(*(atlas.conditions.column(name).to_numpy() for name in ("is_control", "n_cells")))
+
+
 def dense(taken, n_genes):
     values = np.zeros((len(taken.indptr) - 1, n_genes))
     rows = np.repeat(np.arange(len(values)), np.diff(taken.indptr))
@@ -132,8 +137,7 @@ def test_rows_of_open_shards_and_controls_of_any_are_those_of_the_atlas(tmp_path
     expected = np.concatenate([random_cells(n_cells, n_genes, seed).toarray() for seed in seeds])
     cells = streamed(*atlases)
     shard_of = np.searchsorted(cells.borders, np.arange(2 * n_cells), "right") - 1
-    control = np.concatenate([np.repeat(*(a.conditions.column(c).to_numpy() for c in ("is_control", "n_cells")))
-                              for a in atlases])  # fmt: skip
+    control = np.concatenate([is_control(atlas) for atlas in atlases])
     for _ in range(2):
         opened = data.draw(st.lists(st.integers(0, len(cells.borders) - 1), max_size=3, unique=True))
         cells.open(opened)
@@ -146,16 +150,14 @@ def test_rows_of_open_shards_and_controls_of_any_are_those_of_the_atlas(tmp_path
 
 def test_a_perturbed_cell_of_a_shard_that_is_not_open_is_an_error(atlas):
     cells = streamed(atlas)
-    perturbed = int(
-        np.flatnonzero(~np.repeat(*(atlas.conditions.column(c).to_numpy() for c in ("is_control", "n_cells"))))[0]
-    )
+    perturbed = int(np.flatnonzero(~is_control(atlas))[0])
     with pytest.raises(ValueError, match="not open"):
         cells.take(np.array([perturbed]))
 
 
 def test_controls_that_do_not_fit_are_dropped_and_read_again(atlas, monkeypatch):
     cells = streamed(atlas)
-    control = np.flatnonzero(np.repeat(*(atlas.conditions.column(c).to_numpy() for c in ("is_control", "n_cells"))))
+    control = np.flatnonzero(is_control(atlas))
     before = cells.take(control)
     monkeypatch.setattr("perturbdiff.data.stream.CONTROL_BYTES", 1)
     cells = streamed(atlas)
