@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -39,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Before torch is imported. Its threads spin at every barrier: on quiet cores this makes no difference, but where
     # another process holds a core, steps take a half to a third of the time.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    # Likewise: DDP warns in every process that it looks for unused parameters, as training/distributed.py tells it to.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     arguments = _arguments(argv)
     try:
         arguments.run(arguments)
@@ -46,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.debug:
             raise
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"perturbdiff: error: {' '.join(str(message).split())}", file=sys.stderr)
+        where = f" (rank {_rank()})" if "RANK" in os.environ else ""
+        print(f"perturbdiff: error{where}: {' '.join(str(message).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("perturbdiff: interrupted", file=sys.stderr)
@@ -106,11 +110,41 @@ def _atlas_build(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    _run_training(_config(arguments, arguments.screen, arguments.hold_out))
+
+
+def _pretrain(arguments: argparse.Namespace) -> None:
+    from perturbdiff.config import load_config
+
+    given = {} if arguments.out is None else {"out": arguments.out}
+    _run_training(load_config(arguments.recipe, arguments.settings, given))
+
+
+def _run_training(config: Config) -> None:
     from perturbdiff.training.loop import train
 
-    result = train(_config(arguments, arguments.screen, arguments.hold_out))
-    if result.stopped_by is None:
+    result = train(config)
+    if result.stopped_by is None and _rank() == 0:
         print(f"model       {result.folder / 'model'} (step {result.step})")
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))  # of this process among those a launcher started
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from perturbdiff.training.plan import Cluster, make_plan
+
+    cluster = Cluster(
+        arguments.gpus,
+        arguments.gpu,
+        arguments.gpus_per_node,
+        arguments.network * 1e9,
+        arguments.efficiency,
+        arguments.cores_per_gpu,
+    )
+    plan = make_plan(_config(arguments, None, [], out="unused"), cluster)
+    print(json.dumps(plan.as_json(), indent=1) if arguments.json else plan.text())
 
 
 def _predict(arguments: argparse.Namespace) -> None:
@@ -250,6 +284,26 @@ def _parser() -> argparse.ArgumentParser:
     _recipe(train)
     _settings(train)
 
+    pretrain = _command(
+        commands, "pretrain", _pretrain, "train on atlases by a recipe, on one process or under accelerate launch",
+        "Trains as `train` does, with everything in a recipe: marginal sets (unperturbed or perturbed cells, no\n"
+        "controls), conditional ones, and mixtures of several atlases. One process, or many on one or more nodes:\n"
+        "a launch file of recipes/accelerate/ says how many, and under which engine (DDP, ZeRO-1, 2, 3).\n"
+        "SIGTERM, SIGUSR1 and Ctrl-C save and stop; the same command goes on, also on another number of processes.",
+        "examples:\n  perturbdiff pretrain recipes/pretrain/tiny.yaml\n"
+        "  accelerate launch --config_file recipes/accelerate/cpu_ddp.yaml -m perturbdiff pretrain "
+        "recipes/pretrain/tiny.yaml\n"
+        "  accelerate launch --config_file recipes/accelerate/1x8_ddp.yaml -m perturbdiff pretrain "
+        "recipes/pretrain/pbmc.yaml training.seed=1\n"
+        "  sbatch --nodes=8 recipes/slurm/pretrain.sbatch recipes/accelerate/8x8_ddp.yaml "
+        "recipes/pretrain/tahoe100m.yaml\n" + SETTINGS,
+    )  # fmt: skip
+    pretrain.add_argument("recipe", metavar="RECIPE.yaml", help="atlases and settings; key=value words win over it")
+    pretrain.add_argument("--out", metavar="DIR", help="run folder (default: the recipe's out)")
+    _settings(pretrain)
+
+    _plan_command(commands)
+
     predict = _command(
         commands, "predict", _predict, "predict cells under a perturbation from control cells",
         "Predicts one cell for each control cell (or --n-cells) and writes an .h5ad with log1p values. If the file\n"
@@ -290,6 +344,37 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", metavar="DIR", help="write scores.csv and scores.json there")
     _settings(evaluate)
     return parser
+
+
+def _plan_command(commands: Any) -> None:
+    plan = _command(
+        commands, "plan", _plan, "what a recipe would take on so many GPUs: memory, FLOPs, bytes, days",
+        "Counts the parameters of a recipe and the memory of a step by part and engine, estimates cells/s and days,\n"
+        "and says where memory, data or network would not keep up. Needs no GPU and reads no cells. Sizes of the data\n"
+        "are counted where the atlas is a folder here, and are data.atlases[].expected of the recipe otherwise.\n"
+        "Times are the counts over peak FLOP/s times --efficiency, which is an assumption: a run prints its cells/s.",
+        "examples:\n  perturbdiff plan recipes/pretrain/tahoe100m.yaml --gpus 64 --gpu h200\n"
+        "  perturbdiff plan recipes/pretrain/tahoe100m.yaml --gpus 8 --gpu a100 training.accumulation_steps=4\n"
+        "engines: DDP; ZeRO-1 shares the optimizer's state among the GPUs, ZeRO-2 the gradients too, ZeRO-3 the\n"
+        "weights too.\n" + SETTINGS,
+    )  # fmt: skip
+    plan.add_argument("recipe", metavar="RECIPE", help="settings file; key=value words win over it")
+    plan.add_argument("--gpus", type=int, required=True, metavar="N", help="over all nodes")
+    plan.add_argument("--gpu", required=True, metavar="NAME", help="h100, h200, a100, ...; another is told the known")
+    plan.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="(default: %(default)s)")
+    plan.add_argument(
+        "--network", type=float, default=50.0, metavar="GB/S",
+        help="between nodes, for each GPU, one way (default: %(default)g, of 400 Gb/s adapters)",
+    )  # fmt: skip
+    plan.add_argument(
+        "--efficiency", type=float, default=0.35, metavar="PART", help="of the peak FLOP/s (default: %(default)s)"
+    )
+    plan.add_argument(
+        "--cores-per-gpu", type=float, default=1.0, metavar="N",
+        help="CPU cores; one makes the batches, more do not help (default: %(default)g)",
+    )  # fmt: skip
+    plan.add_argument("--json", action="store_true", help="the numbers, bytes and seconds, instead of the text")
+    _settings(plan)
 
 
 def _atlas_commands(commands: Any) -> None:

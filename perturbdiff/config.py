@@ -19,11 +19,24 @@ T = TypeVar("T")
 
 
 @dataclass
+class AtlasSize:
+    """What `plan` reckons with where an atlas is not at hand; one that is counts itself."""
+
+    cells: int = MISSING  # those a training run deals: without controls, unless sets=marginal
+    genes: int = MISSING
+    genes_per_cell: int = MISSING  # stored values, on average
+    perturbations: int = 0
+    cell_types: int = 0
+    batches: int = 0
+
+
+@dataclass
 class AtlasConfig:
     path: str = MISSING  # folder, or repo id of a data set on the Hub
     revision: Optional[str] = None  # branch, tag or commit of a repo
     weight: Optional[float] = None  # share of the sets, relative to the others; null: as many as it has
     sets: Literal["perturbed", "marginal"] = "perturbed"  # marginal: all cells, no label of perturbation, no controls
+    expected: Optional[AtlasSize] = None
 
 
 @dataclass
@@ -147,9 +160,17 @@ class TrainingConfig:
     n_steps: int = 300
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    mixed_precision: Literal["no", "bf16"] = "no"
+    mixed_precision: Literal["no", "bf16"] = "no"  # bf16: autocast; weights, gradients and optimizer stay float32
+    accumulation_steps: int = 1  # parts into which a process cuts its share of a step, to save memory
+    compile: bool = False  # torch.compile of each block
+    timeout: float = 1800.0  # s without progress after which several processes stop and name the one behind
+    trackers: list[Literal["tensorboard", "wandb"]] = field(
+        default_factory=lambda: ["tensorboard"]
+    )  # besides metrics.jsonl
+    profile_steps: int = 0  # steps traced into profile/, after three to warm up
     log_every: int = 10  # steps
     validate_every: int = 50
+    validate_sets: int = 32  # sets validated at most, always the same
     early_stop_patience: Optional[int] = None  # validations without a better loss before stopping; null: never
     save_every: int = 200
     keep_states: int = 2
@@ -318,8 +339,11 @@ def check_config(config: Config) -> None:
         "optim.grad_clip": config.optim.grad_clip,
         "optim.ema_every": config.optim.ema_every,
         "training.n_steps": config.training.n_steps,
+        "training.accumulation_steps": config.training.accumulation_steps,
+        "training.timeout": config.training.timeout,
         "training.log_every": config.training.log_every,
         "training.validate_every": config.training.validate_every,
+        "training.validate_sets": config.training.validate_sets,
         "training.save_every": config.training.save_every,
         "training.keep_states": config.training.keep_states,
     }
@@ -334,6 +358,7 @@ def check_config(config: Config) -> None:
         "optim.weight_decay": config.optim.weight_decay,
         "optim.warmup_steps": config.optim.warmup_steps,
         "training.seed": config.training.seed,
+        "training.profile_steps": config.training.profile_steps,
     }
     for key, value in not_negative.items():
         if value < 0:

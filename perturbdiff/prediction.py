@@ -82,14 +82,16 @@ def denoise_sets(
     for start in range(0, len(sets), sets_per_chunk):
         chunk = sets[start : start + sets_per_chunk]
         batch = make_batch(chunk, config.set_size, expression, labels).to(device)
-        x0 = _sample(denoiser, batch, sampling, schedule, seed)
+        x0 = sample_batch(denoiser, batch, sampling, schedule, seed)
         cells = x0[batch.mask].mul_(expression.preprocessing.scale).cpu().numpy()
         blocks.append(sparse.csr_matrix(cells))
         bar.update(len(cells))
     return sparse.vstack(blocks, format="csr")
 
 
-def _sample(denoiser: Denoiser, batch: CellSetBatch, sampling: SamplingConfig, schedule: Schedule, seed: int) -> Tensor:
+def sample_batch(
+    denoiser: Denoiser, batch: CellSetBatch, sampling: SamplingConfig, schedule: Schedule, seed: int
+) -> Tensor:
     # Noise comes from one generator a set, so that a set's cells do not depend on its neighbours.
     _, control = batch.dense()
     generators = [torch_generator(control.device, seed, "prediction noise", *key) for key in batch.keys]

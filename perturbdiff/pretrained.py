@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ from perturbdiff.hub.card import write_card
 from perturbdiff.hub.layout import (
     ModelFiles,
     check_golden,
+    folder_identity,
     load_weights,
     make_golden,
     read_config,
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 MAX_PREDICTED_CELLS = 50_000_000  # of one call: the answer is held in memory
+READ_AGAIN = 5  # times, a folder that is replaced while it is read
 CONFIG_KEYS = {
     "format_version", "library_version", "class", "denoiser", "diffusion", "sampling", "obs", "set_size", "sha256",
 }  # fmt: skip
@@ -98,7 +101,23 @@ class PerturbDiff:
             No such folder, or a file of it is missing.
         ValueError
             A file was truncated or changed, does not fit the others, or is of a newer format.
+
+        Notes
+        -----
+        A folder that a run replaces while it is read is read again.
         """
+        for _ in range(READ_AGAIN):
+            identity = folder_identity(path)
+            try:
+                return cls._read(path, device)
+            except (FileNotFoundError, ValueError):
+                time.sleep(0.1)  # for the moment between two renames
+                if folder_identity(path) == identity:
+                    raise
+        return cls._read(path, device)
+
+    @classmethod
+    def _read(cls, path: str | Path, device: str | torch.device | None) -> PerturbDiff:
         config = read_config(path)
         files = read_json_files(path, config)
         try:

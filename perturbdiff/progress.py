@@ -8,10 +8,11 @@ from typing import Any
 from tqdm import tqdm
 
 
-def progress(total: int, what: str, unit: str, initial: int = 0) -> tqdm[Any]:
+def progress(total: int, what: str, unit: str, initial: int = 0, shown: bool = True) -> tqdm[Any]:
     """A tqdm bar on stderr; in a log file it writes a line now and then instead of redrawing one."""
     interactive = sys.stderr.isatty()
     return tqdm(
+        disable=not shown,
         total=total,
         initial=initial,
         desc=what,

@@ -85,3 +85,15 @@ def test_the_loader_benchmark_builds_and_reads_in_every_way_and_runs_again_on_wh
     again = run("loader", *tiny, folder=tmp_path)
     assert again["build"] == "the atlas was there"
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+@pytest.mark.slow
+def test_the_scaling_benchmark_runs_one_and_two_processes_and_says_what_they_cost():
+    model = ("--sets", 2, "--set-size", 16, "--genes", 200, "--width", 32, "--depth", 1)
+    report = run("scaling", "--steps", 2, 6, "--repeats", 1, *model)
+    assert report["engine"] == "ddp"
+    assert report["processes"].keys() == {"1", "2"}
+    for figures in report["processes"].values():
+        assert figures["cells_per_s"] > 0
+        assert 0 <= figures["data_wait"] <= 1
+    assert report["processes"]["1"]["efficiency"] == 1

@@ -80,9 +80,20 @@ class IndexedCells:
         self, sampler: CellSetSampler | StreamedSampler, epoch: int, step: int, rank: int, world_size: int
     ) -> CellSetBatch:
         """The batch of one rank in one step."""
+        return self.batches(sampler, epoch, step, rank, world_size, 1)[0]
+
+    def batches(
+        self, sampler: CellSetSampler | StreamedSampler, epoch: int, step: int, rank: int, world_size: int, n_parts: int
+    ) -> list[CellSetBatch]:
+        """The sets of one rank in one step, shared by `n_parts` batches; some may have none."""
         if isinstance(self.cells, StreamedCells) and isinstance(sampler, StreamedSampler):
             self.cells.open(sampler.shards(epoch, step, rank, world_size))
-        return make_batch(sampler.batch(epoch, step, rank, world_size), sampler.set_size, self.cells, self.labels)
+        sets = sampler.batch(epoch, step, rank, world_size)
+        return [make_batch(sets[i::n_parts], sampler.set_size, self.cells, self.labels) for i in range(n_parts)]
+
+    def empty_batch(self, sampler: CellSetSampler | StreamedSampler) -> CellSetBatch:
+        """A batch without sets."""
+        return make_batch([], sampler.set_size, self.cells, self.labels)
 
 
 @dataclass(frozen=True)

@@ -89,10 +89,13 @@ class LossOutput:
 
 
 class DiffusionLoss:
-    """MMD^2 + MSE between x0 and the denoiser's estimate from x_t."""
+    """MMD^2 + MSE between x0 and the denoiser's estimate from x_t.
 
-    def __init__(self, config: DiffusionConfig) -> None:
-        self.config = config
+    `in_step` calls the denoiser as often with any draws, for processes that meet in its every pass (ZeRO-3).
+    """
+
+    def __init__(self, config: DiffusionConfig, in_step: bool = False) -> None:
+        self.config, self.in_step = config, in_step
         self.schedule = Schedule(config.schedule, config.n_timesteps)
 
     def __call__(self, denoiser: nn.Module, batch: CellSetBatch, draws: Draws) -> LossOutput:
@@ -100,7 +103,8 @@ class DiffusionLoss:
         x_t = self.schedule.q_sample(x0, draws.t, draws.noise)
         # Self-conditioning (Chen et al. 2023): a first estimate, without gradient, for the sets that drew it.
         self_cond = torch.zeros_like(x0)
-        if (chosen := draws.self_cond).any():
+        chosen = draws.self_cond
+        if (self.in_step and self.config.p_self_cond > 0) or chosen.any():
             mask = batch.mask[chosen]
             with torch.no_grad():
                 estimate = denoiser(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -87,6 +88,15 @@ def replace_folder(new: Path, final: Path) -> None:
     final.rename(old / "folder")
     new.rename(final)
     shutil.rmtree(old)
+
+
+def folder_identity(folder: str | Path) -> tuple[int, int] | None:
+    """What changes when a folder is replaced by another of that name; None where there is none."""
+    try:
+        stat = os.stat(folder)
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_ctime_ns  # numbers of removed folders are given again
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

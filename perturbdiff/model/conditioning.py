@@ -50,11 +50,16 @@ class CovariateEncoder(nn.Module):
     """The published covariate embedding: one-hot rows concatenated, then linear to G. `cov` of the golden files.
 
     With perturbation_encoding "none" every set reads row 0, the row of "no perturbation"; with batch_encoding "none"
-    there is no batch part.
+    there is no batch part. ValueError if there are no batches to encode.
     """
 
     def __init__(self, sizes: VocabSizes, config: DenoiserConfig, n_genes: int) -> None:
         super().__init__()
+        if config.batch_encoding == "onehot" and sizes.batches == 0:
+            raise ValueError(
+                "denoiser.batch_encoding=onehot needs batch labels, and this data has none (marginal sets, or controls "
+                "matched by cell type); set denoiser.batch_encoding=none."
+            )
         dim = config.covariate_dim
         self.perturbation_encoding = config.perturbation_encoding
         self.perturbation = nn.Embedding(sizes.perturbations + 1, dim)  # row 0: no perturbation

@@ -1,28 +1,44 @@
-"""Exponential moving average of the weights."""
+"""Exponential moving average of the weights, of which each process keeps its own stretch."""
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor, nn
 
-from perturbdiff.model.denoiser import Denoiser
+from perturbdiff.training.partition import joined, own_stretch, stretch
 
 
 class EMA:
-    """A copy of a module that follows it; `module` is what is validated and published.
+    """Follows the weights of a module; what `full` gives is validated and published.
+
+    Process r of N keeps the r-th of N equal stretches of each parameter, under every engine: averaging takes an N-th of
+    the time and memory, and ZeRO-3, where that stretch is all a process has, is no special case.
 
     The decay warms up as min(decay, (1 + n) / (10 + n)) over its updates n: without, short runs would be averaged
     with their random start.
     """
 
-    def __init__(self, module: Denoiser, decay: float) -> None:
-        self.module = copy.deepcopy(module).eval().requires_grad_(False)
-        self.decay = decay
+    def __init__(self, module: nn.Module, decay: float, rank: int = 0, world_size: int = 1) -> None:
+        self.decay, self.rank, self.world_size = decay, rank, world_size
         self.n_updates = 0
+        self._shapes = {name: p.shape for name, p in module.named_parameters()}
+        self._own = {name: own_stretch(p, rank, world_size).clone() for name, p in module.named_parameters()}
 
     @torch.no_grad()
-    def update(self, module: Denoiser) -> None:
+    def update(self, module: nn.Module) -> None:
         decay = min(self.decay, (1 + self.n_updates) / (10 + self.n_updates))
-        torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), 1 - decay)
+        new = [own_stretch(p, self.rank, self.world_size) for p in module.parameters()]
+        torch._foreach_lerp_(list(self._own.values()), new, 1 - decay)
         self.n_updates += 1
+
+    def full(self) -> dict[str, Tensor]:
+        """The averaged weights by name; all processes must call it. Views where there is one."""
+        return {name: joined(own, self._shapes[name], self.world_size) for name, own in self._own.items()}
+
+    def load(self, weights: Mapping[str, Tensor], n_updates: int) -> None:
+        """Take up what `full` gave, perhaps to another number of processes."""
+        for name, own in self._own.items():
+            own.copy_(stretch(weights[name], self.rank, self.world_size))
+        self.n_updates = n_updates

@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import threading
+import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
+SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
+STOPPED = "stopped.json"
+ECHO = 3.0  # seconds in which a launcher may pass on a Ctrl-C that the terminal sent to all processes already
+
+
+def leave_marker(folder: Path, stopped_by: str, step: int) -> None:
+    """Say in the run folder that training stopped in order and goes on if started again: job scripts look for it."""
+    temporary = folder / f".{STOPPED}"
+    temporary.write_text(json.dumps({"stopped_by": stopped_by, "step": step}) + "\n")
+    os.replace(temporary, folder / STOPPED)
+
+
+def remove_marker(folder: Path) -> None:
+    (folder / STOPPED).unlink(missing_ok=True)
+
 
 class StopRequest:
-    """A context in which the first signal sets `signal_name`; a second SIGINT interrupts at once."""
+    """A context in which the first signal sets `signal_name`; a second SIGINT, seconds later, interrupts at once."""
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        self._since = 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # only there can handlers be set
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            for name in SIGNALS:
+                number = signal.Signals[name]
                 self._previous[number] = signal.signal(number, self._note)
         return self
 
@@ -26,6 +47,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_name is not None and number == signal.SIGINT:
+        if self.signal_name is None:
+            self.signal_name, self._since = signal.Signals(number).name, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._since > ECHO:
             raise KeyboardInterrupt
-        self.signal_name = signal.Signals(number).name

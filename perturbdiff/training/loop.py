@@ -2,38 +2,54 @@
 
 from __future__ import annotations
 
-import copy
 import json
+import math
 import os
-import time
-from contextlib import closing
+import shutil
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from safetensors import SafetensorError
+from torch import Tensor
+from torch import distributed as dist
 
 from perturbdiff import __version__
 from perturbdiff.config import Config, ModelConfig, ObsColumns, as_dict, load_config, save_config
 from perturbdiff.data.batch import CellSetBatch
-from perturbdiff.data.cellsets import CellSetSampler, StreamedSampler
 from perturbdiff.data.screen import Screen
 from perturbdiff.data.splits import write_split
 from perturbdiff.data.stream import prefetched
-from perturbdiff.data.training_set import IndexedCells, TrainingSet
-from perturbdiff.diffusion.losses import DiffusionLoss, LossOutput, training_draws, validation_draws
+from perturbdiff.data.training_set import TrainingSet
+from perturbdiff.diffusion.losses import DiffusionLoss, training_draws
+from perturbdiff.model.denoiser import Denoiser
 from perturbdiff.pretrained import PerturbDiff, build_denoiser
 from perturbdiff.progress import progress
+from perturbdiff.training.distributed import WAITING, Watchdog, engine, launch
 from perturbdiff.training.ema import EMA
-from perturbdiff.training.interrupt import StopRequest
+from perturbdiff.training.interrupt import SIGNALS, StopRequest, leave_marker, remove_marker
 from perturbdiff.training.optim import learning_rate, make_optimizer
-from perturbdiff.training.state import Progress, TrainingState, load_latest, save_state, saved_states
-from perturbdiff.training.tracking import MetricsFile
+from perturbdiff.training.partition import full_moments, full_weights, load_moments
+from perturbdiff.training.speed import Pace, Trace
+from perturbdiff.training.state import Progress, SavedState, latest_state, open_state, save_state, saved_states
+from perturbdiff.training.tracking import Metrics, check_trackers
+from perturbdiff.training.validation import validate
 
-# Settings that may change between a run and its resumption: they move no number.
-FREE_ON_RESUME = {"out", "data.prefetch", "training.log_every", "training.save_every", "training.keep_states"}
+# Settings that may change between a run and its resumption: they move no number, or only its last digits.
+FREE_ON_RESUME = {
+    "out",
+    "data.prefetch",
+    "training.accumulation_steps",
+    "training.keep_states",
+    "training.log_every",
+    "training.profile_steps",
+    "training.save_every",
+    "training.timeout",
+    "training.trackers",
+}
 
 
 @dataclass(frozen=True)
@@ -53,9 +69,11 @@ class TrainingResult:
 
 
 def train(config: Config, screen: Screen | None = None, stop_at: int | None = None) -> TrainingResult:
-    """Train on a screen, or go on where an earlier call with the same settings stopped.
+    """Train on a screen or on atlases, or go on where an earlier call with the same settings stopped.
 
-    Writes into config.out: config.yaml, split.json, metrics.jsonl, states/, and model/ (the model folder).
+    Under a launcher all processes call it; they may be more or fewer than before, or under another engine. Writes into
+    config.out: config.yaml, split.json, metrics.jsonl, tensorboard/, states/, and model/ (the model folder); and
+    stopped.json if it was stopped.
 
     Parameters
     ----------
@@ -67,202 +85,332 @@ def train(config: Config, screen: Screen | None = None, stop_at: int | None = No
     Raises
     ------
     ValueError, KeyError, FileNotFoundError
-        Bad settings or data; nothing is written then.
+        Bad settings, data or launch; nothing is written then.
     FloatingPointError
-        A loss is not finite; names step and conditions.
+        A loss is not finite; names step, rank and conditions.
+    OSError
+        A state could not be written; those before are whole.
     """
     out = Path(config.out)
     config = _with_lanes(config, out)
+    check_trackers(config.training.trackers)
+    accelerator = launch(config)
     _check_resumable(out, config)
     if config.data.screen is None:
         data = TrainingSet.of_atlases(config)
     else:
         data = TrainingSet.of(screen or Screen.read(config.data.screen, config.data), config)
     _check_same_data(out, data)
-    run = _Run(config, data)
-    out.mkdir(parents=True, exist_ok=True)
-    save_config(config, out / "config.yaml")
-    write_split(data.split, data.origin, out / "split.json")
-    print(f"{data.summary()}\n{run.summary()}", flush=True)
-    return run.train(out, stop_at)
+    run = _Run(config, data, accelerator)
+    accelerator.wait_for_everyone()  # nobody looks at the run folder any more
+    if accelerator.is_main_process:
+        _begin_folder(out, config, data)
+        print(f"{data.summary()}\n{run.summary()}", flush=True)
+    try:
+        result = run.train(stop_at)
+    except RuntimeError as error:
+        if accelerator.num_processes > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise ConnectionError(f"another process has ended and says why. {run.advice()}") from error
+        raise
+    if accelerator.num_processes > 1:
+        accelerator.end_training()  # the process group would complain of an end without it
+    return result
 
 
 class _Run:
     """One process's part of a training run."""
 
-    def __init__(self, config: Config, data: TrainingSet) -> None:
-        self.config = config
-        self.data = data
-        AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
-        self.accelerator = Accelerator(
-            cpu=config.training.device == "cpu", mixed_precision=config.training.mixed_precision
-        )
-        if self.accelerator.num_processes > 1:
-            raise ValueError(
-                f"launched on {self.accelerator.num_processes} processes; this version trains in one. Start it without "
-                "accelerate launch."
-            )
-        if config.training.device == "cuda" and self.accelerator.device.type != "cuda":
-            raise ValueError("training.device=cuda, but there is no CUDA device here; set training.device=auto.")
+    def __init__(self, config: Config, data: TrainingSet, accelerator: Accelerator) -> None:
+        self.config, self.data, self.accelerator = config, data, accelerator
+        self.out, self.device = Path(config.out), accelerator.device
+        self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
+        saved = self._latest_state()
         with torch.random.fork_rng():  # weights depend on the seed alone
             torch.manual_seed(config.training.seed)
-            denoiser = build_denoiser(config.denoiser, len(data.cells.genes), data.vocabularies)
-        denoiser.to(self.accelerator.device)
-        self.ema = EMA(denoiser, config.optim.ema_decay)
-        self.denoiser, self.optimizer = self.accelerator.prepare(denoiser, make_optimizer(denoiser, config.optim))
-        self.loss = DiffusionLoss(config.diffusion)
+            self.module = build_denoiser(config.denoiser, len(data.cells.genes), data.vocabularies)
+        self.n_parameters = sum(p.numel() for p in self.module.parameters())
+        if saved is not None:
+            self.module.load_state_dict(saved.tensors("denoiser.safetensors"))
+        self.module.to(self.device)
+        if config.training.compile:
+            for block in self.module.blocks:
+                block.compile()
+        self.ema = EMA(self.module, config.optim.ema_decay, self.rank, self.world_size)
+        # `denoiser` is what the engine made of `module`, whose parameters keep their names, but perhaps only a stretch.
+        self.denoiser, self.optimizer = accelerator.prepare(self.module, make_optimizer(self.module, config.optim))
+        self.progress = Progress() if saved is None else saved.progress
+        self.best: dict[str, Tensor] | None = None  # averaged weights at the best validation
+        if saved is not None:
+            self.ema.load(saved.tensors("ema.safetensors"), self.progress.ema_updates)
+            load_moments(self.module, self.optimizer, saved.tensors("optimizer.safetensors"))
+            self.best = saved.tensors("best.safetensors") or None
+        self.saved_at = self.progress.step
+        self.loss = DiffusionLoss(config.diffusion, in_step=self.world_size > 1)
         self.sampler = data.train.sampler(config)
         self.validation = None if data.validation is None else (data.validation, data.validation.sampler(config))
-        self.state = TrainingState(self.accelerator.unwrap_model(self.denoiser), self.ema, self.optimizer, Progress())
+        self.stop = StopRequest()
+        self.watchdog = Watchdog(accelerator, config.training.timeout, self.advice)
+        self.pace = Pace(self.progress.cells_seen)
 
     def summary(self) -> str:
-        n_parameters = sum(p.numel() for p in self.ema.module.parameters())
         sampler, training = self.sampler, self.config.training
-        return (
-            f"denoiser    {n_parameters:,} parameters, on {self.accelerator.device}\n"
+        processes = f", {self.world_size} processes under {engine(self.accelerator)}" if self.world_size > 1 else ""
+        lines = [
+            f"denoiser    {self.n_parameters:,} parameters, on {self.device}{processes}",
             f"training    {training.n_steps:,} steps of {sampler.sets_per_batch} sets of {sampler.set_size} cells, "
-            f"{training.n_steps / sampler.steps_per_epoch:.1f} epochs of {sampler.steps_per_epoch} steps"
-        )
+            f"{training.n_steps / sampler.steps_per_epoch:.1f} epochs of {sampler.steps_per_epoch} steps",
+        ]
+        if self.progress.step:
+            lines.append(f"resuming    from step {self.progress.step} in {self.out}")
+        return "\n".join(lines)
 
-    def train(self, out: Path, stop_at: int | None) -> TrainingResult:
-        training = self.config.training
-        if load_latest(out / "states", self.state):
-            print(f"resuming    from step {self.state.progress.step} in {out}", flush=True)
-        done = self.state.progress
-        metrics = MetricsFile(out / "metrics.jsonl", done.step)
+    def train(self, stop_at: int | None) -> TrainingResult:
+        training, done, main = self.config.training, self.progress, self.accelerator.is_main_process
         stopped_by = None
-        stop = StopRequest()
         batches = prefetched(
-            self._batch,
+            self._batches,
             done.step,
             training.n_steps,
             self.config.data.prefetch,
-            stopped=lambda: stop.signal_name is not None,
+            stopped=lambda: self.stop.signal_name is not None,
             give_up=self.data.train.close,
         )
         with (
-            stop,
+            self.stop,
+            self.watchdog,
             closing(batches),
-            progress(training.n_steps, "train", "step", initial=done.step) as bar,
+            Metrics(self.out, done.step, self.config) if main else nullcontext() as metrics,
+            progress(training.n_steps, "train", "step", initial=done.step, shown=main) as bar,
+            Trace(self.out / "profile", self.rank, training.profile_steps) as profiler,
         ):
-            clock, cells_at = time.perf_counter(), done.cells_seen
-            saved_at = done.step
             while done.step < training.n_steps and not self._converged():
-                batch = next(batches, None)
-                if batch is None:  # the signal came while data were waited for
-                    stopped_by = stop.signal_name
-                    self._save(out)
+                self.watchdog.doing(f"waiting for the data of step {done.step + 1}")
+                with self.pace.waiting():
+                    made = next(batches, None)
+                values, stopped_by = self._step(made)
+                if values is None:  # the signal came while data were waited for
                     break
-                values = self._step(done.step, *batch)
-                done.step += 1
+                profiler.step()
                 for name, value in values.items():
                     done.window[name] = done.window.get(name, 0.0) + value
                 bar.update()
                 if done.step % training.log_every == 0 or done.step == training.n_steps:
-                    seconds = max(time.perf_counter() - clock, 1e-9)
-                    rate = (done.cells_seen - cells_at) / seconds
                     n_logged = done.window.pop("steps")
                     means = {name: value / n_logged for name, value in done.window.items()}
-                    metrics.write(step=done.step, cells=done.cells_seen, cells_per_s=round(rate, 1), **means)
-                    shown = f"loss {means['loss']:.4f} mmd {means['mmd']:.4f} {rate:,.0f} cells/s"
-                    bar.set_postfix_str(shown, refresh=False)
-                    done.window, clock, cells_at = {}, time.perf_counter(), done.cells_seen
+                    speed, done.window = self.pace.lap(done.cells_seen), {}
+                    if metrics is not None:
+                        metrics.write(step=done.step, cells=done.cells_seen, **speed, **means)
+                    bar.set_postfix_str(_shown(means, speed), refresh=False)
                 if self.validation is not None and done.step % training.validate_every == 0:
-                    metrics.write(step=done.step, validation_loss=self._validate(*self.validation))
-                if stop.signal_name is not None:
-                    stopped_by = stop.signal_name
-                elif stop_at is not None and done.step >= stop_at and done.step < training.n_steps:
+                    scores = self._validate()
+                    if metrics is not None:
+                        metrics.write(step=done.step, **scores)
+                if stopped_by is None and stop_at is not None and stop_at <= done.step < training.n_steps:
                     stopped_by = f"stop_at={stop_at}"
-                if done.step % training.save_every == 0 or stopped_by is not None:
-                    self._save(out)
-                    saved_at = done.step
                 if stopped_by is not None:
                     break
-            if stopped_by is None and (saved_at != done.step or not (out / "model").is_dir()):
-                self._save(out)
-        if stopped_by is not None:
+                if done.step % training.save_every == 0:
+                    self._save()
+            if done.step != self.saved_at or not (self.out / "model").is_dir():
+                self._save()
+        if done.step == training.n_steps:
+            stopped_by = None  # by a signal in the last step: nothing is left to go on with
+        if stopped_by is not None and main:
+            leave_marker(self.out, stopped_by, done.step)
             print(
                 f"stopped     by {stopped_by} after step {done.step}; the same command goes on from there", flush=True
             )
-        return TrainingResult(self._model(), out, done.step, stopped_by)
+        return TrainingResult(self._model(self._averaged()), self.out, done.step, stopped_by)
 
-    def _step(self, step: int, batch: CellSetBatch, n_cells: int) -> dict[str, float]:
-        config = self.config
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, config.training.n_steps, config.optim)
-        draws = training_draws(batch, config.diffusion, config.training.seed)
-        self.denoiser.train()
-        with self.accelerator.autocast():
-            output = self.loss(self.denoiser, batch, draws)
-        self._refuse_non_finite(output, batch, step)
-        # Every cell of the global batch counts the same, whichever rank and set it is in; DDP averages over ranks.
-        weight = batch.mask.sum(1) * (self.accelerator.num_processes / n_cells)  # (B,)
-        loss = (output.total * weight).sum()
-        self.accelerator.backward(loss)
-        norm = self.accelerator.clip_grad_norm_(self.denoiser.parameters(), config.optim.grad_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if (step + 1) % config.optim.ema_every == 0:
-            self.ema.update(self.accelerator.unwrap_model(self.denoiser))
-        self.state.progress.cells_seen += n_cells
-        values = torch.stack([loss, (output.mse * weight).sum(), (output.mmd * weight).sum(), norm])
-        loss_value, mse, mmd, grad_norm = values.detach().tolist()
-        lr = self.optimizer.param_groups[0]["lr"]
-        return {"loss": loss_value, "mse": mse, "mmd": mmd, "grad_norm": grad_norm, "lr": lr, "steps": 1}
-
-    def _batch(self, step: int) -> tuple[CellSetBatch, int]:
-        """This rank's part of a step, and the cells of the whole of it."""
+    def _batches(self, step: int) -> tuple[list[CellSetBatch], int]:
+        """This process's part of a step, cut for accumulation, and the cells of the whole step."""
         epoch, place = self.sampler.place(step)
-        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        batch = self.data.train.batch(self.sampler, epoch, place, rank, world_size)
-        return batch.to(self.accelerator.device), self.sampler.n_cells(epoch, place)
+        n_parts = self.config.training.accumulation_steps
+        parts = self.data.train.batches(self.sampler, epoch, place, self.rank, self.world_size, n_parts)
+        return [part.to(self.device) for part in parts], self.sampler.n_cells(epoch, place)
 
-    def _refuse_non_finite(self, output: LossOutput, batch: CellSetBatch, step: int) -> None:
-        finite = output.total.isfinite()
-        if finite.all():
-            return
-        index = self.data.train.index
-        bad = sorted({index.labels(batch.conditions[b]) for b in (~finite).nonzero()[:, 0].tolist()})
-        shown = "; ".join(f"perturbation {p!r}, cell type {c!r}, batch {b!r}" for p, c, b in bad[:3])
+    def _nothing(self) -> tuple[list[CellSetBatch], int]:
+        """Empty batches, for a process without data: the others meet it in every pass through the denoiser."""
+        empty = self.data.train.empty_batch(self.sampler).to(self.device)
+        return [empty] * self.config.training.accumulation_steps, 1
+
+    def _step(self, made: tuple[list[CellSetBatch], int] | None) -> tuple[dict[str, float] | None, str | None]:
+        """One optimizer step: means over all its cells, and the signal that any process got.
+
+        Where a signal kept one of them from waiting for its data, all leave the weights as they are: no means then.
+        """
+        config, done = self.config, self.progress
+        lr = learning_rate(done.step, config.training.n_steps, config.optim)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        (*firsts, last), n_cells = made or self._nothing()
+        self.denoiser.train()
+        sums, bad = torch.zeros(3, device=self.device), list[str]()
+        for part in firsts:
+            with self.accelerator.accumulate(self.denoiser):
+                self.accelerator.backward(self._loss(part, n_cells, sums, bad))
+        with self.accelerator.accumulate(self.denoiser):
+            loss = self._loss(last, n_cells, sums, bad)
+            means, signal_name, abandoned = self._agree(sums, bad, abandoned=made is None)
+            if abandoned:
+                return None, signal_name
+            self.watchdog.doing(f"in the backward pass of step {done.step + 1}")
+            self.accelerator.backward(loss)
+            norm = float(self.accelerator.clip_grad_norm_(self.denoiser.parameters(), config.optim.grad_clip))
+            if not math.isfinite(norm):
+                raise FloatingPointError(
+                    f"the gradient is not finite at step {done.step + 1}, though the loss is; the last state is kept. "
+                    "Lower optim.lr."
+                )
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        done.step += 1
+        done.cells_seen += n_cells
+        if done.step % config.optim.ema_every == 0:
+            self.ema.update(self.module)
+        return {**means, "grad_norm": norm, "lr": lr, "steps": 1}, signal_name
+
+    def _loss(self, part: CellSetBatch, n_cells: int, sums: Tensor, bad: list[str]) -> Tensor:
+        """The loss to go back from; adds loss, MSE and MMD to `sums`, and sets whose loss is not finite to `bad`."""
+        self.watchdog.doing(f"computing step {self.progress.step + 1}")
+        draws = training_draws(part, self.config.diffusion, self.config.training.seed)
+        with self.accelerator.autocast():
+            output = self.loss(self.denoiser, part, draws)
+        # Every cell of the step counts the same, whichever process, part and set it is in: gradients are averaged over
+        # processes and parts.
+        scale = self.world_size * self.config.training.accumulation_steps / n_cells
+        weight = part.mask.sum(1) * scale  # (B,)
+        sums += torch.stack([(of_sets * weight).sum() for of_sets in (output.total, output.mse, output.mmd)]).detach()
+        labels = self.data.train.index.labels
+        bad += [
+            "perturbation {!r}, cell type {!r}, batch {!r}".format(*labels(part.conditions[b]))
+            for b in (~output.total.isfinite()).nonzero()[:, 0].tolist()
+        ]
+        return (output.total * weight).sum()
+
+    def _agree(self, sums: Tensor, bad: list[str], abandoned: bool) -> tuple[dict[str, float], str | None, bool]:
+        """What all processes must know before any takes the step: its means, a signal, whether one gave up waiting.
+
+        Raises FloatingPointError everywhere if a loss is not finite anywhere.
+        """
+        signals = [name == self.stop.signal_name for name in SIGNALS]
+        self.watchdog.doing(WAITING)
+        own = torch.cat([sums, sums.new_tensor([self.pace.waited, bool(bad), abandoned, *signals])])
+        rows = self.accelerator.gather(own[None]).cpu()  # (N, 9), one a process
+        self.pace.add_wait(float(rows[:, 3].max()))
+        if rows[:, 4].any():
+            self._refuse_non_finite(bad, rows[:, 4].nonzero()[:, 0].tolist())
+        n_shares = self.world_size * self.config.training.accumulation_steps
+        means = dict(zip(("loss", "mse", "mmd"), (rows[:, :3].sum(0) / n_shares).tolist(), strict=True))
+        got = [name for name, by in zip(SIGNALS, rows[:, 6:].any(0).tolist(), strict=True) if by]
+        return means, got[0] if got else None, bool(rows[:, 5].any())
+
+    def _refuse_non_finite(self, bad: list[str], ranks: list[int]) -> None:
+        where = f"at step {self.progress.step + 1} (rank {', '.join(map(str, ranks[:8]))})"
+        shown = f"for {'; '.join(sorted(set(bad))[:3])}{', ...' if len(set(bad)) > 3 else ''}" if bad else "see there"
         raise FloatingPointError(
-            f"the loss is not finite at step {step + 1} (rank {self.accelerator.process_index}) for {shown}"
-            f"{', ...' if len(bad) > 3 else ''}; the last state is kept. Lower optim.lr or look at these cells."
+            f"the loss is not finite {where} {shown}; the last state is kept. Lower optim.lr or look at these cells."
         )
 
     @torch.no_grad()
-    def _validate(self, cells: IndexedCells, sampler: CellSetSampler | StreamedSampler) -> float:
-        """Loss of the EMA weights on the validation conditions with fixed t, noise and sets, and no dropout."""
-        config = self.config
-        total, n_cells = 0.0, 0
-        for step in range(sampler.steps_per_epoch):
-            batch = cells.batch(sampler, 0, step, rank=0, world_size=1).to(self.accelerator.device)
-            output = self.loss(self.ema.module, batch, validation_draws(batch, config.diffusion, config.training.seed))
-            counts = batch.mask.sum(1)
-            total += float((output.total * counts).sum())
-            n_cells += int(counts.sum())
-        cells.release()
-        loss, done = total / n_cells, self.state.progress
-        if done.best_validation is None or loss < done.best_validation:
+    def _validate(self) -> dict[str, float]:
+        """Scores of the averaged weights on the validation conditions; keeps the best ones for early stopping."""
+        assert self.validation is not None, "asked by the caller"
+        cells, sampler = self.validation
+        self.watchdog.doing(f"validating after step {self.progress.step}")
+        weights = self.ema.full()
+        with self.pace.paused():
+            scores = validate(
+                self._denoiser_with(weights),
+                cells,
+                sampler,
+                self.config,
+                self.rank,
+                self.world_size,
+                self.device,
+                self._sum,
+            )
+        loss, done = scores["validation_loss"], self.progress
+        if math.isfinite(loss) and (done.best_validation is None or loss < done.best_validation):
             done.best_validation, done.best_step = loss, done.step
-            if config.training.early_stop_patience is not None:
-                self.state.best = {name: t.detach().clone() for name, t in self.ema.module.state_dict().items()}
-        return loss
+            if self.config.training.early_stop_patience is not None:
+                self.best = {name: weight.clone() for name, weight in weights.items()}
+        return scores
+
+    def _sum(self, values: Tensor) -> Tensor:
+        self.watchdog.doing(WAITING)
+        return self.accelerator.reduce(values, "sum")
 
     def _converged(self) -> bool:
-        patience, done = self.config.training.early_stop_patience, self.state.progress
+        patience, done = self.config.training.early_stop_patience, self.progress
         if patience is None or done.best_validation is None:
             return False
         return done.step - done.best_step >= patience * self.config.training.validate_every
 
-    def _save(self, out: Path) -> None:
-        save_state(out / "states", self.state, self.config.training.keep_states)
-        self._model().save_pretrained(out / "model")
+    def _latest_state(self) -> SavedState | None:
+        """The newest state that is whole. One process looks; the others read the same one."""
+        folder, rank_0 = self.out / "states", self.accelerator.is_main_process
+        saved = latest_state(folder) if rank_0 else None
+        steps = torch.tensor([-1 if saved is None else saved.progress.step], device=self.device)
+        step = int(self.accelerator.gather(steps)[0])
+        if rank_0 or step < 0:
+            return saved
+        try:
+            return open_state(folder, step)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"rank {self.rank} does not see {error.filename}, which rank 0 does; the run folder must be on a file "
+                "system that all nodes share."
+            ) from error
 
-    def _model(self) -> PerturbDiff:
-        config, done = self.config, self.state.progress
-        denoiser = copy.deepcopy(self.ema.module)
-        if self.state.best is not None:
-            denoiser.load_state_dict(self.state.best)
+    def _save(self) -> None:
+        """The model folder, then the state, so that a state never stands without its model."""
+        done, main = self.progress, self.accelerator.is_main_process
+        self.watchdog.doing(f"saving step {done.step}")
+        done.ema_updates = self.ema.n_updates
+        averaged, failure = self._averaged(), None
+        tensors = {
+            "denoiser.safetensors": lambda: full_weights(self.module),
+            "ema.safetensors": self.ema.full,
+            "optimizer.safetensors": lambda: full_moments(self.module, self.optimizer),
+            "best.safetensors": lambda: self.best or {},
+        }
+        with self.pace.paused():
+            try:
+                if main:
+                    self._model(averaged).save_pretrained(self.out / "model")
+            except (OSError, SafetensorError) as error:
+                failure = error
+            try:
+                save_state(self.out / "states", done, tensors, self.config.training.keep_states, writes=main)
+            except OSError as error:
+                failure = failure or error
+            self.watchdog.doing(WAITING)
+            failed = self.accelerator.gather(torch.tensor([failure is not None], device=self.device))
+        if failure is not None:
+            raise OSError(
+                f"step {done.step} could not be saved ({failure}); step {self.saved_at} still is. Make room, and the "
+                "same command goes on from there."
+            ) from failure
+        if failed.any():
+            raise OSError(f"step {done.step} could not be saved by rank 0, which says why.")
+        self.saved_at = done.step
+
+    def advice(self) -> str:
+        return f"The last saved step is {self.saved_at}; the same command goes on from there."
+
+    def _averaged(self) -> Denoiser:
+        """The denoiser to validate and publish; all processes must call it."""
+        return self._denoiser_with(self.best or self.ema.full())
+
+    def _denoiser_with(self, weights: dict[str, Tensor]) -> Denoiser:
+        with torch.device("meta"):
+            denoiser = build_denoiser(self.config.denoiser, len(self.data.cells.genes), self.data.vocabularies)
+        denoiser.load_state_dict(weights, assign=True)
+        return denoiser.to(self.device).eval().requires_grad_(False)
+
+    def _model(self, denoiser: Denoiser) -> PerturbDiff:
+        config, done = self.config, self.progress
         obs = ObsColumns(
             config.data.perturbation_col, config.data.cell_type_col, config.data.batch_col, config.data.control_label
         )
@@ -280,7 +428,7 @@ class _Run:
                 {"name": atlas["path"], "commit": opened.commit, "sha256": opened.sha256}
                 for atlas, opened in zip(settings["data"]["atlases"], self.data.atlases, strict=True)
             ],
-            "steps": done.best_step if self.state.best is not None else done.step,
+            "steps": done.best_step if self.best is not None else done.step,
             "cells_seen": done.cells_seen,
             "control_match": self.data.match,
             "hold_out": list(config.split.hold_out),
@@ -296,6 +444,22 @@ class _Run:
             training,
             name=str(Path(config.out) / "model"),
         )
+
+
+def _begin_folder(out: Path, config: Config, data: TrainingSet) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    save_config(config, out / "config.yaml")
+    write_split(data.split, data.origin, out / "split.json")
+    remove_marker(out)
+    for left in out.glob(".model-*"):  # by a kill during a save
+        shutil.rmtree(left)
+
+
+def _shown(means: dict[str, float], speed: dict[str, float]) -> str:
+    return (
+        f"loss {means['loss']:.4f} mmd {means['mmd']:.4f} |g| {means['grad_norm']:.2g} lr {means['lr']:.1e} "
+        f"{speed['cells_per_s']:,.0f} cells/s wait {speed['data_wait']:.0%}"
+    )
 
 
 def _with_lanes(config: Config, out: Path) -> Config:

@@ -1,4 +1,7 @@
-"""Training state on disk: one folder a step, whole or absent, verified by hash; safetensors and JSON only."""
+"""Training state on disk: one folder a step, whole or absent, verified by hash; safetensors and JSON only.
+
+Its tensors are whole and named, so that a run goes on under another engine or on another number of processes.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,14 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-
-from perturbdiff.training.ema import EMA
+from torch import Tensor
 
 TENSOR_FILES = ("denoiser.safetensors", "ema.safetensors", "optimizer.safetensors", "best.safetensors")
 
@@ -33,43 +35,73 @@ class Progress:
     window: dict[str, float] = field(default_factory=dict)  # sums since the last logged step
 
 
-@dataclass
-class TrainingState:
-    """What a run needs to go on as if it had never stopped. `best` is the EMA's weights at the best validation."""
+@dataclass(frozen=True)
+class SavedState:
+    """A state on disk that was whole when it was looked at."""
 
-    denoiser: nn.Module
-    ema: EMA
-    optimizer: torch.optim.Optimizer
+    folder: Path
     progress: Progress
-    best: dict[str, Tensor] | None = None
+
+    def tensors(self, file: str) -> dict[str, Tensor]:
+        return load_file(self.folder / file)
 
 
-def save_state(folder: Path, state: TrainingState, keep: int) -> None:
-    """Write `folder`/step_NNNNNNNN under a temporary name, flush it, rename it; only the `keep` newest stay."""
-    folder.mkdir(parents=True, exist_ok=True)
-    state.progress.ema_updates = state.ema.n_updates
-    tensors = {
-        "denoiser.safetensors": state.denoiser.state_dict(),
-        "ema.safetensors": state.ema.module.state_dict(),
-        "optimizer.safetensors": _optimizer_tensors(state.optimizer),
-        "best.safetensors": state.best or {},
-    }
-    final = folder / f"step_{state.progress.step:08d}"
-    temporary = Path(tempfile.mkdtemp(prefix=".state-", dir=folder))
-    try:
-        hashes = {}
+def save_state(
+    folder: Path, progress: Progress, tensors: Mapping[str, Callable[[], Mapping[str, Tensor]]], keep: int, writes: bool
+) -> None:
+    """Write `folder`/step_NNNNNNNN under a temporary name, flush it, rename it; only the `keep` newest stay.
+
+    Parameters
+    ----------
+    tensors
+        What gives the whole tensors of each of TENSOR_FILES. All processes must call it, and so this.
+    writes
+        True on the one process that writes.
+
+    Raises
+    ------
+    OSError
+        On that process; earlier states are as they were.
+    """
+    if not writes:
         for name in TENSOR_FILES:
-            save_file({k: t.detach().cpu().contiguous().clone() for k, t in tensors[name].items()}, temporary / name)
-            hashes[name] = _flushed_hash(temporary / name)
-        (temporary / "state.json").write_text(json.dumps({"progress": asdict(state.progress), "sha256": hashes}))
+            tensors[name]()
+        return
+    failure: Exception | None = None
+    temporary, hashes = None, {}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_unfinished(folder)
+        temporary = Path(tempfile.mkdtemp(prefix=".state-", dir=folder))
+    except OSError as error:
+        failure = error
+    try:
+        for name in TENSOR_FILES:
+            whole = tensors[name]()  # also after a failure: the others expect this process to gather with them
+            if temporary is not None and failure is None:
+                try:
+                    save_file({k: t.detach().cpu().contiguous().clone() for k, t in whole.items()}, temporary / name)
+                    hashes[name] = _flushed_hash(temporary / name)
+                except (OSError, SafetensorError) as error:
+                    failure = error
+        if temporary is None or failure is not None:
+            what = f"the state of step {progress.step} could not be written"
+            raise OSError(f"{what} to {folder} ({failure})") from failure
+        content = {"progress": asdict(progress), "sha256": hashes}
+        (temporary / "state.json").write_text(json.dumps({**content, "own_sha256": _own_hash(content)}))
         _flushed_hash(temporary / "state.json")
+        final = folder / f"step_{progress.step:08d}"
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
+        _flush_folder(folder)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in saved_states(folder)[keep:]:
+    # Later ones were damaged, or the run would have gone on from there.
+    later = [saved for saved in saved_states(folder) if saved.name > final.name]
+    for old in [*later, *saved_states(folder)[len(later) + keep :]]:
         shutil.rmtree(old)
 
 
@@ -78,46 +110,48 @@ def saved_states(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_*"), reverse=True) if folder.is_dir() else []
 
 
-def load_latest(folder: Path, state: TrainingState) -> bool:
-    """Load the newest state that verifies into `state`; False if there is none. Says which it had to pass over."""
+def latest_state(folder: Path) -> SavedState | None:
+    """The newest state that verifies. Says which it had to pass over."""
     for saved in saved_states(folder):
         try:
             meta = json.loads((saved / "state.json").read_text())
+            if meta.pop("own_sha256") != _own_hash(meta):
+                raise ValueError("state.json changed")
             damaged = [name for name in TENSOR_FILES if _flushed_hash(saved / name) != meta["sha256"][name]]
-        except (OSError, ValueError, KeyError) as error:
+            if damaged:
+                raise ValueError(f"{', '.join(damaged)} changed")
+            return SavedState(saved, Progress(**meta["progress"]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             print(f"state {saved.name} is damaged ({error}); trying the one before.", file=sys.stderr)
-            continue
-        if damaged:
-            print(f"state {saved.name} is damaged ({', '.join(damaged)}); trying the one before.", file=sys.stderr)
-            continue
-        state.progress = Progress(**meta["progress"])
-        state.denoiser.load_state_dict(load_file(saved / "denoiser.safetensors"))
-        state.ema.module.load_state_dict(load_file(saved / "ema.safetensors"))
-        state.ema.n_updates = state.progress.ema_updates
-        _fill_optimizer(state.optimizer, load_file(saved / "optimizer.safetensors"))
-        state.best = load_file(saved / "best.safetensors") or None
-        return True
-    return False
+    return None
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    # AdamW keeps tensors only (step, exp_avg, exp_avg_sq); parameters are numbered as in state_dict().
-    return {
-        f"{number}.{name}": value
-        for number, values in optimizer.state_dict()["state"].items()
-        for name, value in values.items()
-    }
+def open_state(folder: Path, step: int) -> SavedState:
+    """A state that another process found whole."""
+    saved = folder / f"step_{step:08d}"
+    return SavedState(saved, Progress(**json.loads((saved / "state.json").read_text())["progress"]))
 
 
-def _fill_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in tensors.items():
-        number, name = key.split(".", 1)
-        state.setdefault(int(number), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+def _remove_unfinished(folder: Path) -> None:
+    # What a kill during a save left behind.
+    for left in folder.glob(".state-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _own_hash(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _flushed_hash(path: Path) -> str:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush_folder(folder: Path) -> None:
+    # The new name itself must outlive a power cut before the old states go.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

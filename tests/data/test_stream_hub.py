@@ -93,7 +93,7 @@ def ranges(hub, shard):
 
 def losses(out):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "cells_per_s"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("cells_per_s", "data_wait")} for line in lines]
 
 
 # ---------------------------------------------------------------- small files, revisions, the cache

@@ -175,3 +175,10 @@ def test_reference_refuses_combinations_and_says_what_to_set():
 def test_reference_without_encoder_refuses_labels():
     with pytest.raises(ValueError, match="give it `cov`"):
         ReferenceConditioning(6, 7, None)(labels([[1]], [0], [0]))
+
+
+def test_onehot_batches_of_data_without_batch_labels_are_refused_when_built():
+    without = VocabSizes(perturbations=5, cell_types=3, batches=0)
+    with pytest.raises(ValueError, match=r"batch_encoding=onehot needs batch labels.*batch_encoding=none"):
+        CovariateEncoder(without, DenoiserConfig(), n_genes=7)
+    CovariateEncoder(without, DenoiserConfig(batch_encoding="none"), n_genes=7)

@@ -1,5 +1,7 @@
 import json
+import math
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import torch
 
 from perturbdiff.data.screen import Screen
 from perturbdiff.pretrained import PerturbDiff
+from perturbdiff.training import loop
 from perturbdiff.training.loop import train
 from tests.simulated import TINY, tiny_config, write_screen
 
@@ -22,7 +25,7 @@ def screen(tmp_path_factory):
 
 def losses(out):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "cells_per_s"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("cells_per_s", "data_wait")} for line in lines]
 
 
 def weights(folder):
@@ -141,6 +144,207 @@ def test_bad_data_writes_nothing(screen, tmp_path):
     with pytest.raises(ValueError, match="pert_99"):
         train(tiny_config(screen, tmp_path / "run", hold_out=("pert_99",)))
     assert not (tmp_path / "run").exists()
+
+
+def assert_close_losses(a, b, rtol):
+    assert [line.keys() for line in losses(a)] == [line.keys() for line in losses(b)]
+    for first, second in zip(losses(a), losses(b), strict=True):
+        for name in first.keys() - {"step", "cells"}:
+            assert second[name] == pytest.approx(first[name], rel=rtol), (first["step"], name)
+
+
+def assert_close_weights(a, b, atol):
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys()
+    worst = max(float((first[name] - second[name]).abs().max()) for name in first)
+    assert worst <= atol
+
+
+@pytest.mark.parametrize("n_parts", [2, 3, 6])  # of 4 sets: halves, parts that differ, more parts than sets
+@pytest.mark.parametrize("words", [(), ("diffusion.kernel=rbf", "data.set_size=16", "data.min_set_size=4")])
+def test_accumulation_changes_only_the_rounding(screen, tmp_path, n_parts, words):
+    # Cells of a step count the same, also where sets are of different sizes.
+    train(tiny_config(screen, tmp_path / "whole", *words))
+    train(tiny_config(screen, tmp_path / "parts", f"training.accumulation_steps={n_parts}", *words))
+    assert_close_losses(tmp_path / "whole", tmp_path / "parts", rtol=1e-5)
+    assert_close_weights(tmp_path / "whole" / "model", tmp_path / "parts" / "model", atol=1e-5)
+
+
+def test_a_run_goes_on_with_another_accumulation(screen, tmp_path):
+    train(tiny_config(screen, tmp_path / "whole"))
+    train(tiny_config(screen, tmp_path / "run"), stop_at=3)
+    result = train(tiny_config(screen, tmp_path / "run", "training.accumulation_steps=2"))
+    assert result.stopped_by is None
+    assert_close_losses(tmp_path / "whole", tmp_path / "run", rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler warns of itself
+def test_compiled_blocks_give_the_same_losses(screen, tmp_path, monkeypatch):
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        pytest.skip("torch.compile finds no C++ compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # or its workers outlive the test
+    words = ["denoiser.depth=1", "training.n_steps=4"]
+    train(tiny_config(screen, tmp_path / "plain", *words))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    train(tiny_config(screen, tmp_path / "compiled", "training.compile=true", *words))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert_close_losses(tmp_path / "plain", tmp_path / "compiled", rtol=1e-4)
+    assert weights(tmp_path / "plain" / "model").keys() == weights(tmp_path / "compiled" / "model").keys()
+
+
+def test_bf16_trains_close_to_fp32_and_keeps_fp32_weights(screen, tmp_path):
+    words = ["split.validation=[pert_1:type_1]", "training.n_steps=20"]
+    train(tiny_config(screen, tmp_path / "fp32", *words))
+    train(tiny_config(screen, tmp_path / "bf16", "training.mixed_precision=bf16", *words))
+    trained = [[line["loss"] for line in losses(tmp_path / name) if "loss" in line] for name in ("fp32", "bf16")]
+    assert len(trained[1]) == 20
+    assert np.isfinite(trained[1]).all()
+    assert trained[0] != trained[1]
+    np.testing.assert_allclose(trained[1], trained[0], rtol=0.02)
+    assert all(weight.dtype == torch.float32 for weight in weights(tmp_path / "bf16" / "model").values())
+    assert all(torch.isfinite(weight).all() for weight in weights(tmp_path / "bf16" / "model").values())
+
+
+VALIDATED = ("loss", "energy_distance", "energy_distance_no_change", "pearson_delta")
+
+
+def test_validation_is_logged_with_null_where_a_score_is_undefined(screen, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def without_pearson(*arguments):
+        return {**validate(*arguments), "validation_pearson_delta": math.nan}
+
+    validate, words = loop.validate, ["split.validation=[pert_1:type_1]"]
+    train(tiny_config(screen, tmp_path / "run", *words), stop_at=4)
+    monkeypatch.setattr(loop, "validate", without_pearson)
+    train(tiny_config(screen, tmp_path / "run", *words))
+    lines = [line for line in losses(tmp_path / "run") if "validation_loss" in line]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert all(line.keys() == {"step", *(f"validation_{name}" for name in VALIDATED)} for line in lines)
+    assert [line["validation_pearson_delta"] is None for line in lines] == [False, False, True]
+    assert all(math.isfinite(line[f"validation_{name}"]) for line in lines for name in VALIDATED[:3])
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    for name in VALIDATED:
+        shown = {event.step: event.value for event in events.Scalars(f"validation/{name}")}
+        for line in lines:
+            expected = line[f"validation_{name}"]
+            assert shown[line["step"]] == pytest.approx(expected if expected is not None else math.nan, nan_ok=True)
+    trained = {line["step"]: line["loss"] for line in losses(tmp_path / "run") if "loss" in line}
+    assert {event.step: event.value for event in events.Scalars("train/loss")} == pytest.approx(trained)
+
+
+def test_a_gradient_that_is_not_finite_stops_and_keeps_the_state(screen, tmp_path, monkeypatch):
+    def poisoned(*arguments):
+        denoiser = build(*arguments)
+        denoiser.head.bias.register_hook(lambda gradient: gradient * math.inf)
+        return denoiser
+
+    build, config = loop.build_denoiser, tiny_config(screen, tmp_path / "run")
+    train(config, stop_at=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "build_denoiser", poisoned)
+        with pytest.raises(FloatingPointError, match=r"gradient is not finite at step 4, .*Lower optim\.lr"):
+            train(config)
+    assert [path.name for path in (tmp_path / "run" / "states").iterdir()] == ["step_00000003"]
+    train(config)
+    train(tiny_config(screen, tmp_path / "straight"))
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+    assert_same_weights(tmp_path / "run" / "model", tmp_path / "straight" / "model")
+
+
+@pytest.mark.parametrize(
+    ("killed", "model_at"), [("PerturbDiff.save_pretrained", 2), ("save_state", 4)], ids=["before model", "after model"]
+)
+def test_a_kill_between_model_folder_and_state_leaves_no_state_without_its_model(
+    screen, tmp_path, monkeypatch, killed, model_at
+):
+    def kill(*_, **__):
+        raise KeyboardInterrupt
+
+    config = tiny_config(screen, tmp_path / "run")
+    train(config, stop_at=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"perturbdiff.training.loop.{killed}", kill)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, stop_at=4)
+    assert [path.name for path in (tmp_path / "run" / "states").iterdir()] == ["step_00000002"]
+    assert PerturbDiff.from_pretrained(tmp_path / "run" / "model").training["steps"] == model_at
+    train(config)
+    train(tiny_config(screen, tmp_path / "straight"))
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+    assert_same_weights(tmp_path / "run" / "model", tmp_path / "straight" / "model")
+
+
+def test_a_full_disk_ends_the_run_with_a_message_and_the_same_call_goes_on_when_there_is_room(screen, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount a small disk")
+    try:
+        config = tiny_config(screen, disk / "run", "denoiser.width=32")
+        train(config, stop_at=2)
+        model = (disk / "run" / "model" / "model.safetensors").stat().st_size
+        assert model > 100_000
+        filesystem = os.statvfs(disk)
+        (disk / "filler").write_bytes(bytes(filesystem.f_bavail * filesystem.f_frsize - 90_000))  # metrics have room
+        with pytest.raises(OSError, match=r"step 6 could not be saved .*; step 2 still is\. Make room"):
+            train(config)
+        assert [path.name for path in (disk / "run" / "states").iterdir()] == ["step_00000002"]
+        assert PerturbDiff.from_pretrained(disk / "run" / "model").training["steps"] == 2
+        (disk / "filler").unlink()
+        train(config)
+        train(tiny_config(screen, tmp_path / "straight", "denoiser.width=32"))
+        assert losses(disk / "run") == losses(tmp_path / "straight")
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+SAVER = """
+import sys
+import torch
+from perturbdiff import PerturbDiff
+
+model = PerturbDiff.from_pretrained(sys.argv[1], device="cpu")
+for number in range(1, int(sys.argv[2]) + 1):
+    model.training["steps"] = number
+    with torch.no_grad():
+        model.denoiser.head.bias.fill_(number)
+    model.save_pretrained(sys.argv[1])
+    print(number, flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.slow
+def test_a_model_folder_can_be_opened_while_a_run_keeps_replacing_it(screen, tmp_path):
+    """Another process replaces it during the reads; each reads one of them whole."""
+    train(tiny_config(screen, tmp_path / "run"))
+    folder, n_saves, seen = tmp_path / "run" / "model", 100, []
+    command = [sys.executable, "-c", SAVER, str(folder), str(n_saves)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as saver:
+        for number in range(1, n_saves + 1):
+            while not (number > 1 and select.select([saver.stdout], [], [], 0)[0]) and saver.poll() is None:
+                if number == 1 and select.select([saver.stdout], [], [], 120)[0]:  # it has started
+                    break
+                model = PerturbDiff.from_pretrained(folder, device="cpu")
+                assert bool((model.denoiser.head.bias == model.training["steps"]).all())
+                seen.append(model.training["steps"])
+            assert saver.stdout.readline() == f"{number}\n"
+            saver.stdin.write("\n")
+            saver.stdin.flush()
+    assert saver.returncode == 0
+    assert seen == sorted(seen)
+    assert len(set(seen)) > n_saves / 4
+    assert [path.name for path in (tmp_path / "run").glob(".model-*")] == []
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from perturbdiff import PerturbDiff
 from perturbdiff.config import BuildConfig, DataConfig, SourceConfig, load_config
 from perturbdiff.data.build import build
 from perturbdiff.data.screen import Screen
-from perturbdiff.training.loop import train
+from perturbdiff.training.loop import _with_lanes, train
 from tests.atlases import atlas_of_screen, write_atlas
 from tests.screens import real_screen
 from tests.simulated import TINY, tiny_config, write_screen
@@ -44,7 +44,7 @@ def run_of(out, data, *words, hold_out=("pert_0:type_0",), stop_at=None):
 
 def losses(out):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "cells_per_s"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("cells_per_s", "data_wait")} for line in lines]
 
 
 def on(*atlases, **settings):
@@ -104,18 +104,26 @@ def test_a_run_does_not_go_on_with_an_atlas_that_changed(screen, atlas, tmp_path
 
 
 def test_a_streamed_run_keeps_the_lanes_it_was_started_with(atlas, tmp_path, monkeypatch):
-    words = ["data.n_hvg=null"]
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(
-        "perturbdiff.training.loop._Run", lambda config, data: pytest.fail(str(config.data.stream_lanes))
-    )
-    with pytest.raises(pytest.fail.Exception, match=r"^2$"):
-        run_of(tmp_path / "unused", on(atlas, streamed=True), *words)
-    monkeypatch.undo()
-    run_of(tmp_path / "run", on(atlas, **STREAMED), *words, stop_at=2)
-    run_of(tmp_path / "run", on(atlas, streamed=True), *words)  # lanes are not given: those of the start
+    words, out = ["data.n_hvg=null"], tmp_path / "run"
+
+    def lanes(world_size, **settings):
+        given = {"out": str(out), "data": on(atlas, **settings), "split": {"hold_out": ["pert_0:type_0"]}}
+        with monkeypatch.context() as patch:
+            patch.setenv("WORLD_SIZE", str(world_size))
+            return _with_lanes(load_config(None, [*TINY, *words], given), out).data.stream_lanes
+
+    assert lanes(2, streamed=True) == 2  # one a process, at the start
+    assert lanes(2, streamed=True, stream_lanes=4) == 4
+    assert lanes(2) is None
+    run_of(out, on(atlas, **STREAMED), *words, stop_at=2)
+    assert lanes(4, streamed=True) == 2  # those of the start, on any number of processes
+    assert lanes(1, streamed=True) == 2
+    assert lanes(2, streamed=True, stream_lanes=4) == 4  # what is given stands, and is refused later
+    with pytest.raises(ValueError, match=r"data\.stream_lanes was 2, is 4"):
+        run_of(out, on(atlas, streamed=True, stream_lanes=4), *words)
+    run_of(out, on(atlas, streamed=True), *words)  # lanes are not given: those of the start
     run_of(tmp_path / "whole", on(atlas, **STREAMED), *words)
-    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert losses(out) == losses(tmp_path / "whole")
 
 
 def test_marginal_sets_train_without_perturbations_and_controls(atlas, tmp_path):

@@ -1,0 +1,260 @@
+"""The processes of a run: engine, guards against silent fallbacks, and a watch over the others.
+
+How many processes there are, and under which engine (DDP or DeepSpeed's ZeRO), is the launcher's business
+(`accelerate launch`, recipes/accelerate/); the recipe says everything else.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from importlib.util import find_spec
+
+import torch
+from accelerate import (
+    Accelerator,
+    DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+)
+from accelerate.state import AcceleratorState
+from torch import distributed as dist
+
+from perturbdiff.config import Config
+
+OTHER_ENGINES = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}
+ZERO_BUCKET = 50_000_000  # elements in which DeepSpeed gathers gradients, taken whole whatever the model
+HUNG = 3  # exit status of a process that gave up waiting
+
+
+def launch(config: Config) -> Accelerator:
+    """This process's accelerator, as the launcher's environment asks and with the recipe's settings.
+
+    Raises
+    ------
+    ValueError
+        The launcher meant several processes, another engine or other settings than this process would get: a run that
+        falls back in silence wastes a night. Or DeepSpeed is missing, or there is no such device.
+    """
+    training = config.training
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    _check_launcher(os.environ, config)
+    on_cpu = training.device == "cpu" or (
+        training.device == "auto" and not torch.cuda.is_available() and not torch.backends.mps.is_available()
+    )
+    # Ours comes first: it can name who is missing.
+    group = InitProcessGroupKwargs(timeout=timedelta(seconds=2 * training.timeout + 60))
+    # DDP orders its buckets anew after the first step, by arrival, and with that the sums of three or more processes: a
+    # resumed run would differ in the last digits. Where it looks for unused parameters, it does not.
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, find_unused_parameters=True)
+    plugin = None
+    if deepspeed:
+        plugin = _deepspeed(config, on_cpu)
+        if on_cpu:
+            group.backend = "gloo"
+    AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
+    accelerator = Accelerator(
+        cpu=on_cpu and not deepspeed,
+        mixed_precision="no" if deepspeed else training.mixed_precision,
+        gradient_accumulation_steps=training.accumulation_steps,
+        deepspeed_plugin=plugin,
+        kwargs_handlers=[group, ddp],
+    )
+    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != expected:
+        raise ValueError(
+            f"the launcher started {expected} processes (WORLD_SIZE), but this one sees {accelerator.num_processes}: "
+            "each would train by itself. Is training.device right, and does every process see a GPU?"
+        )
+    if training.device == "cuda" and accelerator.device.type != "cuda":
+        raise ValueError("training.device=cuda, but there is no CUDA device here; set training.device=auto.")
+    if deepspeed and accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise ValueError(
+            f"the launcher asked for DeepSpeed, but Accelerate chose {accelerator.distributed_type.value}; use a file "
+            "of recipes/accelerate/."
+        )
+    return accelerator
+
+
+def engine(accelerator: Accelerator) -> str:
+    """Its name, for a person."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return f"ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
+    return "DDP" if accelerator.num_processes > 1 else "one process"
+
+
+def _check_launcher(environment: Mapping[str, str], config: Config) -> None:
+    for variable, name in OTHER_ENGINES.items():
+        if environment.get(variable, "false").lower() == "true":
+            raise ValueError(f"the launcher asks for {name}; the engines here are DDP and DeepSpeed's ZeRO-1, 2 and 3.")
+    if "WORLD_SIZE" not in environment:
+        if "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment:
+            raise ValueError(
+                "the launcher meant several processes (it set MASTER_ADDR), but started one: accelerate launch --cpu "
+                "does that. Use --config_file recipes/accelerate/cpu_ddp.yaml."
+            )
+        tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+        if tasks > 1:
+            raise ValueError(
+                f"srun started {tasks} tasks that know nothing of each other (no WORLD_SIZE); start one task a node, "
+                "and accelerate launch in it, as recipes/slurm/pretrain.sbatch does."
+            )
+    training = config.training
+    ours = {
+        "ACCELERATE_MIXED_PRECISION": ("training.mixed_precision", training.mixed_precision, "no"),
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+            "training.accumulation_steps",
+            str(training.accumulation_steps),
+            "1",
+        ),
+        "ACCELERATE_GRADIENT_CLIPPING": ("optim.grad_clip", str(config.optim.grad_clip), "auto"),
+        "ACCELERATE_DYNAMO_BACKEND": ("training.compile, block by block", "NO", "NO"),
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": ("nothing: there is no offload here", "none", "none"),
+        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": ("nothing: there is no offload here", "none", "none"),
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": ("zero_stage of the launch file and our settings", "none", "none"),
+    }
+    for variable, (key, value, unset) in ours.items():
+        asked = environment.get(variable, unset)
+        if asked.lower() not in (value.lower(), unset.lower()):
+            raise ValueError(
+                f"the launcher sets {variable}={asked}, the recipe {key} ({value}); leave it out of the launch file: "
+                "the recipe decides."
+            )
+
+
+def _deepspeed(config: Config, on_cpu: bool) -> DeepSpeedPlugin:
+    # transformers: Accelerate's DeepSpeed integration and DeepSpeed's CPU accelerator import it.
+    missing = [name for name in ("deepspeed", "transformers") if find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"the launcher asks for DeepSpeed, but {' and '.join(missing)} cannot be imported; "
+            "pip install 'perturbdiff[deepspeed]'."
+        )
+    # It calls collectives that torch 2.13 has renamed, several times a step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+    if on_cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed
+
+        # Its shared-memory all-reduce would be compiled for minutes, and a compilation that was killed leaves a lock
+        # that hangs every later run. gloo does.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    plugin = DeepSpeedPlugin(
+        gradient_accumulation_steps=config.training.accumulation_steps, gradient_clipping=config.optim.grad_clip
+    )
+    if plugin.zero_stage not in (1, 2, 3):
+        raise ValueError(f"zero_stage ({plugin.zero_stage}) must be 1, 2 or 3; without sharding use DDP.")
+    # By itself DeepSpeed takes 2 GB for it, more than the weights of most models here.
+    plugin.hf_ds_config.config["zero_optimization"] |= dict.fromkeys(
+        ("reduce_bucket_size", "allgather_bucket_size"), ZERO_BUCKET
+    )
+    plugin.hf_ds_config.config |= {
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only logs it
+        "gradient_accumulation_steps": config.training.accumulation_steps,
+        "gradient_clipping": config.optim.grad_clip,  # there, clip_grad_norm_ only reports
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": sys.maxsize,
+        # As under DDP: float32 weights and sums of gradients, autocast in the forward pass.
+        "torch_autocast": {
+            "enabled": config.training.mixed_precision == "bf16",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        },
+    }
+    return plugin
+
+
+class Watchdog:
+    """Ends this process when it has waited for others too long, and says which of them is behind.
+
+    A thread tells the others, every few seconds, that this process lives and what it is doing. Once the process itself
+    has stood still for `timeout` seconds, it reads what the others said last: one that has fallen silent, or that is
+    not waiting for anybody, holds up all. A collective that hangs cannot be interrupted, so the process exits at once.
+    """
+
+    def __init__(self, accelerator: Accelerator, timeout: float, advice: Callable[[], str]) -> None:
+        self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+        self._timeout, self._advice = timeout, advice
+        self._interval = min(timeout / 5, 10.0)
+        self._doing, self._since = "starting", time.monotonic()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        if self._world_size > 1:
+            self._store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store())
+            self._since = time.monotonic()
+            self._beat(0)
+            dist.barrier()
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def doing(self, what: str) -> None:
+        """Say what this process begins to do; "waiting for the others" is the one that holds nobody up."""
+        self._doing, self._since = what, time.monotonic()
+
+    def _beat(self, number: int) -> None:
+        self._store.set(str(self._rank), f"{number}\n{socket.gethostname()}\n{self._doing}")
+
+    def _watch(self) -> None:
+        number = 1
+        while not self._ended.wait(self._interval):
+            try:
+                self._beat(number)
+                number += 1
+                if time.monotonic() - self._since > self._timeout:
+                    self._give_up(number)
+            except dist.DistError as error:
+                if not self._ended.is_set():
+                    self._exit(f"the store of the rendezvous is gone ({error}): did the first node fail?")
+                return
+
+    def _give_up(self, number: int) -> None:
+        def said() -> list[list[str]]:
+            return [beat.decode().split("\n") for beat in self._store.multi_get(ranks)]
+
+        ranks = [str(rank) for rank in range(self._world_size)]
+        before = said()
+        for _ in range(3):
+            time.sleep(self._interval)
+            number += 1
+            self._beat(number)
+        if time.monotonic() - self._since < self._timeout or self._ended.is_set():
+            return
+        after = said()
+        silent = [rank for rank in range(self._world_size) if before[rank][0] == after[rank][0]]
+        busy = [rank for rank in range(self._world_size) if rank not in silent and after[rank][2] != WAITING]
+        heard = [rank for rank in range(self._world_size) if rank not in silent]
+        if self._rank != heard[0]:  # one of them says it
+            time.sleep(self._interval)
+            os._exit(HUNG)
+        named = [f"rank {rank} ({after[rank][1]}) has fallen silent while {after[rank][2]}" for rank in silent]
+        named += [f"rank {rank} ({after[rank][1]}) is {after[rank][2]}" for rank in busy]
+        self._exit("; ".join(named[:8]) or "all ranks wait for each other")
+
+    def _exit(self, reason: str) -> None:
+        print(
+            f"perturbdiff: error: no progress for {self._timeout:g} s (training.timeout): {reason}. {self._advice()}",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(HUNG)
+
+
+WAITING = "waiting for the others"

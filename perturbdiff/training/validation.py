@@ -1,0 +1,182 @@
+"""Validation: the loss on held-out conditions, and how close cells generated for them are to the measured ones.
+
+B = sets, S = cells per set, G = genes, C = conditions looked at. Everything is drawn from fixed keys: the same weights
+give the same numbers, on any number of processes up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from perturbdiff.config import Config
+from perturbdiff.data.batch import CellSetBatch, make_batch
+from perturbdiff.data.cellsets import CellSet, CellSetSampler, StreamedSampler
+from perturbdiff.data.stream import StreamedCells
+from perturbdiff.data.training_set import IndexedCells
+from perturbdiff.diffusion.losses import DiffusionLoss, pairwise_distance, validation_draws
+from perturbdiff.diffusion.schedule import Schedule
+from perturbdiff.model.denoiser import Denoiser
+from perturbdiff.prediction import sample_batch
+
+Sampler = CellSetSampler | StreamedSampler
+
+NO_SPREAD = 1e-12  # a standard deviation up to this is rounding, not signal
+
+
+@torch.no_grad()
+def validate(
+    denoiser: Denoiser,
+    cells: IndexedCells,
+    sampler: Sampler,
+    config: Config,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    total: Callable[[Tensor], Tensor],
+) -> dict[str, float]:
+    """Score the first config.training.validate_sets sets of epoch 0: loss, and cells generated from their controls.
+
+    Parameters
+    ----------
+    denoiser
+        EMA weights in eval mode, on `device`. Memory is that of a training step's forward pass.
+    rank, world_size
+        This process scores its share of each step's sets, perhaps none. All processes must call.
+    total
+        Sums a float64 tensor over all processes and returns it. Called once, with the same shape everywhere.
+
+    Returns
+    -------
+    validation_loss
+        Mean over cells of the training loss, without dropout and self-conditioning, t on a grid.
+    validation_energy_distance
+        Of generated and measured cells, in log1p units: mean over the sets of a condition (U-statistic, each set
+        weighted by its cells), then over conditions. Comparable with the energy distance of `evaluation`.
+    validation_energy_distance_no_change
+        The same with the controls in place of the generated cells: what must be undercut.
+    validation_pearson_delta
+        Correlation over genes of generated and measured mean, each minus the mean of the controls; mean over the
+        conditions where it is defined.
+
+    A score that nothing defines is NaN; so is one of cells that are not finite.
+    """
+    looked_at = _looked_at(sampler, config.training.validate_sets)
+    row_of = _row_of_condition(cells, [s.condition for sets in looked_at for s in sets])
+    # Of each condition: what _scores gives of its sets, summed.
+    sums = torch.zeros(
+        max(row_of.values(), default=-1) + 1, 5 + 3 * len(cells.cells.genes), dtype=torch.float64, device=device
+    )
+    for batch in _batches(cells, sampler, looked_at, config, rank, world_size):
+        scores = _scores(denoiser, batch.to(device), config)
+        for row, condition in zip(scores, batch.conditions, strict=True):
+            sums[row_of[condition]] += row
+    if isinstance(cells.cells, StreamedCells):
+        cells.release()
+    sums = total(sums).cpu()
+    n_cells, loss, n_scored, energy, no_change = sums[:, :5].unbind(1)  # (C,)
+    generated, measured, control = (sums[:, 5:] / n_cells[:, None]).chunk(3, dim=1)  # (C, G)
+    pearson, defined = _pearson(generated - control, measured - control)
+    return {
+        "validation_loss": float(loss.sum() / n_cells.sum()),
+        "validation_energy_distance": float((energy / n_scored)[n_scored > 0].mean()),
+        "validation_energy_distance_no_change": float((no_change / n_scored)[n_scored > 0].mean()),
+        "validation_pearson_delta": float(pearson[defined].mean()),
+    }
+
+
+def energy_distance(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    """Energy distance of each pair of sets, 2 E|x-y| - E|x-x'| - E|y-y'| over distinct cells (U-statistic).
+
+    Parameters
+    ----------
+    x, y
+        (B, S, G) each.
+    mask
+        (B, S) True where both sets have a cell.
+
+    Returns
+    -------
+    (B,) float64, in the units of x; may be negative. NaN for sets of fewer than 2 cells.
+
+    Notes
+    -----
+    Székely & Rizzo 2013. Twice the scale of the training loss's energy distance, and without its bias: that of a set
+    to itself is 0 there, and here below.
+    """
+    n = mask.sum(1).double()  # (B,)
+    # A shift changes no distance, but |a|^2 + |b|^2 - 2ab cancels badly far from the origin.
+    centre = (y * mask[..., None]).sum(1, keepdim=True) / n.clamp_min(1).float()[:, None, None]
+    x, y = x - centre, y - centre
+    pairs = mask[:, :, None] & mask[:, None, :]  # (B, S, S)
+    distinct = pairs & ~torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
+    between, within_x, within_y = (
+        (pairwise_distance(a, b).double() * which).sum((1, 2))
+        for a, b, which in ((x, y, pairs), (x, x, distinct), (y, y, distinct))
+    )
+    return torch.where(n < 2, torch.nan, 2 * between / n**2 - (within_x + within_y) / (n * (n - 1)))
+
+
+def _looked_at(sampler: Sampler, n_sets: int) -> list[list[CellSet]]:
+    """The first sets of epoch 0 over all ranks, step by step."""
+    steps: list[list[CellSet]] = []
+    for step in range(sampler.steps_per_epoch):
+        if n_sets <= 0:
+            break
+        steps.append(sampler.batch(0, step)[:n_sets])
+        n_sets -= len(steps[-1])
+    return steps
+
+
+def _row_of_condition(cells: IndexedCells, conditions: list[int]) -> dict[int, int]:
+    # Streamed, a condition that lies in several shards is several of the index's; they are one here.
+    index = cells.index
+    labels = {condition: (index.source[condition], *index.codes[condition].tolist()) for condition in conditions}
+    row_of = {label: row for row, label in enumerate(sorted(set(labels.values())))}
+    return {condition: row_of[label] for condition, label in labels.items()}
+
+
+def _batches(
+    cells: IndexedCells, sampler: Sampler, looked_at: list[list[CellSet]], config: Config, rank: int, world_size: int
+) -> Iterator[CellSetBatch]:
+    """This rank's sets, in batches no larger than what it trains on at once."""
+    at_once = -(-sampler.sets_per_batch // (world_size * config.training.accumulation_steps))
+    for step, sets in enumerate(looked_at):
+        keys = {s.key for s in sets}
+        own = [s for s in sampler.batch(0, step, rank, world_size) if s.key in keys]
+        if isinstance(cells.cells, StreamedCells) and isinstance(sampler, StreamedSampler):
+            cells.cells.open(sampler.shards(0, step, rank, world_size))
+        for start in range(0, len(own), at_once):
+            yield make_batch(own[start : start + at_once], sampler.set_size, cells.cells, cells.labels)
+
+
+def _scores(denoiser: Denoiser, batch: CellSetBatch, config: Config) -> Tensor:
+    """(B, 5 + 3 G) float64 of each set, each to be summed over sets.
+
+    Its cells; loss times cells; cells that have an energy distance; that of the generated cells and that of the
+    controls times those; and the sums over cells of the generated, measured and control expression.
+    """
+    seed, diffusion = config.training.seed, config.diffusion
+    loss = DiffusionLoss(diffusion)(denoiser, batch, validation_draws(batch, diffusion, seed)).total
+    schedule = Schedule(diffusion.schedule, diffusion.n_timesteps)
+    measured, control = batch.dense()  # (B, S, G) each, 0 at empty places
+    generated = sample_batch(denoiser, batch, config.sampling, schedule, seed).float()
+    generated = generated.masked_fill(~batch.mask[..., None], 0.0)
+    n_cells = batch.mask.sum(1).double()
+    n_scored = torch.where(n_cells >= 2, n_cells, 0.0)
+    scale = batch.preprocessing.scale  # model units -> log1p
+    distances = [
+        torch.where(n_scored > 0, energy_distance(x, measured, batch.mask) * scale, 0.0) for x in (generated, control)
+    ]
+    scalars = [n_cells, loss * n_cells, n_scored, *(distance * n_scored for distance in distances)]
+    profiles = [x.sum(1, dtype=torch.float64) * scale for x in (generated, measured, control)]  # (B, G) each
+    return torch.cat([torch.stack(scalars, dim=1), *profiles], dim=1)
+
+
+def _pearson(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Correlation over genes, (C, G) each to (C,), and where it is defined: neither is constant."""
+    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+    a_std, b_std = a.square().mean(1).sqrt(), b.square().mean(1).sqrt()
+    return (a * b).mean(1) / (a_std * b_std), ~((a_std <= NO_SPREAD) | (b_std <= NO_SPREAD))
