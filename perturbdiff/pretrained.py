@@ -109,12 +109,15 @@ class PerturbDiff:
         for _ in range(READ_AGAIN):
             identity = folder_identity(path)
             try:
-                return cls._read(path, device)
+                model = cls._read(path, device)
             except (FileNotFoundError, ValueError):
                 time.sleep(0.1)  # for the moment between two renames
                 if folder_identity(path) == identity:
                     raise
-        return cls._read(path, device)
+            else:
+                if folder_identity(path) == identity:  # or its files may be of two models
+                    return model
+        raise ValueError(f"{path} is replaced again and again while it is read; open it when that has ended.")
 
     @classmethod
     def _read(cls, path: str | Path, device: str | torch.device | None) -> PerturbDiff:

@@ -56,6 +56,8 @@ def write_model_folder(folder: str | Path, files: ModelFiles) -> None:
     ------
     FileExistsError
         `folder` exists and is not a model folder.
+    OSError
+        It could not be written; an older one is as it was.
     """
     folder = Path(folder)
     if folder.exists() and not (folder / CONFIG).is_file() and (not folder.is_dir() or any(folder.iterdir())):
@@ -66,8 +68,11 @@ def write_model_folder(folder: str | Path, files: ModelFiles) -> None:
         (temporary / GOLDEN).parent.mkdir()
         for name in JSON_FILES:
             _write_json(temporary / name, files.json[name])
-        save_file(_contiguous(files.weights), temporary / WEIGHTS, metadata={"format": "pt"})
-        save_file(_contiguous(files.golden), temporary / GOLDEN)
+        try:
+            save_file(_contiguous(files.weights), temporary / WEIGHTS, metadata={"format": "pt"})
+            save_file(_contiguous(files.golden), temporary / GOLDEN)
+        except SafetensorError as error:  # the disk is full
+            raise OSError(f"{folder} could not be written ({error}).") from error
         (temporary / "README.md").write_text(files.card)
         config = {"format_version": FORMAT_VERSION, **files.config}
         hashes = {name: _sha256(temporary / name) for name in HASHED_FILES}

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from torch import Tensor
 from torch import distributed as dist
 
@@ -274,8 +273,7 @@ class _Run:
         """The loss to go back from; adds loss, MSE and MMD to `sums`, and sets whose loss is not finite to `bad`."""
         self.watchdog.doing(f"computing step {self.progress.step + 1}")
         draws = training_draws(part, self.config.diffusion, self.config.training.seed)
-        with self.accelerator.autocast():
-            output = self.loss(self.denoiser, part, draws)
+        output = self.loss(self.denoiser, part, draws)  # the denoiser under autocast, by its engine
         # Every cell of the step counts the same, whichever process, part and set it is in: gradients are averaged over
         # processes and parts.
         scale = self.world_size * self.config.training.accumulation_steps / n_cells
@@ -379,7 +377,7 @@ class _Run:
             try:
                 if main:
                     self._model(averaged).save_pretrained(self.out / "model")
-            except (OSError, SafetensorError) as error:
+            except OSError as error:
                 failure = error
             try:
                 save_state(self.out / "states", done, tensors, self.config.training.keep_states, writes=main)

@@ -17,7 +17,6 @@ from tests.simulated import TINY, write_screen
 ACCELERATE = Path(sys.executable).parent / "accelerate"
 LAUNCHERS = ("ACCELERATE_", "SLURM_", "FSDP_", "MEGATRON_", "DEEPSPEED_")
 RENDEZVOUS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-OF_TWO = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
 
 def bare_environment():
@@ -41,9 +40,9 @@ def config_of(*words):
     [
         ({"MASTER_ADDR": "127.0.0.1", "ACCELERATE_MIXED_PRECISION": "no"}, r"meant several processes .* started one"),
         ({"SLURM_STEP_NUM_TASKS": "8"}, r"srun started 8 tasks that know nothing of each other"),
-        ({**OF_TWO, "ACCELERATE_USE_FSDP": "true"}, "asks for FSDP; the engines here are DDP and DeepSpeed's ZeRO"),
-        ({**OF_TWO, "ACCELERATE_USE_MEGATRON_LM": "True"}, "asks for Megatron-LM"),
-        ({**OF_TWO, "ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "asks for a parallelism config"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "asks for FSDP; the engines here are DDP and DeepSpeed's ZeRO"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "True"}, "asks for Megatron-LM"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "asks for a parallelism config"),
     ],
 )
 def test_a_launch_that_means_something_else_is_refused(environment, variables, said):
@@ -70,14 +69,14 @@ def test_a_launch_that_means_something_else_is_refused(environment, variables, s
 def test_a_launch_file_that_contradicts_the_recipe_is_refused_and_both_are_named(
     environment, variable, asked, words, key
 ):
-    environment({**OF_TWO, variable: asked})
+    environment({variable: asked})
     with pytest.raises(ValueError, match=re.escape(f"sets {variable}={asked}, the recipe ") + ".*" + re.escape(key)):
         launch(config_of(*words))
 
 
 @pytest.mark.parametrize("package", ["deepspeed", "transformers"])
 def test_deepspeed_without_its_packages_is_refused_and_they_are_named(environment, monkeypatch, package):
-    environment({**OF_TWO, "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"})
+    environment({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"})
     found = distributed.find_spec
     monkeypatch.setattr(distributed, "find_spec", lambda name: None if name == package else found(name) or object())
     with pytest.raises(ValueError, match=rf"DeepSpeed, but {package} cannot be imported; pip install"):
