@@ -6,13 +6,15 @@ import json
 import math
 import os
 import shutil
-from contextlib import closing, nullcontext
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from filelock import FileLock, Timeout
 from torch import Tensor
 from torch import distributed as dist
 
@@ -88,7 +90,7 @@ def train(config: Config, screen: Screen | None = None, stop_at: int | None = No
     FloatingPointError
         A loss is not finite; names step, rank and conditions.
     OSError
-        A state could not be written; those before are whole.
+        A state could not be written, and those before are whole; another run is in the folder.
     """
     out = Path(config.out)
     config = _with_lanes(config, out)
@@ -100,17 +102,14 @@ def train(config: Config, screen: Screen | None = None, stop_at: int | None = No
     else:
         data = TrainingSet.of(screen or Screen.read(config.data.screen, config.data), config)
     _check_same_data(out, data)
-    run = _Run(config, data, accelerator)
-    accelerator.wait_for_everyone()  # nobody looks at the run folder any more
-    if accelerator.is_main_process:
-        _begin_folder(out, config, data)
-        print(f"{data.summary()}\n{run.summary()}", flush=True)
-    try:
+    main = accelerator.is_main_process
+    with _ended_by_others(accelerator, out), _alone_in(out) if main else nullcontext():
+        run = _Run(config, data, accelerator)
+        accelerator.wait_for_everyone()  # nobody looks at the run folder any more
+        if main:
+            _begin_folder(out, config, data)
+            print(f"{data.summary()}\n{run.summary()}", flush=True)
         result = run.train(stop_at)
-    except RuntimeError as error:
-        if accelerator.num_processes > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise ConnectionError(f"another process has ended and says why. {run.advice()}") from error
-        raise
     if accelerator.num_processes > 1:
         accelerator.end_training()  # the process group would complain of an end without it
     return result
@@ -148,7 +147,7 @@ class _Run:
         self.sampler = data.train.sampler(config)
         self.validation = None if data.validation is None else (data.validation, data.validation.sampler(config))
         self.stop = StopRequest()
-        self.watchdog = Watchdog(accelerator, config.training.timeout, self.advice)
+        self.watchdog = Watchdog(accelerator, config.training.timeout, lambda: _advice(self.saved_at))
         self.pace = Pace(self.progress.cells_seen)
 
     def summary(self) -> str:
@@ -394,9 +393,6 @@ class _Run:
             raise OSError(f"step {done.step} could not be saved by rank 0, which says why.")
         self.saved_at = done.step
 
-    def advice(self) -> str:
-        return f"The last saved step is {self.saved_at}; the same command goes on from there."
-
     def _averaged(self) -> Denoiser:
         """The denoiser to validate and publish; all processes must call it."""
         return self._denoiser_with(self.best or self.ema.full())
@@ -444,8 +440,38 @@ class _Run:
         )
 
 
-def _begin_folder(out: Path, config: Config, data: TrainingSet) -> None:
+def _advice(saved_step: int) -> str:
+    return f"The last saved step is {saved_step}; the same command goes on from there."
+
+
+@contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """Keep other runs out of a folder; the lock ends with its process, however that ends."""
     out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise FileExistsError(
+            f"another process is training in {out}; wait for its end, or stop it and give the same command again."
+        ) from error
+
+
+@contextmanager
+def _ended_by_others(accelerator: Accelerator, out: Path) -> Iterator[None]:
+    """What breaks here when another process ends, as one line: the reason is what that one says."""
+    try:
+        yield
+    except RuntimeError as error:
+        if accelerator.num_processes > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            saved = [int(state.name.removeprefix("step_")) for state in saved_states(out / "states")]
+            raise ConnectionError(
+                f"another process has ended and says why. {_advice(max(saved, default=0))}"
+            ) from error
+        raise
+
+
+def _begin_folder(out: Path, config: Config, data: TrainingSet) -> None:
     save_config(config, out / "config.yaml")
     write_split(data.split, data.origin, out / "split.json")
     remove_marker(out)

@@ -140,6 +140,19 @@ def test_other_settings_are_refused_in_a_run_folder_and_named(screen, tmp_path):
     train(tiny_config(screen, tmp_path / "run", "training.save_every=50"))  # moves no number
 
 
+def test_a_second_run_is_kept_out_of_the_folder_while_the_first_lives(screen, tmp_path):
+    hold = "import sys\nfrom filelock import FileLock\nwith FileLock(sys.argv[1]):\n  print(1, flush=True)\n  input()"
+    config = tiny_config(screen, tmp_path / "run")
+    train(config, stop_at=2)
+    command = [sys.executable, "-c", hold, str(tmp_path / "run" / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(FileExistsError, match="another process is training in"):
+            train(config)
+        other.kill()
+    assert train(config).step == 6
+
+
 def test_bad_data_writes_nothing(screen, tmp_path):
     with pytest.raises(ValueError, match="pert_99"):
         train(tiny_config(screen, tmp_path / "run", hold_out=("pert_99",)))
