@@ -49,8 +49,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.debug:
             raise
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        where = f" (rank {_rank()})" if "RANK" in os.environ else ""
-        print(f"perturbdiff: error{where}: {' '.join(str(message).split())}", file=sys.stderr)
+        one_of_many = "RANK" in os.environ
+        begin = f"\nperturbdiff: error (rank {_rank()})" if one_of_many else "perturbdiff: error"
+        print(f"{begin}: {' '.join(str(message).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("perturbdiff: interrupted", file=sys.stderr)

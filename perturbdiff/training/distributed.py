@@ -189,7 +189,7 @@ class Watchdog:
         self._interval = min(timeout / 5, 10.0)
         self._doing, self._since = "starting", time.monotonic()
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._threads = [threading.Thread(target=f, name="watchdog", daemon=True) for f in (self._watch, self._guard)]
 
     def __enter__(self) -> Watchdog:
         if self._world_size > 1:
@@ -197,13 +197,15 @@ class Watchdog:
             self._since = time.monotonic()
             self._beat(0)
             dist.barrier()
-            self._thread.start()
+            for thread in self._threads:
+                thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(self._interval)  # it may wait for a node that cannot be reached
 
     def doing(self, what: str) -> None:
         """Say what this process begins to do; "waiting for the others" is the one that holds nobody up."""
@@ -222,8 +224,14 @@ class Watchdog:
                     self._give_up(number)
             except dist.DistError as error:
                 if not self._ended.is_set():
-                    self._exit(f"the store of the rendezvous is gone ({error}): did the first node fail?")
+                    self._exit(f"the first node, which holds the rendezvous, has failed or cannot be reached ({error})")
                 return
+
+    def _guard(self) -> None:
+        # `_watch` needs an answer of the first node; where the network is broken, it may wait for it for ever.
+        while not self._ended.wait(self._interval):
+            if time.monotonic() - self._since > self._timeout + 7 * self._interval:
+                self._exit("the first node does not answer: its network or it may have failed")
 
     def _give_up(self, number: int) -> None:
         def said() -> list[list[str]]:
@@ -244,16 +252,13 @@ class Watchdog:
         if self._rank != heard[0]:  # one of them says it
             time.sleep(self._interval)
             os._exit(HUNG)
-        named = [f"rank {rank} ({after[rank][1]}) has fallen silent while {after[rank][2]}" for rank in silent]
+        named = [f"rank {rank} ({after[rank][1]}) has fallen silent, last seen {after[rank][2]}" for rank in silent]
         named += [f"rank {rank} ({after[rank][1]}) is {after[rank][2]}" for rank in busy]
         self._exit("; ".join(named[:8]) or "all ranks wait for each other")
 
     def _exit(self, reason: str) -> None:
-        print(
-            f"perturbdiff: error: no progress for {self._timeout:g} s (training.timeout): {reason}. {self._advice()}",
-            file=sys.stderr,
-            flush=True,
-        )
+        what = f"no progress for {self._timeout:g} s (training.timeout): {reason}. {self._advice()}"
+        print(f"\nperturbdiff: error (rank {self._rank}): {what}", file=sys.stderr, flush=True)
         os._exit(HUNG)
 
 

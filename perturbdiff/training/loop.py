@@ -466,7 +466,7 @@ def _ended_by_others(accelerator: Accelerator, out: Path) -> Iterator[None]:
         if accelerator.num_processes > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             saved = [int(state.name.removeprefix("step_")) for state in saved_states(out / "states")]
             raise ConnectionError(
-                f"another process has ended and says why. {_advice(max(saved, default=0))}"
+                f"another process has ended; its message, or the launcher's, says why. {_advice(max(saved, default=0))}"
             ) from error
         raise
 
