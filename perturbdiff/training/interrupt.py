@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import threading
 import time
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
-STOPPED = "stopped.json"
 ECHO = 3.0  # seconds in which a launcher may pass on a Ctrl-C that the terminal sent to all processes already
-
-
-def leave_marker(folder: Path, stopped_by: str, step: int) -> None:
-    """Say in the run folder that training stopped in order and goes on if started again: job scripts look for it."""
-    temporary = folder / f".{STOPPED}"
-    temporary.write_text(json.dumps({"stopped_by": stopped_by, "step": step}) + "\n")
-    os.replace(temporary, folder / STOPPED)
-
-
-def remove_marker(folder: Path) -> None:
-    (folder / STOPPED).unlink(missing_ok=True)
 
 
 class StopRequest:

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from filelock import FileLock, Timeout
 from torch import Tensor
 from torch import distributed as dist
 
 from perturbdiff import __version__
-from perturbdiff.config import Config, ModelConfig, ObsColumns, as_dict, load_config, save_config
+from perturbdiff.config import Config, ModelConfig, ObsColumns, as_dict
 from perturbdiff.data.batch import CellSetBatch
 from perturbdiff.data.screen import Screen
-from perturbdiff.data.splits import write_split
 from perturbdiff.data.stream import prefetched
 from perturbdiff.data.training_set import TrainingSet
 from perturbdiff.diffusion.losses import DiffusionLoss, training_draws
@@ -31,26 +25,21 @@ from perturbdiff.pretrained import PerturbDiff, build_denoiser
 from perturbdiff.progress import progress
 from perturbdiff.training.distributed import WAITING, Watchdog, engine, launch
 from perturbdiff.training.ema import EMA
-from perturbdiff.training.interrupt import SIGNALS, StopRequest, leave_marker, remove_marker
+from perturbdiff.training.interrupt import SIGNALS, StopRequest
 from perturbdiff.training.optim import learning_rate, make_optimizer
 from perturbdiff.training.partition import full_moments, full_weights, load_moments
+from perturbdiff.training.run_folder import (
+    alone_in,
+    begin_folder,
+    check_resumable,
+    check_same_data,
+    leave_marker,
+    with_lanes,
+)
 from perturbdiff.training.speed import Pace, Trace
 from perturbdiff.training.state import Progress, SavedState, latest_state, open_state, save_state, saved_states
 from perturbdiff.training.tracking import Metrics, check_trackers
 from perturbdiff.training.validation import validate
-
-# Settings that may change between a run and its resumption: they move no number, or only its last digits.
-FREE_ON_RESUME = {
-    "out",
-    "data.prefetch",
-    "training.accumulation_steps",
-    "training.keep_states",
-    "training.log_every",
-    "training.profile_steps",
-    "training.save_every",
-    "training.timeout",
-    "training.trackers",
-}
 
 
 @dataclass(frozen=True)
@@ -93,21 +82,21 @@ def train(config: Config, screen: Screen | None = None, stop_at: int | None = No
         A state could not be written, and those before are whole; another run is in the folder.
     """
     out = Path(config.out)
-    config = _with_lanes(config, out)
+    config = with_lanes(config, out)
     check_trackers(config.training.trackers)
     accelerator = launch(config)
-    _check_resumable(out, config)
+    check_resumable(out, config)
     if config.data.screen is None:
         data = TrainingSet.of_atlases(config)
     else:
         data = TrainingSet.of(screen or Screen.read(config.data.screen, config.data), config)
-    _check_same_data(out, data)
+    check_same_data(out, data)
     main = accelerator.is_main_process
-    with _ended_by_others(accelerator, out), _alone_in(out) if main else nullcontext():
+    with _ended_by_others(accelerator, out), alone_in(out) if main else nullcontext():
         run = _Run(config, data, accelerator)
         accelerator.wait_for_everyone()  # nobody looks at the run folder any more
         if main:
-            _begin_folder(out, config, data)
+            begin_folder(out, config, data)
             print(f"{data.summary()}\n{run.summary()}", flush=True)
         result = run.train(stop_at)
     if accelerator.num_processes > 1:
@@ -304,7 +293,8 @@ class _Run:
 
     def _refuse_non_finite(self, bad: list[str], ranks: list[int]) -> None:
         where = f"at step {self.progress.step + 1} (rank {', '.join(map(str, ranks[:8]))})"
-        shown = f"for {'; '.join(sorted(set(bad))[:3])}{', ...' if len(set(bad)) > 3 else ''}" if bad else "see there"
+        names = sorted(set(bad))
+        shown = f"for {'; '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if bad else "in conditions it names"
         raise FloatingPointError(
             f"the loss is not finite {where} {shown}; the last state is kept. Lower optim.lr or look at these cells."
         )
@@ -445,19 +435,6 @@ def _advice(saved_step: int) -> str:
 
 
 @contextmanager
-def _alone_in(out: Path) -> Iterator[None]:
-    """Keep other runs out of a folder; the lock ends with its process, however that ends."""
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(out / ".lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise FileExistsError(
-            f"another process is training in {out}; wait for its end, or stop it and give the same command again."
-        ) from error
-
-
-@contextmanager
 def _ended_by_others(accelerator: Accelerator, out: Path) -> Iterator[None]:
     """What breaks here when another process ends, as one line: the reason is what that one says."""
     try:
@@ -471,61 +448,8 @@ def _ended_by_others(accelerator: Accelerator, out: Path) -> Iterator[None]:
         raise
 
 
-def _begin_folder(out: Path, config: Config, data: TrainingSet) -> None:
-    save_config(config, out / "config.yaml")
-    write_split(data.split, data.origin, out / "split.json")
-    remove_marker(out)
-    for left in out.glob(".model-*"):  # by a kill during a save
-        shutil.rmtree(left)
-
-
 def _shown(means: dict[str, float], speed: dict[str, float]) -> str:
     return (
         f"loss {means['loss']:.4f} mmd {means['mmd']:.4f} |g| {means['grad_norm']:.2g} lr {means['lr']:.1e} "
         f"{speed['cells_per_s']:,.0f} cells/s wait {speed['data_wait']:.0%}"
     )
-
-
-def _with_lanes(config: Config, out: Path) -> Config:
-    # A run keeps the lanes it was started with, so that more or fewer processes go on with the same sets.
-    if not config.data.streamed or config.data.stream_lanes is not None:
-        return config
-    lanes = int(os.environ.get("WORLD_SIZE", "1"))
-    if saved_states(out / "states"):
-        lanes = load_config(out / "config.yaml").data.stream_lanes or lanes
-    return replace(config, data=replace(config.data, stream_lanes=lanes))
-
-
-def _check_resumable(out: Path, config: Config) -> None:
-    # A folder with states belongs to the settings that made them.
-    if not saved_states(out / "states"):
-        if out.exists() and not out.is_dir():
-            raise FileExistsError(f"out ({out}) is a file; choose another run folder.")
-        return
-    before, now = _flat(as_dict(load_config(out / "config.yaml"))), _flat(as_dict(config))
-    changed = [key for key in now if key not in FREE_ON_RESUME and before.get(key) != now[key]]
-    if changed:
-        shown = "; ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in changed[:3])
-        raise ValueError(
-            f"run folder {out} was made with other settings ({shown}); choose another --out, or give the same settings "
-            "to go on."
-        )
-
-
-def _check_same_data(out: Path, data: TrainingSet) -> None:
-    # The same settings may name a file or atlas that has changed since.
-    if saved_states(out / "states") and (out / "split.json").is_file():
-        before, now = json.loads((out / "split.json").read_text()), data.split.as_json(data.origin)
-        if before["sha256"] != now["sha256"]:
-            changed = [key for key in now if key != "sha256" and before.get(key) != now[key]]
-            raise ValueError(
-                f"the data of run folder {out} are not those it was started with ({', '.join(changed)} of split.json "
-                "differ); choose another --out, or give the same data to go on."
-            )
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return flat

@@ -1,12 +1,10 @@
-import json
-import os
 import signal
 import threading
 
 import pytest
 
 from perturbdiff.training import interrupt
-from perturbdiff.training.interrupt import ECHO, SIGNALS, StopRequest, leave_marker, remove_marker
+from perturbdiff.training.interrupt import ECHO, SIGNALS, StopRequest
 
 
 @pytest.fixture
@@ -93,24 +91,3 @@ def test_outside_the_main_thread_no_handler_is_set():
     thread.start()
     thread.join()
     assert failed == []
-
-
-def test_the_marker_says_why_and_where_and_is_removed(tmp_path):
-    leave_marker(tmp_path, "SIGUSR1", 7)
-    assert [path.name for path in tmp_path.iterdir()] == ["stopped.json"]
-    assert json.loads((tmp_path / "stopped.json").read_text()) == {"stopped_by": "SIGUSR1", "step": 7}
-    remove_marker(tmp_path)
-    remove_marker(tmp_path)  # none is there
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_marker_appears_whole_or_not_at_all(tmp_path, monkeypatch):
-    leave_marker(tmp_path, "SIGTERM", 3)
-
-    def killed(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        leave_marker(tmp_path, "SIGUSR1", 9)
-    assert json.loads((tmp_path / "stopped.json").read_text()) == {"stopped_by": "SIGTERM", "step": 3}

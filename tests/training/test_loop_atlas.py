@@ -11,7 +11,8 @@ from perturbdiff import PerturbDiff
 from perturbdiff.config import BuildConfig, DataConfig, SourceConfig, load_config
 from perturbdiff.data.build import build
 from perturbdiff.data.screen import Screen
-from perturbdiff.training.loop import _with_lanes, train
+from perturbdiff.training.loop import train
+from perturbdiff.training.run_folder import with_lanes
 from tests.atlases import atlas_of_screen, write_atlas
 from tests.screens import real_screen
 from tests.simulated import TINY, tiny_config, write_screen
@@ -110,7 +111,7 @@ def test_a_streamed_run_keeps_the_lanes_it_was_started_with(atlas, tmp_path, mon
         given = {"out": str(out), "data": on(atlas, **settings), "split": {"hold_out": ["pert_0:type_0"]}}
         with monkeypatch.context() as patch:
             patch.setenv("WORLD_SIZE", str(world_size))
-            return _with_lanes(load_config(None, [*TINY, *words], given), out).data.stream_lanes
+            return with_lanes(load_config(None, [*TINY, *words], given), out).data.stream_lanes
 
     assert lanes(2, streamed=True) == 2  # one a process, at the start
     assert lanes(2, streamed=True, stream_lanes=4) == 4

@@ -1,0 +1,107 @@
+"""The folder of a run: whether a run may begin or go on in it, and what it writes there besides states and model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from perturbdiff.config import Config, as_dict, load_config, save_config
+from perturbdiff.data.splits import write_split
+from perturbdiff.data.training_set import TrainingSet
+from perturbdiff.training.state import saved_states
+
+STOPPED = "stopped.json"
+# Settings that may change between a run and its resumption: they move no number, or only its last digits.
+FREE_ON_RESUME = {
+    "out",
+    "data.prefetch",
+    "training.accumulation_steps",
+    "training.keep_states",
+    "training.log_every",
+    "training.profile_steps",
+    "training.save_every",
+    "training.timeout",
+    "training.trackers",
+}
+
+
+def with_lanes(config: Config, out: Path) -> Config:
+    """With the lanes that a run was started with, so that more or fewer processes go on with the same sets."""
+    if not config.data.streamed or config.data.stream_lanes is not None:
+        return config
+    lanes = int(os.environ.get("WORLD_SIZE", "1"))
+    if saved_states(out / "states"):
+        lanes = load_config(out / "config.yaml").data.stream_lanes or lanes
+    return replace(config, data=replace(config.data, stream_lanes=lanes))
+
+
+def check_resumable(out: Path, config: Config) -> None:
+    """A folder with states belongs to the settings that made them. Raises ValueError, FileExistsError."""
+    if not saved_states(out / "states"):
+        if out.exists() and not out.is_dir():
+            raise FileExistsError(f"out ({out}) is a file; choose another run folder.")
+        return
+    before, now = _flat(as_dict(load_config(out / "config.yaml"))), _flat(as_dict(config))
+    changed = [key for key in now if key not in FREE_ON_RESUME and before.get(key) != now[key]]
+    if changed:
+        shown = "; ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in changed[:3])
+        raise ValueError(
+            f"run folder {out} was made with other settings ({shown}); choose another --out, or give the same settings "
+            "to go on."
+        )
+
+
+def check_same_data(out: Path, data: TrainingSet) -> None:
+    """The same settings may name a file or atlas that has changed since: a ValueError."""
+    if saved_states(out / "states") and (out / "split.json").is_file():
+        before, now = json.loads((out / "split.json").read_text()), data.split.as_json(data.origin)
+        if before["sha256"] != now["sha256"]:
+            changed = [key for key in now if key != "sha256" and before.get(key) != now[key]]
+            raise ValueError(
+                f"the data of run folder {out} are not those it was started with ({', '.join(changed)} of split.json "
+                "differ); choose another --out, or give the same data to go on."
+            )
+
+
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Keep other runs out of a folder; the lock ends with its process, however that ends."""
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise FileExistsError(
+            f"another process is training in {out}; wait for its end, or stop it and give the same command again."
+        ) from error
+
+
+def begin_folder(out: Path, config: Config, data: TrainingSet) -> None:
+    """Write what a run begins with, and remove what an earlier one left half-done."""
+    save_config(config, out / "config.yaml")
+    write_split(data.split, data.origin, out / "split.json")
+    (out / STOPPED).unlink(missing_ok=True)
+    for left in out.glob(".model-*"):  # by a kill during a save
+        shutil.rmtree(left)
+
+
+def leave_marker(folder: Path, stopped_by: str, step: int) -> None:
+    """Say in the run folder that training stopped in order and goes on if started again: job scripts look for it."""
+    temporary = folder / f".{STOPPED}"
+    temporary.write_text(json.dumps({"stopped_by": stopped_by, "step": step}) + "\n")
+    os.replace(temporary, folder / STOPPED)
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
