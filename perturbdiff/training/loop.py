@@ -357,9 +357,9 @@ class _Run:
         done.ema_updates = self.ema.n_updates
         averaged, failure = self._averaged(), None
         tensors = {
-            "denoiser.safetensors": lambda: full_weights(self.module),
+            "denoiser.safetensors": lambda: full_weights(self.module, main),
             "ema.safetensors": self.ema.full,
-            "optimizer.safetensors": lambda: full_moments(self.module, self.optimizer),
+            "optimizer.safetensors": lambda: full_moments(self.module, self.optimizer, main),
             "best.safetensors": lambda: self.best or {},
         }
         with self.pace.paused():

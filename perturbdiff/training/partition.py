@@ -2,7 +2,8 @@
 
 DDP holds everything everywhere. ZeRO-1 and 2 hold a stretch of each group of moments, flattened into one tensor. ZeRO-3
 holds a stretch of each parameter and of its moments. What is written whole goes on under any engine and on any number
-of processes. Functions that return whole tensors must be called by all processes.
+of processes. Functions that return whole tensors must be called by all processes; where they are not `wanted`, they are
+dropped one by one.
 """
 
 from __future__ import annotations
@@ -43,14 +44,17 @@ def joined(own: Tensor, shape: torch.Size, world_size: int) -> Tensor:
     return whole[: shape.numel()].view(shape)
 
 
-def full_weights(denoiser: nn.Module) -> dict[str, Tensor]:
+def full_weights(denoiser: nn.Module, wanted: bool = True) -> dict[str, Tensor]:
     """The weights by name."""
-    return {
-        name: _full_zero3(p, None) if hasattr(p, "ds_id") else p.detach() for name, p in denoiser.named_parameters()
-    }
+    weights = {}
+    for name, p in denoiser.named_parameters():
+        whole = _full_zero3(p, None) if hasattr(p, "ds_id") else p.detach()
+        if wanted:
+            weights[name] = whole.cpu()
+    return weights
 
 
-def full_moments(denoiser: nn.Module, optimizer: Any) -> dict[str, Tensor]:
+def full_moments(denoiser: nn.Module, optimizer: Any, wanted: bool = True) -> dict[str, Tensor]:
     """`step`, and exp_avg and exp_avg_sq by moment and parameter name; empty before the first step.
 
     `optimizer` is what Accelerate prepared.
@@ -71,8 +75,9 @@ def full_moments(denoiser: nn.Module, optimizer: Any) -> dict[str, Tensor]:
                 whole = whole.view_as(p)
             else:
                 whole = states[p][moment].detach()
-            moments[f"{moment}.{name}"] = whole
-    return moments
+            if wanted:
+                moments[f"{moment}.{name}"] = whole.cpu()
+    return moments if wanted else {}
 
 
 def load_moments(denoiser: nn.Module, optimizer: Any, moments: Mapping[str, Tensor]) -> None:
