@@ -339,9 +339,9 @@ import os, signal, sys
 from perturbdiff.cli import main
 from perturbdiff.training import loop
 save = loop.save_state
-def save_and_die(folder, state, keep):
-    save(folder, state, keep)
-    if state.progress.step == 4:
+def save_and_die(folder, progress, *rest, **named):
+    save(folder, progress, *rest, **named)
+    if progress.step == 4:
         os.kill(os.getpid(), signal.SIGKILL)
 loop.save_state = save_and_die
 main(sys.argv[1:])
