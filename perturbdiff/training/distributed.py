@@ -179,8 +179,9 @@ class Watchdog:
     """Ends this process when it has waited for others too long, and says which of them is behind.
 
     A thread tells the others, every few seconds, that this process lives and what it is doing. Once the process itself
-    has stood still for `timeout` seconds, it reads what the others said last: one that has fallen silent, or that is
-    not waiting for anybody, holds up all. A collective that hangs cannot be interrupted, so the process exits at once.
+    has stood still for `timeout` seconds, it reads what the others said last: one that has fallen silent, or else one
+    that is not waiting for anybody, holds up all. A collective that hangs cannot be interrupted, so the process exits
+    at once.
     """
 
     def __init__(self, accelerator: Accelerator, timeout: float, advice: Callable[[], str]) -> None:
@@ -253,7 +254,7 @@ class Watchdog:
             time.sleep(self._interval)
             os._exit(HUNG)
         named = [f"rank {rank} ({after[rank][1]}) has fallen silent, last seen {after[rank][2]}" for rank in silent]
-        named += [f"rank {rank} ({after[rank][1]}) is {after[rank][2]}" for rank in busy]
+        named = named or [f"rank {rank} ({after[rank][1]}) is {after[rank][2]}" for rank in busy]
         self._exit("; ".join(named[:8]) or "all ranks wait for each other")
 
     def _exit(self, reason: str) -> None:
