@@ -324,7 +324,7 @@ class PerturbDiff:
         # Two sets of three cells, one masked; known and null labels.
         generator = torch_generator("cpu", 0, "golden check")
         shape = (2, 3, len(self.genes))
-        sizes = _sizes(self.vocabularies)
+        sizes = vocab_sizes(self.vocabularies)
         return {
             "x_t": torch.randn(shape, generator=generator),
             "t": torch.tensor([0, self.config.diffusion.n_timesteps - 1]),
@@ -363,10 +363,11 @@ def _refuse_unbelievable(path: str | Path, config: dict[str, Any], model: ModelC
 
 def build_denoiser(config: DenoiserConfig, n_genes: int, vocabularies: Vocabularies) -> Denoiser:
     """A fresh denoiser for these genes and labels."""
-    return Denoiser(config, n_genes, _sizes(vocabularies))
+    return Denoiser(config, n_genes, vocab_sizes(vocabularies))
 
 
-def _sizes(vocabularies: Vocabularies) -> VocabSizes:
+def vocab_sizes(vocabularies: Vocabularies) -> VocabSizes:
+    """How many labels of each kind there are."""
     return VocabSizes(len(vocabularies.perturbations), len(vocabularies.cell_types), len(vocabularies.batches))
 
 

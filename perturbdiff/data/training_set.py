@@ -12,7 +12,7 @@ from scipy import sparse
 from perturbdiff.config import Config, Preprocessing
 from perturbdiff.data.atlas import Atlas
 from perturbdiff.data.batch import CellSetBatch, Labels, Vocabularies, make_batch
-from perturbdiff.data.cellsets import CellSetSampler, SetSource, StreamedSampler
+from perturbdiff.data.cellsets import CellSet, CellSetSampler, SetSource, StreamedSampler
 from perturbdiff.data.conditions import (
     ConditionIndex,
     ControlMatch,
@@ -52,7 +52,7 @@ class IndexedCells:
         """Match and label an index that holds the controls too. Raises as `match_controls`, `encode`."""
         borders = cells.borders if isinstance(cells, StreamedCells) else None
         index = index if borders is None else index.cut(borders)
-        marginal = _marginal(index, sources)
+        marginal = marginal_conditions(index, sources)
         pools = match_controls(index, match, ~marginal)
         if borders is not None:  # other shards are read for controls only where a condition's own has too few
             here = match_controls(index.by_shard(borders), match, np.zeros(len(index), dtype=bool))
@@ -86,14 +86,20 @@ class IndexedCells:
         self, sampler: CellSetSampler | StreamedSampler, epoch: int, step: int, rank: int, world_size: int, n_parts: int
     ) -> list[CellSetBatch]:
         """The sets of one rank in one step, shared by `n_parts` batches; some may have none."""
+        sets = self.sets(sampler, epoch, step, rank, world_size)
+        return [self.batch_of(sets[i::n_parts], sampler) for i in range(n_parts)]
+
+    def sets(
+        self, sampler: CellSetSampler | StreamedSampler, epoch: int, step: int, rank: int, world_size: int
+    ) -> list[CellSet]:
+        """The sets of one rank in one step, whose shards begin to be read."""
         if isinstance(self.cells, StreamedCells) and isinstance(sampler, StreamedSampler):
             self.cells.open(sampler.shards(epoch, step, rank, world_size))
-        sets = sampler.batch(epoch, step, rank, world_size)
-        return [make_batch(sets[i::n_parts], sampler.set_size, self.cells, self.labels) for i in range(n_parts)]
+        return sampler.batch(epoch, step, rank, world_size)
 
-    def empty_batch(self, sampler: CellSetSampler | StreamedSampler) -> CellSetBatch:
-        """A batch without sets."""
-        return make_batch([], sampler.set_size, self.cells, self.labels)
+    def batch_of(self, sets: Sequence[CellSet], sampler: CellSetSampler | StreamedSampler) -> CellSetBatch:
+        """A batch of some of the `sets` last dealt; perhaps of none."""
+        return make_batch(sets, sampler.set_size, self.cells, self.labels)
 
 
 @dataclass(frozen=True)
@@ -166,7 +172,7 @@ class TrainingSet:
         how = _common_preprocessing(atlases, config)
         first_rows = np.cumsum([0, *map(len, atlases)])
         index = ConditionIndex.concat([_index(atlas) for atlas in atlases], first_rows[:-1].tolist())
-        marginal = _marginal(index, sources)
+        marginal = marginal_conditions(index, sources)
         origin = _conditions(index, atlases)
         split = make_split(origin, config.split, config.training.seed, marginal)
         match = resolve_control_match(index.select(~marginal), config.data.control_match)
@@ -200,7 +206,7 @@ class TrainingSet:
     ) -> TrainingSet:
         # Where batch and perturbation are confounded, a batch label would give the answer away.
         vocabularies = Vocabularies.of(
-            train, config.data.combination_separator, match == "batch", _marginal(train, sources)
+            train, config.data.combination_separator, match == "batch", marginal_conditions(train, sources)
         )
         indexed = IndexedCells.of(cells[0], train, match, vocabularies, sources, config.data.set_size)
         sampler = indexed.sampler(config)
@@ -246,7 +252,8 @@ class TrainingSet:
         return "\n".join([self.description, *lines])
 
 
-def _marginal(index: ConditionIndex, sources: Sequence[SetSource]) -> np.ndarray:
+def marginal_conditions(index: ConditionIndex, sources: Sequence[SetSource]) -> np.ndarray:
+    """(n_conditions,) True where a condition is of a marginal source."""
     return np.array([source.marginal for source in sources], dtype=bool)[index.source]
 
 

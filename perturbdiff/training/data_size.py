@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 from perturbdiff.config import AtlasSize, Config
 from perturbdiff.data.atlas import Atlas
 from perturbdiff.data.screen import Screen
-from perturbdiff.data.training_set import TrainingSet
+from perturbdiff.data.training_set import TrainingSet, marginal_conditions
 from perturbdiff.model.conditioning import VocabSizes
+from perturbdiff.pretrained import vocab_sizes
 
 SAMPLE = 4096  # cells of a screen whose values are counted
 
@@ -84,13 +85,13 @@ def _of_atlases(config: Config) -> DataSize:
 def _of_training_set(
     source: str, made: TrainingSet, n_genes: int, per_cell: float, value_bytes: int, notes: tuple[str, ...]
 ) -> DataSize:
-    index, known = made.train.index, made.vocabularies
-    marginal = np.array([s.marginal for s in made.train.sources], dtype=bool)[index.source]
+    index = made.train.index
+    marginal = marginal_conditions(index, made.train.sources)
     dealt = marginal | ~index.is_control
     n_cells = int(index.n_cells[dealt].sum())
     with_controls = float(index.n_cells[dealt & ~marginal].sum() / n_cells)
-    vocabularies = VocabSizes(len(known.perturbations), len(known.cell_types), len(known.batches))
-    return DataSize(source, n_cells, n_genes, per_cell, value_bytes, with_controls, vocabularies, notes)
+    sizes = vocab_sizes(made.vocabularies)
+    return DataSize(source, n_cells, n_genes, per_cell, value_bytes, with_controls, sizes, notes)
 
 
 def _values(atlas: Atlas) -> int:

@@ -207,7 +207,7 @@ class _Run:
             print(
                 f"stopped     by {stopped_by} after step {done.step}; the same command goes on from there", flush=True
             )
-        return TrainingResult(self._model(self._averaged()), self.out, done.step, stopped_by)
+        return TrainingResult(self._model(self.best or self.ema.full()), self.out, done.step, stopped_by)
 
     def _batches(self, step: int) -> tuple[list[CellSetBatch], int]:
         """This process's part of a step, cut for accumulation, and the cells of the whole step."""
@@ -218,7 +218,7 @@ class _Run:
 
     def _nothing(self) -> tuple[list[CellSetBatch], int]:
         """Empty batches, for a process without data: the others meet it in every pass through the denoiser."""
-        empty = self.data.train.empty_batch(self.sampler).to(self.device)
+        empty = self.data.train.batch_of([], self.sampler).to(self.device)
         return [empty] * self.config.training.accumulation_steps, 1
 
     def _step(self, made: tuple[list[CellSetBatch], int] | None) -> tuple[dict[str, float] | None, str | None]:
@@ -355,17 +355,17 @@ class _Run:
         done, main = self.progress, self.accelerator.is_main_process
         self.watchdog.doing(f"saving step {done.step}")
         done.ema_updates = self.ema.n_updates
-        averaged, failure = self._averaged(), None
+        averaged, failure = self.ema.full(), None
         tensors = {
             "denoiser.safetensors": lambda: full_weights(self.module, main),
-            "ema.safetensors": self.ema.full,
+            "ema.safetensors": lambda: averaged,
             "optimizer.safetensors": lambda: full_moments(self.module, self.optimizer, main),
             "best.safetensors": lambda: self.best or {},
         }
         with self.pace.paused():
             try:
                 if main:
-                    self._model(averaged).save_pretrained(self.out / "model")
+                    self._model(self.best or averaged).save_pretrained(self.out / "model")
             except OSError as error:
                 failure = error
             try:
@@ -383,17 +383,13 @@ class _Run:
             raise OSError(f"step {done.step} could not be saved by rank 0, which says why.")
         self.saved_at = done.step
 
-    def _averaged(self) -> Denoiser:
-        """The denoiser to validate and publish; all processes must call it."""
-        return self._denoiser_with(self.best or self.ema.full())
-
     def _denoiser_with(self, weights: dict[str, Tensor]) -> Denoiser:
         with torch.device("meta"):
             denoiser = build_denoiser(self.config.denoiser, len(self.data.cells.genes), self.data.vocabularies)
         denoiser.load_state_dict(weights, assign=True)
         return denoiser.to(self.device).eval().requires_grad_(False)
 
-    def _model(self, denoiser: Denoiser) -> PerturbDiff:
+    def _model(self, weights: dict[str, Tensor]) -> PerturbDiff:
         config, done = self.config, self.progress
         obs = ObsColumns(
             config.data.perturbation_col, config.data.cell_type_col, config.data.batch_col, config.data.control_label
@@ -420,7 +416,7 @@ class _Run:
         }
         model_config = ModelConfig(config.denoiser, config.diffusion, config.sampling, obs, config.data.set_size)
         return PerturbDiff(
-            denoiser,
+            self._denoiser_with(weights),
             self.data.cells.genes,
             self.data.vocabularies,
             self.data.cells.preprocessing,

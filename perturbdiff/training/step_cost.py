@@ -66,26 +66,13 @@ def measure_step(config: Config, n_genes: int, sizes: VocabSizes, n_sets: int) -
             denoiser(torch.empty(shape), t, torch.empty(shape), batch.labels, None, batch.mask, batch.mask)
         with StepRecorder(denoiser.parameters()) as step:
             # All sets see a first estimate, by number: which ones a mask chooses depends on values.
-            all_sets = torch.arange(n_sets)
-            draws = Draws(t, torch.empty(shape), all_sets, batch.labels)
-            with autocast_of_a_gpu(in_bf16), _Answered(all_sets, with_first):
+            draws = Draws(t, torch.empty(shape), torch.arange(n_sets), batch.labels)
+            with autocast_of_a_gpu(in_bf16):
                 output = loss(denoiser, batch, draws)
             output.total.sum().backward()
             gradients = [p.grad for p in denoiser.parameters() if p.grad is not None]
         flops = {kind: count - with_first * first.flops[kind] for kind, count in step.flops.items()}
         return StepCost(step.peak(besides=gradients), flops, dict(first.flops), step.traffic, step.kernels)
-
-
-class _Answered(TorchFunctionMode):
-    # Says whether any set sees a first estimate; fake tensors have no values to ask.
-    def __init__(self, chosen: Tensor, answer: bool) -> None:
-        super().__init__()
-        self._chosen, self._answer = chosen, answer
-
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.any and args[0] is self._chosen:
-            return self._answer
-        return func(*args, **(kwargs or {}))
 
 
 class StepRecorder(TorchDispatchMode):

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from perturbdiff.config import Config
-from perturbdiff.data.batch import CellSetBatch, make_batch
+from perturbdiff.data.batch import CellSetBatch
 from perturbdiff.data.cellsets import CellSet, CellSetSampler, StreamedSampler
-from perturbdiff.data.stream import StreamedCells
 from perturbdiff.data.training_set import IndexedCells
 from perturbdiff.diffusion.losses import DiffusionLoss, pairwise_distance, validation_draws
 from perturbdiff.diffusion.schedule import Schedule
@@ -73,8 +72,7 @@ def validate(
         scores = _scores(denoiser, batch.to(device), config)
         for row, condition in zip(scores, batch.conditions, strict=True):
             sums[row_of[condition]] += row
-    if isinstance(cells.cells, StreamedCells):
-        cells.release()
+    cells.release()
     sums = total(sums).cpu()
     n_cells, loss, n_scored, energy, no_change = sums[:, :5].unbind(1)  # (C,)
     generated, measured, control = (sums[:, 5:] / n_cells[:, None]).chunk(3, dim=1)  # (C, G)
@@ -145,11 +143,9 @@ def _batches(
     at_once = -(-sampler.sets_per_batch // (world_size * config.training.accumulation_steps))
     for step, sets in enumerate(looked_at):
         keys = {s.key for s in sets}
-        own = [s for s in sampler.batch(0, step, rank, world_size) if s.key in keys]
-        if isinstance(cells.cells, StreamedCells) and isinstance(sampler, StreamedSampler):
-            cells.cells.open(sampler.shards(0, step, rank, world_size))
+        own = [s for s in cells.sets(sampler, 0, step, rank, world_size) if s.key in keys]
         for start in range(0, len(own), at_once):
-            yield make_batch(own[start : start + at_once], sampler.set_size, cells.cells, cells.labels)
+            yield cells.batch_of(own[start : start + at_once], sampler)
 
 
 def _scores(denoiser: Denoiser, batch: CellSetBatch, config: Config) -> Tensor:
