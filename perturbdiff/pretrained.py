@@ -110,7 +110,7 @@ class PerturbDiff:
             identity = folder_identity(path)
             try:
                 model = cls._read(path, device)
-            except (FileNotFoundError, ValueError):
+            except (OSError, RuntimeError, ValueError):  # RuntimeError: of torch, which maps the weights by their name
                 time.sleep(0.1)  # for the moment between two renames
                 if folder_identity(path) == identity:
                     raise

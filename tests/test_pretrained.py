@@ -203,6 +203,28 @@ def test_one_cell_and_one_step_are_enough(model, controls):
     assert predicted.shape == (1, 40)
 
 
+def test_a_folder_replaced_while_its_weights_are_opened_is_read_again(model, tmp_path, monkeypatch):
+    """safetensors opens a file by name twice, the second time in torch, which raises RuntimeError if it has gone."""
+    model.save_pretrained(tmp_path / "model")
+    open_storage, left = torch.UntypedStorage.from_file, [3]
+
+    def replaced_just_before(*args, **kwargs):
+        if left[0]:
+            left[0] -= 1
+            (tmp_path / "model").rename(tmp_path / f"moved_{left[0]}")
+            try:
+                return open_storage(*args, **kwargs)
+            finally:
+                model.save_pretrained(tmp_path / "model")
+        return open_storage(*args, **kwargs)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", replaced_just_before)
+    loaded = PerturbDiff.from_pretrained(tmp_path / "model", device="cpu")
+    assert left == [0]
+    for name, tensor in model.denoiser.state_dict().items():
+        assert torch.equal(loaded.denoiser.state_dict()[name], tensor.cpu()), name
+
+
 def test_control_cells_of_a_screen_are_found_by_label(screen):
     chosen = control_cells(screen, ObsColumns(), "type_1", "batch_0")
     assert set(chosen.obs["perturbation"]) == {"control"}
