@@ -1,3 +1,3 @@
-from perturbdiff.cli import main
+from perturbdiff.cli.main import main
 
 main()

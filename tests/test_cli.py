@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 import pytest
 
-from perturbdiff.cli import main
+from perturbdiff.cli.main import main
 from perturbdiff.hub.layout import config_hash
 from tests.screens import counts_screen, log1p_cp10k, written
 

@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 import pytest
 
-from perturbdiff.cli import main
+from perturbdiff.cli.main import main
 from tests.screens import counts_screen, log1p_cp10k, written
 from tests.test_cli import TINY, assert_says, contents, here, only_line, refused  # noqa: F401 (fixtures)
 

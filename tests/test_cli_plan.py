@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from perturbdiff.cli import main
+from perturbdiff.cli.main import main
 
 RECIPE = """
 data:

@@ -133,7 +133,9 @@ def test_the_search_for_forbidden_calls_leaves_others_alone(line):
 
 @pytest.mark.parametrize("argv", [None, ["--help"], ["train", "--help"], ["--version"]])
 def test_help_does_not_wait_for_heavy_libraries(argv):
-    called = f"from perturbdiff.cli import main\ntry: main({argv})\nexcept SystemExit as stop: assert not stop.code"
+    called = (
+        f"from perturbdiff.cli.main import main\ntry: main({argv})\nexcept SystemExit as stop: assert not stop.code"
+    )
     check = "import sys\nheavy = {'torch', 'anndata', 'pandas', 'scipy', 'accelerate'} & set(sys.modules)"
     code = f"{called if argv else 'import perturbdiff'}\n{check}\nassert not heavy, heavy"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -100,7 +100,7 @@ def losses(out):
 
 COMMANDS = """
 import json, sys
-from perturbdiff.cli import main
+from perturbdiff.cli.main import main
 for words in json.loads(sys.argv[1]):
     try:
         main(words)
@@ -272,7 +272,7 @@ TRAIN = (
     SHORT_WAITS
     + """
 import sys
-from perturbdiff.cli import main
+from perturbdiff.cli.main import main
 stream.RETRIES = 3
 main(sys.argv[1:])
 """
@@ -336,7 +336,7 @@ KILLED = (
     SHORT_WAITS
     + """
 import os, signal, sys
-from perturbdiff.cli import main
+from perturbdiff.cli.main import main
 from perturbdiff.training import loop
 save = loop.save_state
 def save_and_die(folder, progress, *rest, **named):
@@ -351,7 +351,7 @@ SEVERAL = (
     SHORT_WAITS
     + """
 import json, sys
-from perturbdiff.cli import main
+from perturbdiff.cli.main import main
 for words in json.loads(sys.argv[1]):
     main(words)
 """

@@ -13,7 +13,7 @@ import threading
 import time
 from pathlib import Path
 
-from perturbdiff.cli import main
+from perturbdiff.cli.main import main
 
 RANK = int(os.environ.get("RANK", "0"))
 os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as the program does before it imports torch; some faults do that

@@ -1,0 +1,66 @@
+"""Commands: parse, call, print."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from perturbdiff import __version__
+from perturbdiff.cli.atlas import add_atlas_commands
+from perturbdiff.cli.runs import add_run_commands, rank
+
+USER_ERRORS = (ValueError, KeyError, OSError, FloatingPointError)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command; exits 0, or 2 with one line on a user's mistake (--debug shows the traceback)."""
+    # Before torch is imported. Its threads spin at every barrier: on quiet cores this makes no difference, but where
+    # another process holds a core, steps take a half to a third of the time.
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    # Likewise: DDP warns in every process that it looks for unused parameters, as training/distributed.py tells it to.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    arguments = _arguments(argv)
+    try:
+        arguments.run(arguments)
+    except USER_ERRORS as error:
+        if arguments.debug:
+            raise
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        one_of_many = "RANK" in os.environ
+        begin = f"\nperturbdiff: error (rank {rank()})" if one_of_many else "perturbdiff: error"
+        print(f"{begin}: {' '.join(str(message).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("perturbdiff: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    # argparse reads positional words in one run only; key=value words may stand anywhere, before and after options.
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    words = "inputs" if hasattr(arguments, "inputs") else "settings"
+    if rest and (not hasattr(arguments, words) or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        setattr(arguments, words, [*getattr(arguments, words), *rest])
+    return arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="perturbdiff",
+        description="Functional diffusion models of single-cell perturbation responses: train on a screen, predict\n"
+        "the cells of conditions nobody measured, and score them beside honest baselines.",
+        epilog="Start with: perturbdiff demo    (five minutes, no data needed)\n"
+        "Then:       perturbdiff screen info FILE.h5ad",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"perturbdiff {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    add_run_commands(commands)
+    add_atlas_commands(commands)
+    return parser

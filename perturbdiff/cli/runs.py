@@ -1,0 +1,299 @@
+"""Commands on runs: demo, screen info, train, pretrain, plan, predict, evaluate."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from perturbdiff.cli.command import SETTINGS, add_command, add_settings
+
+if TYPE_CHECKING:
+    from perturbdiff.config import Config
+
+SELECTORS = """
+hold-out selectors:
+  PERTURBATION                        in every context
+  PERTURBATION:CELL_TYPE              in one cell type, every batch
+  PERTURBATION:CELL_TYPE:BATCH        one condition; * is any
+  COLUMN=VALUE                        by any obs column, as in batch=rep_3
+Control cells are never held out: they are what predictions start from.
+"""
+
+
+def add_run_commands(commands: Any) -> None:
+    """Declare them."""
+    demo = add_command(
+        commands, "demo", _demo, "the whole way once: train, save, reload, predict what was held out, score",
+        "Simulates a screen (or takes yours), holds conditions out, trains, saves the model folder, reloads it,\n"
+        "predicts the held-out cells from their controls and prints the scores beside baselines and ceiling.",
+        "examples:\n  perturbdiff demo\n"
+        "  perturbdiff demo --screen kang.h5ad --hold-out IFN-beta:CD4T --out runs/kang\n" + SELECTORS + SETTINGS,
+    )  # fmt: skip
+    demo.add_argument("--screen", metavar="FILE.h5ad", help="your screen; without it one is simulated")
+    _hold_out(demo)
+    demo.add_argument("--out", default="runs/demo", metavar="DIR", help="run folder (default: %(default)s)")
+    _recipe(demo)
+    add_settings(demo)
+
+    screen = commands.add_parser("screen", help="look at a screen", description="Look at a screen.")
+    screen_commands = screen.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    info = add_command(
+        screen_commands, "info", _screen_info, "what an .h5ad holds and how it would be read",
+        "Reads an .h5ad as training would and says what it found: kind of X, perturbations, cell types, batches,\n"
+        "conditions. Columns other than perturbation, cell_type, batch, and a control label other than 'control',\n"
+        "are settings.",
+        "example:\n  perturbdiff screen info FILE.h5ad data.perturbation_col=gene data.control_label=non-targeting\n"
+        + SETTINGS,
+    )  # fmt: skip
+    info.add_argument("file", metavar="FILE.h5ad", help="X raw counts or log1p")
+    add_settings(info)
+
+    train = add_command(
+        commands, "train", _train, "train on a screen or on atlases from scratch",
+        "Trains on an .h5ad and writes a run folder: config.yaml, split.json, metrics.jsonl, states/ and model/.\n"
+        "Ctrl-C, SIGTERM and SIGUSR1 save and stop; the same command goes on where it stopped.",
+        "examples:\n  perturbdiff train --screen kang.h5ad --hold-out IFN-beta:CD4T --out runs/kang\n"
+        "  perturbdiff train --screen kang.h5ad --out runs/ref --recipe recipes/train/reference.yaml\n"
+        "  perturbdiff train --atlas atlases/pbmc --out runs/pbmc data.n_hvg=null\n"
+        "Weights, marginal sets and revisions of several atlases are settings: data.atlases in a recipe.\n"
+        + SELECTORS + SETTINGS,
+    )  # fmt: skip
+    origin = train.add_mutually_exclusive_group()
+    origin.add_argument("--screen", metavar="FILE.h5ad", help="X raw counts or log1p")
+    origin.add_argument(
+        "--atlas",
+        action="append",
+        metavar="DIR_OR_REPO",
+        help="an atlas instead of a screen; may be given several times",
+    )
+    _hold_out(train)
+    train.add_argument("--out", required=True, metavar="DIR", help="run folder")
+    _recipe(train)
+    add_settings(train)
+
+    pretrain = add_command(
+        commands, "pretrain", _pretrain, "train on atlases by a recipe, on one process or under accelerate launch",
+        "Trains as `train` does, with everything in a recipe: marginal sets (unperturbed or perturbed cells, no\n"
+        "controls), conditional ones, and mixtures of several atlases. One process, or many on one or more nodes:\n"
+        "a launch file of recipes/accelerate/ says how many, and under which engine (DDP, ZeRO-1, 2, 3).\n"
+        "SIGTERM, SIGUSR1 and Ctrl-C save and stop; the same command goes on, also on another number of processes.",
+        "examples:\n  perturbdiff pretrain recipes/pretrain/tiny.yaml\n"
+        "  accelerate launch --config_file recipes/accelerate/cpu_ddp.yaml -m perturbdiff pretrain "
+        "recipes/pretrain/tiny.yaml\n"
+        "  accelerate launch --config_file recipes/accelerate/1x8_ddp.yaml -m perturbdiff pretrain "
+        "recipes/pretrain/pbmc.yaml training.seed=1\n"
+        "  sbatch --nodes=8 recipes/slurm/pretrain.sbatch recipes/accelerate/8x8_ddp.yaml "
+        "recipes/pretrain/tahoe100m.yaml\n" + SETTINGS,
+    )  # fmt: skip
+    pretrain.add_argument("recipe", metavar="RECIPE.yaml", help="atlases and settings; key=value words win over it")
+    pretrain.add_argument("--out", metavar="DIR", help="run folder (default: the recipe's out)")
+    add_settings(pretrain)
+
+    _plan_command(commands)
+
+    predict = add_command(
+        commands, "predict", _predict, "predict cells under a perturbation from control cells",
+        "Predicts one cell for each control cell (or --n-cells) and writes an .h5ad with log1p values. If the file\n"
+        "also holds perturbed cells, its control cells are taken.",
+        "example:\n  perturbdiff predict runs/kang/model --controls kang.h5ad --perturbation IFN-beta --cell-type CD4T "
+        "--out cd4t.h5ad\n",
+    )  # fmt: skip
+    predict.add_argument("model", metavar="MODEL", help="model folder")
+    predict.add_argument("--controls", required=True, metavar="FILE.h5ad", help="X raw counts or log1p")
+    predict.add_argument("--perturbation", required=True, metavar="NAME", help="or several: A+B")
+    predict.add_argument("--cell-type", metavar="NAME", help="only controls of this cell type (default: all)")
+    predict.add_argument("--batch", metavar="NAME", help="only controls of this batch (default: all)")
+    predict.add_argument("--out", required=True, metavar="FILE.h5ad", help="file to write")
+    predict.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    predict.add_argument("--n-cells", type=int, metavar="N", help="cells to predict (default: one per control cell)")
+    predict.add_argument("--n-populations", type=int, default=1, metavar="N", help="draws of the response distribution")
+    predict.add_argument(
+        "--guidance-scale", type=float, metavar="W", help="(1+W) cond - W uncond (default: the model's)"
+    )
+    predict.add_argument("--steps", type=int, metavar="N", help="denoiser calls (default: the model's)")
+    predict.add_argument("--sampler", choices=("ddim", "ddpm"), help="(default: the model's)")
+    predict.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same cells (default: 0)")
+    predict.add_argument(
+        "--min-gene-overlap", type=float, default=0.5, metavar="PART",
+        help="refuse controls with fewer of the model's genes (default: %(default)s)",
+    )  # fmt: skip
+
+    evaluate = add_command(
+        commands, "evaluate", _evaluate, "score predicted cells against measured ones, beside baselines",
+        "Compares conditions that are in both files, with the real control cells on both sides. With the split.json\n"
+        "of the run, baselines are made from its training cells and only its held-out cells count.",
+        "example:\n  perturbdiff evaluate cd4t.h5ad --screen kang.h5ad --split runs/kang/split.json --out scores\n"
+        + SETTINGS,
+    )  # fmt: skip
+    evaluate.add_argument("predictions", metavar="PREDICTED.h5ad", help="X log1p, as perturbdiff predict writes it")
+    evaluate.add_argument("--screen", required=True, metavar="FILE.h5ad", help="the measured cells and their controls")
+    evaluate.add_argument("--split", metavar="split.json", help="of the run folder")
+    evaluate.add_argument("--out", metavar="DIR", help="write scores.csv and scores.json there")
+    add_settings(evaluate)
+
+
+def _plan_command(commands: Any) -> None:
+    plan = add_command(
+        commands, "plan", _plan, "what a recipe would take on so many GPUs: memory, FLOPs, bytes, days",
+        "Counts the parameters of a recipe and the memory of a step by part and engine, estimates cells/s and days,\n"
+        "and says where memory, data or network would not keep up. Needs no GPU and reads no cells. Sizes of the data\n"
+        "are counted where the atlas is a folder here, and are data.atlases[].expected of the recipe otherwise.\n"
+        "Times are the counts over peak FLOP/s times --efficiency, which is an assumption: a run prints its cells/s.",
+        "examples:\n  perturbdiff plan recipes/pretrain/tahoe100m.yaml --gpus 64 --gpu h200\n"
+        "  perturbdiff plan recipes/pretrain/tahoe100m.yaml --gpus 8 --gpu a100 training.accumulation_steps=4\n"
+        "engines: DDP; ZeRO-1 shares the optimizer's state among the GPUs, ZeRO-2 the gradients too, ZeRO-3 the\n"
+        "weights too.\n" + SETTINGS,
+    )  # fmt: skip
+    plan.add_argument("recipe", metavar="RECIPE", help="settings file; key=value words win over it")
+    plan.add_argument("--gpus", type=int, required=True, metavar="N", help="over all nodes")
+    plan.add_argument("--gpu", required=True, metavar="NAME", help="h100, h200, a100, ...; another is told the known")
+    plan.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="(default: %(default)s)")
+    plan.add_argument(
+        "--network", type=float, default=50.0, metavar="GB/S",
+        help="between nodes, for each GPU, one way (default: %(default)g, of 400 Gb/s adapters)",
+    )  # fmt: skip
+    plan.add_argument(
+        "--efficiency", type=float, default=0.35, metavar="PART", help="of the peak FLOP/s (default: %(default)s)"
+    )
+    plan.add_argument(
+        "--cores-per-gpu", type=float, default=1.0, metavar="N",
+        help="CPU cores; one makes the batches, more do not help (default: %(default)g)",
+    )  # fmt: skip
+    plan.add_argument("--json", action="store_true", help="the numbers, bytes and seconds, instead of the text")
+    add_settings(plan)
+
+
+def _hold_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--hold-out", action="append", metavar="SELECTOR", help="never train on these; may be given several times"
+    )
+
+
+def _recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", metavar="FILE.yaml", help="settings file; key=value words win over it")
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from perturbdiff.demo import HELD_OUT_OF_SIMULATION, run_demo, simulated_screen
+
+    simulated = arguments.screen is None
+    hold_out = arguments.hold_out or (HELD_OUT_OF_SIMULATION if simulated else [])
+    screen = Path(arguments.out) / "screen.h5ad" if simulated else arguments.screen
+    config = _config(arguments, screen, hold_out)
+    if simulated:
+        simulated_screen(Path(arguments.out))
+    result = run_demo(config)
+    if result is not None:
+        print(f"\n{result.report.table()}\n\nwritten:")
+        print("\n".join(f"  {path}" for path in result.written))
+
+
+def _screen_info(arguments: argparse.Namespace) -> None:
+    from perturbdiff.data.screen import Screen
+
+    config = _config(arguments, arguments.file, [], out="unused")
+    print(Screen.read(arguments.file, config.data).summary())
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    _run_training(_config(arguments, arguments.screen, arguments.hold_out))
+
+
+def _pretrain(arguments: argparse.Namespace) -> None:
+    from perturbdiff.config import load_config
+
+    given = {} if arguments.out is None else {"out": arguments.out}
+    _run_training(load_config(arguments.recipe, arguments.settings, given))
+
+
+def _run_training(config: Config) -> None:
+    from perturbdiff.training.loop import train
+
+    result = train(config)
+    if result.stopped_by is None and rank() == 0:
+        print(f"model       {result.folder / 'model'} (step {result.step})")
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from perturbdiff.training.plan import Cluster, make_plan
+
+    cluster = Cluster(
+        arguments.gpus,
+        arguments.gpu,
+        arguments.gpus_per_node,
+        arguments.network * 1e9,
+        arguments.efficiency,
+        arguments.cores_per_gpu,
+    )
+    plan = make_plan(_config(arguments, None, [], out="unused"), cluster)
+    print(json.dumps(plan.as_json(), indent=1) if arguments.json else plan.text())
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    from perturbdiff.data.screen import control_cells, write_h5ad
+    from perturbdiff.pretrained import PerturbDiff
+
+    _refuse_existing(arguments.out, arguments.overwrite)
+    model = PerturbDiff.from_pretrained(arguments.model)
+    controls = control_cells(arguments.controls, model.config.obs, arguments.cell_type, arguments.batch)
+    predicted = model.predict(
+        controls,
+        perturbation=arguments.perturbation,
+        cell_type=arguments.cell_type,
+        batch=arguments.batch,
+        n_cells=arguments.n_cells,
+        n_populations=arguments.n_populations,
+        guidance_scale=arguments.guidance_scale,
+        steps=arguments.steps,
+        sampler=arguments.sampler,
+        seed=arguments.seed,
+        min_gene_overlap=arguments.min_gene_overlap,
+    )
+    write_h5ad(predicted, Path(arguments.out))
+    said: dict[str, Any] = predicted.uns["perturbdiff"]
+    print(f"genes       {said['n_genes_matched']:,} of {len(model.genes):,} matched by {said['genes_matched_by']}")
+    if len(said["unseen"]):
+        print(f"unseen      {', '.join(said['unseen'])}: predicted from the control cells alone")
+    print(f"sampler     {said['sampler']}, {said['n_steps']} steps, guidance {said['guidance_scale']:g}")
+    print(f"written     {arguments.out}: {predicted.n_obs:,} cells, {predicted.n_vars:,} genes")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from perturbdiff.evaluation.report import evaluate_file
+
+    if arguments.out is not None and Path(arguments.out).exists() and not Path(arguments.out).is_dir():
+        raise FileExistsError(f"--out {arguments.out} is a file; give a folder.")
+    report = evaluate_file(arguments.predictions, arguments.screen, arguments.split, arguments.settings)
+    print(report.table())
+    if arguments.out is not None:
+        out = Path(arguments.out)
+        out.mkdir(parents=True, exist_ok=True)
+        print("written: " + ", ".join(map(str, report.save(out))))
+
+
+def _config(
+    arguments: argparse.Namespace, screen: str | Path | None, hold_out: Sequence[str], out: str | None = None
+) -> Config:
+    from perturbdiff.config import load_config
+
+    given: dict[str, Any] = {"out": out or arguments.out, "data": {}}
+    if screen is not None:
+        given["data"]["screen"] = str(screen)
+    if getattr(arguments, "atlas", None):
+        given["data"]["atlases"] = [{"path": path} for path in arguments.atlas]
+    if hold_out:
+        given["split"] = {"hold_out": list(hold_out)}
+    return load_config(getattr(arguments, "recipe", None), arguments.settings, given)
+
+
+def _refuse_existing(path: str, overwrite: bool) -> None:
+    if Path(path).exists() and not overwrite:
+        raise FileExistsError(f"--out {path} exists; choose another name or give --overwrite.")
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))  # of this process among those a launcher started
