@@ -38,8 +38,8 @@ def folder(tmp_path_factory) -> Path:
 def hub(folder) -> Iterator[LocalHub]:
     """A private repo with the atlas, whose large files come from another origin."""
     with LocalHub(token=TOKEN, redirects=True) as hub:
-        hub.repos[REPO] = Repo()
-        hub.repos[REPO].commit(folder)
+        hub.datasets[REPO] = Repo()
+        hub.datasets[REPO].commit(folder)
         yield hub
 
 
@@ -117,9 +117,9 @@ def test_a_repo_is_described_and_verified_at_any_revision_and_then_offline(tmp_p
         "new": (("control", "T", "b", 6), ("A", "T", "b", 7)),
     }
     with LocalHub() as hub:
-        repo = hub.repos[REPO] = Repo()
+        repo = hub.datasets[REPO] = Repo()
         old, new = (repo.commit(write_atlas(tmp_path / name, cells)) for name, cells in sizes.items())
-        repo.refs["v1"] = old
+        repo.tags["v1"] = old
         assert len(old) == 40
         info, verify = (["atlas", word, REPO] for word in ("info", "verify"))
         commands = [info, [*info, "--revision", "v1"], [*info, "--revision", old], [*info, "--revision", "v2"]]
@@ -134,7 +134,7 @@ def test_a_repo_is_described_and_verified_at_any_revision_and_then_offline(tmp_p
             assert "9: 4 perturbed" in text
         assert "on the Hub only" in said[0]
         assert "at revision 'v2'" in err
-        assert "'lab/nothing' is neither a folder nor a data set" in err
+        assert "'lab/nothing' (not a folder here) is not on the Hub" in err
         assert "Traceback" not in err
         assert "verified" in said[5]
         assert hub.gets(SHARDS[0])
@@ -144,7 +144,7 @@ def test_a_repo_is_described_and_verified_at_any_revision_and_then_offline(tmp_p
         out, err = run(hub, tmp_path / "home", COMMANDS, json.dumps(commands), HF_HUB_OFFLINE="1")
         assert [text.split()[0] for text in out.split("=== exit ")[1:]] == ["0", "0", "2"]
         assert new in out
-        assert "nor a data set in the cache" in err
+        assert "not whole, in the cache" in err
         assert not hub.log
 
 

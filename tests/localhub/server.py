@@ -1,99 +1,64 @@
-"""A Hub on this machine for tests: data sets read as the unmodified huggingface_hub client reads them, with faults.
+"""A Hub on this machine for tests: the unmodified huggingface_hub client pushes to it and reads from it, with faults.
 
-What it answers is what the client was seen to need; one file, the standard library, no state on disk.
+Two origins as on the real one: "hub" has the API and the files, "cdn" stores large files under addresses whose
+signature lets anybody in. What is answered is what the client was seen to need; no state on disk.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import math
 import re
-import socket
 import threading
-from dataclasses import dataclass, field, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from urllib.parse import quote, unquote, urlsplit
+from dataclasses import replace
+from typing import Any
+from urllib.parse import parse_qs, quote, unquote
+
+from tests.localhub.connection import Answer, Broken, Fault, Handler, Request, Server, as_json
+from tests.localhub.repos import GITATTRIBUTES, Note, Refused, Repo, front_matter, git_oid, is_large, stamp
+
+__all__ = ["SIGNATURE", "USER", "Fault", "LocalHub", "Repo", "Request"]
 
 SIGNATURE = "signature=of-a-signed-url"  # of the addresses on the other origin; as good as a password for an hour
+USER = "lab"  # whose tokens these are
 
 
-@dataclass
-class Fault:
-    """What goes wrong with the GETs of a file, and how many times before all is well."""
-
-    times: float = math.inf
-    status: int | None = None  # answered instead
-    cut_after: int | None = None  # bytes of the body before the connection breaks
-    stalls: bool = False  # silence instead of the rest of the body
-    content: bytes | None = None  # served instead of the file's own
-    whole: bool = False  # Range is ignored
-
-
-@dataclass(frozen=True)
-class Request:
-    """One line of the log."""
-
-    server: str  # "hub", or "cdn", the other origin
-    method: str
-    path: str  # of the file, or of the API
-    range: str | None
-    token: str | None
-    status: int
-
-
-@dataclass
-class Repo:
-    """The files of each commit, by path; branches and tags are names of commits."""
-
-    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    refs: dict[str, str] = field(default_factory=dict)
-
-    def commit(self, folder: Path, branch: str = "main") -> str:
-        """Make the files of a folder the newest commit of a branch; its 40 hex digits follow from the content."""
-        paths = sorted(path for path in folder.rglob("*") if path.is_file())
-        files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
-        parent = self.refs.get(branch, "")
-        listing = "".join(f"{path} {hashlib.sha256(content).hexdigest()}\n" for path, content in files.items())
-        sha = hashlib.sha1((parent + listing).encode()).hexdigest()
-        self.commits[sha] = files
-        self.refs[branch] = sha
-        return sha
-
-    def resolve(self, revision: str) -> str | None:
-        """The commit of a branch, tag or commit."""
-        return self.refs.get(revision) or (revision if revision in self.commits else None)
-
-
-def entry(path: str, content: bytes) -> dict[str, object]:
-    """A file in a listing. Parquet goes to the large file storage, as .gitattributes on the Hub has it."""
-    oid = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-    listed: dict[str, object] = {"type": "file", "path": path, "oid": oid, "size": len(content)}
-    if path.endswith(".parquet"):
-        listed["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
-    return listed
+def at(kind: str, name: str) -> str:
+    """Where a repo is below the address of the Hub."""
+    return name if kind == "models" else f"datasets/{name}"
 
 
 class LocalHub:
-    """Data sets by repo id, on a port of this machine; a context.
+    """Models and data sets by repo id, on ports of this machine; a context.
 
     Parameters
     ----------
     token
-        What a request must carry; without it the repos seem not to exist. None: public.
+        What a request must carry; without it the repos seem not to exist. None: public, but for private repos.
     redirects
-        Large files are answered with a redirect to another origin, as on the Hub.
+        Large files are answered with a redirect to the other origin, as on the Hub. Uploads always go there.
+    write_token
+        What writing needs (403 with `token` alone), good for reading too; if None, `token`. Both None: all may write.
+    port
+        Of the Hub; 0 takes a free one.
+
+    Notes
+    -----
+    `faults` are keyed by the path of a file for its GETs, by (operation, what) for all else. Operations are "head" and
+    those of ROUTES below; `what` is the path of the file for "head", the repo id, or "*" for all. Those without a repo
+    in their address ("whoami", "validate", "list_repos", "create", "delete") have "*" only.
     """
 
-    def __init__(self, token: str | None = None, redirects: bool = False) -> None:
-        self.token, self.redirects = token, redirects
-        self.repos: dict[str, Repo] = {}
-        self.faults: dict[str, Fault] = {}  # by the path of the file in its repo
+    def __init__(
+        self, token: str | None = None, redirects: bool = False, write_token: str | None = None, port: int = 0
+    ) -> None:
+        self.token, self.redirects, self.write_token = token, redirects, write_token
+        self.models: dict[str, Repo] = {}
+        self.datasets: dict[str, Repo] = {}
+        self.faults: dict[str | tuple[str, str], Fault] = {}
         self.log: list[Request] = []
-        self.lock = threading.Lock()
-        self._servers = {name: _Server(self, name) for name in ("hub", "cdn")}
+        self.lock = threading.RLock()
+        self._servers = {"hub": Server(self, "hub", port, _Hub), "cdn": Server(self, "cdn", 0, _Hub)}
 
     def __enter__(self) -> LocalHub:
         for server in self._servers.values():
@@ -116,159 +81,314 @@ class LocalHub:
         for server in self._servers.values():
             server.stop()
 
+    def repos(self, kind: str) -> dict[str, Repo]:
+        """The repos of a kind, "models" or "datasets"."""
+        return self.models if kind == "models" else self.datasets
+
     def gets(self, path: str) -> list[Request]:
         """The GETs of a file that were not redirected, in their order."""
-        return [r for r in self.log if r.method == "GET" and r.path == path and r.status != 302]
+        return [r for r in self.log if r.operation == "get" and r.path == path and r.status != 302]
 
-    def fault_of(self, path: str) -> Fault | None:
-        """The fault of a GET that is being answered; counts it."""
+    def operations(self) -> list[str]:
+        """What was asked for, in order."""
+        return [request.operation for request in self.log]
+
+    def fault_of(self, operation: str, what: str) -> Fault:
+        """The fault of what is being answered; counts it."""
+        keys = [what] if operation == "get" else [(operation, what), (operation, "*")]
         with self.lock:
-            fault = self.faults.get(path)
-            if fault is None or fault.times <= 0:
-                return None
-            self.faults[path] = replace(fault, times=fault.times - 1)
-            return fault
+            for key in keys:
+                fault = self.faults.get(key)
+                if fault is not None and fault.times > 0:
+                    self.faults[key] = replace(fault, times=fault.times - 1)
+                    return fault
+        return Fault()
 
 
-class _Server(ThreadingHTTPServer):
-    def __init__(self, hub: LocalHub, name: str) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.hub, self.name = hub, name
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        self.stopped = threading.Event()
-        self.connections: set[socket.socket] = set()
+class _Hub(Handler):
+    """Each public method answers one operation of the API; ROUTES says which. `kind` is "models" or "datasets"."""
 
-    def stop(self) -> None:
-        if self.stopped.is_set():
-            return
-        self.stopped.set()
-        self.shutdown()
-        self.server_close()
-        for connection in list(self.connections):
-            with contextlib.suppress(OSError):  # the other side may have closed it
-                connection.shutdown(socket.SHUT_RDWR)
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        pass  # clients are killed in tests
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: _Server
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-
-    def setup(self) -> None:
-        super().setup()
-        self.server.connections.add(self.connection)
-
-    def finish(self) -> None:
-        self.server.connections.discard(self.connection)
-        super().finish()
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        hub, path = self.server.hub, unquote(urlsplit(self.path).path)
-        if self.server.name == "hub" and hub.token is not None and self._token() != hub.token:
-            self._error(401, "RepoNotFound", "Invalid username or password.", path)  # as for a repo that is not there
-        elif match := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            self._resolve(*match.groups())
-        elif match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path):
-            self._api(path, match[1], match[2], match[3] or "main")
+    def operate(self) -> Answer:
+        self.operation, groups = self._route()
+        if self.operation == "resolve":
+            self.operation, self.shown = self.command.lower(), groups["path"]
+            answer = self.resolve(**groups)
         else:
-            self._error(404, None, "Not Found", path)
+            self.meet(groups.get("name", "*"))
+            answer = getattr(self, self.operation)(**groups)
+            answer.body = answer.body if self.fault.content is None else self.fault.content
+        if self.fault.location is not None:
+            answer.status = 302
+            answer.headers["Location"] = self.fault.location
+        self.fail()
+        return answer
 
-    do_HEAD = do_GET
+    def _route(self) -> tuple[str, dict[str, str]]:
+        asked = self.server.name, self.command.replace("HEAD", "GET")
+        for server, method, pattern, operation in ROUTES:
+            match = re.fullmatch(pattern, self.url.path, re.DOTALL)
+            if match and asked == (server, method):
+                return operation, {name: unquote(text) for name, text in match.groupdict().items() if text is not None}
+        raise Refused(404, None, "Not Found")
 
-    def _resolve(self, name: str, revision: str, path: str) -> None:
-        hub = self.server.hub
-        found = self._commit(name, revision, path)
-        if found is None:
-            return
-        sha, files = found
-        if path not in files:
-            self._error(404, "EntryNotFound", "Entry not found", path, {"X-Repo-Commit": sha})
-            return
-        content, listed = files[path], entry(path, files[path])
-        etag = listed["oid"]
-        headers = {"X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
-        if isinstance(large := listed.get("lfs"), dict):
-            etag = large["oid"]
-            headers |= {"X-Linked-Size": str(len(content)), "X-Linked-Etag": f'"{etag}"'}
-            if hub.redirects and self.server.name == "hub":
-                location = f"{hub.cdn_url}/datasets/{quote(name)}/resolve/{sha}/{quote(path)}?{SIGNATURE}"
-                self._answer(302, path, {**headers, "Location": location})
-                return
-        self._file(path, content, {**headers, "ETag": f'"{etag}"'})
+    def _repo(self, kind: str, name: str, write: bool = False) -> Repo:
+        repo = self.hub.repos(kind).get(name)
+        self._authorize(write, hidden=repo is None or repo.private or self.hub.token is not None)
+        if repo is None:
+            raise Refused(404, "RepoNotFound", "Repository not found")
+        return repo
 
-    def _file(self, path: str, content: bytes, headers: dict[str, str]) -> None:
-        fault = (self.server.hub.fault_of(path) if self.command == "GET" else None) or Fault()
-        if fault.status is not None:
-            self._error(fault.status, None, "out of order", path)
+    def _authorize(self, write: bool = False, hidden: bool = False) -> None:
+        tokens = [token for token in (self.hub.token, self.hub.write_token) if token is not None]
+        if not tokens:
             return
-        if fault.content is not None:
-            content = fault.content
+        if self.token is None and (write or hidden):
+            # As for a repo that is not there.
+            code = None if self.operation in ("create", "list_repos") else "RepoNotFound"
+            raise Refused(401, code, "Invalid username or password.")
+        if self.token is not None and self.token not in tokens:
+            raise Refused(401, None, "Invalid credentials in Authorization header")
+        if write and self.token != tokens[-1]:
+            raise Refused(403, None, "Forbidden: you must use a write token to upload to a repository")
+
+    def _signed(self) -> None:
+        if self.url.query != SIGNATURE:
+            raise Refused(403, None, "the signature does not match")
+
+    # ------------------------------------------------------------ reading
+
+    def resolve(self, name: str, revision: str, path: str, kind: str = "models") -> Answer:
+        at_hub = self.server.name == "hub"
+        if at_hub:
+            repo = self._repo(kind, name)
+        else:
+            self._signed()
+            repo = self.hub.repos(kind)[name]
+        sha = repo.resolve(revision)
+        if path not in repo.commits[sha]:
+            raise Refused(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": sha})
+        content = repo.commits[sha][path]
+        listed = repo.entry(path, content)
+        headers = {"X-Repo-Commit": sha, "Accept-Ranges": "bytes", "ETag": f'"{listed["oid"]}"'}
+        if "lfs" in listed:
+            headers["X-Linked-Size"] = str(listed["size"])
+            headers["ETag"] = headers["X-Linked-Etag"] = f'"{listed["lfs"]["oid"]}"'
+        redirected = "lfs" in listed and self.hub.redirects and at_hub
+        if not redirected or self.command == "HEAD":  # a GET has the faults of where it is led
+            self.meet(path)
+        if redirected:
+            place = f"{at(kind, name)}/resolve/{sha}/{quote(path)}"
+            return Answer(302, {**headers, "Location": f"{self.hub.cdn_url}/{place}?{SIGNATURE}"})
+        if self.command == "HEAD":
+            return Answer(200, {**headers, "Content-Length": str(listed["size"])})
+        if self.fault.content is not None:
+            content = self.fault.content
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if asked is None or fault.whole:
-            self._answer(200, path, headers, content, fault)
-            return
+        if asked is None or self.fault.whole:
+            return Answer(200, headers, content)
         first, last = int(asked[1]), min(int(asked[2] or len(content)), len(content) - 1)
         if first > last:
-            self._answer(416, path, {**headers, "Content-Range": f"bytes */{len(content)}"})
-            return
+            return Answer(416, {**headers, "Content-Range": f"bytes */{len(content)}"})
         headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
-        self._answer(206, path, headers, content[first : last + 1], fault)
+        return Answer(206, headers, content[first : last + 1])
 
-    def _api(self, path: str, name: str, what: str | None, revision: str) -> None:
-        found = self._commit(name, revision, path)
-        if found is None:
-            return
-        sha, files = found
-        answer: object = [entry(path, content) for path, content in files.items()]
-        if what != "tree":
-            siblings = [{"rfilename": path} for path in files]
-            answer = {"id": name, "sha": sha, "private": False, "tags": [], "siblings": siblings}
-        self._answer(200, path, {"Content-Type": "application/json"}, json.dumps(answer).encode())
+    def whoami(self) -> Answer:
+        if self.token is None:
+            raise Refused(401, None, "Invalid username or password.")
+        self._authorize()
+        role = "write" if self.hub.write_token in (None, self.token) else "read"
+        auth = {"type": "access_token", "accessToken": {"displayName": "local", "role": role}}
+        return as_json({"type": "user", "id": USER, "name": USER, "orgs": [], "auth": auth})
 
-    def _commit(self, name: str, revision: str, path: str) -> tuple[str, dict[str, bytes]] | None:
-        # What was asked for, or None after an error was answered.
-        repo = self.server.hub.repos.get(name)
-        if repo is None:
-            self._error(404, "RepoNotFound", "Repository not found", path)
-            return None
-        sha = repo.resolve(revision)
-        if sha is None:
-            self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}", path)
-            return None
-        return sha, repo.commits[sha]
+    def list_repos(self, kind: str) -> Answer:
+        self._authorize(hidden=self.hub.token is not None)
+        anonymous = self.token is None and self.hub.write_token is not None
+        found = []
+        for name, repo in self.hub.repos(kind).items():
+            if "main" not in repo.branches or (repo.private and anonymous):
+                continue
+            info = repo.info(name, repo.resolve("main"), blobs=False)
+            wanted = all(word.lower() in name.lower() for word in self.query.get("search", []))
+            wanted = wanted and self.query.get("author", [info["author"]]) == [info["author"]]
+            if wanted and set(self.query.get("filter", [])) <= set(info["tags"]):
+                hidden = set() if "full" in self.query else {"sha", "siblings", "author", "lastModified", "cardData"}
+                hidden -= {"cardData"} if "cardData" in self.query else set()
+                found.append(self._expanded(info, hidden))
+        return as_json(found[: int(self.query.get("limit", ["1000"])[0])])
 
-    def _error(
-        self, status: int, code: str | None, message: str, path: str, headers: dict[str, str] | None = None
-    ) -> None:
-        told = {"X-Error-Message": message, **(headers or {})} | ({} if code is None else {"X-Error-Code": code})
-        self._answer(status, path, told, json.dumps({"error": message}).encode())
+    def _expanded(self, info: dict[str, Any], hidden: set[str]) -> dict[str, Any]:
+        if "expand" in self.query:
+            return {key: value for key, value in info.items() if key in ("id", *self.query["expand"])}
+        return {key: value for key, value in info.items() if key not in hidden}
 
-    def _answer(
-        self, status: int, path: str, headers: dict[str, str], body: bytes = b"", fault: Fault | None = None
-    ) -> None:
-        hub = self.server.hub
-        asked = self.headers.get("Range")
-        with hub.lock:
-            hub.log.append(Request(self.server.name, self.command, path, asked, self._token(), status))
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "HEAD":
-            return
-        self.wfile.write(body if fault is None else body[: fault.cut_after])
-        if fault is not None and fault.stalls:
-            self.server.stopped.wait()
-        if fault is not None and (fault.stalls or fault.cut_after is not None):
-            self.close_connection = True
-            self.connection.shutdown(socket.SHUT_RDWR)
+    def info(self, kind: str, name: str, revision: str = "main") -> Answer:
+        repo = self._repo(kind, name)
+        info = repo.info(name, repo.resolve(revision), blobs="blobs" in self.query)
+        return as_json(self._expanded(info, set()))
 
-    def _token(self) -> str | None:
-        return (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
+    def tree(self, kind: str, name: str, revision: str, path: str = "") -> Answer:
+        repo = self._repo(kind, name)
+        return as_json(repo.tree(repo.resolve(revision), path, self.query.get("recursive") == ["true"]))
+
+    def paths_info(self, kind: str, name: str, revision: str) -> Answer:
+        repo = self._repo(kind, name)
+        asked = parse_qs(self.body().decode()).get("paths", [])
+        return as_json([item for item in repo.tree(repo.resolve(revision), "", True) if item["path"] in asked])
+
+    def refs(self, kind: str, name: str) -> Answer:
+        repo = self._repo(kind, name)
+        answer: dict[str, list[dict[str, str]]] = {"converts": []}
+        for key, folder, names in (("branches", "heads", repo.branches), ("tags", "tags", repo.tags)):
+            answer[key] = [{"name": n, "ref": f"refs/{folder}/{n}", "targetCommit": sha} for n, sha in names.items()]
+        return as_json(answer)
+
+    def commits(self, kind: str, name: str, revision: str) -> Answer:
+        repo = self._repo(kind, name)
+        answer = []
+        for sha in repo.history(repo.resolve(revision)):
+            note = repo.notes.get(sha, Note())
+            said = {"title": note.title, "message": note.message, "date": stamp(note.date)}
+            answer.append({"id": sha, **said, "authors": [{"user": USER}]})
+        return as_json(answer)
+
+    # ------------------------------------------------------------ writing
+
+    def create(self) -> Answer:
+        self._authorize(write=True)
+        kind, name, asked = self._named()
+        answer = {"url": f"{self.hub.url}/{at(kind, name)}", "name": name}
+        with self.hub.lock:
+            if name in self.hub.repos(kind):
+                return as_json({"error": f"You already created this {kind[:-1]} repo", **answer}, 409)
+            repo = Repo(private=asked.get("visibility") == "private")
+            repo.add({".gitattributes": GITATTRIBUTES}, title="initial commit")
+            self.hub.repos(kind)[name] = repo
+        return as_json(answer)
+
+    def delete(self) -> Answer:
+        kind, name, _ = self._named()
+        self._repo(kind, name, write=True)
+        del self.hub.repos(kind)[name]
+        return as_json({})
+
+    def _named(self) -> tuple[str, str, dict[str, Any]]:
+        # The repo that a request is about which says so in its body.
+        asked = json.loads(self.body())
+        kind = asked.get("type") or "model"
+        if kind not in ("model", "dataset"):
+            raise Refused(400, None, f"no repos of type {kind}")
+        return f"{kind}s", f"{asked['organization'] or USER}/{asked['name']}", asked
+
+    def validate(self) -> Answer:
+        try:
+            front_matter(json.loads(self.body())["content"])
+        except ValueError as error:
+            return as_json({"errors": [{"message": str(error)}], "warnings": []}, 400)
+        return as_json({"errors": [], "warnings": []})
+
+    def preupload(self, kind: str, name: str, revision: str) -> Answer:
+        repo = self._repo(kind, name, write=True)
+        files = repo.commits[repo.resolve(revision)]
+        answer = []
+        for asked in json.loads(self.body())["files"]:
+            path, large = asked["path"], is_large(asked["path"], asked["size"])
+            oid = None
+            if path in files:
+                oid = hashlib.sha256(files[path]).hexdigest() if large else git_oid(files[path])
+            mode = "lfs" if large else "regular"
+            answer.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        return as_json({"files": answer})
+
+    def batch(self, name: str, kind: str = "models") -> Answer:
+        repo = self._repo(kind, name, write=True)
+        answer = []
+        for asked in json.loads(self.body())["objects"]:
+            if asked["oid"] not in repo.stored:
+                repo.announced[asked["oid"]] = asked["size"]
+                upload = {"href": f"{self.hub.cdn_url}/lfs/{kind}/{name}/{asked['oid']}?{SIGNATURE}", "header": {}}
+                verify = {"href": f"{self.hub.url}/{at(kind, name)}.git/info/lfs/verify"}
+                asked["actions"] = {"upload": upload, "verify": verify}
+            answer.append(asked)
+        return as_json({"transfer": "basic", "objects": answer})
+
+    def put(self, kind: str, name: str, oid: str) -> Answer:
+        self._signed()
+        repo = self.hub.repos(kind)[name]
+        if repo.announced.get(oid) != self.unread:
+            raise Refused(400, None, f"{self.unread} bytes, not {repo.announced.get(oid)}")
+        if self.fault.cut_after is not None:
+            self.body(self.fault.cut_after)
+            raise Broken
+        content = self.body()
+        if hashlib.sha256(content).hexdigest() != oid:
+            raise Refused(400, None, f"the content's sha256 is not {oid}")
+        repo.stored[oid] = content
+        return Answer(200)
+
+    def verify(self, name: str, kind: str = "models") -> Answer:
+        repo, asked = self._repo(kind, name, write=True), json.loads(self.body())
+        if asked["oid"] not in repo.stored or len(repo.stored[asked["oid"]]) != asked["size"]:
+            raise Refused(404, None, f"no {asked['oid']} of {asked['size']} bytes")
+        return as_json({})
+
+    def commit(self, kind: str, name: str, revision: str) -> Answer:
+        repo = self._repo(kind, name, write=True)
+        with self.hub.lock:
+            sha = repo.change(revision, self.body())
+        place = f"{self.hub.url}/{at(kind, name)}/commit/{sha}"
+        return as_json({"success": True, "commitUrl": place, "commitOid": sha})
+
+    def tag(self, kind: str, name: str, revision: str) -> Answer:
+        repo, tag = self._repo(kind, name, write=True), json.loads(self.body())["tag"]
+        if tag in repo.tags:
+            raise Refused(409, None, f"Tag {tag} already exists")
+        repo.tags[tag] = repo.resolve(revision)
+        return as_json({}, 201)
+
+    def delete_tag(self, kind: str, name: str, revision: str) -> Answer:
+        repo = self._repo(kind, name, write=True)
+        if repo.tags.pop(revision, None) is None:
+            raise Refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return as_json({})
+
+    def branch(self, kind: str, name: str, revision: str) -> Answer:
+        repo, asked = self._repo(kind, name, write=True), json.loads(self.body())
+        if revision in repo.branches:
+            raise Refused(409, None, f"Branch {revision} already exists")
+        repo.branches[revision] = repo.resolve(asked.get("startingPoint", "main"))
+        return as_json({}, 201)
+
+    def delete_branch(self, kind: str, name: str, revision: str) -> Answer:
+        repo = self._repo(kind, name, write=True)
+        if revision == "main" or repo.branches.pop(revision, None) is None:
+            raise Refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return as_json({})
+
+
+_ID = "(?P<name>[^/]+/[^/]+?)"
+_API = f"/api/(?P<kind>models|datasets)/{_ID}"
+_FILES = f"(?:/(?P<kind>datasets))?/{_ID}"
+_REVISION = "/(?P<revision>[^/]+)"
+ROUTES = [
+    ("hub", "GET", f"{_FILES}/resolve{_REVISION}/(?P<path>.+)", "resolve"),
+    ("cdn", "GET", f"{_FILES}/resolve{_REVISION}/(?P<path>.+)", "resolve"),
+    ("cdn", "PUT", f"/lfs/(?P<kind>models|datasets)/{_ID}/(?P<oid>[0-9a-f]+)", "put"),
+    ("hub", "GET", "/api/whoami-v2", "whoami"),
+    ("hub", "GET", "/api/(?P<kind>models|datasets)", "list_repos"),
+    ("hub", "GET", f"{_API}(?:/revision{_REVISION})?", "info"),
+    ("hub", "GET", f"{_API}/tree{_REVISION}(?:/(?P<path>.*))?", "tree"),
+    ("hub", "POST", f"{_API}/paths-info{_REVISION}", "paths_info"),
+    ("hub", "GET", f"{_API}/refs", "refs"),
+    ("hub", "GET", f"{_API}/commits{_REVISION}", "commits"),
+    ("hub", "POST", "/api/repos/create", "create"),
+    ("hub", "DELETE", "/api/repos/delete", "delete"),
+    ("hub", "POST", "/api/validate-yaml", "validate"),
+    ("hub", "POST", f"{_API}/preupload{_REVISION}", "preupload"),
+    ("hub", "POST", rf"{_FILES}\.git/info/lfs/objects/batch", "batch"),
+    ("hub", "POST", rf"{_FILES}\.git/info/lfs/verify", "verify"),
+    ("hub", "POST", f"{_API}/commit{_REVISION}", "commit"),
+    ("hub", "POST", f"{_API}/tag{_REVISION}", "tag"),
+    ("hub", "DELETE", f"{_API}/tag{_REVISION}", "delete_tag"),
+    ("hub", "POST", f"{_API}/branch{_REVISION}", "branch"),
+    ("hub", "DELETE", f"{_API}/branch{_REVISION}", "delete_branch"),
+]
