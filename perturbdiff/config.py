@@ -16,6 +16,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 T = TypeVar("T")
+MAX_FEATURES = 1 << 20  # columns of a frozen table, or covariates: more is a mistake or an attack
 
 
 @dataclass
@@ -102,6 +103,16 @@ class SplitConfig:
 
 
 @dataclass
+class PublishedEncoding:
+    """What the covariate encoder of a converted published checkpoint has besides rows of labels; 0: it has none."""
+
+    perturbation_features: int = 0  # columns of the frozen table of perturbations
+    doses: int = 0  # doses that these perturbations have among them
+    cell_type_features: int = 0  # columns of the frozen table of cell types
+    covariates: int = 0  # outputs of the encoder; 0: one for each gene
+
+
+@dataclass
 class DenoiserConfig:
     width: int = 192  # D
     depth: int = 4
@@ -112,9 +123,12 @@ class DenoiserConfig:
     output: Literal["direct", "control_residual"] = "control_residual"
     out_activation: Literal["relu", "softplus", "none"] = "relu"
     conditioning: Literal["labels", "reference"] = "labels"
-    covariate_dim: int = 128  # width of each one-hot embedding of conditioning=reference
-    perturbation_encoding: Literal["onehot", "none"] = "onehot"  # conditioning=reference only
-    batch_encoding: Literal["onehot", "none"] = "onehot"  # conditioning=reference only
+    covariate_dim: int = 128  # width of each embedding of conditioning=reference
+    # Of conditioning=reference only; features (frozen tables) are of converted models, which cannot be trained.
+    perturbation_encoding: Literal["onehot", "none", "features"] = "onehot"
+    cell_type_encoding: Literal["onehot", "features"] = "onehot"
+    batch_encoding: Literal["onehot", "none"] = "onehot"
+    published_encoding: PublishedEncoding = field(default_factory=PublishedEncoding)
 
 
 @dataclass
@@ -387,6 +401,10 @@ def check_config(config: Config) -> None:
     if patience is not None and patience < 1:
         raise ValueError(f"training.early_stop_patience ({patience}) must be at least 1; null never stops early.")
     check_denoiser(config.denoiser)
+    if config.denoiser.published_encoding != PublishedEncoding():
+        raise ValueError(
+            "denoiser.published_encoding is of converted checkpoints, whose frozen tables training lacks; leave it out."
+        )
     check_sampling(config.sampling, config.diffusion)
 
 
@@ -430,6 +448,22 @@ def check_denoiser(config: DenoiserConfig) -> None:
             f"denoiser.n_heads ({config.n_heads}) must divide the attention's width ({tokens_width} with "
             f"denoiser.width={config.width} and attention={config.attention})."
         )
+    published = config.published_encoding
+    tables = {
+        "perturbation": (config.perturbation_encoding, published.perturbation_features),
+        "cell_type": (config.cell_type_encoding, published.cell_type_features),
+    }
+    for name, (encoding, n) in tables.items():
+        if (encoding == "features") != (n > 0):
+            raise ValueError(
+                f"denoiser.{name}_encoding ({encoding}) must be features with a frozen table, which has {n} columns "
+                "here, and only then; none but converted checkpoints have one: use onehot."
+            )
+    if published.doses and not published.perturbation_features:
+        raise ValueError(f"denoiser.published_encoding.doses ({published.doses}) must come with a table of drugs.")
+    for name, value in vars(published).items():
+        if not 0 <= value <= MAX_FEATURES:
+            raise ValueError(f"denoiser.published_encoding.{name} ({value}) must be between 0 and {MAX_FEATURES}.")
 
 
 def check_sampling(sampling: SamplingConfig, diffusion: DiffusionConfig) -> None:

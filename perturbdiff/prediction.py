@@ -99,7 +99,11 @@ def sample_batch(
     def draw() -> Tensor:
         return torch.stack([torch.randn(control.shape[1:], generator=g, device=control.device) for g in generators])
 
+    # Of the weights; trajectories are float32 whatever it is.
+    dtype = next((weight.dtype for weight in denoiser.parameters()), torch.float32)
+
     def denoise(x_t: Tensor, t: Tensor, control: Tensor, cond: Labels | None, self_cond: Tensor | None) -> Tensor:
-        return denoiser(x_t, t, control, cond, self_cond, batch.mask, batch.mask)
+        self_cond = None if self_cond is None else self_cond.to(dtype)
+        return denoiser(x_t.to(dtype), t, control.to(dtype), cond, self_cond, batch.mask, batch.mask).float()
 
     return sample(denoise, draw(), control, batch.labels, sampling, schedule, draw)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -15,34 +17,37 @@ from torch import Tensor
 
 from perturbdiff import __version__
 from perturbdiff.config import (
-    DenoiserConfig,
-    DiffusionConfig,
     ModelConfig,
-    ObsColumns,
     Preprocessing,
     SamplingConfig,
     as_dict,
-    check_preprocessing,
     check_sampling,
     from_dict,
 )
 from perturbdiff.data.batch import Vocabularies
 from perturbdiff.data.screen import expression_of
 from perturbdiff.data.seeds import torch_generator
-from perturbdiff.data.vocab import GeneVocab, LabelVocab
-from perturbdiff.hub.card import write_card
+from perturbdiff.data.vocab import GeneVocab
+from perturbdiff.hub.card import eval_results_files, write_card
+from perturbdiff.hub.card_check import check_card
+from perturbdiff.hub.download import ModelSource, find_model, max_tensor_bytes
 from perturbdiff.hub.layout import (
+    CARD,
+    OWN_FILES,
     ModelFiles,
     check_golden,
+    check_tensor_files,
     folder_identity,
     load_weights,
     make_golden,
-    read_config,
-    read_json_files,
+    read_card,
+    read_settings,
     write_model_folder,
 )
+from perturbdiff.hub.publish import Publication, publish
+from perturbdiff.hub.settings import ModelSettings, parse_settings
 from perturbdiff.model.conditioning import VocabSizes
-from perturbdiff.model.denoiser import Denoiser
+from perturbdiff.model.denoiser import Denoiser, build_denoiser
 from perturbdiff.prediction import Context, deal_sets, denoise_sets
 from perturbdiff.progress import progress
 
@@ -51,9 +56,6 @@ if TYPE_CHECKING:
 
 MAX_PREDICTED_CELLS = 50_000_000  # of one call: the answer is held in memory
 READ_AGAIN = 5  # times, a folder that is replaced while it is read
-CONFIG_KEYS = {
-    "format_version", "library_version", "class", "denoiser", "diffusion", "sampling", "obs", "set_size", "sha256",
-}  # fmt: skip
 
 
 class PerturbDiff:
@@ -71,6 +73,8 @@ class PerturbDiff:
         Architecture, diffusion, sampling defaults, set size.
     training
         Where the weights come from (plain JSON values).
+    evaluation
+        Scores on held-out conditions, as `Report.as_json` gives them; None if nobody measured any.
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class PerturbDiff:
         preprocessing: Preprocessing,
         config: ModelConfig,
         training: dict[str, Any],
+        evaluation: dict[str, Any] | None = None,
         name: str = "unsaved",
     ) -> None:
         self.denoiser = denoiser.eval()
@@ -89,16 +94,48 @@ class PerturbDiff:
         self.preprocessing = preprocessing
         self.config = config
         self.training = training
+        self.evaluation = evaluation
         self.name = name
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, device: str | torch.device | None = None) -> PerturbDiff:
-        """Load a model folder; every file's hash and the golden output are checked.
+    def from_pretrained(
+        cls,
+        path_or_repo_id: str | Path,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        golden_check: bool = True,
+    ) -> PerturbDiff:
+        """Load a model folder, from here or from the Hub; every file's hash and the golden output are checked.
+
+        Parameters
+        ----------
+        path_or_repo_id
+            A folder, a name of the registry, or owner/name of a repo on the Hub.
+        revision
+            Branch, tag or commit of a repo; all files come from the one commit that it means now.
+        subfolder
+            Where in the folder or repo the model is.
+        cache_dir, local_files_only, token
+            Of the Hub's client: where to keep files ($HF_HOME), never to ask the network, what to log in with. Without
+            a network, and with HF_HUB_OFFLINE=1, what is in the cache is loaded.
+        device
+            The GPU if there is one, by default.
+        dtype
+            Of the weights and of the arithmetic of predictions; float32 by default.
+        golden_check
+            False skips the comparison of the stored output, not that of the hashes.
 
         Raises
         ------
         FileNotFoundError
-            No such folder, or a file of it is missing.
+            No such folder, name, repo or revision, or a file of it is missing.
+        PermissionError, ConnectionError
+            The repo needs a token or another one; the Hub does not answer as it should.
         ValueError
             A file was truncated or changed, does not fit the others, or is of a newer format.
 
@@ -106,88 +143,122 @@ class PerturbDiff:
         -----
         A folder that a run replaces while it is read is read again.
         """
+        source = find_model(path_or_repo_id, revision, subfolder, cache_dir, local_files_only, token)
+        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if source.repo is not None:
+            return cls._read(source, golden_check)._to(where, dtype)
         for _ in range(READ_AGAIN):
-            identity = folder_identity(path)
+            identity = folder_identity(source.folder)
             try:
-                model = cls._read(path, device)
+                model = cls._read(source, golden_check)
             except (OSError, RuntimeError, ValueError):  # RuntimeError: of torch, which maps the weights by their name
                 time.sleep(0.1)  # for the moment between two renames
-                if folder_identity(path) == identity:
+                if folder_identity(source.folder) == identity:
                     raise
             else:
-                if folder_identity(path) == identity:  # or its files may be of two models
-                    return model
-        raise ValueError(f"{path} is replaced again and again while it is read; open it when that has ended.")
+                if folder_identity(source.folder) == identity:  # or its files may be of two models
+                    return model._to(where, dtype)
+        raise ValueError(f"{source.folder} is replaced again and again while it is read; open it when that has ended.")
 
     @classmethod
-    def _read(cls, path: str | Path, device: str | torch.device | None) -> PerturbDiff:
-        config = read_config(path)
-        files = read_json_files(path, config)
-        try:
-            genes = GeneVocab(_strings(files["genes.json"]["names"]), _strings(files["genes.json"]["ensembl"]) or None)
-            vocabularies = Vocabularies(
-                LabelVocab("perturbation", _strings(files["perturbations.json"]["names"])),
-                LabelVocab("cell_type", _strings(files["cell_types.json"]["names"])),
-                LabelVocab("batch", _strings(files["batches.json"]["names"])),
-                files["perturbations.json"]["combination_separator"],
-            )
-            preprocessing = from_dict(Preprocessing, files["preprocessing.json"])
-            model_config = ModelConfig(
-                from_dict(DenoiserConfig, config["denoiser"]),
-                from_dict(DiffusionConfig, config["diffusion"]),
-                from_dict(SamplingConfig, config["sampling"]),
-                from_dict(ObsColumns, config["obs"]),
-                config["set_size"],
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: a setting is missing or of the wrong kind ({error}).") from error
-        check_preprocessing(preprocessing)
-        _refuse_unbelievable(path, config, model_config)
-        with torch.device("meta"):  # shapes only: no memory is taken before they were compared with the file's
-            denoiser = build_denoiser(model_config.denoiser, len(genes), vocabularies)
-        load_weights(path, denoiser)
-        check_golden(path, denoiser.eval())
-        model = cls(denoiser, genes, vocabularies, preprocessing, model_config, files["training.json"], Path(path).name)
-        model.denoiser.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return model
+    def from_reference(
+        cls,
+        checkpoint: str | Path,
+        genes: Sequence[str] | None = None,
+        dataset: str | None = None,
+        weights: Literal["ema", "raw"] = "ema",
+    ) -> PerturbDiff:
+        """A published Lightning checkpoint as a model, on the CPU; nothing in the file is executed.
 
-    def save_pretrained(self, path: str | Path) -> None:
+        Parameters and errors as `perturbdiff.hub.convert.convert_checkpoint`.
+        """
+        from perturbdiff.hub.convert import convert_checkpoint
+
+        return cls(**vars(convert_checkpoint(checkpoint, genes, dataset, weights)), name=Path(checkpoint).stem)
+
+    @classmethod
+    def _read(cls, source: ModelSource, golden_check: bool) -> PerturbDiff:
+        files = read_settings(source.folder)
+        source.check_identity(files)
+        if (card := read_card(source.folder)) is not None:
+            check_card(card)
+        said = parse_settings(source.folder, files)
+        with torch.device("meta"):  # shapes only: no memory is taken before they were compared with the file's
+            denoiser = build_denoiser(said.config.denoiser, len(said.genes), said.vocabularies)
+        max_bytes = max_tensor_bytes(denoiser)
+        source.fetch_tensors(files, max_bytes)
+        check_tensor_files(source.folder, files, max_bytes)
+        load_weights(source.folder, files, denoiser)
+        if golden_check:
+            check_golden(source.folder, denoiser.eval())
+        return cls(denoiser, **vars(said), name=source.name)
+
+    def _to(self, device: str | torch.device, dtype: torch.dtype | None) -> PerturbDiff:
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype ({dtype}) must be a floating point type, as torch.bfloat16.")
+        self.denoiser.to(device=device, dtype=dtype)
+        return self
+
+    def save_pretrained(self, path: str | Path, max_shard_size: int | str = "5GB") -> None:
         """Write a model folder, whole or not at all; replaces an older one of that name.
+
+        Parameters
+        ----------
+        max_shard_size
+            Larger weights are cut into files of at most this size: bytes, or as "500MB".
 
         Raises
         ------
         FileExistsError
             `path` exists and is not a model folder.
+        OSError
+            It could not be written; an older one is as it was.
         """
-        config = {
-            "library_version": __version__,
-            "class": "PerturbDiff",
-            "denoiser": as_dict(self.config.denoiser),
-            "diffusion": as_dict(self.config.diffusion),
-            "sampling": as_dict(self.config.sampling),
-            "obs": vars(self.config.obs),
-            "set_size": self.config.set_size,
-        }
-        vocabularies = self.vocabularies
-        json_files: dict[str, dict[str, Any]] = {
-            "genes.json": {"names": self.genes.names, "ensembl": self.genes.ensembl or ()},
-            "perturbations.json": {
-                "names": vocabularies.perturbations.names,
-                "combination_separator": vocabularies.combination_separator,
-            },
-            "cell_types.json": {"names": vocabularies.cell_types.names},
-            "batches.json": {"names": vocabularies.batches.names},
-            "preprocessing.json": as_dict(self.preprocessing),
-            "training.json": self.training,
-        }
-        weights = {name: tensor.detach().cpu() for name, tensor in self.denoiser.state_dict().items()}
+        weights = {name: tensor.detach().cpu().float() for name, tensor in self.denoiser.state_dict().items()}
         with torch.device("meta"):
-            on_cpu = build_denoiser(self.config.denoiser, len(self.genes), vocabularies).eval()
+            on_cpu = build_denoiser(self.config.denoiser, len(self.genes), self.vocabularies).eval()
         on_cpu.load_state_dict(weights, assign=True)  # the golden output is that of the CPU, wherever training ran
-        n_parameters = sum(tensor.numel() for tensor in weights.values())
-        card = write_card(config, json_files, n_parameters)
+        config, json_files = self._settings().as_json()
+        card = write_card(config, json_files, self.n_parameters)
         golden = make_golden(on_cpu, self._golden_inputs())
-        write_model_folder(path, ModelFiles(config, json_files, weights, golden, card))
+        write_model_folder(path, ModelFiles(config, json_files, weights, golden, card), max_shard_size)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        revision: str | None = None,
+        tag: str | None = None,
+        commit_message: str | None = None,
+        token: str | bool | None = None,
+        max_shard_size: int | str = "5GB",
+    ) -> Publication:
+        """Save, push as one commit, pull that back, verify hashes and golden output, tag last.
+
+        Parameters
+        ----------
+        repo_id
+            owner/name; made where there is none.
+        private
+            Of a repo that is made.
+        revision
+            Branch to push to, made where there is none; main by default.
+        tag
+            Set when what was pulled back has passed; a push that fails leaves none.
+
+        Raises
+        ------
+        FileExistsError
+            The tag is there already.
+        PermissionError, ConnectionError
+            The token may not; the Hub does not answer as it should.
+        ValueError
+            What came back is not what was pushed.
+        """
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / repo_id.split("/")[-1]
+            self.save_pretrained(folder, max_shard_size)
+            return push_folder(folder, repo_id, private, revision, tag, commit_message, token)
 
     def predict(
         self,
@@ -293,6 +364,15 @@ class PerturbDiff:
         }
         return AnnData(X=X, obs=obs, var=var, uns={"perturbdiff": uns})
 
+    @property
+    def n_parameters(self) -> int:
+        return sum(tensor.numel() for tensor in self.denoiser.state_dict().values())
+
+    def _settings(self) -> ModelSettings:
+        return ModelSettings(
+            self.genes, self.vocabularies, self.preprocessing, self.config, self.training, self.evaluation
+        )
+
     def _sampling(self, guidance_scale: float | None, steps: int | None, sampler: str | None) -> SamplingConfig:
         given = {"guidance_scale": guidance_scale, "sampler": sampler}
         if steps is not None:
@@ -324,7 +404,7 @@ class PerturbDiff:
         # Two sets of three cells, one masked; known and null labels.
         generator = torch_generator("cpu", 0, "golden check")
         shape = (2, 3, len(self.genes))
-        sizes = vocab_sizes(self.vocabularies)
+        sizes = VocabSizes.of(self.vocabularies)
         return {
             "x_t": torch.randn(shape, generator=generator),
             "t": torch.tensor([0, self.config.diffusion.n_timesteps - 1]),
@@ -337,41 +417,42 @@ class PerturbDiff:
         }
 
 
-def _refuse_unbelievable(path: str | Path, config: dict[str, Any], model: ModelConfig) -> None:
-    # Sizes from a foreign config.json: beyond these bounds even shapes without memory are a burden.
-    if unknown := sorted(set(config) - CONFIG_KEYS):
-        raise ValueError(f"{path}: config.json has unknown keys {unknown}; update perturbdiff or get the folder again.")
-    if config.get("class") != "PerturbDiff":
-        raise ValueError(f"{path}: config.json is of class {config.get('class')!r}; this reads 'PerturbDiff'.")
-    if set(config["obs"]) != set(ObsColumns.__dataclass_fields__):
-        raise ValueError(f"{path}: config.json's obs must have the keys {sorted(ObsColumns.__dataclass_fields__)}.")
-    bounds: dict[str, tuple[Any, int]] = {
-        "set_size": (model.set_size, 1 << 20),
-        "denoiser.depth": (model.denoiser.depth, 1 << 10),
-        "denoiser.width": (model.denoiser.width, 1 << 16),
-        "denoiser.covariate_dim": (model.denoiser.covariate_dim, 1 << 16),
-        "denoiser.mlp_ratio": (model.denoiser.mlp_ratio, 1 << 8),
-        "diffusion.n_timesteps": (model.diffusion.n_timesteps, 1 << 20),
-    }
-    for key, (value, most) in bounds.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
-            raise ValueError(f"{path}: {key} ({value!r}) must be greater than 0 and at most {most}.")
-    if not isinstance(model.set_size, int):
-        raise ValueError(f"{path}: set_size ({model.set_size!r}) must be a whole number.")
-    check_sampling(model.sampling, model.diffusion)
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    tag: str | None = None,
+    commit_message: str | None = None,
+    token: str | bool | None = None,
+    benchmark: str | None = None,
+) -> Publication:
+    """Push a model folder as it is, but for the card, which gets to know its repo.
 
-
-def build_denoiser(config: DenoiserConfig, n_genes: int, vocabularies: Vocabularies) -> Denoiser:
-    """A fresh denoiser for these genes and labels."""
-    return Denoiser(config, n_genes, vocab_sizes(vocabularies))
-
-
-def vocab_sizes(vocabularies: Vocabularies) -> VocabSizes:
-    """How many labels of each kind there are."""
-    return VocabSizes(len(vocabularies.perturbations), len(vocabularies.cell_types), len(vocabularies.batches))
-
-
-def _strings(values: Any) -> tuple[str, ...]:
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise TypeError("names must be a list of strings")
-    return tuple(values)
+    `benchmark` is the data set on the Hub that its evaluation is of, if there is one; the Hub then shows the scores
+    there. Otherwise as `PerturbDiff.push_to_hub`.
+    """
+    files = read_settings(folder)  # first: a repo id is no folder
+    model = PerturbDiff.from_pretrained(folder, device="cpu")
+    texts = {CARD: write_card(files.config, files.json, model.n_parameters, repo_id)}
+    if benchmark is not None:
+        if model.evaluation is None:
+            raise ValueError(
+                f"{folder} has no evaluation to show with {benchmark}; run `perturbdiff evaluate --model`."
+            )
+        texts |= eval_results_files(model.evaluation, benchmark, source_url=f"https://huggingface.co/{repo_id}")
+    return publish(
+        folder,
+        files.files,
+        repo_id,
+        "model",
+        own_files=OWN_FILES,
+        check=lambda back: PerturbDiff.from_pretrained(back, device="cpu"),
+        pull_back=lambda path: True,
+        private=private,
+        revision=revision,
+        tag=tag,
+        commit_message=commit_message,
+        texts=texts,
+        token=token,
+    )

@@ -407,19 +407,19 @@ def changed(path, value):
 
 
 BAD_CONFIGS = {
-    "newer format": (changed("format_version", 2), ["format_version 2", "reads 1", "Update perturbdiff"]),
+    "newer format": (changed("format_version", 3), ["format_version 3", "reads 1 to 2", "Update perturbdiff"]),
     "no format": (lambda config: config.pop("format_version"), ["format_version None", "reads 1"]),
-    "other width": (changed("denoiser.width", 32), ["model.safetensors does not fit", "(16, 30) (must be (32, 30))"]),
-    "deeper": (changed("denoiser.depth", 3), ["model.safetensors does not fit", "blocks.1.", "missing"]),
+    "other width": (changed("denoiser.width", 32), ["does not fit its config.json", "(16, 30) (must be (32, 30))"]),
+    "deeper": (changed("denoiser.depth", 3), ["does not fit its config.json", "blocks.1.", "missing"]),
     "absurd depth": (changed("denoiser.depth", 10**9), ["denoiser.depth (1000000000)", "at most 1024"]),
     "no heads": (changed("denoiser.n_heads", 0), ["denoiser.n_heads (0)", "greater than 0"]),
-    "unknown key": (changed("denoiser.layers", 3), ["'layers'"]),
+    "unknown key": (changed("denoiser.layers", 3), ["unknown keys layers"]),
     "unknown choice": (changed("denoiser.attention", "cross"), ["'cross'", "['paired', 'joint']"]),
     "interpolation": (changed("denoiser.attention", "${oc.env:HOME}"), ["interpolation"]),
     "unknown column": (changed("obs.donor", "x"), ["donor"]),
-    "no sampling": (lambda config: config.pop("sampling"), ["'sampling'", "missing"]),
-    "no hashes": (changed("sha256", {}), ["sha256 must name exactly"]),
-    "fewer hashes": (lambda config: config["sha256"].pop("genes.json"), ["sha256 must name exactly"]),
+    "no sampling": (lambda config: config.pop("sampling"), ["lacks sampling"]),
+    "no hashes": (changed("sha256", {}), ["sha256 must name the files", "missing"]),
+    "fewer hashes": (lambda config: config["sha256"].pop("genes.json"), ["sha256 must name the files", "missing"]),
     "other steps": (changed("sampling.n_steps", 0), ["sampling.n_steps (0)", "between 1 and"]),
 }
 

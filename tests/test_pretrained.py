@@ -1,8 +1,10 @@
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from anndata.io import write_elem
 from scipy import sparse
 
 import perturbdiff.prediction as prediction
@@ -233,3 +235,14 @@ def test_control_cells_of_a_screen_are_found_by_label(screen):
     assert chosen.n_obs == SIMULATION.control_cells_per_context
     with pytest.raises(ValueError, match=r"no control cell with cell_type 'type_7'.*type_"):
         control_cells(screen, ObsColumns(), "type_7", None)
+
+
+def test_controls_whose_x_has_other_rows_than_obs_are_refused(screen, tmp_path):
+    adata = anndata.read_h5ad(screen)
+    path = tmp_path / "cut.h5ad"
+    adata.write_h5ad(path)
+    with h5py.File(path, "r+") as file:
+        del file["X"]
+        write_elem(file, "X", sparse.csr_matrix(adata.X)[:-5])
+    with pytest.raises(ValueError, match="cells by genes"):
+        control_cells(path, ObsColumns(), None, None)

@@ -11,7 +11,7 @@ PACKAGE = Path(perturbdiff.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     "__main__", "cli", "demo", "evaluation", "training", "pretrained", "prediction", "hub", "model", "diffusion",
-    "data", "progress", "config",
+    "data", "progress", "client", "files", "config",
 ]  # fmt: skip
 CODE_LOADERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from perturbdiff.cli.command import add_command
+from perturbdiff.cli.command import add_command, add_target, print_publication
 
 
 def add_atlas_commands(commands: Any) -> None:
@@ -58,6 +58,26 @@ def add_atlas_commands(commands: Any) -> None:
         command.add_argument("atlas", metavar="DIR_OR_REPO", help="folder, or repo id of a data set on the Hub")
         command.add_argument("--revision", metavar="REV", help="branch, tag or commit of a repo")
 
+    push = add_command(
+        atlas_commands, "push", _atlas_push, "an atlas -> a data set on the Hub",
+        "Verifies every row, pushes the atlas as one commit with its card, compares what the Hub then has; the tag\n"
+        "is set last. A push that broke off goes on with the same command: shards that are there are not sent again.\n"
+        "The Hub's viewer shows it, and training streams from the repo id.",
+        "example:\n  perturbdiff atlas push atlases/perturbed owner/perturbed --tag v1\n",
+    )  # fmt: skip
+    push.add_argument("atlas", metavar="DIR", help="folder of an atlas")
+    add_target(push)
+
+    pull = add_command(
+        atlas_commands, "pull", _atlas_pull, "a data set on the Hub -> a folder",
+        "Downloads an atlas to a folder of its own and verifies every hash and row; interrupted, it goes on with the\n"
+        "same command.",
+        "example:\n  perturbdiff atlas pull owner/perturbed --revision v1 --out atlases/perturbed\n",
+    )  # fmt: skip
+    pull.add_argument("atlas", metavar="OWNER/NAME", help="repo id of a data set on the Hub")
+    pull.add_argument("--revision", metavar="REV", help="branch, tag or commit")
+    pull.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+
 
 def _atlas_build(arguments: argparse.Namespace) -> None:
     from perturbdiff.config import load_build_config
@@ -87,6 +107,23 @@ def _atlas_verify(arguments: argparse.Namespace) -> None:
     if unlisted:
         print(f"note        not of the atlas: {', '.join(unlisted[:5])}{', ...' if len(unlisted) > 5 else ''}")
     print(f"verified    {arguments.atlas}: {len(atlas.info.shards)} shards, {len(atlas):,} cells, every hash and row")
+
+
+def _atlas_push(arguments: argparse.Namespace) -> None:
+    from perturbdiff.hub.atlases import push_atlas
+
+    done = push_atlas(
+        arguments.atlas, arguments.repo, arguments.private, arguments.revision, arguments.tag, arguments.message
+    )
+    print_publication(done)
+
+
+def _atlas_pull(arguments: argparse.Namespace) -> None:
+    from perturbdiff.hub.atlases import pull_atlas
+
+    atlas = pull_atlas(arguments.atlas, arguments.out, arguments.revision)
+    print(f"pulled      {arguments.atlas}: {len(atlas.info.shards)} shards, {len(atlas):,} cells, every hash and row")
+    print(f"written     {arguments.out}")
 
 
 def _bytes(text: str) -> int:

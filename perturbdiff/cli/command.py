@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from perturbdiff.hub.publish import Publication
 
 SETTINGS = """
 settings:
@@ -30,3 +34,22 @@ def add_command(
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, as training.n_steps=1000")
+
+
+def name_and_revision(text: str) -> tuple[str, str | None]:
+    """owner/name@v1 -> owner/name, v1; a folder has no revision, whatever its name."""
+    name, _, revision = text.partition("@")
+    return (text, None) if Path(text).is_dir() else (name, revision or None)
+
+
+def add_target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("repo", metavar="OWNER/NAME", help="repo on the Hub, made where there is none")
+    parser.add_argument("--private", action="store_true", default=None, help="of a repo that is made")
+    parser.add_argument("--revision", metavar="BRANCH", help="push there (default: main)")
+    parser.add_argument("--tag", metavar="TAG", help="name for this commit, as v1; set when all has passed")
+    parser.add_argument("--message", metavar="TEXT", help="of the commit")
+
+
+def print_publication(done: Publication) -> None:
+    print(f"pushed      {done.url} at commit {done.commit}, pulled back and verified")
+    print(f"tag         {done.tag}" if done.tag else "tag         none (--tag v1 names a commit for good)")

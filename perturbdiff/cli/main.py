@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from perturbdiff import __version__
 from perturbdiff.cli.atlas import add_atlas_commands
+from perturbdiff.cli.hub import add_hub_commands
 from perturbdiff.cli.runs import add_run_commands, rank
 
 USER_ERRORS = (ValueError, KeyError, OSError, FloatingPointError)
@@ -63,4 +64,5 @@ def _parser() -> argparse.ArgumentParser:
 
     add_run_commands(commands)
     add_atlas_commands(commands)
+    add_hub_commands(commands)
     return parser

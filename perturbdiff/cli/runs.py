@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perturbdiff.cli.command import SETTINGS, add_command, add_settings
+from perturbdiff.cli.command import SETTINGS, add_command, add_settings, name_and_revision
 
 if TYPE_CHECKING:
     from perturbdiff.config import Config
@@ -102,7 +102,7 @@ def add_run_commands(commands: Any) -> None:
         "example:\n  perturbdiff predict runs/kang/model --controls kang.h5ad --perturbation IFN-beta --cell-type CD4T "
         "--out cd4t.h5ad\n",
     )  # fmt: skip
-    predict.add_argument("model", metavar="MODEL", help="model folder")
+    predict.add_argument("model", metavar="MODEL", help="model folder, name, or owner/name[@REVISION] on the Hub")
     predict.add_argument("--controls", required=True, metavar="FILE.h5ad", help="X raw counts or log1p")
     predict.add_argument("--perturbation", required=True, metavar="NAME", help="or several: A+B")
     predict.add_argument("--cell-type", metavar="NAME", help="only controls of this cell type (default: all)")
@@ -127,12 +127,16 @@ def add_run_commands(commands: Any) -> None:
         "Compares conditions that are in both files, with the real control cells on both sides. With the split.json\n"
         "of the run, baselines are made from its training cells and only its held-out cells count.",
         "example:\n  perturbdiff evaluate cd4t.h5ad --screen kang.h5ad --split runs/kang/split.json --out scores\n"
+        "  perturbdiff evaluate cd4t.h5ad --screen kang.h5ad --split runs/kang/split.json --model runs/kang/model\n"
         + SETTINGS,
     )  # fmt: skip
     evaluate.add_argument("predictions", metavar="PREDICTED.h5ad", help="X log1p, as perturbdiff predict writes it")
     evaluate.add_argument("--screen", required=True, metavar="FILE.h5ad", help="the measured cells and their controls")
     evaluate.add_argument("--split", metavar="split.json", help="of the run folder")
     evaluate.add_argument("--out", metavar="DIR", help="write scores.csv and scores.json there")
+    evaluate.add_argument(
+        "--model", metavar="FOLDER", help="the model folder that predicted: put the scores there and on its card"
+    )
     add_settings(evaluate)
 
 
@@ -238,7 +242,7 @@ def _predict(arguments: argparse.Namespace) -> None:
     from perturbdiff.pretrained import PerturbDiff
 
     _refuse_existing(arguments.out, arguments.overwrite)
-    model = PerturbDiff.from_pretrained(arguments.model)
+    model = PerturbDiff.from_pretrained(*name_and_revision(arguments.model))
     controls = control_cells(arguments.controls, model.config.obs, arguments.cell_type, arguments.batch)
     predicted = model.predict(
         controls,
@@ -264,11 +268,17 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from perturbdiff.evaluation.report import evaluate_file
+    from perturbdiff.pretrained import PerturbDiff
 
     if arguments.out is not None and Path(arguments.out).exists() and not Path(arguments.out).is_dir():
         raise FileExistsError(f"--out {arguments.out} is a file; give a folder.")
     report = evaluate_file(arguments.predictions, arguments.screen, arguments.split, arguments.settings)
     print(report.table())
+    if arguments.model is not None:
+        model = PerturbDiff.from_pretrained(arguments.model, device="cpu")
+        model.evaluation = report.as_json()
+        model.save_pretrained(arguments.model)
+        print(f"scores put into {arguments.model}")
     if arguments.out is not None:
         out = Path(arguments.out)
         out.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from perturbdiff.client import hub_errors
 from perturbdiff.config import Preprocessing
 from perturbdiff.data.atlas_cells import AtlasCells
 from perturbdiff.data.atlas_format import (
@@ -153,7 +154,8 @@ class Atlas:
         from huggingface_hub import snapshot_download
 
         files = [shard.file for shard in self.info.shards]
-        got = snapshot_download(self.name, repo_type="dataset", revision=self.commit, allow_patterns=files)
+        with hub_errors(f"atlas {self.name!r}"):
+            got = snapshot_download(self.name, repo_type="dataset", revision=self.commit, allow_patterns=files)
         self._check_shards(Path(got))
         self.folder = Path(got)
 
@@ -382,9 +384,9 @@ class Atlas:
 def _from_hub(repo: str, revision: str | None) -> Path:
     """The folder of the commit in the cache of the Hub that has the manifest; from that cache alone when offline."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
+    at = "" if revision is None else f" at revision {revision!r}"
+    with hub_errors(f"atlas {repo!r}{at} (not a folder here)"):
         first = Path(hf_hub_download(repo, CHECKSUMS, repo_type="dataset", revision=revision))
         digests = read_checksums(first.parent)
         for name in (MANIFEST, GENES, CONDITIONS):
@@ -393,19 +395,6 @@ def _from_hub(repo: str, revision: str | None) -> Path:
                     f"{name} of {repo} has {digests[name][1]:,} bytes; at most {MAX_BYTES[name]:,} are read."
                 )
             hf_hub_download(repo, name, repo_type="dataset", revision=first.parent.name)
-    except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{repo!r} is neither a folder nor a data set in the cache of the Hub, and the Hub cannot be reached "
-            f"({short(error)}); give a folder, or connect."
-        ) from error
-    except EntryNotFoundError as error:
-        raise FileNotFoundError(f"data set {repo!r} of the Hub is not an atlas: {short(error)}.") from error
-    except (HfHubHTTPError, HFValidationError) as error:
-        at = "" if revision is None else f" at revision {revision!r}"
-        raise FileNotFoundError(
-            f"{repo!r}{at} is neither a folder nor a data set on the Hub that you can read ({short(error)}); give a "
-            "folder made by `perturbdiff atlas build`, or owner/name."
-        ) from error
     return first.parent
 
 

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from perturbdiff.data.atlas_card import atlas_card
 from perturbdiff.data.expression import InputKind
 from perturbdiff.data.vocab import GeneVocab
 
@@ -178,7 +179,7 @@ def write_manifest(
     pq.write_table(pa.Table.from_arrays(columns, schema=GENES_SCHEMA), folder / GENES, compression="zstd")
     pq.write_table(conditions.cast(CONDITIONS_SCHEMA), folder / CONDITIONS, compression="zstd")
     _write_json(folder / MANIFEST, info.as_json())
-    (folder / CARD).write_text(_card(info), encoding="utf-8")
+    (folder / CARD).write_text(atlas_card(info), encoding="utf-8")
     small = {name: (sha256(folder / name), (folder / name).stat().st_size) for name in SMALL_FILES}
     files = {name: {"sha256": digest, "size": size} for name, (digest, size) in sorted({**small, **digests}.items())}
     _write_json(folder / CHECKSUMS, {"format_version": FORMAT_VERSION, "files": files})
@@ -187,39 +188,6 @@ def write_manifest(
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _card(info: AtlasInfo) -> str:
-    """README.md: front matter that makes `datasets` and the Hub read the shards and nothing else, and a few words."""
-    head = ["configs:", "- config_name: default", '  data_files: "data/*.parquet"']
-    if info.licence is not None and re.fullmatch(r"[a-z0-9][a-z0-9.-]*", info.licence):
-        head.insert(0, f"license: {info.licence}")
-    elif info.licence is not None:  # the Hub knows identifiers only
-        head[:0] = ["license: other", f"license_name: {json.dumps(info.licence)}"]
-    sources = [
-        f"- {s.name} ({s.file}): {s.n_cells:,} cells, {s.n_genes_kept:,} of {s.n_genes:,} genes, "
-        f"licence {s.licence or 'not stated'}"
-        for s in info.sources
-    ]
-    text = f"""
-# Cells for PerturbDiff
-
-{info.n_cells:,} cells of {info.n_perturbations:,} perturbations, {info.n_cell_types:,} cell types and
-{info.n_batches:,} batches; {info.n_genes:,} genes. One row a cell, in the order of `conditions.parquet`: `genes` are
-places in `genes.parquet`, `{info.value_column}` the values there. {info.normalisation}
-
-From:
-{chr(10).join(sources)}
-
-```python
-from perturbdiff.data.atlas import Atlas
-atlas = Atlas.open("this folder or repo")
-
-import datasets
-cells = datasets.load_dataset("this folder or repo", split="train")
-```
-"""
-    return "\n".join(["---", *head, "---"]) + "\n" + text
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

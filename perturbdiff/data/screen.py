@@ -209,7 +209,8 @@ def control_cells(path: str | Path, obs: ObsColumns, cell_type: str | None, batc
         Not a readable .h5ad, or no such cell in it (the message lists what is there).
     """
     X, table, var = read_h5ad_parts(path)
-    genes_of(var)  # refuses duplicates before AnnData merely warns of them
+    genes = genes_of(var)  # refuses duplicates before AnnData merely warns of them
+    matrix = _cells_by_genes(X, len(table), len(genes), str(path))
     wanted = ((obs.perturbation, obs.control_label), (obs.cell_type, cell_type), (obs.batch, batch))
     chosen = np.ones(len(table), dtype=bool)
     for column, value in wanted:
@@ -221,7 +222,7 @@ def control_cells(path: str | Path, obs: ObsColumns, cell_type: str | None, batc
                 f"{path} has no control cell with {column} {value!r}; {nearest(value, set(labels[chosen]))}."
             )
         chosen &= labels == value
-    return AnnData(X=as_csr(X)[chosen], obs=table[chosen].set_axis(unique_names(table.index[chosen])), var=var)
+    return AnnData(X=matrix[chosen], obs=table[chosen].set_axis(unique_names(table.index[chosen])), var=var)
 
 
 def write_h5ad(adata: AnnData, path: Path) -> None:
@@ -240,9 +241,7 @@ def read_expression(
 ) -> Expression:
     """Check X and find the library sizes; cells keep their order. Raises as `Screen.from_parts`."""
     genes = genes_of(var)
-    matrix = as_csr(X)
-    if matrix.shape != (len(obs), len(genes)):
-        raise ValueError(f"X of {path} is {matrix.shape}; it must be {(len(obs), len(genes))}, cells by genes.")
+    matrix = _cells_by_genes(X, len(obs), len(genes), path)
     kind = input_kind(matrix, genes.names, declared)  # type: ignore[arg-type]
     how = Preprocessing(kind, config.target_sum, config.scale, config.library_size_col)
     if kind == "log1p":
@@ -284,6 +283,13 @@ def genes_of(var: pd.DataFrame) -> GeneVocab:
             ensembl = tuple("" if pd.isna(name) else str(name) for name in var[column])
             break
     return GeneVocab(tuple(var.index.astype(str)), ensembl)
+
+
+def _cells_by_genes(X: Any, n_obs: int, n_vars: int, path: str) -> sparse.csr_matrix:
+    matrix = as_csr(X)
+    if matrix.shape != (n_obs, n_vars):
+        raise ValueError(f"X of {path} is {matrix.shape}; it must be {(n_obs, n_vars)}, cells by genes.")
+    return matrix
 
 
 def _labels(obs: pd.DataFrame, column: str, setting: str, path: str) -> np.ndarray:

@@ -14,6 +14,7 @@ import pandas as pd
 from anndata import AnnData, concat
 from anndata.io import read_elem
 
+from perturbdiff import __version__
 from perturbdiff.config import load_config
 from perturbdiff.data.conditions import ConditionIndex, ControlMatch, resolve_control_match
 from perturbdiff.data.expression import as_csr, input_kind
@@ -25,6 +26,7 @@ from perturbdiff.evaluation.metrics import METRICS, mean_scores, score_condition
 from perturbdiff.pretrained import PerturbDiff
 from perturbdiff.progress import progress
 
+FORMAT_VERSION = 1  # of scores.json
 MODEL = "PerturbDiff"
 CEILING = "ceiling (half predicts half)"
 CONDITION = ["perturbation", "cell_type", "batch"]
@@ -39,9 +41,22 @@ class Report:
 
     scores
         One row a (method, condition): `method`, `perturbation`, `cell_type`, `batch`, the metrics, cell numbers.
+    data
+        File name of the screen whose measured cells these are; None if unknown.
+    hold_out
+        Selectors of the held-out conditions; None where nothing was held out, but all that was measured is scored.
+    split_sha256
+        Of the split.json; None if unknown.
     """
 
     scores: pd.DataFrame
+    data: str | None = None
+    hold_out: tuple[str, ...] | None = None
+    split_sha256: str | None = None
+
+    @property
+    def n_conditions(self) -> int:
+        return int(self.scores.groupby("method").size().max())
 
     def means(self) -> pd.DataFrame:
         """Unweighted mean over conditions by method (rows) and metric (columns)."""
@@ -58,7 +73,7 @@ class Report:
     def table(self) -> str:
         """The means as text; a number in brackets says on how many conditions a metric was undefined."""
         means, undefined = self.means(), self.undefined()
-        n_conditions = int(self.scores.groupby("method").size().max())
+        n_conditions = self.n_conditions
         shown = pd.DataFrame(
             {
                 metric: [
@@ -78,13 +93,29 @@ class Report:
             "+ higher is better, - lower is better, 1 ideal is 1"
         )
 
+    def as_json(self) -> dict[str, Any]:
+        """Everything a model card says of these scores: evaluation.json of a model folder, whatever was known."""
+        means = self.means().astype(object).where(self.means().notna(), None)
+        split = None if self.hold_out is None else {"hold_out": list(self.hold_out), "sha256": self.split_sha256}
+        return {
+            "format_version": FORMAT_VERSION,
+            "library_version": __version__,
+            "model": MODEL,
+            "ceiling": CEILING,
+            "data": self.data,
+            "split": split,
+            "n_conditions": self.n_conditions,
+            "metrics": dict(METRICS),
+            "mean": means.to_dict("index"),
+            "n_undefined": self.undefined().astype(int).to_dict("index"),
+        }
+
     def save(self, folder: Path) -> list[Path]:
-        """Write scores.csv (by condition) and scores.json (means and NaN counts); returns their paths."""
+        """Write scores.csv (by condition) and scores.json (`as_json`); returns their paths."""
         csv, as_json = folder / "scores.csv", folder / "scores.json"
         self.scores.to_csv(csv, index=False)
-        means = self.means().astype(object).where(self.means().notna(), None)
-        content = {"mean": means.to_dict("index"), "n_undefined": self.undefined().astype(int).to_dict("index")}
-        as_json.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        text = json.dumps(self.as_json(), indent=1, ensure_ascii=False, allow_nan=False)
+        as_json.write_text(text + "\n", encoding="utf-8")
         return [csv, as_json]
 
 
@@ -111,7 +142,12 @@ def predict_held_out(model: PerturbDiff, screen: Screen, split: Split, match: Co
 
 
 def evaluate(
-    predicted: AnnData, screen: Screen, match: ControlMatch, split: Split | None = None, seed: int = 0
+    predicted: AnnData,
+    screen: Screen,
+    match: ControlMatch,
+    split: Split | None = None,
+    seed: int = 0,
+    split_sha256: str | None = None,
 ) -> Report:
     """Score predicted cells against the measured ones of the same conditions.
 
@@ -126,6 +162,8 @@ def evaluate(
     split
         Its test cells are the measured ones and its training cells make the baselines. Without, all perturbed cells
         are measured ones, and only `no change` stands beside the model.
+    split_sha256
+        Of its file, for the report; see `split_hash`.
 
     Raises
     ------
@@ -174,7 +212,8 @@ def evaluate(
             labels = dict(zip(CONDITION, condition, strict=True))
             rows += [{"method": name, **labels, **scores} for name, scores in methods.items()]
             bar.update()
-    return Report(pd.DataFrame(rows))
+    hold_out = None if split is None else tuple(split.config.hold_out)
+    return Report(pd.DataFrame(rows), Path(screen.path).name, hold_out, split_sha256)
 
 
 def evaluate_file(
@@ -204,7 +243,13 @@ def evaluate_file(
     match = resolve_control_match(everything, config.data.control_match)
     chosen = None if split is None else read_split(split, measured)
     predicted = AnnData(X=values, obs=obs.set_axis(unique_names(obs.index)), var=pd.DataFrame(index=list(genes.names)))
-    return evaluate(predicted, measured, match, chosen)
+    sha256 = None if split is None else split_hash(split)
+    return evaluate(predicted, measured, match, chosen, split_sha256=sha256)
+
+
+def split_hash(path: str | Path) -> str:
+    """The sha256 that a split.json states of itself, which `read_split` has checked."""
+    return str(json.loads(Path(path).read_text(encoding="utf-8"))["sha256"])
 
 
 def _shown(conditions: Iterable[Condition]) -> str:

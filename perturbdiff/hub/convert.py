@@ -1,36 +1,148 @@
-"""Weights of the published implementation (DeepGraphLearning/PerturbDiff, March 2026) in our modules."""
+"""Checkpoints of the published implementation (DeepGraphLearning/PerturbDiff, March 2026) as models of ours."""
 
 from __future__ import annotations
 
+import hashlib
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from perturbdiff.config import DenoiserConfig
+from perturbdiff.config import (
+    DiffusionConfig,
+    ModelConfig,
+    ObsColumns,
+    Preprocessing,
+    SamplingConfig,
+    check_denoiser,
+)
+from perturbdiff.data.batch import Vocabularies
+from perturbdiff.data.vocab import GeneVocab, LabelVocab
+from perturbdiff.hub.inert import TensorRef, plain
+from perturbdiff.hub.lightning import LightningFile
+from perturbdiff.hub.published import DEAD, denoiser_config, load, rename_denoiser, rename_encoder
 from perturbdiff.model.conditioning import CovariateEncoder, VocabSizes
 from perturbdiff.model.denoiser import Denoiser
 
-# Published name -> ours, for the tensors that move unchanged; block names get their index.
-_NAMES = {
-    "x_embedder.bias": "embed_x.bias",
-    "x_control_embedder.bias": "embed_control.bias",
-    "t_embedder.mlp.0": "embed_t.mlp.0",
-    "t_embedder.mlp.2": "embed_t.mlp.2",
-    "class_embedding.emb": "conditioning.linear",
-    "final_layer.adaLN_modulation.1": "final_modulation.linear",
-    "final_layer.linear": "head",
+SET_SIZE = 256  # of most published recipes (Replogle: 32); a checkpoint does not say
+MAX_TIMESTEPS = 1 << 20
+
+# Short names of data sets, by which the published code finds their embedders: the first that is part of the name.
+_SHORT_NAMES = {"tahoe": "tahoe100m", "pbmc": "pbmc", "replogle": "replogle", "cellxgene": "cellxgene"}
+# Settings under which the published code computes what this package does; one that is absent is taken as such.
+_COVARIATES: dict[str, tuple[Any, ...]] = {
+    "pert_encoding": ("onehot", "non"),
+    "celltype_encoding": ("onehot", "llm"),
+    "drug_encoding": ("onehot", "chemberta_cls"),
+    "replogle_gene_encoding": ("onehot", "genept"),
+    "batch_encoding": ("onehot", None),
+    "gather_strategy": ("concat",),
 }
-_BLOCK_NAMES = {
-    "attn": "attention.attention",
-    "mlp": "mlp",
-    "control_mlp": "control_mlp",
-    "adaLN_modulation.1": "modulation.linear",
-    "control_adaLN_modulation.1": "control_modulation.linear",
+_MODEL: dict[str, tuple[Any, ...]] = {
+    "model_type": ("Cross_DiT",),
+    "Block_type": ("MM_DiT",),
+    "qk_norm": (True,),
+    "output_fn": ("relu",),
+    "use_orig_gene_count_as_emb": (True,),
+    "class_emb_gather_strategy": ("concat",),
+    "use_gene_embedding": (False,),
+    "use_class_silu": (False,),
+    "learn_sigma": (False,),
+    "sigma_small": (False,),
+    "use_kl": (False,),
+    "predict_xstart": (True,),
+    "rescale_timesteps": (False,),
+    "rescale_learned_sigmas": (False,),
 }
-# Weights that no output x depends on: the control head, the unused gene embedding, the last block's control MLP.
-_DEAD = re.compile(r"control_final_layer\.|gene_embedding\.(gene_embedding|layer_norm)\.")
+
+
+@dataclass(frozen=True)
+class ConvertedCheckpoint:
+    """The arguments of `PerturbDiff`."""
+
+    denoiser: Denoiser
+    genes: GeneVocab
+    vocabularies: Vocabularies
+    preprocessing: Preprocessing
+    config: ModelConfig
+    training: dict[str, Any]
+
+
+def convert_checkpoint(
+    path: str | Path,
+    genes: Sequence[str] | None = None,
+    dataset: str | None = None,
+    weights: Literal["ema", "raw"] = "ema",
+) -> ConvertedCheckpoint:
+    """A published Lightning checkpoint (.ckpt) as a model of ours; nothing in the file is executed.
+
+    Parameters
+    ----------
+    path
+        The file, or one of its final weights alone.
+    genes
+        Names of the genes in the order of the weights, which the file does not hold; gene_0, gene_1, ... if None.
+    dataset
+        Whose embedders to take where each data set has its own ("tahoe100m", or a name that contains "tahoe").
+    weights
+        "ema" are the averaged ones, which the published code samples with; "raw" those that were trained.
+
+    Raises
+    ------
+    FileNotFoundError
+        No such file.
+    ValueError
+        Not such a file, or a hostile one; settings that this package does not compute; tensors, vocabularies or genes
+        that do not fit each other; a data set that must be given, or is not there; raw weights that are not there.
+
+    Notes
+    -----
+    Preprocessing (counts, 10,000 a cell, scale 10), sampling (DDIM from t = 99, guidance 1) and the set size of 256 are
+    those of the published recipes: the file does not hold them.
+    """
+    if weights not in ("ema", "raw"):
+        raise ValueError(f"weights ({weights!r}) must be 'ema' or 'raw'.")
+    name = Path(path).name
+    with LightningFile(path) as file:
+        content = file.content if isinstance(file.content, dict) else {}
+        hyper = plain(content.get("hyper_parameters"))
+        hyper = hyper if isinstance(hyper, dict) else {}
+        covariates, model = (_section(hyper, key, name) for key in ("cov_encoding_cfg", "model_cfg"))
+        _check_settings("cov_encoding_cfg", covariates, _COVARIATES)
+        _check_settings("model_cfg", model, _MODEL)
+        refs = _state(content, weights, name)
+        chosen = _choose_dataset(refs, dataset, model.get("dataset_dict"))
+        tensors = file.tensors(_of_dataset(refs, chosen))
+    try:
+        denoiser, sizes = _build(tensors, covariates, model)
+    except KeyError as error:
+        raise ValueError(f"{name}: {error.args[0]}") from error
+    config = ModelConfig(denoiser.config, _diffusion(hyper, model), _sampling(model), ObsColumns(), SET_SIZE)
+    if genes is not None and len(genes) != denoiser.n_genes:
+        raise ValueError(f"{len(genes)} genes were given, {name} has {denoiser.n_genes}; give those it was trained on.")
+    names = tuple(genes) if genes is not None else tuple(f"gene_{i}" for i in range(denoiser.n_genes))
+    vocabularies = Vocabularies(
+        _vocabulary("perturbation", covariates.get("pert_dict"), sizes.perturbations),
+        _vocabulary("cell_type", covariates.get("cell_type_dict"), sizes.cell_types),
+        _vocabulary("batch", covariates.get("batch_dict"), sizes.batches),
+        combination_separator=None,
+    )
+    training = {
+        "converted_from": name,
+        "sha256": _sha256(path),
+        "weights": weights,
+        "global_step": _whole_number(content, "global_step"),
+        "epoch": _whole_number(content, "epoch"),
+        "dataset": chosen or dataset,
+        "settings": _publishable(hyper),
+    }
+    how = Preprocessing(input_kind="counts", target_sum=1e4, scale=10.0)
+    return ConvertedCheckpoint(denoiser, GeneVocab(names), vocabularies, how, config, training)
 
 
 class ReferenceDenoiser(nn.Module):
@@ -65,112 +177,208 @@ def denoiser_from_reference(state_dict: Mapping[str, Tensor], n_heads: int) -> R
         A tensor has a shape that does not fit the others.
     """
     published = {name.removeprefix("model."): tensor for name, tensor in state_dict.items()}
-    width, n_inputs = _get(published, "x_embedder.weight").shape
-    if n_inputs % 2:
-        raise ValueError(f"x_embedder.weight has {n_inputs} inputs; it must be twice the number of genes.")
-    n_genes = n_inputs // 2
-    depth = 1 + max((int(m[1]) for name in published if (m := re.match(r"blocks\.(\d+)\.", name))), default=-1)
-    if not 0 < depth <= len(published):  # a block has many tensors; a name alone must not ask for a billion blocks
-        raise KeyError(
-            "no tensors 'blocks.0...', 'blocks.1...', ... in the state dict; give that of a published Cross_DiT."
-        )
-    hidden = _get(published, "blocks.0.block.mlp.fc1.weight").shape[0]
-    config = DenoiserConfig(
-        width=width, depth=depth, n_heads=n_heads, mlp_ratio=hidden / width,
-        attention="paired", parallel_block=True, output="direct", out_activation="relu", conditioning="reference",
-    )  # fmt: skip
-    denoiser = Denoiser(config, n_genes, sizes=None)
-    _load(denoiser, _rename_denoiser(published, n_genes, depth))
+    config, n_genes = denoiser_config(published, n_heads)
+    with torch.device("meta"):
+        denoiser = Denoiser(config, n_genes, sizes=None)
+    load(denoiser, rename_denoiser(published, n_genes, config.depth))
     return ReferenceDenoiser(denoiser)
 
 
 def covariate_encoder_from_reference(state_dict: Mapping[str, Tensor]) -> CovariateEncoder:
-    """The published covariate encoder with learned one-hot embeddings; its `batch_encoder` may be absent.
+    """The published covariate encoder, with learned rows or frozen tables; its `batch_encoder` may be absent.
 
     Weights do not tell whether the model ignores perturbations (`pert_encoding: non`): set
     `perturbation_encoding = "none"` on the result for such a model. Raises as `denoiser_from_reference`.
     """
-    published = {name.removeprefix("cov_encoder."): tensor for name, tensor in state_dict.items()}
-    perturbations, covariate_dim = _get(published, "pert_encoder.weight").shape
-    batches = published.get("batch_encoder.weight")
-    config = DenoiserConfig(covariate_dim=covariate_dim, batch_encoding="none" if batches is None else "onehot")
-    sizes = VocabSizes(
-        perturbations=perturbations - 1,  # row 0 is "no perturbation"
-        cell_types=_get(published, "celltype_encoder.weight").shape[0],
-        batches=0 if batches is None else batches.shape[0],
+    ours, config, sizes = rename_encoder(
+        {name.removeprefix("cov_encoder."): tensor for name, tensor in state_dict.items()}
     )
-    encoder = CovariateEncoder(sizes, config, n_genes=_get(published, "transform.weight").shape[0])
-    names = {"pert_encoder": "perturbation", "celltype_encoder": "cell_type", "batch_encoder": "batch"}
-    _load(encoder, {_replace_prefix(name, names): tensor for name, tensor in published.items()})
+    with torch.device("meta"):
+        encoder = CovariateEncoder(sizes, config, n_genes=config.published_encoding.covariates)
+    load(encoder, ours)
     return encoder
 
 
-def _rename_denoiser(published: Mapping[str, Tensor], n_genes: int, depth: int) -> dict[str, Tensor]:
-    last = f"blocks.{depth - 1}.block."
-    width = published["x_embedder.weight"].shape[0]
-    # Tensors that are cut or summed below: afterwards their shapes tell nothing.
-    shapes = {
-        "x_embedder.bias": (width,),
-        "x_control_embedder.weight": (width, 2 * n_genes),
-        "x_control_embedder.bias": (width,),
-        "class_embedding.null_emb.weight": (1, width),
-        "gene_embedding.null_emb.weight": (1, width),
-        f"{last}control_adaLN_modulation.1.weight": (6 * width, width),
-        f"{last}control_adaLN_modulation.1.bias": (6 * width,),
-    }
-    for name, shape in shapes.items():
-        _check_shape(name, _get(published, name), shape)
-    ours: dict[str, Tensor] = {}
-    for name, tensor in published.items():
-        if _DEAD.match(name) or name.startswith(f"{last}control_mlp."):
+def _section(hyper: dict[Any, Any], key: str, name: str) -> dict[Any, Any]:
+    if not isinstance(hyper.get(key), dict):
+        raise ValueError(f"{name} has no hyper_parameters.{key}; give a checkpoint of the published implementation.")
+    return hyper[key]
+
+
+def _check_settings(section: str, settings: dict[Any, Any], allowed: dict[str, tuple[Any, ...]]) -> None:
+    for key, values in allowed.items():
+        if key in settings and settings[key] not in values:
+            raise ValueError(
+                f"{section}.{key} ({_short(settings[key])}) must be {' or '.join(map(repr, values))}; a model with "
+                "another computes what this package does not."
+            )
+
+
+def _state(content: dict[Any, Any], weights: str, name: str) -> dict[str, TensorRef]:
+    # The averaging callback keeps the averages in state_dict and the weights that were trained beside them.
+    key = "state_dict" if weights == "ema" else "current_model_state"
+    if weights == "raw" and key not in content:
+        raise ValueError(f"{name} has no raw weights beside its state_dict, which is the average; use weights='ema'.")
+    state = content.get(key)
+    if not isinstance(state, dict) or not state:
+        raise ValueError(f"{name} has no {key}; give a checkpoint of the published implementation.")
+    refs = {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, TensorRef)}
+    if len(refs) != len(state):
+        wrong = [_short(key) for key, value in state.items() if not isinstance(value, TensorRef)]
+        raise ValueError(f"{name}: {key} holds what is no tensor: {', '.join(wrong[:5])}.")
+    if foreign := [key[:100] for key in refs if not key.startswith(("model.", "cov_encoder."))]:
+        raise ValueError(f"{name}: {key} has {len(foreign)} unknown tensors: {', '.join(foreign[:5])}.")
+    return refs
+
+
+def _choose_dataset(refs: Mapping[str, TensorRef], dataset: str | None, datasets: Any) -> str | None:
+    # The name of the embedders to take; None where all data sets share them.
+    own = sorted({match[1] for name in refs if (match := re.fullmatch(r"model\.x_embedder\.(.+)\.weight", name))})
+    if own:
+        if dataset is None:
+            raise ValueError(
+                f"each data set has its own embedders; give one of them as the data set: {', '.join(own[:20])}."
+            )
+        for name in (dataset, _short_name(dataset)):
+            if name in own:
+                return name
+        raise ValueError(f"data set {dataset!r} has no embedders here; those that have: {', '.join(own[:20])}.")
+    known = [name for name in datasets if isinstance(name, str)] if isinstance(datasets, list) else []
+    if dataset is not None and dataset not in known and _short_name(dataset) not in map(_short_name, known):
+        raise ValueError(
+            f"data set {dataset!r} is not among those of this checkpoint ({', '.join(known[:20]) or 'not named'}), "
+            "which share their embedders; give none."
+        )
+    return None
+
+
+def _short_name(dataset: str) -> str:
+    return next((short for part, short in _SHORT_NAMES.items() if part in dataset.lower()), dataset)
+
+
+def _of_dataset(refs: Mapping[str, TensorRef], chosen: str | None) -> dict[str, TensorRef]:
+    # Without the weights that do nothing, and the embedders of other data sets; those chosen under the shared name.
+    found: dict[str, TensorRef] = {}
+    for name, ref in refs.items():
+        if DEAD.match(name.removeprefix("model.")):
             continue
-        if name == "x_embedder.weight":
-            ours["embed_x.weight"], ours["embed_self_cond.weight"] = tensor[:, :n_genes], tensor[:, n_genes:]
-        elif name == "x_control_embedder.weight":
-            ours["embed_control.weight"] = tensor[:, :n_genes]  # its other half only ever meets zeros
-        elif name == "class_embedding.null_emb.weight":
-            ours["conditioning.null"] = tensor[0]
-        elif name == "gene_embedding.null_emb.weight":
-            continue  # added to the biases below
-        elif match := re.match(r"blocks\.(\d+)\.block\.(.+)", name):
-            ours[f"blocks.{match[1]}.{_replace_prefix(match[2], _BLOCK_NAMES)}"] = tensor
-        else:
-            ours[_replace_prefix(name, _NAMES)] = tensor
-    # The published code adds one vector to both embedded streams; a bias does the same.
-    shared = published["gene_embedding.null_emb.weight"][0]
-    for bias in ("embed_x.bias", "embed_control.bias"):
-        ours[bias] = ours[bias] + shared
-    # Of the last block's control modulation only shift and scale before the attention reach x.
-    modulation = f"blocks.{depth - 1}.control_modulation.linear"
-    for kind in ("weight", "bias"):
-        ours[f"{modulation}.{kind}"] = ours[f"{modulation}.{kind}"][: 2 * width]
-    return ours
+        match = re.fullmatch(r"(model\.x_(?:control_)?embedder)\.(.+)\.(weight|bias)", name) if chosen else None
+        if match is None:
+            found[name] = ref
+        elif match[2] == chosen:
+            found[f"{match[1]}.{match[3]}"] = ref
+    return found
 
 
-def _replace_prefix(name: str, names: Mapping[str, str]) -> str:
-    for old, new in names.items():
-        if name == old or name.startswith(f"{old}."):
-            return new + name.removeprefix(old)
-    return name
+def _build(
+    tensors: Mapping[str, Tensor], covariates: dict[Any, Any], model: dict[Any, Any]
+) -> tuple[Denoiser, VocabSizes]:
+    published = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+    of_encoder = {
+        name.removeprefix("cov_encoder."): t for name, t in tensors.items() if name.startswith("cov_encoder.")
+    }
+    config, n_genes = denoiser_config(published, _number(model, "dit_num_heads", int, 1, 1 << 16))
+    encoder, encodings, sizes = rename_encoder(of_encoder)
+    perturbation_encoding = encodings.perturbation_encoding
+    if covariates.get("pert_encoding") == "non" and perturbation_encoding == "onehot":
+        # Every set reads row 0: the others say nothing, and no perturbation may seem to be known.
+        perturbation_encoding, sizes = "none", replace(sizes, perturbations=0)
+        encoder["perturbation.weight"] = encoder["perturbation.weight"][:1]
+    n_covariates = encodings.published_encoding.covariates
+    config = replace(
+        config,
+        covariate_dim=encodings.covariate_dim,
+        perturbation_encoding=perturbation_encoding,
+        cell_type_encoding=encodings.cell_type_encoding,
+        batch_encoding=encodings.batch_encoding,
+        published_encoding=replace(
+            encodings.published_encoding, covariates=0 if n_covariates == n_genes else n_covariates
+        ),
+    )
+    check_denoiser(config)
+    with torch.device("meta"):  # shapes only: no memory is taken before they were compared with the file's
+        denoiser = Denoiser(config, n_genes, sizes)
+    ours = rename_denoiser(published, n_genes, config.depth)
+    load(denoiser, {**ours, **{f"conditioning.encoder.{name}": tensor for name, tensor in encoder.items()}})
+    if wrong := [name for name, tensor in denoiser.state_dict().items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{len(wrong)} tensors hold NaN or infinity: {', '.join(wrong[:5])}; training had failed.")
+    return denoiser.eval(), sizes
 
 
-def _get(tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    if name not in tensors:
-        raise KeyError(f"tensor {name!r} is missing from the published state dict; it has {len(tensors)} tensors.")
-    return tensors[name]
+def _vocabulary(kind: str, ids: Any, n: int) -> LabelVocab:
+    if n == 0:
+        return LabelVocab(kind, ())
+    if not isinstance(ids, dict) or not all(isinstance(name, str) for name in ids):
+        raise ValueError(f"cov_encoding_cfg has no {kind} names, and the weights have {n}.")
+    if not all(isinstance(i, int) for i in ids.values()) or sorted(ids.values()) != list(range(n)):
+        raise ValueError(f"the {len(ids)} {kind} ids must be 0 to {n - 1}, one for each row of the weights.")
+    return LabelVocab(kind, tuple(sorted(ids, key=ids.__getitem__)))
 
 
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tensor.shape != shape:
-        raise ValueError(f"tensor {name}: shape {tuple(tensor.shape)} must be {shape}.")
+def _diffusion(hyper: dict[Any, Any], model: dict[Any, Any]) -> DiffusionConfig:
+    schedule = model.get("noise_schedule", "linear")
+    _check_settings("model_cfg", {"noise_schedule": schedule}, {"noise_schedule": ("linear", "cosine", "power_cosine")})
+    if schedule == "power_cosine":
+        _check_settings("model_cfg", model, {"noise_schedule_gamma": (0.3,)})
+    optimizer = hyper.get("optimizer_cfg")
+    optimizer = optimizer if isinstance(optimizer, dict) else {}
+    return DiffusionConfig(
+        n_timesteps=_number(model, "steps", int, 1, MAX_TIMESTEPS),
+        schedule=schedule,
+        mse_weight=0.0 if model.get("no_mse_loss") is True else 1.0,
+        mmd_weight=_number(optimizer, "MMD_loss_factor", float, 0, 1e9, 1.0)
+        if optimizer.get("MMD_loss", True)
+        else 0.0,
+        p_drop_cond=_number(model, "p_drop_cond", float, 0, 1, 0.5),
+        p_drop_label=0.0,
+    )
 
 
-def _load(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    own = module.state_dict()
-    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    if missing or unexpected:
-        raise KeyError(f"published state dict: missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}.")
-    for name, tensor in own.items():
-        _check_shape(name, tensors[name], tuple(tensor.shape))
-    with torch.no_grad():
-        module.load_state_dict(dict(tensors), strict=True)
+def _sampling(model: dict[Any, Any]) -> SamplingConfig:
+    return SamplingConfig(
+        sampler="ddim",
+        spacing="reference",
+        start_time=min(100, model["steps"]),
+        guidance_scale=1.0,
+        eta=0.0,
+        cutoff=_number(model, "cutoff", float, 0, 1e3, 1e-4),
+    )
+
+
+def _number(settings: dict[Any, Any], key: str, kind: type, least: float, most: float, default: Any = None) -> Any:
+    value = settings.get(key, default)
+    number = isinstance(value, int) or (kind is float and isinstance(value, float) and math.isfinite(value))
+    if isinstance(value, bool) or not number or not least <= value <= most:
+        raise ValueError(f"setting {key} ({_short(value)}) must be a number between {least:g} and {most:g}.")
+    return kind(value)
+
+
+def _whole_number(content: dict[Any, Any], key: str) -> int | None:
+    value = content.get(key)
+    return value if isinstance(value, int) else None
+
+
+def _publishable(value: Any) -> Any:
+    # Settings as JSON values, without vocabularies (they have files of their own) and without paths: a path says where
+    # its author works, and nothing about the model.
+    if isinstance(value, dict):
+        found = {
+            str(k): _publishable(v) for k, v in value.items() if k not in ("pert_dict", "cell_type_dict", "batch_dict")
+        }
+        return {key: v for key, v in found.items() if v is not None and "/" not in key}
+    if isinstance(value, list):
+        return [v for v in map(_publishable, value) if v is not None]
+    if isinstance(value, str):
+        return None if "/" in value or "\\" in value else value
+    if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return None
+
+
+def _sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:100]

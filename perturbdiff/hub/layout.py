@@ -1,6 +1,6 @@
 """A model folder: which files it has, how they are written, checked and read (README, "Model folder").
 
-Everything read here is untrusted: JSON and safetensors only, hashes and sizes checked before memory is taken.
+Everything read here is untrusted: JSON and safetensors only, names, sizes and hashes checked before memory is taken.
 """
 
 from __future__ import annotations
@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from perturbdiff.data.batch import Labels
+from perturbdiff.files import few, inside, read_json, sha256, short, write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-GOLDEN = "checks/golden.safetensors"
+CARD = "README.md"
+EVALUATION = "evaluation.json"
 JSON_FILES = (
     "genes.json",
     "perturbations.json",
@@ -33,14 +36,39 @@ JSON_FILES = (
     "preprocessing.json",
     "training.json",
 )
-HASHED_FILES = (*JSON_FILES, WEIGHTS, GOLDEN)
-MAX_JSON_BYTES = 1 << 28
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"  # which shard has which tensor, for readers other than this one
+SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
+FEATURES = "features.safetensors"  # frozen tables: the tensors whose name ends in .features
+GOLDEN = "checks/golden.safetensors"
+# What in a repo belongs to a model: of these, what a push does not bring is deleted.
+OWN_FILES = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|features\.safetensors|evaluation\.json|"
+    r"\.eval_results/.+"
+)
+MAX_JSON_BYTES = 1 << 24  # takes up to 25 times as much memory
+MAX_CARD_BYTES = 1 << 22
+MAX_SHARDS = 1000
+MAX_HEADER_BYTES = 1 << 23  # of a file of tensors: some 50,000 of them
 GOLDEN_TOLERANCE = 1e-4
+GOLDEN_NAMES = {"x_t", "t", "control", "self_cond", "mask", "perturbation", "cell_type", "batch", "x0_pred"}
+MAX_GOLDEN_CELLS = 64
+FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The content of a model folder: settings as JSON values, tensors by name, and the text of the card."""
+    """The content of a model folder.
+
+    config, json
+        Settings as JSON values: config.json, and the other JSON files by name.
+    weights
+        All tensors of the denoiser by name.
+    golden
+        An input and the output it must give.
+    card
+        The text of README.md.
+    """
 
     config: dict[str, Any]
     json: dict[str, dict[str, Any]]
@@ -49,7 +77,23 @@ class ModelFiles:
     card: str
 
 
-def write_model_folder(folder: str | Path, files: ModelFiles) -> None:
+@dataclass(frozen=True)
+class Settings:
+    """What a model folder says of itself: its JSON files, checked, and the hashes of its tensors' files."""
+
+    config: dict[str, Any]  # of the newest format version
+    json: dict[str, dict[str, Any]]
+    tensor_files: dict[str, str]  # name -> sha256
+    sha256: str  # of config.json, which states every other file's: the identity of the model
+
+    @property
+    def files(self) -> list[str]:
+        """Every file that belongs to the model, but the card."""
+        index = [WEIGHTS_INDEX] if WEIGHTS_INDEX in self.config["sha256"] else []
+        return [CONFIG, *self.json, *index, *self.tensor_files]
+
+
+def write_model_folder(folder: str | Path, files: ModelFiles, max_shard_size: int | str = "5GB") -> None:
     """Write a model folder whole or not at all; an older model folder of that name is replaced.
 
     Raises
@@ -65,18 +109,22 @@ def write_model_folder(folder: str | Path, files: ModelFiles) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
+        for name, content in files.json.items():
+            write_json(temporary / name, content)
+        (temporary / CARD).write_text(files.card, encoding="utf-8")
         (temporary / GOLDEN).parent.mkdir()
-        for name in JSON_FILES:
-            _write_json(temporary / name, files.json[name])
+        tensor_files = _in_shards(files.weights, max_shard_size, temporary)
+        tensor_files[GOLDEN] = files.golden
         try:
-            save_file(_contiguous(files.weights), temporary / WEIGHTS, metadata={"format": "pt"})
-            save_file(_contiguous(files.golden), temporary / GOLDEN)
+            for name, tensors in tensor_files.items():
+                save_file(_contiguous(tensors), temporary / name, metadata={"format": "pt"})
+                (temporary / name).chmod((temporary / JSON_FILES[0]).stat().st_mode)  # it comes private to its writer
         except SafetensorError as error:  # the disk is full
             raise OSError(f"{folder} could not be written ({error}).") from error
-        (temporary / "README.md").write_text(files.card)
         config = {"format_version": FORMAT_VERSION, **files.config}
-        hashes = {name: _sha256(temporary / name) for name in HASHED_FILES}
-        _write_json(temporary / CONFIG, {**config, "sha256": {CONFIG: config_hash(config), **hashes}})
+        index = [WEIGHTS_INDEX] if (temporary / WEIGHTS_INDEX).exists() else []
+        hashes = {name: sha256(temporary / name) for name in (*files.json, *index, *tensor_files)}
+        write_json(temporary / CONFIG, {**config, "sha256": {CONFIG: config_hash(config), **hashes}})
         temporary.chmod(0o755)
         replace_folder(temporary, folder)
     except BaseException:
@@ -104,13 +152,14 @@ def folder_identity(folder: str | Path) -> tuple[int, int] | None:
     return stat.st_ino, stat.st_ctime_ns  # numbers of removed folders are given again
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """config.json of a model folder.
+def read_settings(folder: str | Path) -> Settings:
+    """The JSON files of a model folder; its tensors are not looked at.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        No such folder; not a model folder; a format version that this version does not read.
+        No such folder; not a model folder; a file is missing, leads out of the folder or does not have the hash that
+        config.json states; a format version that this version does not read.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -118,66 +167,88 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         found = sorted(p.name for p in folder.iterdir())[:8]
         raise FileNotFoundError(f"{folder} is not a model folder: it has no {CONFIG}; found {found or 'nothing'}.")
-    config = _read_json(folder / CONFIG)
+    config = read_json(inside(folder, CONFIG), MAX_JSON_BYTES)
     version = config.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version not in (*_MIGRATIONS, FORMAT_VERSION):
         raise ValueError(
-            f"{folder} has format_version {version!r}; this version of perturbdiff reads {FORMAT_VERSION}. "
-            "Update perturbdiff, or convert the folder with the version that wrote it."
+            f"{folder} has format_version {few([str(version)])}; this version of perturbdiff reads 1 to "
+            f"{FORMAT_VERSION}. Update perturbdiff, or get the folder again."
         )
-    return config
+    stated = _stated_hashes(folder, config)
+    if config_hash(config) != stated.pop(CONFIG):
+        raise ValueError(f"{folder / CONFIG} does not have the sha256 that it states: it was changed. Get it again.")
+    tensor_files = {name: digest for name, digest in stated.items() if name.endswith(".safetensors")}
+    for name in stated.keys() - tensor_files.keys():
+        _check_hash(folder, name, stated[name], MAX_JSON_BYTES)
+    json_files = {
+        name: read_json(folder / name, MAX_JSON_BYTES) for name in (*JSON_FILES, EVALUATION) if name in stated
+    }
+    try:
+        while config["format_version"] < FORMAT_VERSION:
+            config = _MIGRATIONS[config["format_version"]](config)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / CONFIG} is not of format_version {version} ({short(error)}).") from error
+    return Settings(config, json_files, tensor_files, sha256(folder / CONFIG))
 
 
-def read_json_files(folder: str | Path, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The other JSON files, after every file's hash was checked.
+def read_card(folder: str | Path) -> str | None:
+    """The text of the card, which people edit and no hash covers; None where there is none.
+
+    Raises ValueError where it is too large or not UTF-8.
+    """
+    path = inside(Path(folder), CARD)
+    if not path.is_file():
+        return None
+    if (size := path.stat().st_size) > MAX_CARD_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes; at most {MAX_CARD_BYTES:,} are read.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({short(error)}); save it as such.") from error
+
+
+def check_tensor_files(folder: str | Path, settings: Settings, max_bytes: int | None = None) -> None:
+    """Compare the hashes of weights, features and golden check.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        A file is missing; a file does not have the hash that config.json states.
+        A file is missing, leads out of the folder, is larger than `max_bytes` or no safetensors file, or does not have
+        the hash that config.json states.
     """
-    folder = Path(folder)
-    stated = config.get("sha256")
-    if not isinstance(stated, dict) or set(stated) != {CONFIG, *HASHED_FILES}:
-        raise ValueError(f"{folder / CONFIG}: sha256 must name exactly {CONFIG}, {', '.join(HASHED_FILES)}.")
-    if config_hash(config) != stated[CONFIG]:
-        raise ValueError(f"{folder / CONFIG} does not have the sha256 that it states: it was changed. Get it again.")
-    for name in HASHED_FILES:
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} lacks {name}; the model folder is incomplete: get it again.")
-        if _sha256(folder / name) != stated[name]:
-            raise ValueError(
-                f"{folder / name} does not have the sha256 stated in {CONFIG}: the file is truncated or was changed. "
-                "Get the model folder again."
-            )
-    return {name: _read_json(folder / name) for name in JSON_FILES}
+    for name, digest in settings.tensor_files.items():
+        _check_hash(Path(folder), name, digest, max_bytes)
 
 
-def load_weights(folder: str | Path, denoiser: nn.Module) -> None:
-    """Fill a denoiser that was built on the meta device; strict.
+def load_weights(folder: str | Path, settings: Settings, denoiser: nn.Module) -> None:
+    """Fill a denoiser that was built on the meta device; strict. Shapes are compared before anything is read.
 
     Raises
     ------
     ValueError
         Missing or unexpected tensors, other shapes than the architecture's, other types than float; all listed.
     """
-    path = Path(folder) / WEIGHTS
-    own = denoiser.state_dict()
-    try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file ({error}).") from error
-    missing, unexpected = sorted(own.keys() - shapes.keys()), sorted(shapes.keys() - own.keys())
+    folder, own = Path(folder), denoiser.state_dict()
+    files = [name for name in settings.tensor_files if name != GOLDEN]
+    found: dict[str, tuple[str, tuple[int, ...], str]] = {}  # tensor -> file, shape, type
+    for file in files:
+        for name, (shape, dtype) in _header(folder / file).items():
+            if name in found:
+                raise ValueError(f"{folder}: tensor {few([name])} is in {found[name][0]} and in {file}; get it again.")
+            found[name] = file, shape, dtype
+    missing, unexpected = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
     if missing or unexpected:
-        raise ValueError(f"{path} does not fit its {CONFIG}: missing {_few(missing)}; unexpected {_few(unexpected)}.")
-    wrong = [f"{n} {shapes[n]} (must be {tuple(t.shape)})" for n, t in own.items() if shapes[n] != tuple(t.shape)]
+        raise ValueError(f"{folder} does not fit its {CONFIG}: missing {few(missing)}; unexpected {few(unexpected)}.")
+    wrong = [f"{n} {found[n][1]} (must be {tuple(t.shape)})" for n, t in own.items() if found[n][1] != tuple(t.shape)]
+    wrong += [
+        f"{n} of type {dtype} (must be floating point)" for n, (_, _, dtype) in found.items() if dtype not in FLOATS
+    ]
     if wrong:
-        raise ValueError(f"{path} does not fit its {CONFIG}: {_few(wrong)}.")
-    tensors = load_file(path)
-    if foreign := sorted(n for n, t in tensors.items() if not t.is_floating_point()):
-        raise ValueError(f"{path} holds weights that are not floating point: {_few(foreign)}.")
-    denoiser.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=True, assign=True)
+        raise ValueError(f"{folder} does not fit its {CONFIG}: {few(wrong)}.")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= {name: values.float() for name, values in load_file(folder / file).items()}
+    denoiser.load_state_dict(tensors, strict=True, assign=True)
 
 
 def config_hash(config: dict[str, Any]) -> str:
@@ -197,13 +268,32 @@ def check_golden(folder: str | Path, denoiser: nn.Module) -> float:
     Raises
     ------
     ValueError
-        Inputs are missing, or the output differs by more than 1e-4 (relative to its largest value).
+        Inputs are missing, too large or of another type, or the output differs by more than 1e-4 (relative to its
+        largest value).
     """
-    golden = load_file(Path(folder) / GOLDEN)
-    if "x0_pred" not in golden:
-        raise ValueError(f"{folder}/{GOLDEN} has no x0_pred; get the model folder again.")
+    path = Path(folder) / GOLDEN
+    found = _header(path)
+    if set(found) != GOLDEN_NAMES:
+        raise ValueError(f"{path} must hold {', '.join(sorted(GOLDEN_NAMES))}; get the model folder again.")
+    cells = found["x_t"][0]
+    if len(cells) != 3 or not 0 < cells[0] * cells[1] <= MAX_GOLDEN_CELLS:
+        raise ValueError(f"{path}: x_t of shape {cells} must be 1 to {MAX_GOLDEN_CELLS} cells in sets.")
+    labels, n_parts = ((cells[0],), "I64"), found["perturbation"][0][-1:]
+    expected_kinds = {
+        **dict.fromkeys(("x_t", "control", "self_cond", "x0_pred"), (cells, "F32")),
+        **dict.fromkeys(("t", "cell_type", "batch"), labels),
+        "perturbation": ((cells[0], *n_parts), "I64"),
+        "mask": (cells[:2], "BOOL"),
+    }
+    wrong = [f"{name} {found[name]} (must be {kind})" for name, kind in expected_kinds.items() if found[name] != kind]
+    if wrong or n_parts > (MAX_GOLDEN_CELLS,):
+        raise ValueError(f"{path}: {few(wrong or ['perturbation'])} does not fit x_t; get the model folder again.")
+    golden = load_file(path)
     expected = golden.pop("x0_pred")
-    got = _golden_forward(denoiser, golden)
+    try:
+        got = _golden_forward(denoiser, golden)
+    except (IndexError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{folder}: its golden input does not fit the model ({short(error)}).") from error
     difference = float((got - expected).abs().max()) if got.shape == expected.shape else float("inf")
     if not difference <= GOLDEN_TOLERANCE * max(1.0, float(expected.abs().max())):
         raise ValueError(
@@ -211,6 +301,77 @@ def check_golden(folder: str | Path, denoiser: nn.Module) -> float:
             f"stored ones (allowed {GOLDEN_TOLERANCE:g}); weights and code do not belong together."
         )
     return difference
+
+
+def _stated_hashes(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    # Only the names of a model folder's files, whole sets of shards, and hashes that are hashes.
+    stated = config.get("sha256")
+    if not isinstance(stated, dict) or not all(re.fullmatch("[0-9a-f]{64}", str(digest)) for digest in stated.values()):
+        raise ValueError(f"{folder / CONFIG}: sha256 must give the sha256 of every file.")
+    shards = [name for name in stated if SHARD.fullmatch(name)]
+    weights = {f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)} or {WEIGHTS}
+    needed = {CONFIG, *JSON_FILES, GOLDEN, *weights}
+    allowed = needed | {EVALUATION, FEATURES} | ({WEIGHTS_INDEX} if shards else set())
+    missing, unexpected = sorted(needed - stated.keys()), sorted(stated.keys() - allowed)
+    if missing or unexpected or len(shards) > MAX_SHARDS:
+        raise ValueError(
+            f"{folder / CONFIG}: sha256 must name the files of a model folder; missing {few(missing)}, unexpected "
+            f"{few(unexpected)}. Get the model folder again."
+        )
+    return dict(stated)
+
+
+def _check_hash(folder: Path, name: str, digest: str, max_bytes: int | None) -> None:
+    path = inside(folder, name)
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} lacks {name}; the model folder is incomplete: get it again.")
+    if max_bytes is not None and (size := path.stat().st_size) > max_bytes:  # to hash it would take hours
+        raise ValueError(
+            f"{path} has {size:,} bytes, and {CONFIG} describes a model with files of at most {max_bytes:,}; they do "
+            "not belong together."
+        )
+    if sha256(path) != digest:
+        raise ValueError(
+            f"{path} does not have the sha256 stated in {CONFIG}: the file is truncated or was changed. "
+            "Get the model folder again."
+        )
+
+
+def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    # Shape and type of each tensor; the library refuses ranges that overlap, leave gaps or lead out of the file.
+    with open(path, "rb") as start:
+        if (length := int.from_bytes(start.read(8), "little")) > MAX_HEADER_BYTES:
+            raise ValueError(f"{path} has a header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} are read.")
+    try:
+        with safe_open(path, framework="np") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({short(error)}).") from error
+
+
+def _in_shards(weights: dict[str, Tensor], max_shard_size: int | str, folder: Path) -> dict[str, dict[str, Tensor]]:
+    # Tensors by file, as the Hub's own tools cut them; writes the index of several shards.
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    frozen = {name: tensor for name, tensor in weights.items() if name.endswith(".features")}
+    trained = {name: tensor for name, tensor in weights.items() if name not in frozen}
+    split = split_torch_state_dict_into_shards(trained, max_shard_size=max_shard_size)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / WEIGHTS_INDEX, index)
+    files = {file: {name: weights[name] for name in names} for file, names in split.filename_to_tensors.items()}
+    return {**files, FEATURES: frozen} if frozen else files
+
+
+def _from_version_1(config: dict[str, Any]) -> dict[str, Any]:
+    # Labels of its conditioning=reference were learned rows.
+    none = {"perturbation_features": 0, "doses": 0, "cell_type_features": 0, "covariates": 0}
+    denoiser = {"cell_type_encoding": "onehot", "published_encoding": none, **config["denoiser"]}
+    return {**config, "format_version": 2, "denoiser": denoiser}
+
+
+_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_version_1}
 
 
 def _golden_forward(denoiser: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -221,28 +382,3 @@ def _golden_forward(denoiser: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; at most {MAX_JSON_BYTES:,} are read.")
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({str(error)[:100]}).") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}.")
-    return content
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _few(names: list[str]) -> str:
-    return (", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")) or "nothing"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perturbdiff.config import DenoiserConfig
-from perturbdiff.data.batch import Labels
+from perturbdiff.data.batch import Labels, Vocabularies
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,10 @@ class VocabSizes:
     perturbations: int
     cell_types: int
     batches: int
+
+    @classmethod
+    def of(cls, vocabularies: Vocabularies) -> VocabSizes:
+        return cls(len(vocabularies.perturbations), len(vocabularies.cell_types), len(vocabularies.batches))
 
 
 class LabelConditioning(nn.Module):
@@ -46,11 +50,34 @@ class LabelConditioning(nn.Module):
         return c[:, None]
 
 
-class CovariateEncoder(nn.Module):
-    """The published covariate embedding: one-hot rows concatenated, then linear to G. `cov` of the golden files.
+class FrozenFeatures(nn.Module):
+    """What is known of each label, a frozen table (n_labels, F), made linear to C: in place of learned rows."""
 
-    With perturbation_encoding "none" every set reads row 0, the row of "no perturbation"; with batch_encoding "none"
-    there is no batch part. ValueError if there are no batches to encode.
+    def __init__(self, n_labels: int, n_features: int, dim: int, bias: bool = True) -> None:
+        super().__init__()
+        self.features: Tensor
+        self.register_buffer("features", torch.zeros(n_labels, n_features))
+        self.linear = nn.Linear(n_features, dim, bias=bias)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids of any shape (...) to (..., C)."""
+        return self.linear(self.features[ids])
+
+    def mean(self) -> Tensor:
+        """(C,) mean over the labels."""
+        return self.linear(self.features.mean(0))
+
+
+class CovariateEncoder(nn.Module):
+    """The published covariate embedding: one vector a label, concatenated, then linear to G. `cov` of the golden files.
+
+    Labels are learned rows ("onehot"), or rows of a frozen table made linear ("features"); doses are one-hot features
+    of a perturbation, concatenated as a part of their own. Row 0 of learned perturbations is "no perturbation", and
+    with perturbation_encoding "none" every set reads it. Frozen tables have no such row, nor do cell types and batches:
+    the published code cannot say "absent" there, and the mean of all rows stands for it. (Its own control label is a
+    label as any other.) With batch_encoding "none" there is no batch part.
+
+    Raises ValueError where labels are to be encoded and there are none.
     """
 
     def __init__(self, sizes: VocabSizes, config: DenoiserConfig, n_genes: int) -> None:
@@ -60,17 +87,35 @@ class CovariateEncoder(nn.Module):
                 "denoiser.batch_encoding=onehot needs batch labels, and this data has none (marginal sets, or controls "
                 "matched by cell type); set denoiser.batch_encoding=none."
             )
-        dim = config.covariate_dim
+        dim, published = config.covariate_dim, config.published_encoding
         self.perturbation_encoding = config.perturbation_encoding
-        self.perturbation = nn.Embedding(sizes.perturbations + 1, dim)  # row 0: no perturbation
-        self.cell_type = nn.Embedding(sizes.cell_types, dim)
+        self.perturbation: nn.Embedding | FrozenFeatures
+        self.dose: FrozenFeatures | None = None
+        if config.perturbation_encoding == "features":
+            self.perturbation = FrozenFeatures(sizes.perturbations, published.perturbation_features, dim)
+            if published.doses:
+                self.dose = FrozenFeatures(sizes.perturbations, published.doses, dim, bias=False)
+        else:
+            self.perturbation = nn.Embedding(sizes.perturbations + 1, dim)  # row 0: no perturbation
+        self.cell_type: nn.Embedding | FrozenFeatures
+        if config.cell_type_encoding == "features":
+            self.cell_type = FrozenFeatures(sizes.cell_types, published.cell_type_features, dim)
+        else:
+            self.cell_type = nn.Embedding(sizes.cell_types, dim)
         self.batch = nn.Embedding(sizes.batches, dim) if config.batch_encoding == "onehot" else None
-        self.transform = nn.Linear(dim * (3 if self.batch is not None else 2), n_genes)
+        n_parts = 2 + (self.dose is not None) + (self.batch is not None)
+        self.transform = nn.Linear(dim * n_parts, published.covariates or n_genes)
 
     def forward(self, perturbation: Tensor, cell_type: Tensor, batch: Tensor) -> Tensor:
-        """Ids of any shape (...), -1 = no perturbation, to (..., G)."""
-        row = perturbation + 1 if self.perturbation_encoding == "onehot" else torch.zeros_like(perturbation)
-        parts = [self.perturbation(row), _embed_or_mean(self.cell_type, cell_type)]
+        """Ids of any shape (...), -1 = absent, to (..., G)."""
+        if isinstance(self.perturbation, FrozenFeatures):
+            parts = [_embed_or_mean(self.perturbation, perturbation)]
+            if self.dose is not None:
+                parts.append(_embed_or_mean(self.dose, perturbation))
+        else:
+            row = perturbation + 1 if self.perturbation_encoding == "onehot" else torch.zeros_like(perturbation)
+            parts = [self.perturbation(row)]
+        parts.append(_embed_or_mean(self.cell_type, cell_type))
         if self.batch is not None:
             parts.append(_embed_or_mean(self.batch, batch))
         return self.transform(torch.cat(parts, dim=-1))
@@ -79,10 +124,10 @@ class CovariateEncoder(nn.Module):
 class ReferenceConditioning(nn.Module):
     """The published conditioning, (B, 1 or S, D): Linear(SiLU(cov)), or a null embedding without `cov`."""
 
-    def __init__(self, width: int, n_genes: int, encoder: CovariateEncoder | None) -> None:
+    def __init__(self, width: int, n_covariates: int, encoder: CovariateEncoder | None) -> None:
         super().__init__()
         self.encoder = encoder  # None: `cov` is given (converted reference weights without their encoder)
-        self.linear = nn.Linear(n_genes, width)
+        self.linear = nn.Linear(n_covariates, width)
         self.null = nn.Parameter(torch.zeros(width))
 
     def forward(self, labels: Labels) -> Tensor:
@@ -103,7 +148,7 @@ class ReferenceConditioning(nn.Module):
         return self.linear(F.silu(cov))
 
 
-def _embed_or_mean(embedding: nn.Embedding, ids: Tensor) -> Tensor:
+def _embed_or_mean(embedding: nn.Embedding | FrozenFeatures, ids: Tensor) -> Tensor:
     # The published code has no row for an absent cell type or batch; the mean of the rows stands for it.
-    rows = embedding(ids.clamp(min=0))
-    return torch.where((ids < 0)[..., None], embedding.weight.mean(0), rows)
+    mean = embedding.mean() if isinstance(embedding, FrozenFeatures) else embedding.weight.mean(0)
+    return torch.where((ids < 0)[..., None], mean, embedding(ids.clamp(min=0)))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perturbdiff.config import DenoiserConfig, check_denoiser
-from perturbdiff.data.batch import Labels
+from perturbdiff.data.batch import Labels, Vocabularies
 from perturbdiff.model.conditioning import CovariateEncoder, LabelConditioning, ReferenceConditioning, VocabSizes
 from perturbdiff.model.layers import MLP, Attention, KeysValues, Modulation, TimeEmbedding, attend, modulate, norm
 
@@ -130,7 +130,7 @@ class Denoiser(nn.Module):
             self.conditioning = LabelConditioning(sizes, width)
         else:
             encoder = None if sizes is None else CovariateEncoder(sizes, config, n_genes)
-            self.conditioning = ReferenceConditioning(width, n_genes, encoder)
+            self.conditioning = ReferenceConditioning(width, config.published_encoding.covariates or n_genes, encoder)
         self.blocks = nn.ModuleList(Block(config, is_last=i == config.depth - 1) for i in range(config.depth))
         self.final_modulation = Modulation(width, 2)
         self.head = nn.Linear(width, n_genes)
@@ -218,6 +218,11 @@ class Denoiser(nn.Module):
                 return F.softplus(x)
             case _:
                 return x
+
+
+def build_denoiser(config: DenoiserConfig, n_genes: int, vocabularies: Vocabularies) -> Denoiser:
+    """A fresh denoiser for these genes and labels."""
+    return Denoiser(config, n_genes, VocabSizes.of(vocabularies))
 
 
 def _all_real(x: Tensor, mask: Tensor | None) -> Tensor:

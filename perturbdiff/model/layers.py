@@ -26,7 +26,7 @@ class TimeEmbedding(nn.Module):
         frequencies = torch.exp(-math.log(10_000) * i / TIME_FREQUENCIES)
         angles = t[:, None].float() * frequencies  # (B, 128)
         embedded = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(embedded)[:, None]  # (B, 1, D)
+        return self.mlp(embedded.to(next(self.mlp.parameters()).dtype))[:, None]  # (B, 1, D)
 
 
 class Modulation(nn.Module):

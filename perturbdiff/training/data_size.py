@@ -13,7 +13,6 @@ from perturbdiff.data.atlas import Atlas
 from perturbdiff.data.screen import Screen
 from perturbdiff.data.training_set import TrainingSet, marginal_conditions
 from perturbdiff.model.conditioning import VocabSizes
-from perturbdiff.pretrained import vocab_sizes
 
 SAMPLE = 4096  # cells of a screen whose values are counted
 
@@ -90,7 +89,7 @@ def _of_training_set(
     dealt = marginal | ~index.is_control
     n_cells = int(index.n_cells[dealt].sum())
     with_controls = float(index.n_cells[dealt & ~marginal].sum() / n_cells)
-    sizes = vocab_sizes(made.vocabularies)
+    sizes = VocabSizes.of(made.vocabularies)
     return DataSize(source, n_cells, n_genes, per_cell, value_bytes, with_controls, sizes, notes)
 
 

@@ -20,8 +20,8 @@ from perturbdiff.data.screen import Screen
 from perturbdiff.data.stream import prefetched
 from perturbdiff.data.training_set import TrainingSet
 from perturbdiff.diffusion.losses import DiffusionLoss, training_draws
-from perturbdiff.model.denoiser import Denoiser
-from perturbdiff.pretrained import PerturbDiff, build_denoiser
+from perturbdiff.model.denoiser import Denoiser, build_denoiser
+from perturbdiff.pretrained import PerturbDiff
 from perturbdiff.progress import progress
 from perturbdiff.training.distributed import WAITING, Watchdog, engine, launch
 from perturbdiff.training.ema import EMA

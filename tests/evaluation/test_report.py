@@ -10,6 +10,7 @@ import pytest
 from perturbdiff.data.expression import as_csr
 from perturbdiff.data.screen import Screen
 from perturbdiff.data.splits import make_split, write_split
+from perturbdiff.demo import run_demo
 from perturbdiff.evaluation.metrics import METRICS, score_condition
 from perturbdiff.evaluation.report import (
     CEILING,
@@ -132,6 +133,12 @@ def test_scores_are_saved_as_csv_and_json(screen, split, tmp_path):
     assert saved["mean"]["no change"]["pearson_delta"] is None
     assert saved["n_undefined"]["no change"]["pearson_delta"] == 3
     assert set(saved["mean"][MODEL]) == set(METRICS)
+    assert saved["metrics"] == METRICS
+    assert (saved["format_version"], saved["n_conditions"]) == (1, 3)
+    assert (saved["model"], saved["ceiling"]) == (MODEL, CEILING)
+    assert {MODEL, CEILING} <= saved["mean"].keys()
+    assert saved["data"] == "screen.h5ad"
+    assert saved["split"] == {"hold_out": list(split.config.hold_out), "sha256": None}
 
 
 def test_evaluating_files_gives_what_evaluating_arrays_gives(run, screen, split, tmp_path):
@@ -140,6 +147,12 @@ def test_evaluating_files_gives_what_evaluating_arrays_gives(run, screen, split,
     write_split(split, screen, tmp_path / "split.json")
     report = evaluate_file(tmp_path / "p.h5ad", run.data.screen, tmp_path / "split.json")
     pd.testing.assert_frame_equal(report.means(), evaluate(predicted, screen, "batch", split).means())
+    said = report.as_json()
+    assert said["split"] == {
+        "hold_out": ["pert_0:type_0", "pert_2:type_1:batch_1"],
+        "sha256": json.loads((tmp_path / "split.json").read_text())["sha256"],
+    }
+    assert said["data"] == "screen.h5ad"
 
 
 def test_without_a_split_the_model_stands_beside_no_change_only(screen):
@@ -147,6 +160,7 @@ def test_without_a_split_the_model_stands_beside_no_change_only(screen):
     report = evaluate(truth_as_prediction(screen, rows), screen, "batch")
     assert list(report.means().index) == [MODEL, "no change", CEILING]
     assert len(report.scores) == 3 * 4
+    assert report.as_json()["split"] is None
 
 
 def test_where_controls_match_by_cell_type_batches_are_one_condition(screen, split):
@@ -199,3 +213,11 @@ def test_the_measured_cells_are_normalised_as_the_predictions_were(run, tmp_path
         tmp_path / "p.h5ad", config.data.screen, tmp_path / "split.json", ["data.target_sum=10000"]
     ).means()
     assert abs(other.loc[MODEL, "mse_of_means"] - expected.loc[MODEL, "mse_of_means"]) > 0.1
+
+
+def test_the_scores_of_a_demo_name_its_screen_and_split(run, tmp_path):
+    run_demo(replace(run, out=str(tmp_path)))
+    split = json.loads((tmp_path / "split.json").read_text())
+    saved = json.loads((tmp_path / "scores.json").read_text())
+    assert saved["split"] == {"hold_out": split["hold_out"], "sha256": split["sha256"]}
+    assert saved["data"] == "screen.h5ad"

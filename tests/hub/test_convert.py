@@ -1,17 +1,36 @@
-"""Converted weights against published outputs, and against the published formula written out here."""
+"""Converted weights and checkpoints against published outputs, and the published formula written out here."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import math
+import os
 import re
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
 
+import anndata
+import numpy as np
+import pandas as pd
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 from torch.nn import functional as F
 
-from perturbdiff.hub.convert import covariate_encoder_from_reference, denoiser_from_reference
+from perturbdiff.config import load_config
+from perturbdiff.data.batch import Labels
+from perturbdiff.diffusion.sampling import sample
+from perturbdiff.diffusion.schedule import Schedule
+from perturbdiff.hub.convert import convert_checkpoint, covariate_encoder_from_reference, denoiser_from_reference
+from perturbdiff.model.conditioning import VocabSizes
+from perturbdiff.model.denoiser import Denoiser
+from perturbdiff.pretrained import PerturbDiff
 
+GOLDEN = Path(os.environ.get("PERTURBDIFF_GOLDEN", Path(__file__).parents[2] / "../shared/golden"))
 DEAD = re.compile(r"control_final_layer|gene_embedding\.(gene_embedding|layer_norm)")
 
 
@@ -68,9 +87,22 @@ def test_covariate_encoder_equals_the_published_one(golden, agree, variant):
 
 
 @pytest.mark.parametrize("variant", ["llm_celltype", "genept_llm", "chemberta"])
-def test_encoders_with_frozen_features_are_refused(golden, variant):
-    with pytest.raises(KeyError, match="is missing from the published state dict"):
-        covariate_encoder_from_reference(part(golden("cov_encoder_tiny"), f"{variant}."))
+def test_encoders_with_frozen_features_equal_the_published_ones(golden, agree, variant):
+    numbers = golden("cov_encoder_tiny")
+    encoder = covariate_encoder_from_reference(part(numbers, f"{variant}."))
+    ids = (numbers[f"pert_used.{variant}"], numbers["in.celltype"], numbers["in.batch"])
+    agree(encoder(*ids), numbers[f"out.{variant}"], variant)
+    features = [name for name in encoder.state_dict() if name.endswith(".features")]
+    assert features == [name for name, _ in encoder.named_buffers()]
+    assert len(features) == {"llm_celltype": 1, "genept_llm": 2, "chemberta": 2}[variant]
+
+
+@pytest.mark.parametrize("index", [-1, 4])
+def test_a_dose_that_is_not_there_is_an_error(golden, index):
+    state = part(golden("cov_encoder_tiny"), "chemberta.")
+    state["dose_indices"] = torch.tensor([0, 1, 2, 3, 1, 2, index], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"dose_indices must be rows of dose_encoder\.weight, which has 4"):
+        covariate_encoder_from_reference(state)
 
 
 # The published formula, block by block, on concatenated inputs (float64).
@@ -330,3 +362,360 @@ def test_an_encoder_tensor_of_another_shape_is_an_error(name, shape):
 def test_an_unexpected_tensor_of_the_encoder_is_an_error_that_names_it():
     with pytest.raises(KeyError, match=r"unexpected \['dose_encoder\.weight'\]"):
         covariate_encoder_from_reference({**encoder_state(), "dose_encoder.weight": torch.zeros(3, 4)})
+
+
+# Checkpoints.
+
+ENCODER = "onehot"
+LABELS = {"pert_dict": 7, "cell_type_dict": 4, "batch_dict": 3}  # of the golden covariate encoders
+
+
+def write_checkpoint(
+    path: Path,
+    encoder: dict[str, Tensor],
+    model: dict[str, Tensor] | None = None,
+    changes: dict[str, Any] | None = None,
+    raw: dict[str, Tensor] | None = None,
+) -> Path:
+    """A checkpoint as the published code writes it; `changes` are settings by "section.key", or top-level values."""
+    model = published_state(48, 8, 2, 2) if model is None else model
+    hyper: dict[str, Any] = {
+        "cov_encoding_cfg": {
+            "pert_encoding": "onehot", "celltype_encoding": "onehot", "drug_encoding": "onehot",
+            "replogle_gene_encoding": "onehot", "batch_encoding": "onehot", "gather_strategy": "concat",
+            "pert_embedding_path": "/home/someone/secret/pert.pkl",
+            **{name: {f"{name[:-5]} {9 - i}": i for i in reversed(range(n))} for name, n in LABELS.items()},
+        },
+        "model_cfg": {
+            "model_type": "Cross_DiT", "Block_type": "MM_DiT", "qk_norm": True, "output_fn": "relu", "steps": 1000,
+            "noise_schedule": "linear", "noise_schedule_gamma": 0.3, "p_drop_cond": 0.5, "dit_num_heads": 2,
+            "separate_embedder": False, "dataset_dict": ["tiny_pbmc"], "cutoff": 1e-4, "predict_xstart": True,
+        },
+        "optimizer_cfg": {"MMD_loss": True, "MMD_loss_factor": 1.0, "log": {"where": "C:\\Users\\someone"}},
+        "trainer_cfg": {"default_root_dir": "/home/someone/secret", "precision": "32-true", "lr": math.nan},
+    }  # fmt: skip
+    top: dict[str, Any] = {"epoch": 3, "global_step": 77}
+    for key, value in (changes or {}).items():
+        section, _, name = key.partition(".")
+        if name:
+            hyper[section][name] = value
+        else:
+            top[section] = value
+    state = OrderedDict(
+        {f"cov_encoder.{k}": v for k, v in encoder.items()} | {f"model.{k}": v for k, v in model.items()}
+    )
+    saved_hyper = {section: OmegaConf.create(values) for section, values in hyper.items()}
+    content = {"state_dict": state, "hyper_parameters": {**saved_hyper, "py_logger": logging.getLogger("x")}, **top}
+    if raw is not None:
+        content["current_model_state"] = OrderedDict({**state, **raw})
+    torch.save(content, path)
+    return path
+
+
+def onehot(golden) -> dict[str, Tensor]:
+    return part(golden("cov_encoder_tiny"), "onehot.")
+
+
+def reopened(path: Path, folder: Path, **arguments: Any) -> PerturbDiff:
+    """Converted, saved and loaded again."""
+    PerturbDiff(**vars(convert_checkpoint(path, **arguments))).save_pretrained(folder)
+    return PerturbDiff.from_pretrained(folder, device="cpu")
+
+
+def ids_of_names(model: PerturbDiff, names: dict[str, list[str]], ids: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """The ids that the model gives to the names which have `ids` in the checkpoint."""
+    known = model.vocabularies
+    flat = [[names[kind][i] for i in tensor.flatten().tolist()] for kind, tensor in ids.items()]
+    labels = known.encode(list(zip(*flat, strict=True)))
+    shape = next(iter(ids.values())).shape
+    return tuple(t.reshape(shape) for t in (labels.perturbation, labels.cell_type, labels.batch))
+
+
+@pytest.mark.parametrize("weights", ["ema", "raw"])
+def test_the_published_checkpoint_computes_the_published_outputs(golden, agree, tmp_path, weights):
+    numbers = golden("ckpt_tiny")
+    hyper = json.loads((GOLDEN / "ckpt_tiny.json").read_text())["hyper_parameters"]["cov_encoding_cfg"]
+    names = {
+        kind: sorted(hyper[f"{kind}_dict"], key=hyper[f"{kind}_dict"].get) for kind in ("pert", "cell_type", "batch")
+    }
+    model = reopened(GOLDEN / "tiny_official.ckpt", tmp_path / "model", weights=weights)
+    ids = {"pert": "in.cov_pert", "cell_type": "in.cov_celltype", "batch": "in.cov_batch"}
+    ids = ids_of_names(model, names, {kind: numbers[name] for kind, name in ids.items()})
+    x_t, t, control, previous = (numbers[f"in.{name}"] for name in ("x_t", "t", "cont_emb", "prev_pred"))
+    with torch.no_grad():
+        cov = model.denoiser.conditioning.encoder(*ids)  # each cell of the golden sets has labels of its own
+        agree(cov, numbers[f"{weights}.batch_emb"], "cov")
+        agree(model.denoiser(x_t, t, control, cov, previous), numbers[f"{weights}.x"], "cond")
+        agree(model.denoiser(x_t, t, control, None, previous), numbers[f"{weights}.uncond_x"], "uncond")
+        schedule = Schedule(model.config.diffusion.schedule, model.config.diffusion.n_timesteps)
+        sampled = sample(model.denoiser, x_t, control, cov, model.config.sampling, schedule)
+        agree(sampled, numbers[f"{weights}.ddim100_sample"], "100 steps")
+        # Sets with one label each, by way of Labels.
+        labels = Labels(ids[0][:, :1], ids[1][:, 0], ids[2][:, 0])
+        agree(model.denoiser(x_t, t, control, labels), model.denoiser(x_t, t, control, cov[:, :1]), "labels")
+    other = numbers[f"{'raw' if weights == 'ema' else 'ema'}.x"]
+    assert (other - numbers[f"{weights}.x"]).abs().max() > 1e-4
+
+
+def test_the_final_published_checkpoint_converts_and_has_no_raw_weights(golden, tmp_path):
+    golden("ckpt_tiny")
+    path = GOLDEN / "tiny_official_final_weights_only.ckpt"
+    model = reopened(path, tmp_path / "model", genes=[f"G{i}" for i in range(48)])
+    assert model.genes.names[:2] == ("G0", "G1")
+    assert model.vocabularies.perturbations.names == ("C5a", "G-CSF", "IFN-beta", "IL-2", "IL-4", "PBS")
+    assert model.vocabularies.batches.names[0] == "tiny_pbmc_Donor1"
+    with pytest.raises(ValueError, match="has no raw weights beside its state_dict"):
+        convert_checkpoint(path, weights="raw")
+
+
+def test_a_converted_model_predicts(golden, tmp_path):
+    golden("ckpt_tiny")
+    model = reopened(GOLDEN / "tiny_official.ckpt", tmp_path / "model")
+    counts = np.random.default_rng(0).poisson(3, (5, 48)).astype(np.float32)
+    obs = pd.DataFrame({"cell_type": ["B"] * 5, "batch": ["tiny_pbmc_Donor1"] * 5}, index=[f"c{i}" for i in range(5)])
+    controls = anndata.AnnData(counts, obs=obs, var=pd.DataFrame(index=[f"gene_{i}" for i in range(48)]))
+    predicted = model.predict(controls, perturbation="IL-4")
+    assert predicted.shape == (5, 48)
+    assert predicted.uns["perturbdiff"]["n_steps"] == 100
+    assert list(predicted.uns["perturbdiff"]["unseen"]) == []
+
+
+def test_what_a_checkpoint_says_is_kept_and_what_its_author_would_not_say_is_not(golden, tmp_path):
+    path = write_checkpoint(tmp_path / "mine.ckpt", onehot(golden), changes={"model_cfg.steps": 500})
+    converted = convert_checkpoint(path)
+    training = converted.training
+    assert training["converted_from"] == "mine.ckpt"
+    assert training["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (training["global_step"], training["epoch"], training["weights"]) == (77, 3, "ema")
+    assert training["settings"]["model_cfg"]["steps"] == 500
+    assert training["settings"]["trainer_cfg"] == {"precision": "32-true"}
+    text = json.dumps(training, allow_nan=False)
+    assert "someone" not in text
+    assert str(tmp_path) not in text
+    assert "cell_type 9" not in text
+    assert vars(converted.preprocessing) == {
+        "input_kind": "counts", "target_sum": 1e4, "scale": 10.0, "library_size_col": None
+    }  # fmt: skip
+    sampling, diffusion = converted.config.sampling, converted.config.diffusion
+    assert (sampling.sampler, sampling.spacing, sampling.start_time) == ("ddim", "reference", 100)
+    assert (sampling.guidance_scale, sampling.eta, sampling.cutoff) == (1.0, 0.0, 1e-4)
+    assert (diffusion.n_timesteps, diffusion.schedule, diffusion.p_drop_cond) == (500, "linear", 0.5)
+    assert (diffusion.p_drop_label, converted.config.set_size) == (0.0, 256)
+    assert converted.vocabularies.combination_separator is None
+    assert converted.genes.names == tuple(f"gene_{i}" for i in range(48))
+
+
+VARIANTS = {
+    "onehot": {},
+    "non": {"pert_encoding": "non"},
+    "onehot_nobatch": {"batch_encoding": None},
+    "llm_celltype": {"celltype_encoding": "llm"},
+    "genept_llm": {"replogle_gene_encoding": "genept", "celltype_encoding": "llm"},
+    "chemberta": {"drug_encoding": "chemberta_cls"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_encoding_of_labels_gives_the_published_covariates_after_saving(golden, agree, tmp_path, variant):
+    numbers = golden("cov_encoder_tiny")
+    changes = {f"cov_encoding_cfg.{key}": value for key, value in VARIANTS[variant].items()}
+    path = write_checkpoint(tmp_path / "x.ckpt", part(numbers, f"{variant}."), changes=changes)
+    model = reopened(path, tmp_path / "model")
+    names = {
+        kind: [f"{kind} {9 - i}" for i in range(LABELS[f"{kind}_dict"])] for kind in ("pert", "cell_type", "batch")
+    }
+    used = numbers[f"pert_used.{variant}"]
+    perturbation, cell_type, batch = (used, numbers["in.celltype"], numbers["in.batch"])
+    if variant == "non":
+        assert model.vocabularies.perturbations.names == ()  # none may seem to be known
+    else:
+        given = {"pert": used.clamp_min(0), "cell_type": cell_type, "batch": batch}
+        ids = ids_of_names(model, names, given)
+        if variant == "onehot_nobatch":
+            assert (ids[2] == -1).all()
+        perturbation, cell_type = torch.where(used < 0, used, ids[0]), ids[1]
+    cov = model.denoiser.conditioning.encoder(perturbation, cell_type, batch)
+    agree(cov, numbers[f"out.{variant}"], variant)
+
+
+def test_absent_labels_of_frozen_tables_are_the_mean_of_their_rows(golden, tmp_path):
+    encoder = covariate_encoder_from_reference(part(golden("cov_encoder_tiny"), "chemberta."))
+    of_each = encoder(torch.arange(7), torch.ones(7, dtype=torch.int64), torch.zeros(7, dtype=torch.int64))
+    absent = encoder(torch.tensor(-1), torch.tensor(1), torch.tensor(0))
+    torch.testing.assert_close(absent, of_each.mean(0))
+
+
+def test_covariates_may_be_wider_than_the_genes(golden, tmp_path):
+    # As where a fine-tuned checkpoint has other input and output layers than the one it was made from.
+    model = published_state(20, 8, 2, 2)
+    model["class_embedding.emb.weight"] = torch.randn(8, 48, generator=torch.Generator().manual_seed(1))
+    path = write_checkpoint(tmp_path / "x.ckpt", onehot(golden), model)
+    converted = reopened(path, tmp_path / "model")
+    assert (len(converted.genes), converted.config.denoiser.published_encoding.covariates) == (20, 48)
+    inputs = torch.rand(2, 3, 20, generator=torch.Generator().manual_seed(2))
+    cov = covariate_encoder_from_reference(onehot(golden))(*(torch.tensor([1, 2]),) * 3)[:, None]
+    state, t = {**model}, torch.tensor([3, 800])
+    zeros = torch.zeros_like(inputs)
+    expected = published_forward(
+        state, 2, torch.cat([inputs, zeros], -1).double(), torch.cat([inputs, zeros], -1).double(), t, cov.double()
+    )
+    labels = Labels(torch.tensor([[1], [2]]), torch.tensor([1, 2]), torch.tensor([1, 2]))
+    with torch.no_grad():
+        actual = converted.denoiser(inputs, t, inputs, labels)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "sets"), [("pbmc", [0, 2]), ("tahoe100m", [1]), ("my_Tahoe_screen", [1]), ("PBMC 10k", [0, 2])]
+)
+def test_embedders_of_one_data_set_are_taken_by_its_name(golden, agree, tmp_path, dataset, sets):
+    numbers = golden("cross_dit_tiny_byname")
+    changes = {"model_cfg.dit_num_heads": 4, "model_cfg.separate_embedder": "by_name"}
+    path = write_checkpoint(tmp_path / "x.ckpt", onehot(golden), part(numbers, "model."), changes)
+    model = reopened(path, tmp_path / "model", dataset=dataset)
+    x_t, t, control, cov, previous = (
+        numbers[f"in.{name}"][sets] for name in ("x_t", "t", "cont_emb", "batch_emb", "prev_pred")
+    )
+    with torch.no_grad():
+        agree(model.denoiser(x_t, t, control, cov, previous), numbers["out.cond.x"][sets], dataset)
+    assert model.training["dataset"] == ("pbmc" if 0 in sets else "tahoe100m")
+
+
+@pytest.mark.parametrize("dataset", [None, "replogle", "norman", ""])
+def test_a_data_set_without_embedders_is_an_error_that_lists_those_that_have_some(golden, tmp_path, dataset):
+    model = part(golden("cross_dit_tiny_byname"), "model.")
+    path = write_checkpoint(tmp_path / "x.ckpt", onehot(golden), model, {"model_cfg.dit_num_heads": 4})
+    with pytest.raises(ValueError, match=r"embedders.*: pbmc, tahoe100m\."):
+        convert_checkpoint(path, dataset=dataset)
+
+
+def test_a_data_set_of_shared_embedders_must_be_that_of_the_checkpoint(golden, tmp_path):
+    path = write_checkpoint(tmp_path / "x.ckpt", onehot(golden))
+    for dataset in ("tiny_pbmc", "pbmc"):
+        assert convert_checkpoint(path, dataset=dataset).training["dataset"] == dataset
+    with pytest.raises(ValueError, match=r"'tahoe100m' is not among those of this checkpoint \(tiny_pbmc\)"):
+        convert_checkpoint(path, dataset="tahoe100m")
+
+
+def test_raw_weights_are_those_beside_the_average(golden, tmp_path):
+    bias = torch.arange(48.0)
+    path = write_checkpoint(tmp_path / "x.ckpt", onehot(golden), raw={"model.final_layer.linear.bias": bias})
+    assert torch.equal(convert_checkpoint(path, weights="raw").denoiser.head.bias.detach(), bias)
+    assert not torch.equal(convert_checkpoint(path).denoiser.head.bias.detach(), bias)
+    with pytest.raises(ValueError, match=r"weights \('best'\) must be"):
+        convert_checkpoint(path, weights="best")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model_cfg.use_gene_embedding", True), ("model_cfg.use_class_silu", True), ("model_cfg.qk_norm", False),
+        ("model_cfg.learn_sigma", True), ("model_cfg.sigma_small", True), ("model_cfg.predict_xstart", False),
+        ("model_cfg.rescale_timesteps", True), ("model_cfg.use_kl", True), ("model_cfg.output_fn", "softplus"),
+        ("model_cfg.Block_type", "DiT"), ("model_cfg.model_type", "MLP"), ("model_cfg.noise_schedule", "sqrt"),
+        ("model_cfg.class_emb_gather_strategy", "mean"), ("cov_encoding_cfg.gather_strategy", "sum"),
+        ("cov_encoding_cfg.pert_encoding", "esm2"), ("cov_encoding_cfg.celltype_encoding", "ontology"),
+        ("cov_encoding_cfg.drug_encoding", "logdose"), ("cov_encoding_cfg.batch_encoding", "llm"),
+    ],
+)  # fmt: skip
+def test_a_setting_that_computes_something_else_is_an_error_that_names_it(golden, tmp_path, key, value):
+    path = write_checkpoint(tmp_path / "x.ckpt", onehot(golden), changes={key: value})
+    with pytest.raises(ValueError, match=rf"{re.escape(key)} \({value!r}\) must be"):
+        convert_checkpoint(path)
+
+
+def test_the_exponent_of_the_power_cosine_schedule_must_be_the_published_one(golden, tmp_path):
+    changes = {"model_cfg.noise_schedule": "power_cosine", "model_cfg.noise_schedule_gamma": 0.5}
+    with pytest.raises(ValueError, match=r"noise_schedule_gamma \(0\.5\) must be 0\.3"):
+        convert_checkpoint(write_checkpoint(tmp_path / "x.ckpt", onehot(golden), changes=changes))
+    changes["model_cfg.noise_schedule_gamma"] = 0.3
+    path = write_checkpoint(tmp_path / "x.ckpt", onehot(golden), changes=changes)
+    assert convert_checkpoint(path).config.diffusion.schedule == "power_cosine"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("cov_encoding_cfg.pert_dict", {"a": 0}, r"the 1 perturbation ids must be 0 to 6"),
+        ("cov_encoding_cfg.pert_dict", {f"p{i}": i + 1 for i in range(7)}, r"perturbation ids must be 0 to 6"),
+        ("cov_encoding_cfg.pert_dict", {f"p{i}": str(i) for i in range(7)}, r"perturbation ids must be 0 to 6"),
+        ("cov_encoding_cfg.cell_type_dict", {f"c{i}": min(i, 2) for i in range(4)}, r"cell_type ids must be 0 to 3"),
+        ("cov_encoding_cfg.batch_dict", None, r"no batch names, and the weights have 3"),
+        ("model_cfg.steps", 0, r"setting steps \(0\) must be a number between 1"),
+        ("model_cfg.steps", 10**12, r"setting steps \(10+\) must be a number between 1"),
+        ("model_cfg.steps", "${oc.env:HOME}", r"setting steps \('\$\{oc\.env:HOME\}'\) must be a number"),
+        ("model_cfg.cutoff", -1.0, r"setting cutoff \(-1\.0\) must be"),
+        ("model_cfg.dit_num_heads", 3, r"n_heads \(3\) must divide"),
+        ("model_cfg.dit_num_heads", True, r"setting dit_num_heads \(True\) must be"),
+        ("state_dict", {}, r"x\.ckpt has no state_dict"),
+        ("state_dict", {"model.x": 1}, r"holds what is no tensor: 'model\.x'"),
+        ("state_dict", {"critic.x": torch.zeros(1)}, r"1 unknown tensors: critic\.x"),
+        ("hyper_parameters", {}, r"has no hyper_parameters\.cov_encoding_cfg"),
+    ],
+)
+def test_what_does_not_fit_together_is_an_error(golden, tmp_path, key, value, message):
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(write_checkpoint(tmp_path / "x.ckpt", onehot(golden), changes={key: value}))
+
+
+def test_tensors_that_are_missing_unknown_or_not_finite_are_errors_that_name_them(golden, tmp_path):
+    encoder, model = onehot(golden), published_state(48, 8, 2, 2)
+    path = tmp_path / "x.ckpt"
+    with pytest.raises(ValueError, match=r"x\.ckpt: .*unexpected \['conditioning\.encoder\.dose_encoder\.weight'\]"):
+        convert_checkpoint(write_checkpoint(path, {**encoder, "dose_encoder.weight": torch.zeros(3, 4)}))
+    with pytest.raises(ValueError, match=r"x\.ckpt: .*unexpected \['x_embedder\.scale'\]"):
+        convert_checkpoint(write_checkpoint(path, encoder, {**model, "x_embedder.scale": torch.zeros(1)}))
+    with pytest.raises(ValueError, match=r"x\.ckpt: tensor 'transform\.weight' is missing"):
+        convert_checkpoint(write_checkpoint(path, {k: v for k, v in encoder.items() if k != "transform.weight"}))
+    broken = {**model, "final_layer.linear.bias": torch.full((48,), math.nan)}
+    with pytest.raises(ValueError, match=r"1 tensors hold NaN or infinity: head\.bias"):
+        convert_checkpoint(write_checkpoint(path, encoder, broken))
+
+
+def test_dead_tensors_are_dropped_without_a_word(golden, tmp_path):
+    model = published_state(48, 8, 2, 2)
+    model["gene_embedding.gene_embedding.weight"] = torch.full((8, 5120), math.nan)
+    assert convert_checkpoint(write_checkpoint(tmp_path / "x.ckpt", onehot(golden), model)).denoiser.n_genes == 48
+
+
+@pytest.mark.parametrize(
+    ("genes", "message"), [(["a", "b"], "2 genes were given, x.ckpt has 48"), (["a"] * 48, "1 duplicate gene names")]
+)
+def test_genes_that_do_not_fit_are_an_error(golden, tmp_path, genes, message):
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(write_checkpoint(tmp_path / "x.ckpt", onehot(golden)), genes=genes)
+
+
+def test_a_small_file_cannot_ask_for_a_large_model(golden, tmp_path):
+    model = published_state(48, 8, 2, 2)
+    model["x_embedder.weight"] = torch.zeros(1 << 16, 2)  # 512 kB that would be 12 * 2 ** 34 bytes of one layer
+    with pytest.raises(ValueError, match="shape"):
+        convert_checkpoint(write_checkpoint(tmp_path / "x.ckpt", onehot(golden), model))
+
+
+@pytest.mark.parametrize("conditioning", ["labels", "reference"])
+@pytest.mark.parametrize(
+    "word",
+    ["published_encoding.covariates=9", "published_encoding.cell_type_features=5", "perturbation_encoding=features"],
+)
+def test_encodings_of_converted_models_are_refused_for_training_in_one_line(conditioning, word):
+    words = [f"denoiser.{word}", f"denoiser.conditioning={conditioning}", "data.screen=x", "out=x"]
+    with pytest.raises(ValueError, match="converted") as error:
+        load_config(None, words)
+    assert "\n" not in str(error.value)
+
+
+def test_settings_of_a_converted_model_build_without_memory(golden, tmp_path):
+    path = write_checkpoint(
+        tmp_path / "x.ckpt",
+        part(golden("cov_encoder_tiny"), "chemberta."),
+        changes={"cov_encoding_cfg.drug_encoding": "chemberta_cls"},
+    )
+    converted = convert_checkpoint(path)
+    encoder = converted.config.denoiser.published_encoding
+    assert vars(encoder) == {"perturbation_features": 12, "doses": 4, "cell_type_features": 0, "covariates": 0}
+    sizes = [len(v) for v in (converted.vocabularies.perturbations, converted.vocabularies.cell_types)]
+    with torch.device("meta"):
+        built = Denoiser(converted.config.denoiser, 48, VocabSizes(*sizes, len(converted.vocabularies.batches)))
+    own = converted.denoiser.state_dict()
+    assert {name: t.shape for name, t in built.state_dict().items()} == {name: t.shape for name, t in own.items()}

@@ -1,15 +1,22 @@
 import hashlib
 import json
+import os
 import shutil
+import stat
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from perturbdiff.hub.layout import CONFIG, GOLDEN, HASHED_FILES, WEIGHTS, config_hash
+from perturbdiff.data.screen import control_cells
+from perturbdiff.hub.layout import CONFIG, GOLDEN, JSON_FILES, SHARD, WEIGHTS, WEIGHTS_INDEX, config_hash
 from perturbdiff.pretrained import PerturbDiff
 from perturbdiff.training.loop import train
 from tests.simulated import tiny_config, write_screen
+
+HASHED_FILES = (*JSON_FILES, WEIGHTS, GOLDEN)
+FORMAT_1 = Path(__file__).parent / "format_1"  # written by the version that wrote format 1
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +124,7 @@ def test_a_changed_setting_is_noticed_without_any_other_change(folder):
         PerturbDiff.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 3, 1.0, True, "1", None, [2]])
 def test_another_format_version_is_refused(folder, version):
     rehash(folder, format_version=version)
     with pytest.raises(ValueError, match="format_version"):
@@ -192,3 +199,129 @@ def test_missing_folder_and_plain_folder_say_so(tmp_path):
         PerturbDiff.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"not a model folder.*config\.json"):
         PerturbDiff.from_pretrained(tmp_path)
+
+
+def test_large_weights_are_cut_into_files_and_read_back_bit_for_bit(folder, tmp_path):
+    model = PerturbDiff.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "cut", max_shard_size="20KB")
+    shards = sorted(p.name for p in (tmp_path / "cut").iterdir() if SHARD.fullmatch(p.name))
+    assert len(shards) > 2
+    assert shards[-1] == f"model-{len(shards):05}-of-{len(shards):05}.safetensors"
+    assert not (tmp_path / "cut" / WEIGHTS).exists()
+    index = json.loads((tmp_path / "cut" / WEIGHTS_INDEX).read_text())["weight_map"]
+    assert {name: file for file in shards for name in load_file(tmp_path / "cut" / file)} == index
+    again = PerturbDiff.from_pretrained(tmp_path / "cut")
+    for name, tensor in model.denoiser.state_dict().items():
+        assert torch.equal(again.denoiser.state_dict()[name], tensor), name
+    again.save_pretrained(tmp_path / "cut")
+    assert (tmp_path / "cut" / WEIGHTS).exists()
+    assert not any(SHARD.fullmatch(p.name) for p in (tmp_path / "cut").iterdir())
+
+
+def test_a_tensor_in_two_shards_and_a_lacking_shard_are_refused(folder, tmp_path):
+    PerturbDiff.from_pretrained(folder).save_pretrained(tmp_path / "cut", max_shard_size="20KB")
+    cut = tmp_path / "cut"
+    config = json.loads((cut / CONFIG).read_text())
+    first, second = sorted(name for name in config["sha256"] if SHARD.fullmatch(name))[:2]
+    twice = load_file(cut / second) | load_file(cut / first)
+    save_file(twice, cut / second)
+    config["sha256"][second] = hashlib.sha256((cut / second).read_bytes()).hexdigest()
+    (cut / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"is in {first} and in {second}"):
+        PerturbDiff.from_pretrained(cut)
+    del config["sha256"][first]
+    (cut / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="must name the files"):
+        PerturbDiff.from_pretrained(cut)
+
+
+def test_a_folder_of_format_1_loads_and_is_saved_as_the_newest(tmp_path):
+    model = PerturbDiff.from_pretrained(FORMAT_1)
+    weights = load_file(FORMAT_1 / WEIGHTS)
+    assert all(torch.equal(model.denoiser.state_dict()[name], tensor) for name, tensor in weights.items())
+    model.save_pretrained(tmp_path / "new")
+    config = json.loads((tmp_path / "new" / CONFIG).read_text())
+    assert config["format_version"] == 2
+    assert config["denoiser"]["cell_type_encoding"] == "onehot"
+    expected = load_file(FORMAT_1 / GOLDEN)["x0_pred"]
+    assert torch.allclose(load_file(tmp_path / "new" / GOLDEN)["x0_pred"], expected, atol=1e-6)
+
+
+def test_a_key_that_is_missing_is_never_a_default(folder):
+    config = json.loads((folder / CONFIG).read_text())
+    del config["denoiser"]["out_activation"]
+    rehash(folder, denoiser=config["denoiser"])
+    with pytest.raises(ValueError, match="lacks out_activation and has unknown keys nothing"):
+        PerturbDiff.from_pretrained(folder)
+
+
+def test_files_may_be_read_by_those_who_may_read_the_folder(folder):
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*") if path.is_file()}
+    assert len(set(modes.values())) == 1, modes
+
+
+@pytest.mark.parametrize("name", [CONFIG, "genes.json", WEIGHTS, GOLDEN, "README.md"])
+def test_links_out_of_the_folder_are_refused_and_links_within_are_not(folder, tmp_path, name):
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="leads out of the folder"):
+        PerturbDiff.from_pretrained(folder)
+    (folder / name).unlink()
+    (tmp_path / "elsewhere").rename(folder / "within")
+    (folder / name).symlink_to(folder / "within")
+    PerturbDiff.from_pretrained(folder)
+
+
+def test_a_pipe_in_place_of_a_file_does_not_hang(folder):
+    (folder / "genes.json").unlink()
+    os.mkfifo(folder / "genes.json")
+    with pytest.raises(FileNotFoundError, match=r"lacks genes\.json"):
+        PerturbDiff.from_pretrained(folder)
+
+
+def test_weights_of_another_type_predict_nearly_the_same(folder, tmp_path):
+    screen = write_screen(tmp_path)
+    controls = control_cells(screen, PerturbDiff.from_pretrained(folder).config.obs, None, None)
+    as_float, as_bfloat = (
+        PerturbDiff.from_pretrained(folder, device="cpu", dtype=dtype)
+        .predict(controls, "pert_1", n_cells=30)
+        .X.toarray()
+        for dtype in (None, torch.bfloat16)
+    )
+    double = PerturbDiff.from_pretrained(folder, device="cpu", dtype=torch.float64)
+    as_double = double.predict(controls, "pert_1", n_cells=30).X.toarray()
+    assert 0 < abs(as_float - as_bfloat).max() < 0.2
+    assert abs(as_float - as_double).max() < 1e-3
+    with pytest.raises(ValueError, match="floating point"):
+        PerturbDiff.from_pretrained(folder, dtype=torch.int8)
+
+
+def test_the_golden_check_is_an_option_and_hashes_are_not(folder):
+    golden = load_file(folder / GOLDEN)
+    golden["x0_pred"] += 1
+    save_file(golden, folder / GOLDEN)
+    with pytest.raises(ValueError, match="sha256"):
+        PerturbDiff.from_pretrained(folder, golden_check=False)
+    rehash(folder)
+    PerturbDiff.from_pretrained(folder, golden_check=False)
+    with pytest.raises(ValueError, match="golden check"):
+        PerturbDiff.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda golden: golden.pop("mask"),
+        lambda golden: golden.update(x_t=torch.zeros(100, 100, 40)),
+        lambda golden: golden.update(perturbation=torch.full((2, 1), 99)),
+        lambda golden: golden.update(x_t=torch.zeros(2, 3, 39)),
+        lambda golden: golden.update(x0_pred=torch.full((2, 3, 40), float("nan"))),
+    ],
+)
+def test_a_golden_input_that_does_not_fit_is_refused(folder, change):
+    golden = load_file(folder / GOLDEN)
+    change(golden)
+    save_file(golden, folder / GOLDEN)
+    rehash(folder)
+    with pytest.raises(ValueError, match=r"golden|cells in sets"):
+        PerturbDiff.from_pretrained(folder)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perturbdiff.config import DenoiserConfig
+from perturbdiff.config import DenoiserConfig, PublishedEncoding, check_denoiser
 from perturbdiff.data.batch import NULL, Labels
 from perturbdiff.model.conditioning import CovariateEncoder, LabelConditioning, ReferenceConditioning, VocabSizes
 
@@ -16,7 +16,7 @@ SIZES = VocabSizes(perturbations=5, cell_types=3, batches=4)
 
 def randomized(module: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
-    for parameter in module.parameters():
+    for parameter in [*module.parameters(), *module.buffers()]:
         nn.init.normal_(parameter, generator=generator)
     return module
 
@@ -26,7 +26,7 @@ def by_labels() -> LabelConditioning:
     return randomized(LabelConditioning(SIZES, 6))
 
 
-def encoder(**settings: str) -> CovariateEncoder:
+def encoder(**settings: object) -> CovariateEncoder:
     return randomized(CovariateEncoder(SIZES, DenoiserConfig(covariate_dim=4, **settings), n_genes=7))
 
 
@@ -182,3 +182,69 @@ def test_onehot_batches_of_data_without_batch_labels_are_refused_when_built():
     with pytest.raises(ValueError, match=r"batch_encoding=onehot needs batch labels.*batch_encoding=none"):
         CovariateEncoder(without, DenoiserConfig(), n_genes=7)
     CovariateEncoder(without, DenoiserConfig(batch_encoding="none"), n_genes=7)
+
+
+# Frozen tables.
+
+
+def with_tables(doses: int = 0, covariates: int = 0) -> CovariateEncoder:
+    published = PublishedEncoding(perturbation_features=6, doses=doses, cell_type_features=5, covariates=covariates)
+    return encoder(perturbation_encoding="features", cell_type_encoding="features", published_encoding=published)
+
+
+def linear(features: Tensor, layer: nn.Linear) -> Tensor:
+    return layer.weight @ features + (0 if layer.bias is None else layer.bias)
+
+
+@pytest.mark.parametrize("doses", [0, 3])
+def test_features_are_made_linear_and_doses_are_a_part_of_their_own(doses):
+    e = with_tables(doses)
+    cov = e(torch.tensor([4, 0]), torch.tensor([2, 1]), torch.tensor([3, 0]))
+    for b, (perturbation, cell_type, batch) in enumerate([(4, 2, 3), (0, 1, 0)]):
+        parts = [linear(e.perturbation.features[perturbation], e.perturbation.linear)]
+        if doses:
+            parts.append(e.dose.linear.weight @ e.dose.features[perturbation])
+        parts += [linear(e.cell_type.features[cell_type], e.cell_type.linear), e.batch.weight[batch]]
+        torch.testing.assert_close(cov[b], by_hand(e, parts))
+
+
+def test_absent_labels_with_features_are_the_mean_over_all():
+    e = with_tables(doses=3)
+    absent = e(torch.tensor([-1]), torch.tensor([-1]), torch.tensor([1]))
+    everything = torch.stack(
+        [e(torch.tensor([p]), torch.tensor([c]), torch.tensor([1]))[0] for p in range(5) for c in range(3)]
+    )
+    torch.testing.assert_close(absent[0], everything.mean(0))
+
+
+def test_frozen_tables_are_state_without_gradients_and_are_called_features():
+    e = with_tables(doses=3)
+    assert {name for name, _ in e.named_buffers()} == {"perturbation.features", "dose.features", "cell_type.features"}
+    assert not any(name.endswith(".features") for name, _ in e.named_parameters())
+    assert {name for name in e.state_dict() if name.endswith(".features")} == {name for name, _ in e.named_buffers()}
+
+
+def test_the_number_of_covariates_may_be_another_than_that_of_genes():
+    e = with_tables(covariates=11)
+    assert e(torch.tensor([1]), torch.tensor([1]), torch.tensor([1])).shape == (1, 11)
+
+
+def test_a_label_outside_a_frozen_table_is_an_error():
+    with pytest.raises(IndexError):
+        with_tables()(torch.tensor([5]), torch.tensor([0]), torch.tensor([0]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"perturbation_encoding": "features"}, r"perturbation_encoding \(features\) must be features with"),
+        ({"cell_type_encoding": "features"}, r"cell_type_encoding \(features\) must be features with"),
+        ({"published_encoding": PublishedEncoding(cell_type_features=3)}, r"cell_type_encoding \(onehot\) must be"),
+        ({"published_encoding": PublishedEncoding(doses=3)}, r"doses \(3\) must come with a table"),
+        ({"published_encoding": PublishedEncoding(covariates=-1)}, r"covariates \(-1\) must be between 0 and"),
+        ({"published_encoding": PublishedEncoding(covariates=10**12)}, r"covariates \(10+\) must be between 0 and"),
+    ],
+)
+def test_encodings_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        check_denoiser(DenoiserConfig(conditioning="reference", **settings))

@@ -10,7 +10,7 @@ from perturbdiff.data.screen import Screen
 from perturbdiff.data.training_set import TrainingSet
 from perturbdiff.diffusion.losses import DiffusionLoss, validation_draws
 from perturbdiff.evaluation import metrics
-from perturbdiff.pretrained import build_denoiser
+from perturbdiff.model.denoiser import build_denoiser
 from perturbdiff.training.validation import energy_distance, validate
 from tests.atlases import atlas_of_screen
 from tests.simulated import TINY, tiny_config, write_screen

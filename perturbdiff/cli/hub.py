@@ -1,0 +1,204 @@
+"""Commands on the Hub: push, pull, list, info, verify, diff; and convert, which makes a model folder to push."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from perturbdiff.cli.command import add_command, add_target, name_and_revision, print_publication
+
+if TYPE_CHECKING:
+    from perturbdiff.hub.download import ModelSource
+
+WHERE = """
+MODEL is a folder, a name that `perturbdiff hub list` shows, or owner/name of a repo on the Hub; of a repo,
+owner/name@REVISION is a branch, tag or commit. HF_TOKEN or `hf auth login` opens private repos; HF_ENDPOINT names a
+mirror; HF_HUB_OFFLINE=1 takes everything from the cache.
+"""
+
+
+def add_hub_commands(commands: Any) -> None:
+    """Declare them."""
+    hub = commands.add_parser(
+        "hub", help="publish, find and check models", description="Publish, find and check models."
+    )
+    hub_commands = hub.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    push = add_command(
+        hub_commands, "push", _push, "a model folder -> a repo on the Hub",
+        "Checks the folder, writes its card, pushes it as one commit, pulls that back, compares every hash and runs\n"
+        "the golden check; the tag is set last, so that a push that failed leaves none.",
+        "examples:\n  perturbdiff hub push runs/kang/model owner/kang --tag v1 --licence mit\n"
+        "  perturbdiff hub push runs/kang/model owner/kang --private --revision trial\n"
+        "Prints the lines by which a registry names what was pushed.",
+    )  # fmt: skip
+    push.add_argument("model", metavar="FOLDER", help="model folder")
+    add_target(push)
+    push.add_argument("--licence", metavar="ID", help="of the weights; kept in the folder's training.json and its card")
+    push.add_argument(
+        "--benchmark", metavar="OWNER/NAME", help="the data set on the Hub that its evaluation is of, to be shown there"
+    )
+
+    pull = add_command(
+        hub_commands, "pull", _pull, "a repo on the Hub -> a model folder",
+        "Downloads a model to a folder of its own, every hash and the golden output checked; interrupted, it goes on\n"
+        "with the same command. Such a folder works wherever a repo id does.",
+        "example:\n  perturbdiff hub pull owner/kang@v1 --out models/kang\n" + WHERE,
+    )  # fmt: skip
+    pull.add_argument("model", metavar="MODEL", help="name or repo")
+    pull.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+
+    listing = add_command(
+        hub_commands, "list", _list, "known checkpoints, and models on the Hub",
+        "Lists the registry, and the models on the Hub that say they are of this library.",
+        "examples:\n  perturbdiff hub list\n  perturbdiff hub list --owner owner\n"
+        "PERTURBDIFF_REGISTRY names another registry than the one of the package.",
+    )  # fmt: skip
+    listing.add_argument("--owner", metavar="NAME", help="only models of this user or organisation")
+    listing.add_argument("--search", metavar="WORD", help="only models with this word in their name")
+
+    info = add_command(
+        hub_commands, "info", _info, "what a model expects: genes, X, labels, licence, scores",
+        "Reads the JSON files of a model and says what it expects and where it comes from; loads no weights.",
+        "examples:\n  perturbdiff hub info runs/kang/model\n  perturbdiff hub info owner/kang@v1\n" + WHERE,
+    )  # fmt: skip
+    info.add_argument("model", metavar="MODEL", help="folder, name or repo")
+
+    verify = add_command(
+        hub_commands, "verify", _verify, "every hash, the card, and the golden output",
+        "Loads a model as `predict` would and says what was checked. Names the first problem.",
+        "example:\n  perturbdiff hub verify owner/kang@v1\n" + WHERE,
+    )  # fmt: skip
+    verify.add_argument("model", metavar="MODEL", help="folder, name or repo")
+
+    diff = add_command(
+        hub_commands, "diff", _diff, "how two models differ",
+        "Compares settings, vocabularies, training, scores and the hashes of the weights; loads no weights.",
+        "example:\n  perturbdiff hub diff owner/kang@v1 runs/kang/model\n" + WHERE,
+    )  # fmt: skip
+    diff.add_argument("model", metavar="MODEL", help="folder, name or repo")
+    diff.add_argument("other", metavar="OTHER", help="the same")
+
+    convert = add_command(
+        commands, "convert", _convert, "a published Lightning checkpoint -> a model folder",
+        "Reads a checkpoint of the published implementation without executing anything in it, and writes a model\n"
+        "folder with its weights, vocabularies, frozen tables and settings; outputs are those of the published code.",
+        "examples:\n  perturbdiff convert pbmc.ckpt --genes genes.txt --out models/pbmc\n"
+        "  perturbdiff convert all.ckpt --genes genes.txt --dataset tahoe100m --out models/tahoe",
+    )  # fmt: skip
+    convert.add_argument("checkpoint", metavar="FILE.ckpt")
+    convert.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+    convert.add_argument(
+        "--genes", metavar="FILE", help="names in the model's order, one a line; the file does not hold them"
+    )
+    convert.add_argument("--dataset", metavar="NAME", help="whose embedders to take, of a model with one for each")
+    convert.add_argument(
+        "--weights", choices=("ema", "raw"), default="ema", help="averaged or last (default: %(default)s)"
+    )
+    convert.add_argument("--licence", metavar="ID", help="of the weights, for the card")
+
+
+def _push(arguments: argparse.Namespace) -> None:
+    from perturbdiff.hub.layout import read_settings
+    from perturbdiff.hub.registry import entry_of
+    from perturbdiff.pretrained import PerturbDiff, push_folder
+
+    read_settings(arguments.model)  # a folder, not a repo id
+    if arguments.licence is not None:
+        model = PerturbDiff.from_pretrained(arguments.model, device="cpu")
+        model.training = {**model.training, "licence": arguments.licence}
+        model.save_pretrained(arguments.model)
+    done = push_folder(
+        arguments.model,
+        arguments.repo,
+        private=arguments.private,
+        revision=arguments.revision,
+        tag=arguments.tag,
+        commit_message=arguments.message,
+        benchmark=arguments.benchmark,
+    )
+    print_publication(done)
+    files = read_settings(arguments.model)
+    evaluation = files.json.get("evaluation.json")
+    scores = {} if evaluation is None else evaluation["mean"][evaluation["model"]]
+    metrics = {name: round(value, 4) for name, value in scores.items() if value is not None}
+    name = arguments.repo.rsplit("/", 1)[-1]
+    print("\nfor a registry:")
+    print(entry_of(name, done.repo, done.tag or done.commit, files.sha256, None, metrics), end="")
+
+
+def _pull(arguments: argparse.Namespace) -> None:
+    from perturbdiff.hub.download import pull_model
+    from perturbdiff.pretrained import PerturbDiff
+
+    source = _find(arguments.model)
+    pull_model(source, arguments.out, check=lambda folder: PerturbDiff.from_pretrained(folder, device="cpu"))
+    print(f"pulled      {source.name} at commit {source.commit}: every hash and the golden output checked")
+    print(f"written     {arguments.out}")
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    from perturbdiff.hub.download import list_models
+    from perturbdiff.hub.registry import read_registry
+
+    known = read_registry()
+    print(f"registered  {len(known)}")
+    for checkpoint in known.values():
+        scores = ", ".join(f"{name} {value:g}" for name, value in list(checkpoint.metrics.items())[:3])
+        print(f"  {checkpoint.name:<24}{checkpoint.repo}@{checkpoint.revision or 'folder'}  {scores}")
+    try:
+        found = list_models(arguments.owner, arguments.search)
+    except OSError as error:  # what is registered may be folders, or in the cache
+        print(f"on the Hub  not reached: {error}")
+        return
+    print(f"on the Hub  {len(found)}")
+    for line in found:
+        print(f"  {line}")
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    from perturbdiff.hub.describe import describe
+
+    print(describe(_find(arguments.model)))
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from perturbdiff.pretrained import PerturbDiff
+
+    model = PerturbDiff.from_pretrained(*name_and_revision(arguments.model), device="cpu")
+    print(f"verified    {arguments.model}: {model.n_parameters:,} parameters; every hash, the card, the golden output")
+
+
+def _diff(arguments: argparse.Namespace) -> None:
+    from perturbdiff.hub.describe import difference
+
+    print(difference(_find(arguments.model), _find(arguments.other)))
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from perturbdiff.pretrained import PerturbDiff
+
+    genes = None
+    if arguments.genes is not None:
+        genes = [
+            line.strip() for line in Path(arguments.genes).read_text(encoding="utf-8").splitlines() if line.strip()
+        ]
+    model = PerturbDiff.from_reference(arguments.checkpoint, genes, arguments.dataset, arguments.weights)
+    if arguments.licence is not None:
+        model.training = {**model.training, "licence": arguments.licence}
+    if Path(arguments.out).exists():
+        raise FileExistsError(f"--out {arguments.out} exists; choose another name or remove it.")
+    model.save_pretrained(arguments.out)
+    if genes is None:
+        print(
+            f"note        the checkpoint does not name its genes: they are called {model.genes.names[0]}, ... here, and"
+        )
+        print("            controls must name them so; --genes gives the names, in the order of training")
+    print(f"weights     {arguments.weights}, {model.n_parameters:,} parameters, {len(model.genes):,} genes")
+    print(f"written     {arguments.out}")
+
+
+def _find(text: str) -> ModelSource:
+    from perturbdiff.hub.download import find_model
+
+    return find_model(*name_and_revision(text))

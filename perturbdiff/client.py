@@ -1,0 +1,125 @@
+"""The Hub's client: what can go wrong with it, in one line that holds no secret."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# Addresses with a signature are as good as a password for an hour; so is one with user:password@.
+_QUERY = re.compile(r"(https?://[^\s?'\"<>]+)\?[^\s'\"<>]*")
+_USER = re.compile(r"(https?://)[^\s/@'\"]+@")
+_TOKEN = re.compile(r"\bhf_\w+|(?i:bearer)\s+[^\s'\"]+")
+
+# What the client stumbles over in an answer that is not of the Hub's form, as the page of a captive portal.
+_MISREAD = (json.JSONDecodeError, RecursionError, AttributeError, IndexError, KeyError, TypeError)
+
+
+def clean(error: BaseException) -> str:
+    """The first line of a message, cut and printable; without secrets."""
+    return printable(without_secrets((str(error).strip().splitlines() or [type(error).__name__])[0]))[:200]
+
+
+def printable(text: str) -> str:
+    """A text that moves no cursor and colours no terminal, as names of strangers might."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def without_secrets(text: str) -> str:
+    """A text without tokens and the secret parts of addresses."""
+    return _TOKEN.sub("***", _USER.sub(r"\1", _QUERY.sub(r"\1", text)))
+
+
+class _WithoutSecrets(logging.Filter):
+    """For the client's own log: where it retries, it writes whole addresses, signatures included."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = without_secrets(record.getMessage()), ()
+        return True
+
+
+_REDACT = _WithoutSecrets()
+
+
+@contextmanager
+def hub_errors(what: str) -> Iterator[None]:
+    """Turn the client's errors into ours; `what` is the repo with its revision, as "model 'owner/name'".
+
+    Raises
+    ------
+    FileNotFoundError
+        No such repo, revision or file; not in the cache where the Hub cannot be reached.
+    PermissionError
+        It needs a token, another token, or consent to its terms.
+    ValueError
+        Not a repo id.
+    ConnectionError
+        The Hub does not answer as it should.
+    OSError
+        The disk has not enough space.
+    """
+    import httpx2
+    from huggingface_hub import errors
+
+    for handler in logging.getLogger("huggingface_hub").handlers:
+        handler.addFilter(_REDACT)  # once, however often it is added
+    try:
+        with warnings.catch_warnings():
+            # Rather than after hours of download.
+            warnings.filterwarnings("error", "Not enough free disk space", UserWarning)
+            yield
+    # Raised `from None`: a traceback would print the client's own messages, with their addresses.
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        raise FileNotFoundError(
+            f"{what} is not, or not whole, in the cache of the Hub, and the Hub cannot be reached ({clean(error)}); "
+            "connect, or copy a folder here and give its path."
+        ) from None
+    except errors.GatedRepoError as error:
+        raise PermissionError(
+            f"{what} is gated ({clean(error)}); accept its terms on its page, then log in with `hf auth login` or "
+            "HF_TOKEN."
+        ) from None
+    except errors.RevisionNotFoundError as error:
+        raise FileNotFoundError(
+            f"{what} has no such revision ({clean(error)}); give a branch, tag or commit."
+        ) from None
+    except errors.RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{what} is not on the Hub, or is private ({clean(error)}); check the name, or log in with `hf auth login` "
+            "or HF_TOKEN."
+        ) from None
+    except errors.EntryNotFoundError as error:
+        raise FileNotFoundError(f"{what} lacks a file ({clean(error)}).") from None
+    except errors.HFValidationError as error:
+        raise ValueError(f"{what} is no name of a repo ({clean(error)}); write owner/name.") from None
+    except errors.LocalTokenNotFoundError as error:
+        raise PermissionError(
+            f"{what} needs a token ({clean(error)}); log in with `hf auth login` or HF_TOKEN."
+        ) from None
+    except (httpx2.HTTPError, errors.FileMetadataError) as error:
+        status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+        if status in (401, 403):
+            raise PermissionError(
+                f"{what} may not be used so with this token ({clean(error)}); log in with one that may (HF_TOKEN, "
+                "`hf auth login`)."
+            ) from None
+        raise ConnectionError(f"{what}: the Hub did not answer as it should ({clean(error)}); try again.") from None
+    except UserWarning as warning:
+        raise OSError(f"{what}: {clean(warning)}") from None
+    except (httpx2.InvalidURL, *_MISREAD) as error:
+        said = f"{type(error).__name__}: {clean(error)}"
+        raise ConnectionError(
+            f"{what}: the Hub did not answer as it should ({said}); see that HF_ENDPOINT is the address of a Hub."
+        ) from None
+    except OSError as error:
+        sizes = re.search(r"should be of size \d+ but has size \d+", str(error))
+        if type(error) is not OSError or sizes is None:  # ours, or the disk's
+            raise
+        # The rest of the message is the end of an address, where the signature is.
+        raise ConnectionError(f"{what}: a file that came {sizes[0]}; try again.") from None
+    except (RuntimeError, errors.XetDownloadError) as error:  # of the client's threads that move files
+        cause = error.__cause__ or error
+        raise ConnectionError(f"{what}: a file could not be moved ({clean(cause)}); try again.") from None

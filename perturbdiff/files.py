@@ -1,0 +1,97 @@
+"""Files of strangers: inside their folder, of a bearable size, with the hash that they should have."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+MAX_DEPTH = 64  # of JSON
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file, which must lie in the folder, or where the Hub's cache keeps the files of the repo."""
+    root = folder.resolve()
+    for parent in (root, *root.parents):  # in that cache files are links to ../../blobs
+        if parent.parent.name == "snapshots" and parent.parents[1].name.startswith(("models--", "datasets--")):
+            root = parent.parents[1]
+            break
+    path = folder / name
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: of links in a circle
+        raise ValueError(f"{path} leads nowhere ({short(error)}); put the file itself there.") from error
+    if not real.is_relative_to(root):
+        raise ValueError(f"{path} leads out of the folder, to {real}; put the file itself there.")
+    return path
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
+    """A JSON object in which every name stands once and every number is one of 64 bits.
+
+    Raises ValueError where the file is too large, too deep or something else.
+    """
+    if (size := path.stat().st_size) > max_bytes:
+        raise ValueError(f"{path} has {size:,} bytes; at most {max_bytes:,} are read.")
+    try:
+        content = json.loads(
+            path.read_text(encoding="utf-8"),
+            object_pairs_hook=_names_once,
+            parse_int=_number,
+            parse_float=_number,
+            parse_constant=_number,
+        )
+        json.dumps(content, ensure_ascii=False).encode()  # fails with halves of characters, which cannot be written
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({short(error)}); get it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}; get it again.")
+    level: list[Any] = [content]
+    for _ in range(MAX_DEPTH):
+        inner = [value.values() if isinstance(value, dict) else value for value in level]
+        level = [value for values in inner for value in values if isinstance(value, dict | list)]
+    if level:  # what is read is written and compared by functions that call themselves
+        raise ValueError(f"{path} is nested deeper than {MAX_DEPTH}; get it again.")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def short(error: BaseException) -> str:
+    """The first line of a message, cut and printable."""
+    return printable((str(error).splitlines() or [type(error).__name__])[0][:160])
+
+
+def printable(text: str) -> str:
+    """The text without what moves the cursor of a terminal, colours it or hides something."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def few(names: list[str]) -> str:
+    """Up to five names, those that could upset a terminal quoted, and how many more there are."""
+    shown = [name if name.isprintable() and len(name) < 80 else repr(name[:80]) for name in names[:5]]
+    return (", ".join(shown) + (f" and {len(names) - 5} more" if len(names) > 5 else "")) or "nothing"
+
+
+def _names_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):  # of which one reader takes the first, another the last
+        raise ValueError(f"a name stands twice among {few(sorted(content))}")
+    return content
+
+
+def _number(text: str) -> int | float:
+    number = int(text) if text.removeprefix("-").isdigit() else float(text)
+    if not (math.isfinite(number) if isinstance(number, float) else -(1 << 63) <= number < 1 << 63):
+        raise ValueError(f"{text[:40]} is not a number of 64 bits")
+    return number

@@ -1,0 +1,264 @@
+"""Model folders and atlases from wherever they are: a folder here, a registered name, a repo of the Hub at one commit.
+
+Files of the Hub come through its cache, small ones first: what they say bounds what is fetched next.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import torch
+from torch import nn
+
+from perturbdiff.client import hub_errors, printable
+from perturbdiff.data.card_text import REPO_ID
+from perturbdiff.hub.layout import (
+    CARD,
+    CONFIG,
+    EVALUATION,
+    JSON_FILES,
+    MAX_JSON_BYTES,
+    WEIGHTS_INDEX,
+    Settings,
+    read_settings,
+)
+from perturbdiff.hub.registry import find_checkpoint
+from perturbdiff.hub.settings import parse_settings
+from perturbdiff.model.denoiser import build_denoiser
+
+LIBRARY = "perturbdiff"  # as the front matter of our cards has it
+MAX_OVERHEAD = 1 << 26  # bytes of tensor files beyond eight a value: headers, and the golden check
+SMALL_FILES = (CONFIG, *JSON_FILES, EVALUATION, WEIGHTS_INDEX, CARD)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model folder that was found; of one on the Hub, the small files are here.
+
+    name
+        The folder's, or owner/name.
+    folder
+        Where its files are, or will be.
+    repo, commit
+        None for a folder that is not of the Hub.
+    sha256
+        What a registry says that config.json must hash to.
+    """
+
+    name: str
+    folder: Path
+    repo: str | None = None
+    commit: str | None = None
+    sha256: str | None = None
+    subfolder: str = ""
+    cache_dir: str | Path | None = None
+    local_files_only: bool = False
+    token: str | bool | None = field(default=None, repr=False)
+    sizes: dict[str, int] | None = field(default=None, repr=False)  # of the repo's files as listed; None when offline
+
+    def check_identity(self, settings: Settings) -> None:
+        """Compare with the registry. Raises ValueError."""
+        if self.sha256 is not None and settings.sha256 != self.sha256:
+            raise ValueError(
+                f"{self.name}: config.json has sha256 {settings.sha256}, not {self.sha256} as the registry states; it "
+                "is another model than the registered one."
+            )
+
+    def fetch_tensors(self, settings: Settings, max_bytes: int) -> None:
+        """Bring weights, features and golden check of this commit here; nothing to do for a folder.
+
+        Raises
+        ------
+        ValueError
+            They are larger than `max_bytes`, what the architecture can need.
+        OSError
+            As `hub_errors`.
+        """
+        if self.repo is None:
+            return
+        self.check_sizes(settings, max_bytes)
+        files = [self.subfolder + name for name in settings.tensor_files]
+        # Without sizes, only what is here already.
+        _snapshot(self.repo, self.commit, files, self.cache_dir, self.sizes is None, self.token)
+
+    def check_sizes(self, settings: Settings, max_bytes: int) -> None:
+        """Compare what the Hub lists with `max_bytes`. Raises ValueError."""
+        sizes = self.sizes or {}
+        if (total := sum(sizes.get(self.subfolder + name, 0) for name in settings.tensor_files)) > max_bytes:
+            raise ValueError(
+                f"the tensors of {self.name} have {total:,} bytes; its {CONFIG} describes a model of at most "
+                f"{max_bytes:,}. They do not belong together: nothing was downloaded."
+            )
+
+
+def find_model(
+    path_or_repo_id: str | Path,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+) -> ModelSource:
+    """Find a model folder: a folder here, else a registered name, else a repo of the Hub (`revision` at one commit).
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        None of these; a subfolder that leads out of the folder; a revision of a folder.
+    OSError
+        As `hub_errors`.
+    """
+    name, sha256 = str(path_or_repo_id), None
+    inner = PurePosixPath(subfolder or "")
+    if inner.is_absolute() or ".." in inner.parts or re.search(r"[*?\[\\]", str(inner)):
+        raise ValueError(f"subfolder ({subfolder!r}) must be a plain path inside of the repo.")
+    if not Path(name).is_dir() and not REPO_ID.fullmatch(name):
+        if "/" in name or "\\" in name or name.startswith(("~", ".")):
+            raise FileNotFoundError(f"model folder {name!r} does not exist; give a folder made by save_pretrained.")
+        checkpoint = find_checkpoint(name)
+        if revision is None:
+            revision, sha256 = checkpoint.revision, checkpoint.sha256
+        name = checkpoint.repo
+    if (folder := Path(name)).is_dir():
+        if revision is not None:
+            raise ValueError(f"{name} is a folder and has no revision {revision!r}; leave the revision out.")
+        return ModelSource((folder / inner).resolve().name, folder / inner, sha256=sha256)
+    prefix = f"{inner}/" if subfolder else ""
+    small = [prefix + file for file in SMALL_FILES]
+    listed, sizes = (None, None) if local_files_only else _listed(name, revision, token)
+    if large := [file for file in small if (sizes or {}).get(file, 0) > MAX_JSON_BYTES]:
+        raise ValueError(f"{large[0]} of {name} has {sizes[large[0]]:,} bytes; at most {MAX_JSON_BYTES:,} are read.")  # type: ignore[index]
+    snapshot = _snapshot(name, revision, small, cache_dir, local_files_only, token)
+    if listed is not None and listed != snapshot.name:  # the branch moved in between
+        _, sizes = _listed(name, snapshot.name, token)
+    return ModelSource(
+        name, snapshot / inner, name, snapshot.name, sha256, prefix, cache_dir, local_files_only, token, sizes
+    )
+
+
+def pull(
+    repo: str,
+    repo_type: str,
+    commit: str,
+    files: Sequence[str],
+    out: str | Path,
+    check: Callable[[Path], object],
+    token: str | bool | None = None,
+    subfolder: str = "",
+) -> None:
+    """Download files of a commit to a folder of their own; it appears when `check` has passed.
+
+    `subfolder`, with a / at its end, is where in the repo they are.
+
+    A pull that was interrupted goes on with the same call, from `.NAME.partial` beside `out`.
+
+    Raises
+    ------
+    FileExistsError
+        `out` exists.
+    OSError, ValueError
+        As `hub_errors`; what `check` raises, and then nothing is kept.
+    """
+    from huggingface_hub import snapshot_download
+
+    out = Path(out)
+    if out.exists():
+        raise FileExistsError(f"--out {out} exists; choose another name or remove it.")
+    partial = out.parent / f".{out.name}.partial"
+    if (partial / "commit").exists() and (partial / "commit").read_text() != f"{repo} {commit}":
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True, exist_ok=True)
+    (partial / "commit").write_text(f"{repo} {commit}")
+    with hub_errors(f"{repo_type} {repo!r}"):
+        snapshot_download(
+            repo,
+            repo_type=repo_type,
+            revision=commit,
+            allow_patterns=[subfolder + name for name in files],
+            local_dir=partial / "files",
+            token=token,
+        )
+    shutil.rmtree(partial / "files" / ".cache", ignore_errors=True)
+    try:
+        check(partial / "files" / subfolder)
+    except (OSError, ValueError):
+        shutil.rmtree(partial)
+        raise
+    (partial / "files" / subfolder).rename(out)
+    shutil.rmtree(partial)
+
+
+def pull_model(source: ModelSource, out: str | Path, check: Callable[[Path], object]) -> None:
+    """Download a model that was found to a folder of its own. As `pull`; ValueError if it is a folder already.
+
+    What is larger than its settings can need is not downloaded, but a ValueError.
+    """
+    if source.repo is None or source.commit is None:
+        raise ValueError(f"{source.folder} is a folder already; give the name or repo id of a model on the Hub.")
+    if source.sizes is None:
+        raise ConnectionError(f"model {source.repo!r} is pulled from the Hub, which cannot be reached; connect.")
+    settings = read_settings(source.folder)
+    source.check_identity(settings)
+    said = parse_settings(source.folder, settings)
+    with torch.device("meta"):
+        denoiser = build_denoiser(said.config.denoiser, len(said.genes), said.vocabularies)
+    source.check_sizes(settings, max_tensor_bytes(denoiser))
+    files = [*settings.files, CARD]
+    pull(source.repo, "model", source.commit, files, out, check, source.token, source.subfolder)
+
+
+def max_tensor_bytes(denoiser: nn.Module) -> int:
+    """What weights, features and golden check of a model of these shapes can take."""
+    return 8 * sum(tensor.numel() for tensor in denoiser.state_dict().values()) + MAX_OVERHEAD
+
+
+def list_models(owner: str | None = None, search: str | None = None) -> list[str]:
+    """Models on the Hub that say they are of this library: a line each, the newest first. Raises as `hub_errors`."""
+    from huggingface_hub import HfApi
+
+    with hub_errors("the list of models"):
+        found = list(HfApi().list_models(filter=LIBRARY, author=owner, search=search, sort="last_modified"))
+    return [f"{printable(model.id)}{' (private)' if model.private else ''}" for model in found]
+
+
+def _listed(repo: str, revision: str | None, token: str | bool | None) -> tuple[str | None, dict[str, int] | None]:
+    # Commit and sizes of its files; None where the Hub cannot be reached: the cache may have it all.
+    from huggingface_hub import HfApi
+
+    try:
+        with hub_errors(_called(repo, revision)):
+            info = HfApi().model_info(repo, revision=revision, files_metadata=True, token=token)
+    except (ConnectionError, FileNotFoundError, PermissionError):
+        return None, None  # the download, which looks into the cache as well, says what is wrong
+    return info.sha, {file.rfilename: file.size or 0 for file in info.siblings or []}
+
+
+def _snapshot(
+    repo: str,
+    revision: str | None,
+    files: Sequence[str],
+    cache_dir: str | Path | None,
+    local_files_only: bool,
+    token: str | bool | None,
+) -> Path:
+    from huggingface_hub import snapshot_download
+
+    with hub_errors(_called(repo, revision)):
+        return Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=list(files),
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                token=token,
+            )
+        )
+
+
+def _called(repo: str, revision: str | None) -> str:
+    return f"model {repo!r}" + ("" if revision is None else f" at revision {revision!r}")
