@@ -1,0 +1,253 @@
+"""The app as a person uses it: a real process, a real browser."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata
+import h5py
+import numpy as np
+import pytest
+from playwright.sync_api import expect, sync_playwright
+
+from perturbdiff.data.screen import control_cells
+from tests.space.conftest import APP, CHROMIUM, HOSTILE, App
+
+pytestmark = pytest.mark.slow
+DESKTOP, PHONE = (1280, 900), (390, 844)
+expect.set_options(timeout=60_000)  # milliseconds: a page waits for others that share its cores
+
+
+@pytest.fixture(scope="module")
+def browser(chromium):
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser):
+    """Opens pages; none may ask another address for anything, log an error or open a dialog."""
+    contexts, wrong = [], []
+
+    def open_page(address, size=DESKTOP):
+        context = browser.new_context(viewport={"width": size[0], "height": size[1]})
+        contexts.append(context)
+        context.on("request", lambda r: r.url.startswith((address, "data:", "blob:")) or wrong.append(r.url))
+        page = context.new_page()
+        page.on("console", lambda m: m.type == "error" and wrong.append(m.text))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("dialog", lambda dialog: (wrong.append(dialog.message), dialog.dismiss()))
+        page.goto(address)
+        page.get_by_role("button", name="Predict", exact=True).wait_for()
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert wrong == []
+
+
+def choose(page, where, name):
+    """Search an option of a dropdown by its text and take it."""
+    field = page.locator(f"{where} input")
+    field.focus()
+    field.fill("")
+    field.press_sequentially(name)
+    expect(page.get_by_role("option")).to_have_count(1)
+    expect(page.get_by_role("option")).to_contain_text(name)
+    field.press("Enter")
+    field.blur()
+
+
+def predict(page):
+    """Press the button; the file that can be downloaded then, when figures and table are there."""
+    page.get_by_role("button", name="Predict", exact=True).click()
+    expect(page.locator("#said")).to_contain_text("Predicted")
+    expect(page.locator("#panels img")).to_have_count(6)
+    for image in page.locator("#panels img, #bars img").all():
+        assert image.evaluate("image => image.decode().then(() => image.naturalWidth)") > 100
+    with page.expect_download() as download:
+        page.locator("#download").click()
+    return anndata.read_h5ad(download.value.path())
+
+
+def set_number(page, label, value):
+    field = page.get_by_label(label, exact=True).and_(page.locator("input[type=number]")).first
+    field.fill(str(value))
+    field.press("Tab")
+
+
+def assert_same_cells(actual, expected):
+    assert list(actual.var_names) == list(expected.var_names)
+    np.testing.assert_allclose(actual.X.toarray(), expected.X.toarray(), rtol=1e-4, atol=1e-5)
+    for column in ("perturbation", "cell_type", "batch", "source_control", "population"):
+        assert list(actual.obs[column]) == list(expected.obs[column])
+
+
+def test_what_is_predicted_in_the_browser_is_what_the_model_predicts(app, visit, model, screen):
+    page = visit(app.address)
+    choose(page, "#perturbation", "pert_1")
+    choose(page, "#cell-type", "type_0")
+    predicted = predict(page)
+    controls = control_cells(screen, model.config.obs, "type_0", None)
+    assert_same_cells(predicted, model.predict(controls, "pert_1", cell_type="type_0", n_cells=250))
+    expect(page.locator("#said")).to_contain_text("250 cells under pert_1 from 60 type_0 control cells. 40 of 40 genes")
+    expect(page.locator("#table tbody tr")).to_have_count(40)
+    X = controls.X.toarray()
+    mean = np.log1p(X * 1e4 / X.sum(axis=1, keepdims=True)).mean(axis=0)
+    change = predicted.X.toarray().mean(axis=0) - mean
+    largest = int(np.argmax(abs(change)))
+    row = page.locator("#table tbody tr").first.locator("td").all_inner_texts()
+    assert row[0] == predicted.var_names[largest]
+    assert float(row[3]) == pytest.approx(change[largest], abs=1e-3)
+
+
+def test_a_combination_with_settings(app, visit, model, screen):
+    page = visit(app.address)
+    choose(page, "#perturbation", "pert_0")
+    choose(page, "#perturbation", "pert_1")
+    choose(page, "#cell-type", "Every cell type")
+    page.get_by_role("button", name="Settings").click()
+    for label, value in (("Cells in a population", 30), ("Populations", 2), ("Guidance", 1.5), ("Steps", 2)):
+        set_number(page, f"number input for {label}", value)
+    set_number(page, "Seed", 7)
+    predicted = predict(page)
+    controls = control_cells(screen, model.config.obs, None, None)
+    expected = model.predict(
+        controls, "pert_0+pert_1", n_cells=30, n_populations=2, guidance_scale=1.5, steps=2, seed=7
+    )
+    assert_same_cells(predicted, expected)
+    expect(page.locator("#said")).to_contain_text("30 cells in each of 2 populations under pert_0+pert_1 from 120")
+
+
+def test_names_are_text_wherever_they_are_shown(app, visit):
+    page = visit(app.address)
+    choose(page, "#perturbation", HOSTILE)
+    choose(page, "#cell-type", HOSTILE)
+    predicted = predict(page)
+    assert set(predicted.obs["perturbation"]) == {HOSTILE}
+    expect(page.locator("#said")).to_contain_text(f"under {HOSTILE} from 60 {HOSTILE} control cells")
+    assert page.locator("#table td").first.inner_text().startswith("<b>")
+    assert page.locator("#table b, img[onerror], #perturbation img, #cell-type img").count() == 0
+
+
+def test_uploaded_controls_are_used_and_their_file_is_removed(app, visit, model, screen, tmp_path):
+    cells = anndata.read_h5ad(screen)[np.arange(0, 360, 2)].copy()
+    cells.obs["cell_type"] = "a new type"
+    mine = tmp_path / "mine.h5ad"
+    cells.write_h5ad(mine)
+    page = visit(app.address)
+    page.get_by_label("My own file").check()
+    page.locator("#upload input[type=file]").set_input_files(mine)
+    n_controls = int((cells.obs["perturbation"] == "control").sum())
+    expect(page.locator("#about")).to_contain_text(f"mine.h5ad: {n_controls} control cells of {cells.n_obs} cells")
+    assert "mine.h5ad" not in app.kept()
+    choose(page, "#perturbation", "pert_0")
+    predicted = predict(page)
+    controls = control_cells(mine, model.config.obs, "a new type", None)
+    assert_same_cells(predicted, model.predict(controls, "pert_0", cell_type="a new type", n_cells=250))
+    expect(page.locator("#said")).to_contain_text("Not seen in training: cell_type a new type")
+    page.get_by_label("bundled.h5ad").check()
+    expect(page.locator("#about")).to_contain_text("bundled.h5ad: 120 control cells")
+
+
+def bad_files(folder: Path, screen: Path):
+    adata = anndata.read_h5ad(screen)
+    text = folder / "text.h5ad"
+    text.write_text("not an AnnData")
+    genes = adata.copy()
+    genes.var_names = [f"other_{i}" for i in range(adata.n_vars)]
+    nan = adata.copy()
+    nan.X = nan.X.astype(np.float32)
+    nan.X.data[3] = np.nan
+    treated = adata[adata.obs["perturbation"] != "control"].copy()
+    many = anndata.concat([adata] * 3, index_unique="-")
+    for name, bad in (("genes", genes), ("nan", nan), ("treated", treated), ("many", many)):
+        bad.write_h5ad(folder / f"{name}.h5ad", compression="gzip")
+    with h5py.File(folder / "bare.h5ad", "w") as file:
+        file["X"] = np.zeros((3, 3))
+    return {
+        "text": "text.h5ad is not an .h5ad, or it is damaged",
+        "bare": "bare.h5ad is not an .h5ad: it has no obs, var",
+        "genes": "only 0 of the model's 40 genes",
+        "nan": "which is not finite",
+        "treated": "treated.h5ad has no control cell with perturbation 'control'",
+        "many": f"many.h5ad has {many.n_obs:,} cells; the app takes at most 1,000",
+    }
+
+
+def test_a_bad_upload_is_one_readable_line(app, visit, screen, tmp_path):
+    page = visit(app.address)
+    page.get_by_role("button", name="Predict", exact=True).click()
+    expect(page.locator("#said [role=alert]")).to_have_text("No perturbation is chosen; choose one.")
+    page.get_by_label("My own file").check()
+    expect(page.locator("#about")).to_contain_text("No control cells yet.")
+    choose(page, "#perturbation", "pert_0")
+    page.get_by_role("button", name="Predict", exact=True).click()
+    expect(page.locator("#said [role=alert]")).to_contain_text("There are no control cells; upload an .h5ad")
+    for name, message in bad_files(tmp_path, screen).items():
+        page.locator("#upload input[type=file]").set_input_files(tmp_path / f"{name}.h5ad")
+        alert = page.locator("#about [role=alert]")
+        expect(alert).to_contain_text(message)
+        assert "Traceback" not in page.content()
+        assert str(app.files) not in page.content()
+        assert f"{name}.h5ad" not in app.kept()
+
+
+def test_a_file_over_the_limit_is_refused_in_words(app, visit, tmp_path):
+    large = tmp_path / "large.h5ad"
+    large.write_bytes(bytes(2 << 20))
+    page = visit(app.address)
+    page.get_by_label("My own file").check()
+    page.locator("#upload input[type=file]").set_input_files(large)
+    expect(page.locator("body")).to_contain_text("maximum allowed size")
+    assert "large.h5ad" not in app.kept()
+
+
+def test_a_phone_shows_one_column_without_scrolling_sideways(app, visit):
+    page = visit(app.address, PHONE)
+    choose(page, "#perturbation", "pert_1")
+    predict(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE[0]
+    boxes = [image.bounding_box() for image in page.locator("#panels img, #bars img").all()]
+    assert all(box["x"] >= 0 and box["x"] + box["width"] <= PHONE[0] and box["width"] > 280 for box in boxes)
+    tops = [box["y"] for box in boxes]
+    assert tops == sorted(set(tops))
+
+
+@pytest.fixture
+def bare_app(chromium, model_folder, tmp_path):
+    app = App(tmp_path, "--model", str(model_folder))
+    yield app
+    app.stop()
+
+
+def test_without_controls_of_its_own_the_app_asks_for_some(bare_app, visit, screen):
+    page = visit(bare_app.address)
+    expect(page.locator("#about")).to_contain_text("No control cells yet.")
+    expect(page.locator("#origin")).to_be_hidden()
+    page.locator("#upload input[type=file]").set_input_files(screen)
+    expect(page.locator("#about")).to_contain_text("bundled.h5ad: 120 control cells")
+    choose(page, "#perturbation", "pert_1")
+    assert predict(page).n_obs == 250
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "app: error: no model: give --model or the variable MODEL"),
+        (["--model", "no/such/folder/here"], "no/such/folder/here"),
+        (["--model", "MODEL", "--controls", "missing.h5ad"], "missing.h5ad"),
+    ],
+    ids=["no model", "missing model", "missing controls"],
+)
+def test_an_app_that_cannot_start_says_why_in_one_line(words, message, model_folder, tmp_path, monkeypatch):
+    monkeypatch.delenv("MODEL", raising=False)
+    words = [str(model_folder) if word == "MODEL" else word for word in words]
+    run = subprocess.run([sys.executable, APP, *words], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 2
+    assert message in run.stderr
+    assert run.stderr.startswith("app: error: ")
+    assert run.stderr.count("\n") == 1
