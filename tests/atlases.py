@@ -21,13 +21,13 @@ from perturbdiff.data.atlas_format import (
     AtlasSource,
     Shard,
     parquet_options,
-    sha256,
     shard_name,
     shard_schema,
     write_manifest,
 )
 from perturbdiff.data.screen import Screen
 from perturbdiff.data.vocab import GeneVocab
+from perturbdiff.files import sha256
 
 CONDITIONS = (
     ("control", "NK", "b1", 7),

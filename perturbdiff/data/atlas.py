@@ -39,16 +39,14 @@ from perturbdiff.data.atlas_format import (
     AtlasInfo,
     check_file,
     check_size,
-    few,
-    inside,
     read_checksums,
     read_conditions,
     read_footer,
     read_genes,
     read_info,
-    short,
 )
 from perturbdiff.data.vocab import GeneVocab
+from perturbdiff.files import few, inside, short
 from perturbdiff.progress import progress
 
 

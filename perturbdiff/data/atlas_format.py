@@ -6,8 +6,6 @@ is taken.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -22,6 +20,8 @@ import pyarrow.parquet as pq
 from perturbdiff.data.atlas_card import atlas_card
 from perturbdiff.data.expression import InputKind
 from perturbdiff.data.vocab import GeneVocab
+from perturbdiff.files import few, inside, sha256, short, write_json
+from perturbdiff.files import read_json as read_object
 
 FORMAT_VERSION = 1
 MANIFEST = "atlas.json"
@@ -178,21 +178,11 @@ def write_manifest(
     columns = [pa.array(genes.names, pa.string()), pa.array(ensembl, pa.string())]
     pq.write_table(pa.Table.from_arrays(columns, schema=GENES_SCHEMA), folder / GENES, compression="zstd")
     pq.write_table(conditions.cast(CONDITIONS_SCHEMA), folder / CONDITIONS, compression="zstd")
-    _write_json(folder / MANIFEST, info.as_json())
+    write_json(folder / MANIFEST, info.as_json())
     (folder / CARD).write_text(atlas_card(info), encoding="utf-8")
     small = {name: (sha256(folder / name), (folder / name).stat().st_size) for name in SMALL_FILES}
     files = {name: {"sha256": digest, "size": size} for name, (digest, size) in sorted({**small, **digests}.items())}
-    _write_json(folder / CHECKSUMS, {"format_version": FORMAT_VERSION, "files": files})
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    write_json(folder / CHECKSUMS, {"format_version": FORMAT_VERSION, "files": files})
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -207,14 +197,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     if not path.is_file():
         found = sorted(p.name for p in folder.iterdir())[:8]
         raise FileNotFoundError(f"{folder} is not an atlas: it has no {name}; found {found or 'nothing'}.")
-    if (size := path.stat().st_size) > MAX_BYTES[name]:
-        raise ValueError(f"{path} has {size:,} bytes; at most {MAX_BYTES[name]:,} are read.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({short(error)}). {AGAIN}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}. {AGAIN}")
+    content = read_object(path, MAX_BYTES[name])
     version = content.pop("format_version", None)
     if version != FORMAT_VERSION or isinstance(version, bool):
         raise ValueError(
@@ -353,17 +336,6 @@ def check_size(folder: Path, name: str, digests: Mapping[str, tuple[str, int]]) 
     return path
 
 
-def inside(folder: Path, name: str) -> Path:
-    """The path of a file, which must lie in the folder, or where the Hub's cache keeps the files of the repo."""
-    root = folder.resolve()
-    if root.parent.name == "snapshots":  # of that cache: its files are links to ../../blobs
-        root = root.parents[1]
-    path = folder / name
-    if not path.resolve().is_relative_to(root):
-        raise ValueError(f"{path} leads out of the folder, to {path.resolve()}; put the file itself there.")
-    return path
-
-
 def read_footer(path: Path, schema: pa.Schema, n_rows: int) -> pq.FileMetaData:
     """Of a Parquet file that has these columns and rows. Raises ValueError otherwise."""
     try:
@@ -382,16 +354,6 @@ def read_footer(path: Path, schema: pa.Schema, n_rows: int) -> pq.FileMetaData:
 
 def _texts(schema: pa.Schema) -> list[str]:
     return [f"{field.name} {field.type}{'' if field.nullable else ' not null'}" for field in schema]
-
-
-def short(error: BaseException) -> str:
-    """The first line of a message, cut."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]
-
-
-def few(names: list[str]) -> str:
-    shown = [name if name.isprintable() and len(name) < 80 else repr(name[:80]) for name in names[:5]]
-    return (", ".join(shown) + (f" and {len(names) - 5} more" if len(names) > 5 else "")) or "nothing"
 
 
 def _fields(schema: type[T], content: Any, where: str) -> T:

@@ -29,7 +29,6 @@ from perturbdiff.data.atlas_format import (
     AtlasInfo,
     AtlasSource,
     Shard,
-    sha256,
     shard_name,
     write_manifest,
 )
@@ -38,6 +37,7 @@ from perturbdiff.data.external_sort import Sort, merge_bucket, spill_chunk, writ
 from perturbdiff.data.gene_space import GeneSpace, n_selected
 from perturbdiff.data.processes import Crew
 from perturbdiff.data.sources import Source, open_source
+from perturbdiff.files import sha256
 from perturbdiff.progress import progress
 
 

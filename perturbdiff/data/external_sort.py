@@ -22,9 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy import sparse
 
-from perturbdiff.data.atlas_format import ROW_GROUP, SORTED_BY, gene_type, parquet_options, sha256, shard_schema
+from perturbdiff.data.atlas_format import ROW_GROUP, SORTED_BY, gene_type, parquet_options, shard_schema
 from perturbdiff.data.seeds import cell_order_key
 from perturbdiff.data.sources import Source
+from perturbdiff.files import sha256
 
 CELL_BYTES = 64  # what a cell takes beside its values, in memory and in a spill file
 _CELL = np.dtype(

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from perturbdiff.data.atlas_format import short
 from perturbdiff.data.vocab import GeneVocab
+from perturbdiff.files import short
 
 SELECT = re.compile(r"merge-then-select:([1-9]\d*)")
 _ENSEMBL_ID = re.compile(r"(ENS[A-Z]*\d{11})(\.\d+)?")

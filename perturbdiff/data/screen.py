@@ -18,6 +18,7 @@ from perturbdiff.config import DataConfig, ObsColumns, Preprocessing
 from perturbdiff.data.expression import CellRows, as_csr, input_kind, library_sizes, log1p_normalised
 from perturbdiff.data.seeds import cell_order_key
 from perturbdiff.data.vocab import GeneVocab, nearest
+from perturbdiff.files import short
 
 LABELS = ("perturbation", "cell_type", "batch")
 ENSEMBL_COLUMNS = ("ensembl_id", "gene_ids", "gene_id", "feature_id")
@@ -192,7 +193,7 @@ def read_h5ad_parts(path: str | Path) -> tuple[Any, pd.DataFrame, pd.DataFrame]:
             missing = [name for name in names if name not in file]
             X, obs, var = (None if missing else read_elem(file[name]) for name in names)
     except Exception as error:  # on a damaged file h5py and anndata raise what comes, types of their own among it
-        raise ValueError(f"{path} is not a readable .h5ad ({_short(error)}); write it with AnnData.") from error
+        raise ValueError(f"{path} is not a readable .h5ad ({short(error)}); write it with AnnData.") from error
     if missing:
         raise ValueError(f"{path} is not an .h5ad: it has no {', '.join(missing)}. Write it with AnnData.")
     if not (isinstance(obs, pd.DataFrame) and isinstance(var, pd.DataFrame)):
@@ -331,7 +332,3 @@ def unique_names(names: pd.Index) -> pd.Index:
         seen[name] += 1
         unique.append(candidate)
     return pd.Index(unique)
-
-
-def _short(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]

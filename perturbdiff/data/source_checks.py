@@ -12,10 +12,11 @@ import pandas as pd
 from scipy import sparse
 
 from perturbdiff.config import SourceConfig
-from perturbdiff.data.atlas_format import CONTROL_LABEL, short
+from perturbdiff.data.atlas_format import CONTROL_LABEL
 from perturbdiff.data.expression import LOG1P_MAX, InputKind, as_csr
 from perturbdiff.data.screen import LABELS
 from perturbdiff.data.vocab import GeneVocab
+from perturbdiff.files import short
 
 BLOCK = 1 << 17  # values checked together: they stay in the processor's cache
 _MIN_WHOLE = 1000  # as many values that are all whole numbers are no log1p values

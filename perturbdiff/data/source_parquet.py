@@ -16,11 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from perturbdiff.data.atlas_format import short
 from perturbdiff.data.source_checks import (
     reading,
     row_of,
 )
+from perturbdiff.files import short
 
 _ROWS = 1024  # decoded together: larger batches cost more memory and no less time
 

@@ -17,9 +17,10 @@ import pyarrow.parquet as pq
 from perturbdiff.config import Preprocessing
 from perturbdiff.data.atlas import Atlas
 from perturbdiff.data.atlas_cells import AtlasCells
-from perturbdiff.data.atlas_format import CHECKSUMS, short
+from perturbdiff.data.atlas_format import CHECKSUMS
 from perturbdiff.data.expression import CellRows
 from perturbdiff.data.vocab import GeneVocab
+from perturbdiff.files import short
 
 T = TypeVar("T")
 

@@ -21,6 +21,13 @@ TAGS = ["single-cell", "perturbation", "diffusion", "biology", "transcriptomics"
 HERE = "."  # the name of a folder that is opened where it lies
 EVALUATION = "evaluation.json"
 TASK = "perturbation-response-prediction"  # no pipeline of the Hub fits, so there is no pipeline_tag
+REFERENCE_ONLY = (
+    "covariate_dim",
+    "perturbation_encoding",
+    "cell_type_encoding",
+    "batch_encoding",
+    "published_encoding",
+)
 ARROWS = {"higher": "↑", "lower": "↓", "ideal 1": "→ 1"}
 TOLD = {
     "screen", "atlases", "steps", "cells_seen", "control_match", "hold_out", "settings", "library_version", "licence",
@@ -254,8 +261,9 @@ Genes that the control cells lack are taken as zero."""
 
 def _architecture(config: dict[str, Any], n_parameters: int) -> str:
     rows = [("parameters", f"{n_parameters:,}")]
+    silent = REFERENCE_ONLY if config["denoiser"].get("conditioning") == "labels" else ()
     for part in ("denoiser", "diffusion", "sampling"):
-        rows += [(escaped(f"{part}.{key}"), escaped(value)) for key, value in config[part].items()]
+        rows += [(escaped(f"{part}.{key}"), escaped(value)) for key, value in config[part].items() if key not in silent]
     return _table(("setting", "value"), rows)
 
 
