@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_DEPTH = 64  # of JSON
+MAX_BRACKETS = 1 << 20  # in JSON: an empty list or object takes thirty times the memory of its two characters
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -41,8 +42,11 @@ def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
     if (size := path.stat().st_size) > max_bytes:
         raise ValueError(f"{path} has {size:,} bytes; at most {max_bytes:,} are read.")
     try:
+        text = path.read_text(encoding="utf-8")
+        if text.count("[") + text.count("{") > MAX_BRACKETS:
+            raise ValueError(f"more than {MAX_BRACKETS:,} brackets")
         content = json.loads(
-            path.read_text(encoding="utf-8"),
+            text,
             object_pairs_hook=_names_once,
             parse_int=_number,
             parse_float=_number,

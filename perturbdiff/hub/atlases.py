@@ -28,6 +28,8 @@ def push_atlas(
     `publish`, and those of `Atlas.verify`.
     """
     atlas = Atlas.open(folder)
+    if atlas.folder is None:
+        raise ValueError(f"{folder} is on the Hub already; give the folder of an atlas.")
     atlas.verify()
     return publish(
         folder,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from perturbdiff.config import (
 )
 from perturbdiff.data.batch import Vocabularies
 from perturbdiff.data.vocab import GeneVocab, LabelVocab
+from perturbdiff.files import sha256
 from perturbdiff.hub.inert import TensorRef, plain
 from perturbdiff.hub.lightning import LightningFile
 from perturbdiff.hub.published import DEAD, denoiser_config, load, rename_denoiser, rename_encoder
@@ -134,7 +134,7 @@ def convert_checkpoint(
     )
     training = {
         "converted_from": name,
-        "sha256": _sha256(path),
+        "sha256": sha256(Path(path)),
         "weights": weights,
         "global_step": _whole_number(content, "global_step"),
         "epoch": _whole_number(content, "epoch"),
@@ -373,11 +373,6 @@ def _publishable(value: Any) -> Any:
     if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
         return value
     return None
-
-
-def _sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _short(value: Any) -> str:

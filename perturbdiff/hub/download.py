@@ -129,10 +129,29 @@ def find_model(
         return ModelSource((folder / inner).resolve().name, folder / inner, sha256=sha256)
     prefix = f"{inner}/" if subfolder else ""
     small = [prefix + file for file in SMALL_FILES]
-    listed, sizes = (None, None) if local_files_only else _listed(name, revision, token)
+    listed, sizes, problem = None, None, None
+    if not local_files_only:
+        try:
+            listed, sizes = _listed(name, revision, token)
+        except (ConnectionError, FileNotFoundError, PermissionError) as error:
+            problem = error  # the cache may have it all
     if large := [file for file in small if (sizes or {}).get(file, 0) > MAX_JSON_BYTES]:
         raise ValueError(f"{large[0]} of {name} has {sizes[large[0]]:,} bytes; at most {MAX_JSON_BYTES:,} are read.")  # type: ignore[index]
-    snapshot = _snapshot(name, revision, small, cache_dir, local_files_only, token)
+    try:
+        snapshot = _snapshot(name, revision, small, cache_dir, sizes is None, token)
+    except FileNotFoundError:
+        if isinstance(problem, ConnectionError):
+            raise ConnectionError(
+                f"{problem} It is not whole in the cache either: connect, or copy a folder here and give its path."
+            ) from None
+        if problem is not None:
+            raise problem from None
+        raise
+    if not (snapshot / inner / CONFIG).is_file():
+        raise FileNotFoundError(
+            f"{_called(name, revision)} has no {prefix}{CONFIG}: it holds no model folder; `perturbdiff hub list` "
+            "shows repos that are one."
+        )
     if listed is not None and listed != snapshot.name:  # the branch moved in between
         _, sizes = _listed(name, snapshot.name, token)
     return ModelSource(
@@ -225,15 +244,13 @@ def list_models(owner: str | None = None, search: str | None = None) -> list[str
     return [f"{printable(model.id)}{' (private)' if model.private else ''}" for model in found]
 
 
-def _listed(repo: str, revision: str | None, token: str | bool | None) -> tuple[str | None, dict[str, int] | None]:
-    # Commit and sizes of its files; None where the Hub cannot be reached: the cache may have it all.
-    from huggingface_hub import HfApi
+def _listed(repo: str, revision: str | None, token: str | bool | None) -> tuple[str | None, dict[str, int]]:
+    # Commit and sizes of its files.
+    from huggingface_hub import HfApi, constants
 
-    try:
-        with hub_errors(_called(repo, revision)):
-            info = HfApi().model_info(repo, revision=revision, files_metadata=True, token=token)
-    except (ConnectionError, FileNotFoundError, PermissionError):
-        return None, None  # the download, which looks into the cache as well, says what is wrong
+    with hub_errors(_called(repo, revision)):
+        timeout = constants.HF_HUB_ETAG_TIMEOUT
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=timeout, token=token)
     return info.sha, {file.rfilename: file.size or 0 for file in info.siblings or []}
 
 

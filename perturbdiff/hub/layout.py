@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -46,7 +47,7 @@ OWN_FILES = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|features\.safetensors|evaluation\.json|"
     r"\.eval_results/.+"
 )
-MAX_JSON_BYTES = 1 << 24  # takes up to 25 times as much memory
+MAX_JSON_BYTES = 1 << 24  # takes up to twenty times as much memory
 MAX_CARD_BYTES = 1 << 22
 MAX_SHARDS = 1000
 MAX_HEADER_BYTES = 1 << 23  # of a file of tensors: some 50,000 of them
@@ -295,7 +296,7 @@ def check_golden(folder: str | Path, denoiser: nn.Module) -> float:
     except (IndexError, RuntimeError, ValueError) as error:
         raise ValueError(f"{folder}: its golden input does not fit the model ({short(error)}).") from error
     difference = float((got - expected).abs().max()) if got.shape == expected.shape else float("inf")
-    if not difference <= GOLDEN_TOLERANCE * max(1.0, float(expected.abs().max())):
+    if not (math.isfinite(difference) and difference <= GOLDEN_TOLERANCE * max(1.0, float(expected.abs().max()))):
         raise ValueError(
             f"{folder} fails its golden check: the stored input gives outputs that differ by {difference:.2g} from the "
             f"stored ones (allowed {GOLDEN_TOLERANCE:g}); weights and code do not belong together."
@@ -327,8 +328,8 @@ def _check_hash(folder: Path, name: str, digest: str, max_bytes: int | None) -> 
         raise FileNotFoundError(f"{folder} lacks {name}; the model folder is incomplete: get it again.")
     if max_bytes is not None and (size := path.stat().st_size) > max_bytes:  # to hash it would take hours
         raise ValueError(
-            f"{path} has {size:,} bytes, and {CONFIG} describes a model with files of at most {max_bytes:,}; they do "
-            "not belong together."
+            f"{path} has {size:,} bytes, and such a file of this model at most {max_bytes:,}; they do not belong "
+            "together: get the model folder again."
         )
     if sha256(path) != digest:
         raise ValueError(

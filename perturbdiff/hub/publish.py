@@ -115,6 +115,8 @@ def _verify(
     check: Callable[[Path], object],
     pull_back: Callable[[str], bool],
 ) -> None:
+    from huggingface_hub import RepoFile
+
     pulled = [path for path in pushed if pull_back(path)]
     with tempfile.TemporaryDirectory() as temporary:
         with hub_errors(f"{repo_type} {repo!r}"):
@@ -124,11 +126,12 @@ def _verify(
                 )
             )
             listed = {
-                file.path: (file.size, file.lfs.sha256 if file.lfs else None)  # type: ignore[union-attr]
+                file.path: (file.size, file.lfs.sha256 if file.lfs else None)
                 for start in range(0, len(pushed), 500)
                 for file in api.get_paths_info(
                     repo, sorted(pushed)[start : start + 500], revision=commit, repo_type=repo_type
                 )
+                if isinstance(file, RepoFile)
             }
         wrong = []
         for path, content in pushed.items():

@@ -124,7 +124,7 @@ def _part(folder: str | Path, where: str, schema: type[T], content: Any) -> T:
 
 def _check_keys(folder: str | Path, where: str, content: Any, keys: set[str]) -> None:
     if not isinstance(content, dict):
-        raise ValueError(f"{folder}: {where} must be a JSON object, not {str(content)[:80]}.")
+        raise ValueError(f"{folder}: {where} must be a JSON object, not {few([str(content)])}.")
     if set(content) != keys:
         raise ValueError(
             f"{folder}: {where} lacks {few(sorted(keys - set(content)))} and has unknown keys "

@@ -1,5 +1,6 @@
 """The app as a person uses it: a real process, a real browser."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,14 +58,21 @@ def choose(page, where, name):
     field.press_sequentially(name)
     expect(page.get_by_role("option")).to_have_count(1)
     expect(page.get_by_role("option")).to_contain_text(name)
-    field.press("Enter")
+    page.get_by_role("option").click()
     field.blur()
+    chosen = page.locator(f"{where} .token") if page.locator(f"{where} .token").count() else None
+    if chosen is None:
+        expect(field).to_have_value(re.compile(re.escape(name)))
+    else:
+        expect(chosen.last).to_contain_text(name)
 
 
-def predict(page):
+def predict(page, said="Predicted"):
     """Press the button; the file that can be downloaded then, when figures and table are there."""
+    panels = page.locator("#panels").inner_html() if page.locator("#panels img").count() else ""
     page.get_by_role("button", name="Predict", exact=True).click()
-    expect(page.locator("#said")).to_contain_text("Predicted")
+    expect(page.locator("#said")).to_contain_text(said)
+    page.wait_for_function("old => document.querySelector('#panels').innerHTML !== old", arg=panels)
     expect(page.locator("#panels img")).to_have_count(6)
     for image in page.locator("#panels img, #bars img").all():
         assert image.evaluate("image => image.decode().then(() => image.naturalWidth)") > 100
@@ -110,10 +118,11 @@ def test_a_combination_with_settings(app, visit, model, screen):
     choose(page, "#perturbation", "pert_1")
     choose(page, "#cell-type", "Every cell type")
     page.get_by_role("button", name="Settings").click()
+    predict(page)  # what is typed in the moment in which the panel opens can be lost
     for label, value in (("Cells in a population", 30), ("Populations", 2), ("Guidance", 1.5), ("Steps", 2)):
         set_number(page, f"number input for {label}", value)
     set_number(page, "Seed", 7)
-    predicted = predict(page)
+    predicted = predict(page, "guidance 1.5, seed 7")
     controls = control_cells(screen, model.config.obs, None, None)
     expected = model.predict(
         controls, "pert_0+pert_1", n_cells=30, n_populations=2, guidance_scale=1.5, steps=2, seed=7
