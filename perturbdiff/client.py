@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 # Addresses with a signature are as good as a password for an hour; so is one with user:password@.
 _QUERY = re.compile(r"(https?://[^\s?'\"<>]+)\?[^\s'\"<>]*")
@@ -44,6 +45,16 @@ class _WithoutSecrets(logging.Filter):
 _REDACT = _WithoutSecrets()
 
 
+def _refuse_paths(response: Any) -> None:
+    # The client names files of its cache by these headers, wherever they would lead.
+    import httpx2
+
+    for header in ("ETag", "X-Linked-Etag", "X-Repo-Commit"):
+        value = response.headers.get(header, "")
+        if not re.fullmatch(r'(W/)?"?[\w.-]*"?', value) or ".." in value:
+            raise httpx2.RemoteProtocolError(f"it answers with a {header} that is no hash")
+
+
 @contextmanager
 def hub_errors(what: str) -> Iterator[None]:
     """Turn the client's errors into ours; `what` is the repo with its revision, as "model 'owner/name'".
@@ -62,8 +73,11 @@ def hub_errors(what: str) -> Iterator[None]:
         The disk has not enough space.
     """
     import httpx2
-    from huggingface_hub import errors
+    from huggingface_hub import errors, get_session
 
+    session = get_session()
+    if _refuse_paths not in session.event_hooks["response"]:
+        session.event_hooks = {**session.event_hooks, "response": [*session.event_hooks["response"], _refuse_paths]}
     for handler in logging.getLogger("huggingface_hub").handlers:
         handler.addFilter(_REDACT)  # once, however often it is added
     try:
@@ -113,7 +127,7 @@ def hub_errors(what: str) -> Iterator[None]:
         said = f"{type(error).__name__}: {clean(error)}"
         raise ConnectionError(
             f"{what}: the Hub did not answer as it should ({said}); see that HF_ENDPOINT is the address of a Hub."
-        ) from None
+        ) from (None if isinstance(error, httpx2.InvalidURL) else error)  # it may be our own mistake: --debug shows it
     except OSError as error:
         sizes = re.search(r"should be of size \d+ but has size \d+", str(error))
         if type(error) is not OSError or sizes is None:  # ours, or the disk's

@@ -153,6 +153,11 @@ class SamplingConfig:
     eta: float = 0.0  # DDIM: 0 is deterministic given the first noise, 1 is ancestral
     cutoff: float = 1e-4  # smaller outputs become 0 (model units)
 
+    @property
+    def n_calls(self) -> int:
+        """Denoiser calls of a trajectory, without those of guidance."""
+        return self.n_steps if self.spacing == "strided" else self.start_time
+
 
 @dataclass
 class OptimConfig:

@@ -47,7 +47,7 @@ from perturbdiff.hub.layout import (
 from perturbdiff.hub.publish import Publication, publish
 from perturbdiff.hub.settings import ModelSettings, parse_settings
 from perturbdiff.model.conditioning import VocabSizes
-from perturbdiff.model.denoiser import Denoiser, build_denoiser
+from perturbdiff.model.denoiser import Denoiser
 from perturbdiff.prediction import Context, deal_sets, denoise_sets
 from perturbdiff.progress import progress
 
@@ -183,8 +183,7 @@ class PerturbDiff:
         if (card := read_card(source.folder)) is not None:
             check_card(card)
         said = parse_settings(source.folder, files)
-        with torch.device("meta"):  # shapes only: no memory is taken before they were compared with the file's
-            denoiser = build_denoiser(said.config.denoiser, len(said.genes), said.vocabularies)
+        denoiser = said.shapes()  # no memory is taken before they were compared with the file's
         max_bytes = max_tensor_bytes(denoiser)
         source.fetch_tensors(files, max_bytes)
         check_tensor_files(source.folder, files, max_bytes)
@@ -215,10 +214,10 @@ class PerturbDiff:
             It could not be written; an older one is as it was.
         """
         weights = {name: tensor.detach().cpu().float() for name, tensor in self.denoiser.state_dict().items()}
-        with torch.device("meta"):
-            on_cpu = build_denoiser(self.config.denoiser, len(self.genes), self.vocabularies).eval()
+        settings = self._settings()
+        on_cpu = settings.shapes().eval()
         on_cpu.load_state_dict(weights, assign=True)  # the golden output is that of the CPU, wherever training ran
-        config, json_files = self._settings().as_json()
+        config, json_files = settings.as_json()
         card = write_card(config, json_files, self.n_parameters)
         golden = make_golden(on_cpu, self._golden_inputs())
         write_model_folder(path, ModelFiles(config, json_files, weights, golden, card), max_shard_size)
@@ -353,7 +352,7 @@ class PerturbDiff:
             "library_version": __version__,
             "seed": seed,
             **{name: getattr(sampling, name) for name in ("sampler", "spacing", "guidance_scale", "eta")},
-            "n_steps": sampling.n_steps if sampling.spacing == "strided" else sampling.start_time,
+            "n_steps": sampling.n_calls,
             "n_populations": n_populations,
             "x_kind": "log1p",
             "target_sum": self.preprocessing.target_sum,

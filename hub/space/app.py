@@ -69,7 +69,7 @@ def build_page(model: PerturbDiff, name: str, given: Controls | None, limits: Li
     perturbations = list(model.vocabularies.perturbations.names)
     combine = model.vocabularies.combination_separator is not None
     sampling = model.config.sampling
-    default_steps = sampling.n_steps if sampling.spacing == "strided" else sampling.start_time
+    default_steps = sampling.n_calls
     origins = [(f"{given.name}, {FROM_APP}", FROM_APP)] if given else []
 
     with gr.Blocks(title=f"PerturbDiff: {short(name, 60)}", analytics_enabled=False) as page:

@@ -11,6 +11,7 @@ from perturbdiff import __version__
 from perturbdiff.cli.atlas import add_atlas_commands
 from perturbdiff.cli.hub import add_hub_commands
 from perturbdiff.cli.runs import add_run_commands, rank
+from perturbdiff.client import printable
 
 USER_ERRORS = (ValueError, KeyError, OSError, FloatingPointError)
 
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         one_of_many = "RANK" in os.environ
         begin = f"\nperturbdiff: error (rank {rank()})" if one_of_many else "perturbdiff: error"
-        print(f"{begin}: {' '.join(str(message).split())}", file=sys.stderr)
+        print(f"{begin}: {printable(' '.join(str(message).split()))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("perturbdiff: interrupted", file=sys.stderr)

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from perturbdiff.client import printable
 from perturbdiff.hub.download import ModelSource
 from perturbdiff.hub.layout import EVALUATION, GOLDEN, Settings, read_settings
 from perturbdiff.hub.settings import ModelSettings, parse_settings
-from perturbdiff.model.denoiser import build_denoiser
 
 
 def describe(source: ModelSource) -> str:
@@ -20,6 +17,7 @@ def describe(source: ModelSource) -> str:
     how, config, training = said.preprocessing, said.config, said.training
     names = said.vocabularies
     counts = f"raw counts: log1p(count * {how.target_sum:g} / library size) / {how.scale:g} is done for you"
+    n_parameters = sum(tensor.numel() for tensor in said.shapes().state_dict().values())
     lines = {
         "model": source.name if source.commit is None else f"{source.name} at commit {source.commit}",
         "sha256": files.sha256,
@@ -34,10 +32,11 @@ def describe(source: ModelSource) -> str:
         "combinations": f"A{names.combination_separator}B" if names.combination_separator else "not split",
         "obs columns": f"{config.obs.perturbation} (controls: {config.obs.control_label}), {config.obs.cell_type}, "
         f"{config.obs.batch}",
-        "denoiser": f"{_n_parameters(said):,} parameters; width {config.denoiser.width}, depth "
+        "denoiser": f"{n_parameters:,} parameters; width {config.denoiser.width}, depth "
         f"{config.denoiser.depth}, {config.denoiser.attention} attention, {config.denoiser.conditioning} conditioning",
         "sets": f"{config.set_size} cells",
-        "sampling": f"{config.sampling.sampler}, guidance {config.sampling.guidance_scale:g}",
+        "sampling": f"{config.sampling.sampler}, {config.sampling.n_calls} steps, guidance "
+        f"{config.sampling.guidance_scale:g}",
         "trained on": _origin(training),
         "held out": ", ".join(map(str, _list(training.get("hold_out")))) or "nothing",
     }
@@ -84,12 +83,6 @@ def _read(source: ModelSource) -> tuple[Settings, ModelSettings]:
     files = read_settings(source.folder)
     source.check_identity(files)
     return files, parse_settings(source.folder, files)
-
-
-def _n_parameters(said: ModelSettings) -> int:
-    with torch.device("meta"):
-        denoiser = build_denoiser(said.config.denoiser, len(said.genes), said.vocabularies)
-    return sum(tensor.numel() for tensor in denoiser.state_dict().values())
 
 
 def _origin(training: dict[str, Any]) -> str:

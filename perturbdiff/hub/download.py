@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-import torch
 from torch import nn
 
 from perturbdiff.client import hub_errors, printable
@@ -28,7 +27,6 @@ from perturbdiff.hub.layout import (
 )
 from perturbdiff.hub.registry import find_checkpoint
 from perturbdiff.hub.settings import parse_settings
-from perturbdiff.model.denoiser import build_denoiser
 
 LIBRARY = "perturbdiff"  # as the front matter of our cards has it
 MAX_OVERHEAD = 1 << 26  # bytes of tensor files beyond eight a value: headers, and the golden check
@@ -129,16 +127,16 @@ def find_model(
         return ModelSource((folder / inner).resolve().name, folder / inner, sha256=sha256)
     prefix = f"{inner}/" if subfolder else ""
     small = [prefix + file for file in SMALL_FILES]
-    listed, sizes, problem = None, None, None
+    commit, sizes, problem = revision, None, None
     if not local_files_only:
         try:
-            listed, sizes = _listed(name, revision, token)
+            commit, sizes = _listed(name, revision, token)
         except (ConnectionError, FileNotFoundError, PermissionError) as error:
             problem = error  # the cache may have it all
     if large := [file for file in small if (sizes or {}).get(file, 0) > MAX_JSON_BYTES]:
         raise ValueError(f"{large[0]} of {name} has {sizes[large[0]]:,} bytes; at most {MAX_JSON_BYTES:,} are read.")  # type: ignore[index]
     try:
-        snapshot = _snapshot(name, revision, small, cache_dir, sizes is None, token)
+        snapshot = _snapshot(name, commit, small, cache_dir, sizes is None, token)
     except FileNotFoundError:
         if isinstance(problem, ConnectionError):
             raise ConnectionError(
@@ -152,8 +150,8 @@ def find_model(
             f"{_called(name, revision)} has no {prefix}{CONFIG}: it holds no model folder; `perturbdiff hub list` "
             "shows repos that are one."
         )
-    if listed is not None and listed != snapshot.name:  # the branch moved in between
-        _, sizes = _listed(name, snapshot.name, token)
+    if sizes is not None and commit != revision:
+        _note_revision(name, prefix + CONFIG, revision, cache_dir, token)
     return ModelSource(
         name, snapshot / inner, name, snapshot.name, sha256, prefix, cache_dir, local_files_only, token, sizes
     )
@@ -223,9 +221,7 @@ def pull_model(source: ModelSource, out: str | Path, check: Callable[[Path], obj
     settings = read_settings(source.folder)
     source.check_identity(settings)
     said = parse_settings(source.folder, settings)
-    with torch.device("meta"):
-        denoiser = build_denoiser(said.config.denoiser, len(said.genes), said.vocabularies)
-    source.check_sizes(settings, max_tensor_bytes(denoiser))
+    source.check_sizes(settings, max_tensor_bytes(said.shapes()))
     files = [*settings.files, CARD]
     pull(source.repo, "model", source.commit, files, out, check, source.token, source.subfolder)
 
@@ -244,14 +240,26 @@ def list_models(owner: str | None = None, search: str | None = None) -> list[str
     return [f"{printable(model.id)}{' (private)' if model.private else ''}" for model in found]
 
 
-def _listed(repo: str, revision: str | None, token: str | bool | None) -> tuple[str | None, dict[str, int]]:
+def _listed(repo: str, revision: str | None, token: str | bool | None) -> tuple[str, dict[str, int]]:
     # Commit and sizes of its files.
     from huggingface_hub import HfApi, constants
 
     with hub_errors(_called(repo, revision)):
         timeout = constants.HF_HUB_ETAG_TIMEOUT
         info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=timeout, token=token)
-    return info.sha, {file.rfilename: file.size or 0 for file in info.siblings or []}
+    if not re.fullmatch("[0-9a-f]{40}", info.sha or ""):  # it becomes the name of a folder
+        raise ValueError(f"{_called(repo, revision)}: {printable(str(info.sha))[:80]!r} is no commit; is this a Hub?")
+    return info.sha or "", {file.rfilename: file.size or 0 for file in info.siblings or []}
+
+
+def _note_revision(
+    repo: str, file: str, revision: str | None, cache_dir: str | Path | None, token: str | bool | None
+) -> None:
+    # In the cache, so that a branch or tag is known offline; files come by their commit.
+    from huggingface_hub import hf_hub_download
+
+    with hub_errors(_called(repo, revision)):
+        hf_hub_download(repo, file, revision=revision, cache_dir=cache_dir, token=token)
 
 
 def _snapshot(

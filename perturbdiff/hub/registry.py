@@ -16,6 +16,7 @@ from perturbdiff.files import few
 
 REGISTRY = Path(__file__).with_name("registry.yaml")
 MAX_BYTES = 1 << 22
+MAX_DEPTH = 8
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _KEYS = {"repo", "revision", "sha256", "recipe", "metrics"}
 
@@ -56,7 +57,13 @@ def read_registry() -> dict[str, Checkpoint]:
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes; at most {MAX_BYTES:,} are read.")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > MAX_DEPTH:  # either can stand for far more than it takes
+                raise ValueError(f"{path} has an alias, or is nested deeper than {MAX_DEPTH}; write values out.")
+        content = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not YAML ({' '.join(str(error).split())[:160]}).") from error
     checkpoints = content.get("checkpoints") if isinstance(content, dict) else None
@@ -96,8 +103,8 @@ def _checkpoint(path: Path, name: Any, entry: Any) -> Checkpoint:
         raise ValueError(f"{where}: sha256 must be the 64 hex digits that `perturbdiff hub info` prints.")
     metrics = entry.get("metrics") or {}
     named = isinstance(metrics, dict) and all(isinstance(metric, str) for metric in metrics)
-    if not named or not all(isinstance(value, int | float) for value in metrics.values()):
-        raise ValueError(f"{where}: metrics must be numbers by name.")
+    if not named or not all(isinstance(value, int | float) and abs(value) <= 1e12 for value in metrics.values()):
+        raise ValueError(f"{where}: metrics must be finite numbers by name.")
     repo = texts["repo"] or ""
     local = path.parent / repo
     if repo and local.is_dir():

@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from perturbdiff import __version__
 from perturbdiff.config import (
     DenoiserConfig,
@@ -24,6 +26,7 @@ from perturbdiff.data.vocab import GeneVocab, LabelVocab
 from perturbdiff.files import few, printable, short
 from perturbdiff.hub.card_check import check_evaluation
 from perturbdiff.hub.layout import CONFIG, EVALUATION, Settings
+from perturbdiff.model.denoiser import Denoiser, build_denoiser
 
 T = TypeVar("T")
 CLASS = "PerturbDiff"
@@ -42,6 +45,11 @@ class ModelSettings:
     config: ModelConfig
     training: dict[str, Any]
     evaluation: dict[str, Any] | None = None
+
+    def shapes(self) -> Denoiser:
+        """The denoiser on the meta device: what it needs, before memory is taken."""
+        with torch.device("meta"):
+            return build_denoiser(self.config.denoiser, len(self.genes), self.vocabularies)
 
     def as_json(self) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         """The content of config.json, and of the other JSON files by name."""

@@ -106,10 +106,10 @@ def test_sizes_are_those_of_the_commit_that_is_read(hub, model, other, monkeypat
 
     small.commits, small.branches = repo.commits, dict(repo.branches)
     moving = hub.models[NAME] = Moving(commits=repo.commits, branches=repo.branches, stored=repo.stored)
-    second = moving.commit(grown)
+    moving.commit(grown)
     source = find_model(NAME)
-    assert source.commit == second
-    assert source.sizes == {path: len(content) for path, content in repo.commits[second].items()}
+    assert source.commit == small.branches["main"]
+    assert source.sizes == {path: len(content) for path, content in repo.commits[source.commit].items()}
 
 
 def test_a_model_in_a_subfolder(hub, model, other, tmp_path):

@@ -93,9 +93,9 @@ def test_an_unknown_name_lists_the_nearest(registry):
         (f"checkpoints:\n  kang:\n    {ENTRY.replace('    revision: v1', '')}", "revision is missing"),
         (f"checkpoints:\n  kang:\n    {ENTRY[:-1]}", "sha256 must be the 64 hex digits"),
         (f"checkpoints:\n  kang:\n    {ENTRY[:-1]}X", "sha256 must be the 64 hex digits"),
-        (f"checkpoints:\n  kang:\n    {ENTRY}\n    metrics: [1]", "metrics must be numbers by name"),
-        (f"checkpoints:\n  kang:\n    {ENTRY}\n    metrics: {{a: good}}", "metrics must be numbers by name"),
-        (f"checkpoints:\n  kang:\n    {ENTRY}\n    metrics: {{1: 2.0}}", "metrics must be numbers by name"),
+        (f"checkpoints:\n  kang:\n    {ENTRY}\n    metrics: [1]", "metrics must be finite numbers by name"),
+        (f"checkpoints:\n  kang:\n    {ENTRY}\n    metrics: {{a: good}}", "metrics must be finite numbers by name"),
+        (f"checkpoints:\n  kang:\n    {ENTRY}\n    metrics: {{1: 2.0}}", "metrics must be finite numbers by name"),
     ],
 )
 def test_a_registry_of_another_form_is_refused_with_what_is_wrong(registry, text, problem):
