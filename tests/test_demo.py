@@ -17,7 +17,10 @@ def test_the_demo_leaves_what_it_says_and_runs_again_to_the_same_scores(tmp_path
     config = tiny_config(write_screen(tmp_path), tmp_path / "run")
     first = run_demo(config)
     assert all(path.exists() for path in first.written)
-    PerturbDiff.from_pretrained(tmp_path / "run" / "model")
+    model = PerturbDiff.from_pretrained(tmp_path / "run" / "model")
+    assert model.evaluation == json.loads((tmp_path / "run" / "scores.json").read_text())
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert f"{model.evaluation['mean'][MODEL]['energy_distance']:.3f}" in card
     split = json.loads((tmp_path / "run" / "split.json").read_text())
     assert [c["perturbation"] for c in split["conditions"]["test"]] == ["pert_0", "pert_0"]
     scores = (tmp_path / "run" / "scores.csv").read_bytes()
