@@ -411,7 +411,7 @@ BAD_CONFIGS = {
     "no format": (lambda config: config.pop("format_version"), ["format_version None", "reads 1"]),
     "other width": (changed("denoiser.width", 32), ["does not fit its config.json", "(16, 30) (must be (32, 30))"]),
     "deeper": (changed("denoiser.depth", 3), ["does not fit its config.json", "blocks.1.", "missing"]),
-    "absurd depth": (changed("denoiser.depth", 10**9), ["denoiser.depth (1000000000)", "at most 1024"]),
+    "absurd depth": (changed("denoiser.depth", 10**9), ["denoiser.depth (1000000000)", "at most 256"]),
     "no heads": (changed("denoiser.n_heads", 0), ["denoiser.n_heads (0)", "greater than 0"]),
     "unknown key": (changed("denoiser.layers", 3), ["unknown keys layers"]),
     "unknown choice": (changed("denoiser.attention", "cross"), ["'cross'", "['paired', 'joint']"]),
