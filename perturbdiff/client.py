@@ -10,6 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from perturbdiff.files import printable
+
+REPO_ID = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
+
 # Addresses with a signature are as good as a password for an hour; so is one with user:password@.
 _QUERY = re.compile(r"(https?://[^\s?'\"<>]+)\?[^\s'\"<>]*")
 _USER = re.compile(r"(https?://)[^\s/@'\"]+@")
@@ -22,11 +26,6 @@ _MISREAD = (json.JSONDecodeError, RecursionError, AttributeError, IndexError, Ke
 def clean(error: BaseException) -> str:
     """The first line of a message, cut and printable; without secrets."""
     return printable(without_secrets((str(error).strip().splitlines() or [type(error).__name__])[0]))[:200]
-
-
-def printable(text: str) -> str:
-    """A text that moves no cursor and colours no terminal, as names of strangers might."""
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def without_secrets(text: str) -> str:

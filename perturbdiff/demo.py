@@ -10,7 +10,7 @@ from perturbdiff.data.screen import Screen, write_h5ad
 from perturbdiff.data.simulate import SimulationConfig, simulate
 from perturbdiff.data.splits import make_split, read_split
 from perturbdiff.data.vocab import split_label
-from perturbdiff.evaluation.report import Report, evaluate, predict_held_out, split_hash
+from perturbdiff.evaluation.report import Report, evaluate, predict_held_out
 from perturbdiff.pretrained import PerturbDiff
 from perturbdiff.training.loop import train
 
@@ -49,7 +49,7 @@ def run_demo(config: Config) -> DemoResult | None:
     match = model.training["control_match"]
     predicted = predict_held_out(model, screen, split, match, config.training.seed)
     write_h5ad(predicted, out / "predicted.h5ad")
-    report = evaluate(predicted, screen, match, split, split_sha256=split_hash(out / "split.json"))
+    report = evaluate(predicted, screen, match, split)
     model.evaluation = report.as_json()
     model.save_pretrained(out / "model")  # scores and card; the weights stay as they are
     names = ("config.yaml", "split.json", "metrics.jsonl", "model", "predicted.h5ad")

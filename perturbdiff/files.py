@@ -1,10 +1,11 @@
-"""Files of strangers: inside their folder, of a bearable size, with the hash that they should have."""
+"""Files: of strangers, inside their folder, of a bearable size, with the right hash; ours, hashed and on disk."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,20 @@ def inside(folder: Path, name: str) -> Path:
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_sha256(content: Any) -> str:
+    """Hash of JSON values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would outlive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_json(path: Path, max_bytes: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from perturbdiff import __version__
 from perturbdiff.cli.atlas import add_atlas_commands
 from perturbdiff.cli.hub import add_hub_commands
 from perturbdiff.cli.runs import add_run_commands, rank
-from perturbdiff.client import printable
+from perturbdiff.files import printable
 
 USER_ERRORS = (ValueError, KeyError, OSError, FloatingPointError)
 

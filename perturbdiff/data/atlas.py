@@ -6,8 +6,6 @@ The content of a shard is believed once its sha256 is right; what could do harm 
 from __future__ import annotations
 
 import glob
-import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -46,7 +44,7 @@ from perturbdiff.data.atlas_format import (
     read_info,
 )
 from perturbdiff.data.vocab import GeneVocab
-from perturbdiff.files import few, inside, short
+from perturbdiff.files import few, inside, json_sha256, short
 from perturbdiff.progress import progress
 
 
@@ -126,7 +124,7 @@ class Atlas:
     @cached_property
     def sha256(self) -> str:
         """Hash of all files' hashes: two atlases that share it are the same."""
-        return hashlib.sha256(json.dumps(self.digests, sort_keys=True).encode()).hexdigest()
+        return json_sha256(self.digests)
 
     def describe(self, row: int) -> str:
         """A cell, for messages."""

@@ -37,7 +37,7 @@ from perturbdiff.data.external_sort import Sort, merge_bucket, spill_chunk, writ
 from perturbdiff.data.gene_space import GeneSpace, n_selected
 from perturbdiff.data.processes import Crew
 from perturbdiff.data.sources import Source, open_source
-from perturbdiff.files import sha256
+from perturbdiff.files import sha256, to_disk
 from perturbdiff.progress import progress
 
 
@@ -282,16 +282,8 @@ def _finish(inputs: Inputs, plan: Plan, out: Path) -> None:
     )  # fmt: skip
     write_manifest(folder, info, plan.genes, table, digests)
     for path in (*folder.iterdir(), folder / "data", folder):
-        _to_disk(path)
+        to_disk(path)
     shutil.rmtree(inputs.folder / "spill", ignore_errors=True)
     folder.rename(out)
-    _to_disk(out.parent)
+    to_disk(out.parent)
     shutil.rmtree(inputs.folder, ignore_errors=True)
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,7 +8,6 @@ from typing import Any
 
 MAX_SHOWN = 80  # characters of a name in a card
 MAX_LISTED = 20  # names of a list
-REPO_ID = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
 SYNTAX = re.compile(r"[\\`*\[\]<>&|~{}$@#]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.")
 """What Markdown, HTML, templates or automatic links could take for their own; an underscore within a word is not."""
 

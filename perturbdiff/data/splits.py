@@ -7,7 +7,6 @@ split, of an atlas whole conditions.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from perturbdiff.config import SplitConfig
 from perturbdiff.data.screen import LABELS, Screen
 from perturbdiff.data.seeds import numpy_generator
 from perturbdiff.data.vocab import nearest
+from perturbdiff.files import json_sha256
 
 PARTS = ("train", "validation", "test")
 MIN_CONDITIONS_TO_VALIDATE = 10
@@ -48,12 +48,17 @@ class Labelled(Protocol):
 
 @dataclass(frozen=True)
 class Split:
-    """Which rows (cells of a screen, conditions of atlases) train, validate and test; boolean (n_rows,) each."""
+    """Which rows (cells of a screen, conditions of atlases) train, validate and test; boolean (n_rows,) each.
+
+    sha256
+        Of the split.json that it was read from; None for one that was made here.
+    """
 
     config: SplitConfig
     train: np.ndarray
     validation: np.ndarray
     test: np.ndarray
+    sha256: str | None = None
 
     def as_json(self, screen: Labelled) -> dict[str, Any]:
         """Selectors, conditions with their number of cells, a screen's held-out cells by name, and a hash of it all."""
@@ -66,7 +71,7 @@ class Split:
         }
         if isinstance(screen, Screen):
             content["cells"] = {part: screen.obs.index[getattr(self, part)].tolist() for part in ("validation", "test")}
-        return {**content, "sha256": _hash(content)}
+        return {**content, "sha256": json_sha256(content)}
 
 
 def make_split(screen: Labelled, config: SplitConfig, seed: int, marginal: np.ndarray | None = None) -> Split:
@@ -125,7 +130,7 @@ def read_split(path: str | Path, screen: Screen) -> Split:
         raise ValueError(f"{path} is not a split.json ({type(error).__name__}: {error}).") from error
     if version != 1:
         raise ValueError(f"{path} has format_version {version}; this version reads 1. Update perturbdiff.")
-    if sha != _hash(stored):
+    if sha != json_sha256(stored):
         raise ValueError(f"{path} does not match its own sha256: it was changed. Take the one of the run folder.")
     parts = {}
     for part in ("validation", "test"):
@@ -137,7 +142,7 @@ def read_split(path: str | Path, screen: Screen) -> Split:
             )
         parts[part] = inside
     train = ~parts["validation"] & ~parts["test"]
-    return Split(SplitConfig(hold_out=hold_out, validation=chosen), train, parts["validation"], parts["test"])
+    return Split(SplitConfig(hold_out=hold_out, validation=chosen), train, parts["validation"], parts["test"], sha)
 
 
 def select_cells(screen: Labelled, selector: str, purpose: str = "hold-out") -> np.ndarray:
@@ -192,7 +197,3 @@ def _conditions(screen: Labelled, cells: np.ndarray) -> list[dict[str, Any]]:
     chosen = screen.obs.loc[perturbed, list(LABELS)].assign(n_cells=screen.n_cells[perturbed])
     sizes = chosen.groupby(list(LABELS), observed=True)["n_cells"].sum()
     return [{**dict(zip(LABELS, key, strict=True)), "n_cells": int(n)} for key, n in sizes.items()]
-
-
-def _hash(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

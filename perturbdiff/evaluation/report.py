@@ -142,12 +142,7 @@ def predict_held_out(model: PerturbDiff, screen: Screen, split: Split, match: Co
 
 
 def evaluate(
-    predicted: AnnData,
-    screen: Screen,
-    match: ControlMatch,
-    split: Split | None = None,
-    seed: int = 0,
-    split_sha256: str | None = None,
+    predicted: AnnData, screen: Screen, match: ControlMatch, split: Split | None = None, seed: int = 0
 ) -> Report:
     """Score predicted cells against the measured ones of the same conditions.
 
@@ -162,8 +157,6 @@ def evaluate(
     split
         Its test cells are the measured ones and its training cells make the baselines. Without, all perturbed cells
         are measured ones, and only `no change` stands beside the model.
-    split_sha256
-        Of its file, for the report; see `split_hash`.
 
     Raises
     ------
@@ -212,8 +205,8 @@ def evaluate(
             labels = dict(zip(CONDITION, condition, strict=True))
             rows += [{"method": name, **labels, **scores} for name, scores in methods.items()]
             bar.update()
-    hold_out = None if split is None else tuple(split.config.hold_out)
-    return Report(pd.DataFrame(rows), Path(screen.path).name, hold_out, split_sha256)
+    hold_out, sha256 = (None, None) if split is None else (tuple(split.config.hold_out), split.sha256)
+    return Report(pd.DataFrame(rows), Path(screen.path).name, hold_out, sha256)
 
 
 def evaluate_file(
@@ -243,13 +236,7 @@ def evaluate_file(
     match = resolve_control_match(everything, config.data.control_match)
     chosen = None if split is None else read_split(split, measured)
     predicted = AnnData(X=values, obs=obs.set_axis(unique_names(obs.index)), var=pd.DataFrame(index=list(genes.names)))
-    sha256 = None if split is None else split_hash(split)
-    return evaluate(predicted, measured, match, chosen, split_sha256=sha256)
-
-
-def split_hash(path: str | Path) -> str:
-    """The sha256 that a split.json states of itself, which `read_split` has checked."""
-    return str(json.loads(Path(path).read_text(encoding="utf-8"))["sha256"])
+    return evaluate(predicted, measured, match, chosen)
 
 
 def _shown(conditions: Iterable[Condition]) -> str:

@@ -11,10 +11,9 @@ from typing import Any
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.utils import yaml_dump
 
-from perturbdiff.data.card_text import CITATION, MAX_LISTED, REPO_ID, escaped, front_text, licence_fields, listed
-from perturbdiff.hub.card_check import check_card, check_evaluation
-
-__all__ = ["check_card", "check_evaluation", "eval_results_files", "write_card"]
+from perturbdiff.client import REPO_ID
+from perturbdiff.data.card_text import CITATION, MAX_LISTED, escaped, front_text, licence_fields, listed
+from perturbdiff.hub.card_check import check_evaluation
 
 LIBRARY = "perturbdiff"
 TAGS = ["single-cell", "perturbation", "diffusion", "biology", "transcriptomics"]

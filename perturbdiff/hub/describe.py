@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from perturbdiff.client import printable
+from perturbdiff.files import printable
 from perturbdiff.hub.download import ModelSource
 from perturbdiff.hub.layout import EVALUATION, GOLDEN, Settings, read_settings
 from perturbdiff.hub.settings import ModelSettings, parse_settings

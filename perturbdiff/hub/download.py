@@ -13,8 +13,8 @@ from pathlib import Path, PurePosixPath
 
 from torch import nn
 
-from perturbdiff.client import hub_errors, printable
-from perturbdiff.data.card_text import REPO_ID
+from perturbdiff.client import REPO_ID, hub_errors
+from perturbdiff.files import printable
 from perturbdiff.hub.layout import (
     CARD,
     CONFIG,

@@ -5,8 +5,6 @@ Everything read here is untrusted: JSON and safetensors only, names, sizes and h
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import re
@@ -23,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from perturbdiff.data.batch import Labels
-from perturbdiff.files import few, inside, read_json, sha256, short, write_json
+from perturbdiff.files import few, inside, json_sha256, read_json, sha256, short, write_json
 
 FORMAT_VERSION = 2
 CONFIG = "config.json"
@@ -254,8 +252,7 @@ def load_weights(folder: str | Path, settings: Settings, denoiser: nn.Module) ->
 
 def config_hash(config: dict[str, Any]) -> str:
     """Hash of all of config.json but its `sha256` entry."""
-    content = {key: value for key, value in config.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json_sha256({key: value for key, value in config.items() if key != "sha256"})
 
 
 def make_golden(denoiser: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from perturbdiff import __version__
-from perturbdiff.client import hub_errors
-from perturbdiff.data.card_text import REPO_ID
+from perturbdiff.client import REPO_ID, hub_errors
 from perturbdiff.files import few, sha256
 
 if TYPE_CHECKING:

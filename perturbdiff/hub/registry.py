@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from perturbdiff.data.card_text import REPO_ID
+from perturbdiff.client import REPO_ID
 from perturbdiff.data.vocab import nearest
 from perturbdiff.files import few
 

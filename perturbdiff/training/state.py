@@ -14,11 +14,12 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from perturbdiff.files import json_sha256, to_disk
 
 TENSOR_FILES = ("denoiser.safetensors", "ema.safetensors", "optimizer.safetensors", "best.safetensors")
 
@@ -88,13 +89,13 @@ def save_state(
             what = f"the state of step {progress.step} could not be written"
             raise OSError(f"{what} to {folder} ({failure})") from failure
         content = {"progress": asdict(progress), "sha256": hashes}
-        (temporary / "state.json").write_text(json.dumps({**content, "own_sha256": _own_hash(content)}))
+        (temporary / "state.json").write_text(json.dumps({**content, "own_sha256": json_sha256(content)}))
         _flushed_hash(temporary / "state.json")
         final = folder / f"step_{progress.step:08d}"
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
-        _flush_folder(folder)
+        to_disk(folder)  # the new name itself must outlive a power cut before the old states go
     except BaseException:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -115,7 +116,7 @@ def latest_state(folder: Path) -> SavedState | None:
     for saved in saved_states(folder):
         try:
             meta = json.loads((saved / "state.json").read_text())
-            if meta.pop("own_sha256") != _own_hash(meta):
+            if meta.pop("own_sha256") != json_sha256(meta):
                 raise ValueError("state.json changed")
             damaged = [name for name in TENSOR_FILES if _flushed_hash(saved / name) != meta["sha256"][name]]
             if damaged:
@@ -138,20 +139,7 @@ def _remove_unfinished(folder: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def _own_hash(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def _flushed_hash(path: Path) -> str:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush_folder(folder: Path) -> None:
-    # The new name itself must outlive a power cut before the old states go.
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
