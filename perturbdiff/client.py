@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from perturbdiff.files import printable
@@ -21,6 +22,12 @@ _TOKEN = re.compile(r"\bhf_\w+|(?i:bearer)\s+[^\s'\"]+")
 
 # What the client stumbles over in an answer that is not of the Hub's form, as the page of a captive portal.
 _MISREAD = (json.JSONDecodeError, RecursionError, AttributeError, IndexError, KeyError, TypeError)
+
+
+def name_and_revision(text: str) -> tuple[str, str | None]:
+    """owner/name@v1 -> owner/name, v1; a folder has no revision, whatever its name."""
+    name, _, revision = text.partition("@")
+    return (text, None) if Path(text).is_dir() else (name, revision or None)
 
 
 def clean(error: BaseException) -> str:

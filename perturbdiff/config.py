@@ -51,16 +51,26 @@ class DataConfig:
     batch_col: str = "batch"
     control_label: str = "control"  # value of perturbation_col that marks control cells
     combination_separator: Optional[str] = "+"  # "A+B" is A and B together; null: labels are never split
+    dose_col: Optional[str] = None  # obs column of doses, which labels then get: "A@0.5"
+    dose_separator: Optional[str] = None  # "A@0.5" is A at dose 0.5; null: "@" with dose_col, otherwise no doses
+    # Tables of perturbations: files of name -> vector or of name, smiles; or "coexpression", loadings of the model's
+    # genes in the training cells.
+    perturbation_features: list[str] = field(default_factory=list)
     input_kind: Literal["auto", "counts", "log1p"] = "auto"  # what X holds
     library_size_col: Optional[str] = None  # obs column of total counts when X is a panel; null: row sums of X
-    target_sum: float = 1e4  # counts per cell after normalisation
+    target_sum: Optional[float] = 1e4  # counts per cell after normalisation; null: median of a screen's controls
     scale: float = 10.0  # model space is log1p / scale
-    n_hvg: Optional[int] = 2000  # highly variable genes, chosen on training cells; null: all genes
+    n_hvg: Optional[int] = 2000  # highly variable genes, chosen on training cells; null: all. A checkpoint's stay too
     control_match: Literal["auto", "batch", "cell_type"] = "auto"  # whose controls a set gets (README, "Controls")
     set_size: int = 32  # S, cells per set
     min_set_size: int = 1  # sets are never smaller; conditions with fewer cells are left out
     sets_per_batch: int = 12  # B, sets per step over all processes
     prefetch: int = 2  # batches made ahead
+
+    @property
+    def dose_marker(self) -> Optional[str]:
+        """What stands between a perturbation and its dose; None where labels have none."""
+        return self.dose_separator or ("@" if self.dose_col else None)
 
 
 @dataclass
@@ -121,8 +131,13 @@ class DenoiserConfig:
     attention: Literal["paired", "joint"] = "paired"
     parallel_block: bool = True  # the MLP reads the block's input, not the attention's result
     output: Literal["direct", "control_residual"] = "control_residual"
+    # Of output=control_residual: what part of a context's own expression its treated cells start from. 1: an effect is
+    # added to the controls; less where contexts become alike under a perturbation, as tumours under a drug.
+    control_weight: float = 1.0
+    mean_effect: bool = False  # of control_residual: a shift of each gene by the perturbation, learned before the rest
     out_activation: Literal["relu", "softplus", "none"] = "relu"
     conditioning: Literal["labels", "reference"] = "labels"
+    interaction: bool = True  # conditioning=labels: what "A+B" does beyond the sum of A and B, zero at start
     covariate_dim: int = 128  # width of each embedding of conditioning=reference
     # Of conditioning=reference only; features (frozen tables) are of converted models, which cannot be trained.
     perturbation_encoding: Literal["onehot", "none", "features"] = "onehot"
@@ -138,9 +153,14 @@ class DiffusionConfig:
     mse_weight: float = 1.0
     mmd_weight: float = 1.0
     kernel: Literal["energy", "rbf", "laplace"] = "energy"
+    unbiased: bool = False  # kernel=energy: only distinct cells count within the estimate, which need not be narrower
+    mean_weight: float = 0.0  # of the squared distance between the means of both sets, summed over genes
+    whole_counts: bool = False  # the MMD sees estimates as sampling.whole_counts leaves them
     p_self_cond: float = 0.5  # sets that see their own first estimate
     p_drop_cond: float = 0.1  # sets whose whole condition is hidden
     p_drop_label: float = 0.2  # each label of a set, hidden on its own
+    p_drop_perturbation: Optional[float] = None  # of the perturbation; null: p_drop_label
+    p_unlabelled: float = 0.5  # sets whose perturbation is known by its features alone, where it has some
 
 
 @dataclass
@@ -152,6 +172,7 @@ class SamplingConfig:
     guidance_scale: float = 0.0  # w of (1 + w) cond - w uncond
     eta: float = 0.0  # DDIM: 0 is deterministic given the first noise, 1 is ancestral
     cutoff: float = 1e-4  # smaller outputs become 0 (model units)
+    whole_counts: bool = True  # values under one count of the control cell become one count or none, the mean kept
 
     @property
     def n_calls(self) -> int:
@@ -190,9 +211,23 @@ class TrainingConfig:
     log_every: int = 10  # steps
     validate_every: int = 50
     validate_sets: int = 32  # sets validated at most, always the same
-    early_stop_patience: Optional[int] = None  # validations without a better loss before stopping; null: never
+    early_stop_patience: Optional[int] = None  # validations without a lower energy distance before the end; null: never
     save_every: int = 200
     keep_states: int = 2
+
+
+@dataclass
+class AdaptConfig:
+    """How training starts from a checkpoint (README, "Fine-tuning")."""
+
+    init_from: Optional[str] = None  # model folder, name or owner/name[@REVISION] to start from; null: random weights
+    # frozen: blocks stay as they are, gene layers and conditioning train; lora: low-rank changes of the blocks besides.
+    method: Literal["full", "frozen", "lora"] = "full"
+    new_genes: Literal["neighbours", "mean"] = "neighbours"  # start as the mean of co-expressed shared genes, or of all
+    new_labels: Literal["mean", "nearest"] = "mean"  # nearest: cell types and batches, by their control cells
+    lr_ratio: float = 1.0  # learning rate of what is copied as it is; tensors with anything new get optim.lr itself
+    lora_rank: int = 8
+    lora_alpha: float = 16.0  # low-rank changes are scaled by lora_alpha / lora_rank
 
 
 @dataclass
@@ -205,6 +240,7 @@ class Config:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
 
 
 @dataclass
@@ -247,9 +283,14 @@ def reference_denoiser() -> DenoiserConfig:
 
 
 def load_config(
-    recipe: str | Path | None = None, overrides: Sequence[str] = (), given: Mapping[str, Any] | None = None
+    recipe: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    given: Mapping[str, Any] | None = None,
+    base: Mapping[str, Any] | None = None,
 ) -> Config:
-    """Defaults, then the recipe (yaml), then `given` values, then `key=value` words; later ones win.
+    """Defaults, then `base` (a checkpoint's settings), the recipe (yaml), `given` values, `key=value` words.
+
+    Later ones win.
 
     Raises
     ------
@@ -258,7 +299,7 @@ def load_config(
     ValueError
         An unknown key, a value of the wrong type or outside its set, a size that cannot be.
     """
-    config = _resolved(Config, recipe, overrides, given)
+    config = _resolved(Config, recipe, overrides, given, base)
     check_config(config)
     return config
 
@@ -289,20 +330,25 @@ def load_build_config(
 
 
 def _resolved(
-    schema: type[T], recipe: str | Path | None, overrides: Sequence[str], given: Mapping[str, Any] | None
+    schema: type[T],
+    recipe: str | Path | None,
+    overrides: Sequence[str],
+    given: Mapping[str, Any] | None,
+    base: Mapping[str, Any] | None = None,
 ) -> T:
-    base = OmegaConf.structured(schema)
+    merged = OmegaConf.structured(schema)
     try:
+        merged = OmegaConf.merge(merged, dict(base or {}))
         if recipe is not None:
             if not Path(recipe).is_file():
                 raise FileNotFoundError(f"recipe {str(recipe)!r} does not exist; give the path of a .yaml file.")
-            base = OmegaConf.merge(base, _read_yaml(recipe))
-        base = OmegaConf.merge(base, dict(given or {}))
+            merged = OmegaConf.merge(merged, _read_yaml(recipe))
+        merged = OmegaConf.merge(merged, dict(given or {}))
         for word in overrides:
             if "=" not in word:
                 raise ValueError(f"override {word!r} is not key=value; for example training.n_steps=500.")
-            base = OmegaConf.merge(base, _read_word(word))
-        config = OmegaConf.to_object(base)
+            merged = OmegaConf.merge(merged, _read_word(word))
+        config = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, TypeError) as error:
         raise ValueError(_one_line(error)) from error
     assert isinstance(config, schema), "OmegaConf.to_object returns the schema's class"
@@ -348,7 +394,7 @@ def check_config(config: Config) -> None:
     positive = {
         "data.set_size": config.data.set_size,
         "data.sets_per_batch": config.data.sets_per_batch,
-        "data.target_sum": config.data.target_sum,
+        "data.target_sum": 1.0 if config.data.target_sum is None else config.data.target_sum,
         "data.scale": config.data.scale,
         "diffusion.n_timesteps": config.diffusion.n_timesteps,
         "sampling.n_steps": config.sampling.n_steps,
@@ -365,6 +411,9 @@ def check_config(config: Config) -> None:
         "training.validate_sets": config.training.validate_sets,
         "training.save_every": config.training.save_every,
         "training.keep_states": config.training.keep_states,
+        "adapt.lr_ratio": config.adapt.lr_ratio,
+        "adapt.lora_rank": config.adapt.lora_rank,
+        "adapt.lora_alpha": config.adapt.lora_alpha,
     }
     for key, value in positive.items():
         if not value > 0:
@@ -373,6 +422,7 @@ def check_config(config: Config) -> None:
         "data.prefetch": config.data.prefetch,
         "diffusion.mse_weight": config.diffusion.mse_weight,
         "diffusion.mmd_weight": config.diffusion.mmd_weight,
+        "diffusion.mean_weight": config.diffusion.mean_weight,
         "sampling.cutoff": config.sampling.cutoff,
         "optim.weight_decay": config.optim.weight_decay,
         "optim.warmup_steps": config.optim.warmup_steps,
@@ -387,6 +437,8 @@ def check_config(config: Config) -> None:
         "diffusion.p_self_cond": config.diffusion.p_self_cond,
         "diffusion.p_drop_cond": config.diffusion.p_drop_cond,
         "diffusion.p_drop_label": config.diffusion.p_drop_label,
+        "diffusion.p_drop_perturbation": config.diffusion.p_drop_perturbation or 0.0,
+        "diffusion.p_unlabelled": config.diffusion.p_unlabelled,
         "optim.ema_decay": config.optim.ema_decay,
         "optim.min_lr_ratio": config.optim.min_lr_ratio,
         "optim.plateau_ratio": config.optim.plateau_ratio,
@@ -399,17 +451,33 @@ def check_config(config: Config) -> None:
         raise ValueError(f"data.n_hvg ({config.data.n_hvg}) must be at least 1; null keeps all genes.")
     if config.data.combination_separator == "":
         raise ValueError("data.combination_separator ('') must not be empty; null never splits labels.")
+    if config.data.dose_separator == "":
+        raise ValueError("data.dose_separator ('') must not be empty; null: labels have no doses.")
+    if config.denoiser.conditioning == "reference" and (config.data.perturbation_features or config.data.dose_marker):
+        raise ValueError(
+            "denoiser.conditioning=reference knows neither features nor doses of perturbations; set it to labels, or "
+            "leave data.perturbation_features, data.dose_col and data.dose_separator out."
+        )
     for key, value in (("optim.beta1", config.optim.beta1), ("optim.beta2", config.optim.beta2)):
         if not 0 <= value < 1:
             raise ValueError(f"{key} ({value}) must be at least 0 and less than 1.")
     patience = config.training.early_stop_patience
     if patience is not None and patience < 1:
         raise ValueError(f"training.early_stop_patience ({patience}) must be at least 1; null never stops early.")
+    if config.adapt.method != "full" and config.adapt.init_from is None:
+        raise ValueError(f"adapt.method={config.adapt.method} needs a checkpoint to start from; set adapt.init_from.")
     check_denoiser(config.denoiser)
     if config.denoiser.published_encoding != PublishedEncoding():
         raise ValueError(
             "denoiser.published_encoding is of converted checkpoints, whose frozen tables training lacks; leave it out."
         )
+    if config.diffusion.unbiased and config.diffusion.kernel != "energy":
+        raise ValueError(f"diffusion.unbiased is of kernel=energy, not {config.diffusion.kernel}; leave it out.")
+    if config.denoiser.mean_effect and (config.denoiser.output, config.denoiser.conditioning) != (
+        "control_residual",
+        "labels",
+    ):
+        raise ValueError("denoiser.mean_effect is of output=control_residual with conditioning=labels; leave it out.")
     check_sampling(config.sampling, config.diffusion)
 
 
@@ -447,6 +515,8 @@ def check_denoiser(config: DenoiserConfig) -> None:
     for name in ("width", "depth", "n_heads", "mlp_ratio", "covariate_dim"):
         if not getattr(config, name) > 0:
             raise ValueError(f"denoiser.{name} ({getattr(config, name)}) must be greater than 0.")
+    if not 0 <= config.control_weight <= 1:
+        raise ValueError(f"denoiser.control_weight ({config.control_weight}) must be between 0 and 1.")
     tokens_width = 2 * config.width if config.attention == "paired" else config.width
     if tokens_width % config.n_heads:
         raise ValueError(

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from perturbdiff.config import Config
+from perturbdiff.data.conditions import ConditionIndex
 from perturbdiff.data.screen import Screen, write_h5ad
 from perturbdiff.data.simulate import SimulationConfig, simulate
-from perturbdiff.data.splits import make_split, read_split
-from perturbdiff.data.vocab import split_label
+from perturbdiff.data.splits import read_split
+from perturbdiff.data.training_set import TrainingSet
 from perturbdiff.evaluation.report import Report, evaluate, predict_held_out
 from perturbdiff.pretrained import PerturbDiff
 from perturbdiff.training.loop import train
+from perturbdiff.uncertainty import calibrate
 
 SIMULATION = SimulationConfig()
 HELD_OUT_OF_SIMULATION = ["pert_0:type_0", "pert_3:type_2"]
@@ -36,20 +38,24 @@ def run_demo(config: Config) -> DemoResult | None:
     ValueError
         Nothing is held out, or a held-out perturbation is never trained on; and as `train`.
     """
-    out = Path(config.out)
     if config.data.screen is None:
         raise ValueError("a demo runs on a screen; set data.screen, not data.atlases.")
     screen = Screen.read(config.data.screen, config.data)
-    _refuse_unseen(screen, config)
-    result = train(config, screen)
-    if result.stopped_by is not None:
-        return None
+    result = train(config, screen, check=lambda data: refuse_unpredictable(screen, data, nothing=False))
+    return None if result.stopped_by is not None else score_held_out(config, screen)
+
+
+def score_held_out(config: Config, screen: Screen) -> DemoResult:
+    """Predict the held-out conditions of a finished run and score them, for its folder and its model's card."""
+    out = Path(config.out)
     model = PerturbDiff.from_pretrained(out / "model")
     split = read_split(out / "split.json", screen)
     match = model.training["control_match"]
     predicted = predict_held_out(model, screen, split, match, config.training.seed)
     write_h5ad(predicted, out / "predicted.h5ad")
     report = evaluate(predicted, screen, match, split)
+    if len(ConditionIndex.build(screen, split.validation)) >= 2:
+        calibrate(model, screen, split.validation, match, seed=config.training.seed)
     model.evaluation = report.as_json()
     model.save_pretrained(out / "model")  # scores and card; the weights stay as they are
     names = ("config.yaml", "split.json", "metrics.jsonl", "model", "predicted.h5ad")
@@ -65,18 +71,20 @@ def simulated_screen(out: Path) -> Path:
     return path
 
 
-def _refuse_unseen(screen: Screen, config: Config) -> None:
-    # Before the training, not after it: labels alone say nothing of a perturbation that no trained cell received.
-    split = make_split(screen, config.split, config.training.seed)
-    if not split.test.any():
+def refuse_unpredictable(screen: Screen, data: TrainingSet, nothing: bool) -> None:
+    """Before the training, not after it: labels alone say nothing of a perturbation that no trained cell received.
+
+    Raises ValueError; also, unless `nothing` may be held out, where that is so.
+    """
+    if not data.split.test.any() and not nothing:
         raise ValueError("nothing is held out; give --hold-out, for example PERTURBATION:CELL_TYPE or batch=NAME.")
-    separator = config.data.combination_separator
-    labels = screen.obs["perturbation"]
-    held_out, trained = (set(labels[cells & ~screen.is_control]) for cells in (split.test, split.train))
-    parts = {part for label in trained for part in split_label(label, separator)}
-    unseen = sorted(p for p in held_out - trained if not set(split_label(p, separator)) <= parts)
-    if unseen:
-        raise ValueError(
-            f"perturbation {unseen[0]!r} is held out in every context, and a model of labels cannot predict what it "
-            f"never saw; hold out contexts instead, for example {unseen[0]}:CELL_TYPE or batch=NAME."
-        )
+    held_out = set(screen.obs["perturbation"][data.split.test & ~screen.is_control])
+    for perturbation in sorted(held_out):
+        try:
+            data.vocabularies.encode([(perturbation, None, None)])
+        except KeyError as error:
+            raise ValueError(
+                f"perturbation {perturbation!r} is held out in every context, and a model of labels cannot predict "
+                f"what it never saw; hold out contexts instead, for example {perturbation}:CELL_TYPE or batch=NAME, or "
+                "give features of perturbations (data.perturbation_features)."
+            ) from error

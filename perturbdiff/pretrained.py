@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,9 +26,10 @@ from perturbdiff.config import (
     from_dict,
 )
 from perturbdiff.data.batch import Vocabularies
+from perturbdiff.data.features import FeatureTable
 from perturbdiff.data.screen import expression_of
 from perturbdiff.data.seeds import torch_generator
-from perturbdiff.data.vocab import GeneVocab
+from perturbdiff.data.vocab import GeneVocab, LabelVocab
 from perturbdiff.hub.card import eval_results_files, write_card
 from perturbdiff.hub.card_check import check_card
 from perturbdiff.hub.download import ModelSource, find_model, max_tensor_bytes
@@ -38,6 +40,7 @@ from perturbdiff.hub.layout import (
     check_golden,
     check_tensor_files,
     folder_identity,
+    is_replaced_now,
     load_weights,
     make_golden,
     read_card,
@@ -46,9 +49,9 @@ from perturbdiff.hub.layout import (
 )
 from perturbdiff.hub.publish import Publication, publish
 from perturbdiff.hub.settings import ModelSettings, parse_settings
-from perturbdiff.model.conditioning import VocabSizes
+from perturbdiff.model.conditioning import FeatureEmbedding, LabelConditioning, VocabSizes
 from perturbdiff.model.denoiser import Denoiser
-from perturbdiff.prediction import Context, deal_sets, denoise_sets
+from perturbdiff.prediction import Context, choose_controls, deal_sets, denoise_sets
 from perturbdiff.progress import progress
 
 if TYPE_CHECKING:
@@ -143,16 +146,17 @@ class PerturbDiff:
         -----
         A folder that a run replaces while it is read is read again.
         """
-        source = find_model(path_or_repo_id, revision, subfolder, cache_dir, local_files_only, token)
+        source = _found(path_or_repo_id, revision, subfolder, cache_dir, local_files_only, token)
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if source.repo is not None:
             return cls._read(source, golden_check)._to(where, dtype)
         for _ in range(READ_AGAIN):
+            _wait_while_replaced(source.folder)
             identity = folder_identity(source.folder)
             try:
                 model = cls._read(source, golden_check)
             except (OSError, RuntimeError, ValueError):  # RuntimeError: of torch, which maps the weights by their name
-                time.sleep(0.1)  # for the moment between two renames
+                _wait_while_replaced(source.folder)
                 if folder_identity(source.folder) == identity:
                     raise
             else:
@@ -281,12 +285,14 @@ class PerturbDiff:
         controls
             Unperturbed cells, X raw counts or log1p values; genes are matched by name. All cells are used as controls.
         perturbation
-            A known perturbation, or several joined with the model's separator ("A+B").
+            A known perturbation, or several joined with the model's separator ("A+B"); with a dose where the model was
+            trained with doses ("A@0.5"). One that no training cell received is predicted from its features.
         cell_type, batch
             Condition on these; by default on each control cell's own obs columns. A label that training has not seen
             with a perturbation is the null label, and `uns` says so.
         n_cells
-            Cells to predict in each population; one for each control cell by default.
+            Cells to predict in each population; one for each control cell by default. Fewer start from controls
+            whose mean is that of all.
         n_populations
             Independent draws of the response distribution.
         guidance_scale, steps, sampler
@@ -327,7 +333,8 @@ class PerturbDiff:
         alignment = self.genes.align(expression.genes, min_gene_overlap)
         expression = expression.with_genes(self.genes, alignment.columns)
         contexts = self._contexts(controls.obs, cell_type, batch)
-        sets, conditions = deal_sets(contexts, n_cells, n_populations, self.config.set_size, seed)
+        sources = [choose_controls(expression, n_cells, seed, population) for population in range(n_populations)]
+        sets, conditions = deal_sets(contexts, sources, self.config.set_size)
         source = np.concatenate([s.rows for s in sets])  # the control each predicted cell starts from
         population = np.concatenate([np.full(len(s.rows), s.key[0]) for s in sets])
         labels = self.vocabularies.encode([(perturbation, *context) for context in conditions])
@@ -359,9 +366,47 @@ class PerturbDiff:
             "library_size_col": self.preprocessing.library_size_col or "",
             "n_genes_matched": alignment.n_matched,
             "genes_matched_by": alignment.matched_by,
-            "unseen": self._unseen(conditions),
+            "unseen": self._unseen(perturbation, conditions),
         }
         return AnnData(X=X, obs=obs, var=var, uns={"perturbdiff": uns})
+
+    def describe(self, tables: Sequence[FeatureTable]) -> list[str]:
+        """Make perturbations known that were never trained, by features as those that the model was trained with.
+
+        Parameters
+        ----------
+        tables
+            Of the names and widths of `vocabularies.tables`; of other tables nothing was learned. Perturbations that
+            are known already stay as they are.
+
+        Returns
+        -------
+        The new ones, which `predict` then takes.
+
+        Raises
+        ------
+        ValueError
+            A table that the model was not trained with, or of another width.
+        """
+        widths = dict(self.vocabularies.tables)
+        for table in tables:
+            if widths.get(table.name) != table.values.shape[1]:
+                raise ValueError(
+                    f"table {table.name!r} of {table.values.shape[1]} features is not one of this model's, which were "
+                    f"trained as {', '.join(f'{name!r} ({width})' for name, width in widths.items()) or 'none'}; give "
+                    "the same features under the same name."
+                )
+        known = set(self.vocabularies.perturbations.names)
+        new = list(dict.fromkeys(name for table in tables for name in table.names if name not in known))
+        given = {table.name: table for table in tables}
+        assert isinstance(self.denoiser.conditioning, LabelConditioning), "others have no tables"
+        for (name, _), embedding in zip(self.vocabularies.tables, self.denoiser.conditioning.tables, strict=True):
+            assert isinstance(embedding, FeatureEmbedding), "tables are such"
+            embedding.append(given.get(name), new)
+        perturbations = LabelVocab("perturbation", (*self.vocabularies.perturbations.names, *new))
+        n_described = self.vocabularies.n_described + len(new)
+        self.vocabularies = replace(self.vocabularies, perturbations=perturbations, n_described=n_described)
+        return new
 
     @property
     def n_parameters(self) -> int:
@@ -391,12 +436,16 @@ class PerturbDiff:
                 columns.append([None if pd.isna(label) else str(label) for label in obs[name]])
         return list(zip(*columns, strict=True))
 
-    def _unseen(self, conditions: list[Context]) -> list[str]:
+    def _unseen(self, perturbation: str, conditions: list[Context]) -> list[str]:
         known = self.vocabularies
+        described = set(known.perturbations.names) - set(known.labelled)
+        perturbations = [name for name, _ in known.parts(perturbation) if name in described]
         cell_types = sorted({c or "unknown" for c, _ in conditions if c not in known.cell_types.ids})
         batches = sorted({b or "unknown" for _, b in conditions if b not in known.batches.ids})
-        return [f"cell_type {name}" for name in cell_types] + [
-            f"batch {name}" for name in batches if len(known.batches)
+        return [
+            *(f"perturbation {name}" for name in perturbations),
+            *(f"cell_type {name}" for name in cell_types),
+            *(f"batch {name}" for name in batches if len(known.batches)),
         ]
 
     def _golden_inputs(self) -> dict[str, Tensor]:
@@ -404,16 +453,37 @@ class PerturbDiff:
         generator = torch_generator("cpu", 0, "golden check")
         shape = (2, 3, len(self.genes))
         sizes = VocabSizes.of(self.vocabularies)
+        first, last = min(0, sizes.perturbations - 1), sizes.perturbations - 1
+        several = self.config.denoiser.conditioning == "labels" and self.config.denoiser.interaction
+        alone, together = [[first], [last]], [[first, -1], [last, len(self.vocabularies.perturbations) - 1]]
         return {
             "x_t": torch.randn(shape, generator=generator),
             "t": torch.tensor([0, self.config.diffusion.n_timesteps - 1]),
             "control": torch.rand(shape, generator=generator),
             "self_cond": torch.rand(shape, generator=generator),
             "mask": torch.tensor([[True, True, True], [True, True, False]]),
-            "perturbation": torch.tensor([[min(0, sizes.perturbations - 1)], [sizes.perturbations - 1]]),
+            "perturbation": torch.tensor(together if several else alone),
             "cell_type": torch.tensor([sizes.cell_types - 1, -1]),
             "batch": torch.tensor([-1, sizes.batches - 1]),
         }
+
+
+def _found(path_or_repo_id: str | Path, *how: Any) -> ModelSource:
+    for _ in range(READ_AGAIN):
+        _wait_while_replaced(path_or_repo_id)
+        try:
+            return find_model(path_or_repo_id, *how)
+        except FileNotFoundError:
+            if not Path(path_or_repo_id).is_dir():  # it was replaced between the two looks
+                break
+    return find_model(path_or_repo_id, *how)
+
+
+def _wait_while_replaced(folder: str | Path) -> None:
+    for _ in range(50):  # a moment, unless whoever does it was killed in it
+        if not is_replaced_now(folder):
+            return
+        time.sleep(0.1)
 
 
 def push_folder(

@@ -8,15 +8,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from tests.screens import quality_file, real_screen
+
 BENCH = Path(__file__).parents[1] / "scripts" / "bench"
 
 
-def run(script: str, *options: object, folder: Path | None = None) -> dict:
+def run(script: str, *options: object, folder: Path | None = None, lines: bool = False):
     command = [sys.executable, str(BENCH / f"{script}.py"), *map(str, options)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(BENCH.parents[1])}
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return [json.loads(line) for line in done.stdout.splitlines()] if lines else json.loads(done.stdout)
 
 
 def test_the_index_benchmark_says_times_and_memory_of_every_shape_and_order():
@@ -97,3 +99,39 @@ def test_the_scaling_benchmark_runs_one_and_two_processes_and_says_what_they_cos
         assert figures["cells_per_s"] > 0
         assert 0 <= figures["data_wait"] <= 1
     assert report["processes"]["1"]["efficiency"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fold", [(), ("--fold", "PW030")])
+def test_the_quality_benchmark_predicts_what_the_protocol_scores(fold):
+    tasks = quality_file("score.py").parent
+    line = run("quality", "--tasks", tasks, "T3", *fold, "training.n_steps=2", "training.log_every=1")
+    assert (line["task"], line["steps"], line["fold"]) == ("T3", 2, "PW030" if fold else None)
+    assert -1 <= line["pearson_delta"] <= 1
+    assert line["energy_u"] > 0
+    assert line["cpu_s"] > 0
+
+
+def test_a_fold_of_a_quality_task_hides_training_cells_and_looks_at_no_test_cell():
+    sys.path.insert(0, str(BENCH))
+    try:
+        from quality import task_cells
+    finally:
+        sys.path.remove(str(BENCH))
+    folder = quality_file("T3")
+    every, _ = task_cells(folder, "cell_type", None)
+    train_cells, real = task_cells(folder, "cell_type", "PW030")
+    treated = every.obs["perturbation"] != "control"
+    held = every.obs_names[treated & (every.obs["cell_type"] == "PW030")]
+    assert set(train_cells.obs_names) == set(every.obs_names) - set(held)
+    assert set(real.obs_names[real.obs["perturbation"] != "control"]) <= set(held)
+    assert set(real.obs_names) <= set(every.obs_names)
+
+
+@pytest.mark.slow
+def test_the_few_shot_benchmark_pretrains_and_compares():
+    data = real_screen("stoeckius2018_pbmc_hto_unperturbed.h5ad").parent
+    lines = run("few_shot", "--data", data, "--percent", 10, "--pretrain-steps", 2, "training.n_steps=2", lines=True)
+    assert [line["start"] for line in lines] == ["pretrained", "random weights", "pretrained"]
+    assert lines[1]["treated_cells"] == lines[2]["treated_cells"] == 141
+    assert all(np.isfinite(line["energy_distance"]) for line in lines[1:])

@@ -407,7 +407,7 @@ def changed(path, value):
 
 
 BAD_CONFIGS = {
-    "newer format": (changed("format_version", 3), ["format_version 3", "reads 1 to 2", "Update perturbdiff"]),
+    "newer format": (changed("format_version", 4), ["format_version 4", "reads 1 to 3", "Update perturbdiff"]),
     "no format": (lambda config: config.pop("format_version"), ["format_version None", "reads 1"]),
     "other width": (changed("denoiser.width", 32), ["does not fit its config.json", "(16, 30) (must be (32, 30))"]),
     "deeper": (changed("denoiser.depth", 3), ["does not fit its config.json", "blocks.1.", "missing"]),

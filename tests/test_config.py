@@ -293,7 +293,7 @@ def read_attributes(source: str) -> set[str]:
 
 def config_classes():
     classes = [Config, *(f.default_factory for f in dataclasses.fields(Config) if f.name != "out"), Preprocessing]
-    assert len(classes) == 9
+    assert len(classes) == 10
     return classes
 
 

@@ -1,3 +1,6 @@
+import threading
+from dataclasses import replace
+
 import anndata
 import h5py
 import numpy as np
@@ -130,7 +133,9 @@ def test_controls_are_not_changed(model, controls):
     pd.testing.assert_frame_equal(controls.obs, before.obs)
 
 
-def test_log1p_controls_give_what_their_counts_give(model, controls):
+def test_log1p_controls_give_what_their_counts_give(model, controls, monkeypatch):
+    # One count of a cell is known exactly from counts alone.
+    monkeypatch.setattr(model.config, "sampling", replace(model.config.sampling, whole_counts=False))
     counts = controls.X.toarray().astype(np.float64)
     logged = anndata.AnnData(
         np.log1p(1e4 * counts / counts.sum(1, keepdims=True)).astype(np.float32), controls.obs, controls.var
@@ -138,6 +143,14 @@ def test_log1p_controls_give_what_their_counts_give(model, controls):
     np.testing.assert_allclose(
         dense(model.predict(logged, "pert_1")), dense(model.predict(controls, "pert_1")), atol=1e-4
     )
+
+
+def test_no_predicted_value_is_under_one_count_of_its_control(model, controls):
+    predicted = model.predict(controls, "pert_1")
+    depth = controls.X.toarray().sum(1)[controls.obs_names.get_indexer(predicted.obs["source_control"])]
+    one = np.log1p(model.preprocessing.target_sum / depth)[:, None]
+    X = dense(predicted)
+    assert ((X == 0) | (one * (1 - 1e-5) <= X)).all()
 
 
 def test_unknown_context_labels_become_null_and_are_reported(model, controls):
@@ -203,6 +216,15 @@ def test_controls_with_bad_values_or_no_cells_are_refused(model, controls):
 def test_one_cell_and_one_step_are_enough(model, controls):
     predicted = model.predict(controls[:1].copy(), "pert_1", steps=1)
     assert predicted.shape == (1, 40)
+
+
+def test_a_folder_that_is_away_between_two_renames_is_waited_for(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "model").rename(tmp_path / ".model-new")
+    back = threading.Timer(0.3, (tmp_path / ".model-new").rename, [tmp_path / "model"])
+    back.start()
+    assert PerturbDiff.from_pretrained(tmp_path / "model", device="cpu").genes == model.genes
+    back.join()
 
 
 def test_a_folder_replaced_while_its_weights_are_opened_is_read_again(model, tmp_path, monkeypatch):

@@ -10,8 +10,9 @@ import perturbdiff
 PACKAGE = Path(perturbdiff.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
-    "__main__", "cli", "demo", "evaluation", "training", "pretrained", "prediction", "hub", "model", "diffusion",
-    "data", "progress", "client", "files", "config",
+    "__main__", "cli", "finetuning", "demo", "ranking", "evaluation", "training", "answers", "requests", "uncertainty",
+    "adapter", "pretrained",
+    "prediction", "predicted_cells", "hub", "model", "diffusion", "data", "progress", "client", "files", "config",
 ]  # fmt: skip
 CODE_LOADERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from perturbdiff.client import name_and_revision as name_and_revision
 
 if TYPE_CHECKING:
     from perturbdiff.hub.publish import Publication
@@ -34,12 +35,6 @@ def add_command(
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, as training.n_steps=1000")
-
-
-def name_and_revision(text: str) -> tuple[str, str | None]:
-    """owner/name@v1 -> owner/name, v1; a folder has no revision, whatever its name."""
-    name, _, revision = text.partition("@")
-    return (text, None) if Path(text).is_dir() else (name, revision or None)
 
 
 def add_target(parser: argparse.ArgumentParser) -> None:

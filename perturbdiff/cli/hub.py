@@ -1,4 +1,4 @@
-"""Commands on the Hub: push, pull, list, info, verify, diff; and convert, which makes a model folder to push."""
+"""Commands on the Hub: push, pull, list, info, verify, diff, merge; and convert, which makes a model folder to push."""
 
 from __future__ import annotations
 
@@ -79,6 +79,17 @@ def add_hub_commands(commands: Any) -> None:
     diff.add_argument("model", metavar="MODEL", help="folder, name or repo")
     diff.add_argument("other", metavar="OTHER", help="the same")
 
+    merge = add_command(
+        hub_commands, "merge", _merge, "an adapter and its base -> a model folder",
+        "Adds the low-rank changes of an adapter to the checkpoint it was trained on, which must be the very same\n"
+        "(by sha256), and writes a model folder that needs neither.",
+        "examples:\n  perturbdiff hub merge owner/kang-lora --out models/kang\n"
+        "  perturbdiff hub merge runs/kang/adapter --base models/pbmc --out models/kang",
+    )  # fmt: skip
+    merge.add_argument("adapter", metavar="ADAPTER", help="folder or repo")
+    merge.add_argument("--base", metavar="MODEL", help="folder, name or repo (default: where the adapter says)")
+    merge.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+
     convert = add_command(
         commands, "convert", _convert, "a published Lightning checkpoint -> a model folder",
         "Reads a checkpoint of the published implementation without executing anything in it, and writes a model\n"
@@ -99,10 +110,17 @@ def add_hub_commands(commands: Any) -> None:
 
 
 def _push(arguments: argparse.Namespace) -> None:
+    from perturbdiff.adapter import is_adapter, push_adapter
     from perturbdiff.hub.layout import read_settings
     from perturbdiff.hub.registry import entry_of
     from perturbdiff.pretrained import PerturbDiff, push_folder
 
+    if is_adapter(arguments.model):
+        if arguments.licence is not None or arguments.benchmark is not None:
+            raise ValueError("an adapter has neither licence nor scores of its own; leave --licence, --benchmark out.")
+        where = arguments.private, arguments.revision, arguments.tag, arguments.message
+        print_publication(push_adapter(arguments.model, arguments.repo, *where))
+        return
     read_settings(arguments.model)  # a folder, not a repo id
     if arguments.licence is not None:
         model = PerturbDiff.from_pretrained(arguments.model, device="cpu")
@@ -195,6 +213,17 @@ def _convert(arguments: argparse.Namespace) -> None:
         )
         print("            controls must name them so; --genes gives the names, in the order of training")
     print(f"weights     {arguments.weights}, {model.n_parameters:,} parameters, {len(model.genes):,} genes")
+    print(f"written     {arguments.out}")
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from perturbdiff.adapter import load_adapter
+
+    if Path(arguments.out).exists():
+        raise FileExistsError(f"--out {arguments.out} exists; choose another name or remove it.")
+    model = load_adapter(arguments.adapter, arguments.base)
+    model.save_pretrained(arguments.out)
+    print(f"merged      {arguments.adapter}: {model.n_parameters:,} parameters, its golden output checked")
     print(f"written     {arguments.out}")
 
 

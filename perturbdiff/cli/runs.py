@@ -1,4 +1,4 @@
-"""Commands on runs: demo, screen info, train, pretrain, plan, predict, evaluate."""
+"""Commands on runs: demo, screen info, train, pretrain, finetune, plan, evaluate."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perturbdiff.cli.command import SETTINGS, add_command, add_settings, name_and_revision
+from perturbdiff.cli.command import SETTINGS, add_command, add_settings
+from perturbdiff.cli.loadings import add_loadings_command
+from perturbdiff.cli.predict import add_predict_commands
+from perturbdiff.cli.rank import add_rank_command
 
 if TYPE_CHECKING:
     from perturbdiff.config import Config
@@ -39,7 +42,8 @@ def add_run_commands(commands: Any) -> None:
     _recipe(demo)
     add_settings(demo)
 
-    screen = commands.add_parser("screen", help="look at a screen", description="Look at a screen.")
+    about = "look at a screen, and choose what to screen next"
+    screen = commands.add_parser("screen", help=about, description=f"{about[0].upper()}{about[1:]}.")
     screen_commands = screen.add_subparsers(title="commands", required=True, metavar="COMMAND")
     info = add_command(
         screen_commands, "info", _screen_info, "what an .h5ad holds and how it would be read",
@@ -51,6 +55,8 @@ def add_run_commands(commands: Any) -> None:
     )  # fmt: skip
     info.add_argument("file", metavar="FILE.h5ad", help="X raw counts or log1p")
     add_settings(info)
+    add_loadings_command(screen_commands)
+    add_rank_command(screen_commands)
 
     train = add_command(
         commands, "train", _train, "train on a screen or on atlases from scratch",
@@ -62,14 +68,7 @@ def add_run_commands(commands: Any) -> None:
         "Weights, marginal sets and revisions of several atlases are settings: data.atlases in a recipe.\n"
         + SELECTORS + SETTINGS,
     )  # fmt: skip
-    origin = train.add_mutually_exclusive_group()
-    origin.add_argument("--screen", metavar="FILE.h5ad", help="X raw counts or log1p")
-    origin.add_argument(
-        "--atlas",
-        action="append",
-        metavar="DIR_OR_REPO",
-        help="an atlas instead of a screen; may be given several times",
-    )
+    _origin(train)
     _hold_out(train)
     train.add_argument("--out", required=True, metavar="DIR", help="run folder")
     _recipe(train)
@@ -93,34 +92,10 @@ def add_run_commands(commands: Any) -> None:
     pretrain.add_argument("--out", metavar="DIR", help="run folder (default: the recipe's out)")
     add_settings(pretrain)
 
+    _finetune_command(commands)
     _plan_command(commands)
 
-    predict = add_command(
-        commands, "predict", _predict, "predict cells under a perturbation from control cells",
-        "Predicts one cell for each control cell (or --n-cells) and writes an .h5ad with log1p values. If the file\n"
-        "also holds perturbed cells, its control cells are taken.",
-        "example:\n  perturbdiff predict runs/kang/model --controls kang.h5ad --perturbation IFN-beta --cell-type CD4T "
-        "--out cd4t.h5ad\n",
-    )  # fmt: skip
-    predict.add_argument("model", metavar="MODEL", help="model folder, name, or owner/name[@REVISION] on the Hub")
-    predict.add_argument("--controls", required=True, metavar="FILE.h5ad", help="X raw counts or log1p")
-    predict.add_argument("--perturbation", required=True, metavar="NAME", help="or several: A+B")
-    predict.add_argument("--cell-type", metavar="NAME", help="only controls of this cell type (default: all)")
-    predict.add_argument("--batch", metavar="NAME", help="only controls of this batch (default: all)")
-    predict.add_argument("--out", required=True, metavar="FILE.h5ad", help="file to write")
-    predict.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
-    predict.add_argument("--n-cells", type=int, metavar="N", help="cells to predict (default: one per control cell)")
-    predict.add_argument("--n-populations", type=int, default=1, metavar="N", help="draws of the response distribution")
-    predict.add_argument(
-        "--guidance-scale", type=float, metavar="W", help="(1+W) cond - W uncond (default: the model's)"
-    )
-    predict.add_argument("--steps", type=int, metavar="N", help="denoiser calls (default: the model's)")
-    predict.add_argument("--sampler", choices=("ddim", "ddpm"), help="(default: the model's)")
-    predict.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same cells (default: 0)")
-    predict.add_argument(
-        "--min-gene-overlap", type=float, default=0.5, metavar="PART",
-        help="refuse controls with fewer of the model's genes (default: %(default)s)",
-    )  # fmt: skip
+    add_predict_commands(commands)
 
     evaluate = add_command(
         commands, "evaluate", _evaluate, "score predicted cells against measured ones, beside baselines",
@@ -138,6 +113,30 @@ def add_run_commands(commands: Any) -> None:
         "--model", metavar="FOLDER", help="the model folder that predicted: put the scores there and on its card"
     )
     add_settings(evaluate)
+
+
+def _finetune_command(commands: Any) -> None:
+    finetune = add_command(
+        commands, "finetune", _finetune, "adapt a checkpoint to a new screen, train it on, score what is held out",
+        "Matches genes and labels of a checkpoint and of the data by name, says what is shared, new and left out, and\n"
+        "trains from there. Architecture, preprocessing, diffusion, sampling are the checkpoint's. What is held out\n"
+        "is predicted and scored beside baselines. The model folder needs nothing else. Signals and several processes\n"
+        "as with train and pretrain.",
+        "examples:\n  perturbdiff finetune --screen kang.h5ad --init-from owner/name@v1 --out runs/kang --dry-run\n"
+        "  perturbdiff finetune --screen kang.h5ad --init-from models/pbmc --hold-out IFN-beta:CD4T --out runs/kang\n"
+        "  perturbdiff finetune --screen kang.h5ad --init-from models/pbmc --recipe recipes/finetune/lora.yaml\n"
+        "With adapt.method=lora the run folder also has an adapter/, which `hub push` and `hub merge` take.\n"
+        + SELECTORS + SETTINGS,
+    )  # fmt: skip
+    _origin(finetune)
+    finetune.add_argument(
+        "--init-from", metavar="MODEL", help="model folder, name or owner/name[@REVISION] (default: the recipe's)"
+    )
+    _hold_out(finetune)
+    finetune.add_argument("--out", default="runs/finetune", metavar="DIR", help="run folder (default: %(default)s)")
+    finetune.add_argument("--dry-run", action="store_true", help="say what was found and would be done, and end")
+    _recipe(finetune)
+    add_settings(finetune)
 
 
 def _plan_command(commands: Any) -> None:
@@ -169,6 +168,17 @@ def _plan_command(commands: Any) -> None:
     )  # fmt: skip
     plan.add_argument("--json", action="store_true", help="the numbers, bytes and seconds, instead of the text")
     add_settings(plan)
+
+
+def _origin(parser: argparse.ArgumentParser) -> None:
+    origin = parser.add_mutually_exclusive_group()
+    origin.add_argument("--screen", metavar="FILE.h5ad", help="X raw counts or log1p")
+    origin.add_argument(
+        "--atlas",
+        action="append",
+        metavar="DIR_OR_REPO",
+        help="an atlas instead of a screen; may be given several times",
+    )
 
 
 def _hold_out(parser: argparse.ArgumentParser) -> None:
@@ -222,6 +232,22 @@ def _run_training(config: Config) -> None:
         print(f"model       {result.folder / 'model'} (step {result.step})")
 
 
+def _finetune(arguments: argparse.Namespace) -> None:
+    from perturbdiff.finetuning import finetune_config, preview, run_finetuning
+
+    given = _given(arguments, arguments.screen, arguments.hold_out or [])
+    config = finetune_config(arguments.init_from, arguments.recipe, arguments.settings, given)
+    if arguments.dry_run:
+        if rank() == 0:
+            print(preview(config))
+        return
+    result = run_finetuning(config)
+    if result.stopped_by is None and rank() == 0:
+        if result.report is not None:
+            print(f"\n{result.report.table()}")
+        print("\nwritten:\n" + "\n".join(f"  {path}" for path in result.written))
+
+
 def _plan(arguments: argparse.Namespace) -> None:
     from perturbdiff.training.plan import Cluster, make_plan
 
@@ -235,35 +261,6 @@ def _plan(arguments: argparse.Namespace) -> None:
     )
     plan = make_plan(_config(arguments, None, [], out="unused"), cluster)
     print(json.dumps(plan.as_json(), indent=1) if arguments.json else plan.text())
-
-
-def _predict(arguments: argparse.Namespace) -> None:
-    from perturbdiff.data.screen import control_cells, write_h5ad
-    from perturbdiff.pretrained import PerturbDiff
-
-    _refuse_existing(arguments.out, arguments.overwrite)
-    model = PerturbDiff.from_pretrained(*name_and_revision(arguments.model))
-    controls = control_cells(arguments.controls, model.config.obs, arguments.cell_type, arguments.batch)
-    predicted = model.predict(
-        controls,
-        perturbation=arguments.perturbation,
-        cell_type=arguments.cell_type,
-        batch=arguments.batch,
-        n_cells=arguments.n_cells,
-        n_populations=arguments.n_populations,
-        guidance_scale=arguments.guidance_scale,
-        steps=arguments.steps,
-        sampler=arguments.sampler,
-        seed=arguments.seed,
-        min_gene_overlap=arguments.min_gene_overlap,
-    )
-    write_h5ad(predicted, Path(arguments.out))
-    said: dict[str, Any] = predicted.uns["perturbdiff"]
-    print(f"genes       {said['n_genes_matched']:,} of {len(model.genes):,} matched by {said['genes_matched_by']}")
-    if len(said["unseen"]):
-        print(f"unseen      {', '.join(said['unseen'])}: predicted from the control cells alone")
-    print(f"sampler     {said['sampler']}, {said['n_steps']} steps, guidance {said['guidance_scale']:g}")
-    print(f"written     {arguments.out}: {predicted.n_obs:,} cells, {predicted.n_vars:,} genes")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -290,6 +287,13 @@ def _config(
 ) -> Config:
     from perturbdiff.config import load_config
 
+    given = _given(arguments, screen, hold_out, out)
+    return load_config(getattr(arguments, "recipe", None), arguments.settings, given)
+
+
+def _given(
+    arguments: argparse.Namespace, screen: str | Path | None, hold_out: Sequence[str], out: str | None = None
+) -> dict[str, Any]:
     given: dict[str, Any] = {"out": out or arguments.out, "data": {}}
     if screen is not None:
         given["data"]["screen"] = str(screen)
@@ -297,12 +301,7 @@ def _config(
         given["data"]["atlases"] = [{"path": path} for path in arguments.atlas]
     if hold_out:
         given["split"] = {"hold_out": list(hold_out)}
-    return load_config(getattr(arguments, "recipe", None), arguments.settings, given)
-
-
-def _refuse_existing(path: str, overwrite: bool) -> None:
-    if Path(path).exists() and not overwrite:
-        raise FileExistsError(f"--out {path} exists; choose another name or give --overwrite.")
+    return given
 
 
 def rank() -> int:

@@ -17,7 +17,7 @@ from scipy import sparse
 from perturbdiff.config import DataConfig, ObsColumns, Preprocessing
 from perturbdiff.data.expression import CellRows, as_csr, input_kind, library_sizes, log1p_normalised
 from perturbdiff.data.seeds import cell_order_key
-from perturbdiff.data.vocab import GeneVocab, nearest
+from perturbdiff.data.vocab import GeneVocab, nearest, split_label
 from perturbdiff.files import short
 
 LABELS = ("perturbation", "cell_type", "batch")
@@ -110,7 +110,12 @@ class Screen:
                 f"{config.perturbation_col!r}; {nearest(config.control_label, set(labels['perturbation']))}. "
                 "Set data.control_label."
             )
+        if config.dose_col is not None:
+            labels["perturbation"] = _with_doses(labels["perturbation"], obs, config, path)
         expression = read_expression(X, obs, var, config.input_kind, config, path)
+        if config.target_sum is None:  # a panel of few genes has few counts; 1e4 would stretch them
+            is_control = labels["perturbation"] == config.control_label
+            expression = _with_median_of(expression, is_control, path)
         order_key = cell_order_key(obs.index.astype(str).to_numpy(), seed=0)
         if not obs.index.is_unique:
             notes.append(f"{obs.index.duplicated().sum()} repeated obs_names got a suffix")
@@ -244,7 +249,7 @@ def read_expression(
     genes = genes_of(var)
     matrix = _cells_by_genes(X, len(obs), len(genes), path)
     kind = input_kind(matrix, genes.names, declared)  # type: ignore[arg-type]
-    how = Preprocessing(kind, config.target_sum, config.scale, config.library_size_col)
+    how = Preprocessing(kind, config.target_sum or 1e4, config.scale, config.library_size_col)
     if kind == "log1p":
         return Expression(matrix.astype(np.float32), genes, np.ones(len(obs), np.float32), how)
     if how.library_size_col is None:
@@ -306,12 +311,43 @@ def _labels(obs: pd.DataFrame, column: str, setting: str, path: str) -> np.ndarr
     return values.astype(str).to_numpy(dtype=object)
 
 
-def _library_column(obs: pd.DataFrame, column: str, path: str) -> np.ndarray:
-    if column not in obs.columns:
-        raise KeyError(
-            f"obs column {column!r} not in {path}; found {sorted(map(str, obs.columns))}. Set data.library_size_col."
+def _with_median_of(expression: Expression, is_control: np.ndarray, path: str) -> Expression:
+    """Normalised to the median library size of the control cells, which always train."""
+    if expression.preprocessing.input_kind == "log1p":
+        return expression
+    median = float(np.median(expression.library_size[is_control]))
+    if median <= 0:
+        raise ValueError(f"most control cells of {path} have no counts; set data.target_sum to a number.")
+    return replace(expression, preprocessing=replace(expression.preprocessing, target_sum=median))
+
+
+def _with_doses(labels: np.ndarray, obs: pd.DataFrame, config: DataConfig, path: str) -> np.ndarray:
+    """Each perturbed cell's label with its dose, "A@0.5"; the parts of a combination get the same."""
+    doses = _numbers(obs, config.dose_col or "", "data.dose_col", path)
+    perturbed = labels != config.control_label
+    if bad := np.flatnonzero(perturbed & ~(np.isfinite(doses) & (doses > 0))).tolist():
+        raise ValueError(
+            f"obs column {config.dose_col!r} holds {obs[config.dose_col].iloc[bad[0]]!r} in cell "
+            f"{obs.index[bad[0]]!r}, which received {labels[bad[0]]!r}; doses must be finite and greater than 0."
         )
-    values = pd.to_numeric(obs[column], errors="coerce").to_numpy(dtype=np.float64)
+    text = [f"{config.dose_marker}{dose:g}" for dose in doses]
+    separator = config.combination_separator or "\0"
+    dosed = [
+        separator.join(f"{part}{dose}" for part in split_label(label, config.combination_separator))
+        for label, dose in zip(labels, text, strict=True)
+    ]
+    return np.where(perturbed, np.array(dosed, dtype=object), labels)
+
+
+def _numbers(obs: pd.DataFrame, column: str, setting: str, path: str) -> np.ndarray:
+    """(n_cells,) float64 of an obs column, NaN where there is no number."""
+    if column not in obs.columns:
+        raise KeyError(f"obs column {column!r} not in {path}; found {sorted(map(str, obs.columns))}. Set {setting}.")
+    return pd.to_numeric(obs[column], errors="coerce").to_numpy(dtype=np.float64)
+
+
+def _library_column(obs: pd.DataFrame, column: str, path: str) -> np.ndarray:
+    values = _numbers(obs, column, "data.library_size_col", path)
     if not (np.isfinite(values) & (values >= 0)).all():
         bad = int(np.argmin(np.isfinite(values) & (values >= 0)))
         raise ValueError(

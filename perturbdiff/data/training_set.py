@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -21,12 +22,17 @@ from perturbdiff.data.conditions import (
     resolve_control_match,
 )
 from perturbdiff.data.expression import Cells, ConcatenatedCells, GeneMoments, highly_variable_genes, log1p_normalised
+from perturbdiff.data.features import FeatureTable, coexpression_table, coverage, morgan_table, read_table
 from perturbdiff.data.screen import LABELS, Screen
+from perturbdiff.data.seeds import permuted
 from perturbdiff.data.splits import Labelled, Split, make_split
 from perturbdiff.data.stream import StreamedCells
+from perturbdiff.data.vocab import GeneVocab
 from perturbdiff.progress import progress
 
 ROWS_AT_ONCE = 8192
+COEXPRESSION = "coexpression"  # in place of a path: features from the training cells themselves
+CELLS_OF_LOADINGS = 20_000  # at most
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,9 @@ class AtlasConditions:
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Everything training reads. `origin` is what `split` speaks of; `atlases` are those of the settings, in order."""
+    """Everything training reads. `origin` is what `split` speaks of; `atlases` are those of the settings, in order;
+    `tables` are what is known of perturbations besides their names.
+    """
 
     origin: Labelled
     split: Split
@@ -128,6 +136,7 @@ class TrainingSet:
     validation: IndexedCells | None
     description: str
     atlases: tuple[Atlas, ...]
+    tables: tuple[FeatureTable, ...] = ()
 
     @property
     def cells(self) -> Cells:
@@ -135,8 +144,17 @@ class TrainingSet:
         return self.train.cells
 
     @classmethod
-    def of(cls, screen: Screen, config: Config) -> TrainingSet:
-        """Split a screen, choose genes on training cells, match controls, collect labels.
+    def of(
+        cls,
+        screen: Screen,
+        config: Config,
+        known_tables: Sequence[FeatureTable] = (),
+        known_genes: GeneVocab | None = None,
+    ) -> TrainingSet:
+        """Split a screen, choose genes on training cells, match controls, collect labels and features.
+
+        `known_tables` are those of a checkpoint, which stand in place of new ones of their names; its genes, as far as
+        the data have them, are among those that are chosen.
 
         Raises
         ------
@@ -150,17 +168,23 @@ class TrainingSet:
         match_controls(everything, match)  # held-out conditions need controls too: say so now
         description = screen.summary()
         if config.data.n_hvg is not None and config.data.n_hvg < len(screen.expression.genes):
-            screen = screen.with_genes(highly_variable_genes(screen.expression.log1p(split.train), config.data.n_hvg))
+            chosen = highly_variable_genes(screen.expression.log1p(split.train), config.data.n_hvg)
+            screen = screen.with_genes(_with_known(chosen, known_genes, screen.expression.genes))
         train = ConditionIndex.build(screen, split.train)
         validation = (
             ConditionIndex.build(screen, split.validation | screen.is_control) if split.validation.any() else None
         )
         cells = (screen.expression, screen.expression)
-        return cls._indexed(config, screen, cells, split, match, train, validation, (SetSource(),), description, ())
+        made = ((SetSource(),), description, (), known_tables)
+        return cls._indexed(config, screen, cells, split, match, train, validation, *made)
 
     @classmethod
-    def of_atlases(cls, config: Config) -> TrainingSet:
+    def of_atlases(
+        cls, config: Config, known_tables: Sequence[FeatureTable] = (), known_genes: GeneVocab | None = None
+    ) -> TrainingSet:
         """Open the atlases of config.data, split their conditions, choose genes, match controls, collect labels.
+
+        `known_tables`, `known_genes` as in `of`.
 
         Raises
         ------
@@ -185,9 +209,9 @@ class TrainingSet:
             controls = _spans(index.select(index.is_control))
             cells = StreamedCells(atlases, how, controls), StreamedCells(atlases, how, controls)
         else:
-            cells = (_cached_cells(atlases, how, train, config.data.n_hvg),) * 2
+            cells = (_cached_cells(atlases, how, train, config.data.n_hvg, known_genes),) * 2
         description = "\n".join(atlas.summary() for atlas in atlases)
-        made = (sources, description, tuple(atlases))
+        made = (sources, description, tuple(atlases), known_tables)
         return cls._indexed(config, origin, cells, split, match, train, validation, *made)
 
     @classmethod
@@ -203,11 +227,16 @@ class TrainingSet:
         sources: Sequence[SetSource],
         description: str,
         atlases: tuple[Atlas, ...],
+        known_tables: Sequence[FeatureTable],
     ) -> TrainingSet:
         # Where batch and perturbation are confounded, a batch label would give the answer away.
-        vocabularies = Vocabularies.of(
-            train, config.data.combination_separator, match == "batch", marginal_conditions(train, sources)
-        )
+        marginal, data = marginal_conditions(train, sources), config.data
+        vocabularies = Vocabularies.of(train, data.combination_separator, match == "batch", marginal, data.dose_marker)
+        tables = _feature_tables(config, cells[0], train, known_tables)
+        if tables:
+            lines = coverage(tables, vocabularies.labelled).splitlines()
+            description += "".join(f"\nfeatures    {line}" for line in lines)
+            vocabularies = vocabularies.with_tables(tables)
         indexed = IndexedCells.of(cells[0], train, match, vocabularies, sources, config.data.set_size)
         sampler = indexed.sampler(config)
         if sampler.n_sets == 0:
@@ -226,7 +255,7 @@ class TrainingSet:
         if sampler.left_out:
             few = f"{sampler.left_out:,} cells of conditions under data.min_set_size={config.data.min_set_size}"
             description += f"\nleft out    {few}"
-        return cls(origin, split, match, vocabularies, indexed, validated, description, atlases)
+        return cls(origin, split, match, vocabularies, indexed, validated, description, atlases, tables)
 
     def summary(self) -> str:
         """What will be trained on, for a person, several lines."""
@@ -235,12 +264,13 @@ class TrainingSet:
         n = {
             part: int(n_cells[getattr(self.split, part) & perturbed].sum()) for part in ("train", "validation", "test")
         }
+        of_features = f", {known.n_described:,} more known by features" if known.n_described else ""
         lines = [
             f"genes       {len(self.cells.genes):,} in the model",
             f"split       {n['train']:,} perturbed cells to train on, {n['validation']:,} to validate, "
             f"{n['test']:,} held out",
-            f"labels      {len(known.perturbations)} perturbations, {len(known.cell_types)} cell types, "
-            f"{len(known.batches)} batches seen in training",
+            f"labels      {len(known.labelled)} perturbations, {len(known.cell_types)} cell types, "
+            f"{len(known.batches)} batches seen in training{of_features}",
             "controls    matched by "
             + (
                 "cell type and batch"
@@ -258,7 +288,9 @@ def marginal_conditions(index: ConditionIndex, sources: Sequence[SetSource]) -> 
 
 
 def _common_preprocessing(atlases: Sequence[Atlas], config: Config) -> Preprocessing:
-    first = atlases[0]
+    first, data = atlases[0], config.data
+    if data.target_sum is None:
+        raise ValueError("data.target_sum=null is for a screen, whose controls give it; give atlases a number, as 1e4.")
     for other in atlases[1:]:
         if other.info.input_kind != first.info.input_kind:
             raise ValueError(
@@ -272,7 +304,6 @@ def _common_preprocessing(atlases: Sequence[Atlas], config: Config) -> Preproces
                 f"differ ({', '.join(differ[:3])}{', ...' if len(differ) > 3 else ''}). Build one with "
                 "--genes OTHER/genes.parquet."
             )
-    data = config.data
     return Preprocessing(first.info.input_kind, data.target_sum, data.scale, data.library_size_col)
 
 
@@ -284,15 +315,73 @@ def _refuse_choosing_genes(n_genes: int, config: Config) -> None:
         )
 
 
-def _cached_cells(atlases: Sequence[Atlas], how: Preprocessing, train: ConditionIndex, n_hvg: int | None) -> Cells:
+def _with_known(chosen: np.ndarray, known: GeneVocab | None, genes: GeneVocab) -> np.ndarray:
+    """Columns of the chosen genes and of those of a checkpoint, which would be forgotten otherwise."""
+    if known is None:
+        return chosen
+    columns = known.align(genes, min_overlap=0.0).columns
+    return np.union1d(chosen, columns[columns >= 0])
+
+
+def _cached_cells(
+    atlases: Sequence[Atlas],
+    how: Preprocessing,
+    train: ConditionIndex,
+    n_hvg: int | None,
+    known_genes: GeneVocab | None,
+) -> Cells:
     for atlas in atlases:
         atlas.download()
     n_cells = [len(atlas) for atlas in atlases]
     cells = ConcatenatedCells.of([atlas.arrow_cells(None, how) for atlas in atlases], n_cells)
     if n_hvg is None or n_hvg >= len(cells.genes):
         return cells
-    genes = cells.genes.select(_highly_variable_genes(cells, train, n_hvg))
+    chosen = _with_known(_highly_variable_genes(cells, train, n_hvg), known_genes, cells.genes)
+    genes = cells.genes.select(chosen)
     return ConcatenatedCells.of([atlas.arrow_cells(genes, how) for atlas in atlases], n_cells)
+
+
+def _feature_tables(
+    config: Config, cells: Cells, train: ConditionIndex, known: Sequence[FeatureTable]
+) -> tuple[FeatureTable, ...]:
+    tables, of_checkpoint = [], {table.name: table for table in known}
+    for given in config.data.perturbation_features:
+        if given == COEXPRESSION:
+            # Loadings of other cells would have other axes, on which a checkpoint's weights mean nothing.
+            tables.append(of_checkpoint.get(COEXPRESSION) or _coexpression(cells, train, config.training.seed))
+        else:
+            tables.append(read_features(given))
+    if len({table.name for table in tables}) < len(tables):
+        raise ValueError(
+            f"data.perturbation_features {list(config.data.perturbation_features)} must have different names "
+            f"({', '.join(table.name for table in tables)}); rename a file."
+        )
+    return tuple(tables)
+
+
+def read_features(path: str) -> FeatureTable:
+    """A table of features, or fingerprints of the SMILES in a .csv that has such a column. Raises as those readers."""
+    if Path(path).suffix == ".csv" and Path(path).is_file():
+        with open(path, encoding="utf-8", errors="replace") as file:
+            header = file.readline(1 << 16)
+        if "smiles" in [word.strip().strip('"').casefold() for word in header.split(",")]:
+            return morgan_table(path)
+    return read_table(path)
+
+
+def _coexpression(cells: Cells, train: ConditionIndex, seed: int) -> FeatureTable:
+    if isinstance(cells, StreamedCells):
+        raise ValueError(
+            "data.perturbation_features=[coexpression] needs a pass over cells, which data.streamed=true does not "
+            "make; give a table instead."
+        )
+    places = np.sort(permuted(n := int(train.n_cells.sum()), np.arange(min(n, CELLS_OF_LOADINGS)), seed, "loadings"))
+    condition = np.searchsorted(ends := np.cumsum(train.n_cells), places, "right")
+    rows = train.rows_at(train.first[condition] + places - (ends - train.n_cells)[condition])
+    taken = cells.take(rows)
+    X = sparse.csr_matrix((taken.values, taken.genes, taken.indptr), (len(rows), len(cells.genes)))
+    X = log1p_normalised(X, taken.library_size, cells.preprocessing)
+    return coexpression_table(X, cells.genes.names, name=COEXPRESSION).directions()
 
 
 def _index(atlas: Atlas) -> ConditionIndex:

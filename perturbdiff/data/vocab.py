@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -53,6 +54,23 @@ def split_label(label: str, separator: str | None) -> list[str]:
     """ "A+B" -> A, B; a label without parts, or any label where the separator is None, is its only part."""
     parts = [part for part in label.split(separator) if part] if separator else []
     return parts or [label]
+
+
+def split_dose(part: str, separator: str | None) -> tuple[str, float | None]:
+    """ "A@0.5" -> A, 0.5; a part without a number behind its last separator has no dose.
+
+    Raises ValueError where the dose is not greater than 0: no dose is the control.
+    """
+    name, found, number = part.rpartition(separator) if separator else ("", "", part)
+    try:
+        dose = float(number) if found and name else None
+    except ValueError:
+        dose = None
+    if dose is None:
+        return part, None
+    if not 0 < dose < math.inf:
+        raise ValueError(f"perturbation {part!r} has dose {number}; doses must be finite and greater than 0.")
+    return name, dose
 
 
 @dataclass(frozen=True)

@@ -35,16 +35,22 @@ class Draws:
         (B,) True where a set sees its own first estimate.
     labels
         Conditions after dropout.
+    rounding
+        (B, S, G) uniform, with diffusion.whole_counts.
     """
 
     t: Tensor
     noise: Tensor
     self_cond: Tensor
     labels: Labels
+    rounding: Tensor | None = None
 
 
-def training_draws(batch: CellSetBatch, config: DiffusionConfig, seed: int) -> Draws:
-    """Draws keyed by (seed, epoch, set number): the same after a resume and on any number of processes."""
+def training_draws(batch: CellSetBatch, config: DiffusionConfig, seed: int, with_features: bool = False) -> Draws:
+    """Draws keyed by (seed, epoch, set number): the same after a resume and on any number of processes.
+
+    `with_features` also draws the sets whose perturbations are known by their features alone.
+    """
     n_sets, set_size = batch.mask.shape
     device = batch.mask.device
     t = torch.empty(n_sets, dtype=torch.int64, device=device)
@@ -55,7 +61,10 @@ def training_draws(batch: CellSetBatch, config: DiffusionConfig, seed: int) -> D
         torch.randint(config.n_timesteps, (), generator=generator, out=t[b])
         torch.rand(5, generator=generator, out=uniform[b])
         torch.randn(set_size, batch.n_genes, generator=generator, out=noise[b])
-    hide_perturbation, hide_cell_type, hide_batch = (uniform[:, :3] < config.p_drop_label).unbind(1)
+    of_context = config.p_drop_label
+    of_perturbation = of_context if config.p_drop_perturbation is None else config.p_drop_perturbation
+    p_drop = torch.tensor([of_perturbation, of_context, of_context], device=device)
+    hide_perturbation, hide_cell_type, hide_batch = (uniform[:, :3] < p_drop).unbind(1)
     labels = replace(
         batch.labels,
         perturbation=batch.labels.perturbation.masked_fill(hide_perturbation[:, None], NULL),
@@ -63,7 +72,23 @@ def training_draws(batch: CellSetBatch, config: DiffusionConfig, seed: int) -> D
         batch=batch.labels.batch.masked_fill(hide_batch, NULL),
         hidden=uniform[:, 3] < config.p_drop_cond,
     )
-    return Draws(t, noise, uniform[:, 4] < config.p_self_cond, labels)
+    if with_features:  # a draw of its own, so that the others are those of a model without features
+        draws = [torch_generator(device, seed, "unlabelled", *key) for key in batch.keys]
+        chosen = [torch.rand((), generator=generator, device=device) < config.p_unlabelled for generator in draws]
+        labels = replace(labels, unlabelled=torch.stack(chosen) if chosen else hide_batch)
+    return Draws(t, noise, uniform[:, 4] < config.p_self_cond, labels, _rounding(batch, config, seed))
+
+
+def _rounding(batch: CellSetBatch, config: DiffusionConfig, seed: int) -> Tensor | None:
+    return uniform_draws(batch, seed, "rounding") if config.whole_counts else None
+
+
+def uniform_draws(batch: CellSetBatch, seed: int, purpose: str) -> Tensor:
+    """(B, S, G) uniform numbers, keyed by set."""
+    drawn = torch.empty(*batch.mask.shape, batch.n_genes, device=batch.mask.device)
+    for b, key in enumerate(batch.keys):
+        torch.rand(drawn.shape[1:], generator=torch_generator(drawn.device, seed, purpose, *key), out=drawn[b])
+    return drawn
 
 
 def validation_draws(batch: CellSetBatch, config: DiffusionConfig, seed: int, n_t: int = 8) -> Draws:
@@ -76,7 +101,8 @@ def validation_draws(batch: CellSetBatch, config: DiffusionConfig, seed: int, n_
         generator = torch_generator(device, seed, "validation noise", *key)
         torch.randn(set_size, batch.n_genes, generator=generator, out=noise[b])
     t = torch.tensor([grid[number % n_t] for _, number in batch.keys], dtype=torch.int64, device=device)
-    return Draws(t, noise, torch.zeros(n_sets, dtype=torch.bool, device=device), batch.labels)
+    never = torch.zeros(n_sets, dtype=torch.bool, device=device)
+    return Draws(t, noise, never, batch.labels, _rounding(batch, config, seed))
 
 
 @dataclass(frozen=True)
@@ -114,8 +140,14 @@ class DiffusionLoss:
         x0_pred = denoiser(x_t, draws.t, control, draws.labels, self_cond, batch.mask, batch.mask).float()
         # Eq. 8: L = MMD^2 + MSE
         set_mse = mse(x0, x0_pred, batch.mask)
+        if draws.rounding is not None:  # the gradient is that of the mean, which rounding keeps
+            x0_pred = x0_pred + (with_whole_counts(x0_pred, batch.one_count(), draws.rounding) - x0_pred).detach()
         set_mmd = MMD[self.config.kernel](x0, x0_pred, batch.mask, batch.mask)
+        if self.config.unbiased:
+            set_mmd = set_mmd - self_pairs(x0_pred, batch.mask)
         total = self.config.mse_weight * set_mse + self.config.mmd_weight * set_mmd
+        if self.config.mean_weight > 0:
+            total = total + self.config.mean_weight * squared_mean_distance(x0, x0_pred, batch.mask)
         return LossOutput(total, set_mse, set_mmd)
 
 
@@ -146,6 +178,40 @@ def energy_distance(x: Tensor, y: Tensor, x_mask: Tensor | None = None, y_mask: 
     Székely & Rizzo 2013; the factor 1/2 is that of Yuan et al. 2026.
     """
     return _mmd_squared(lambda a, b: -pairwise_distance(a, b), x, y, x_mask, y_mask) / 2
+
+
+def self_pairs(y: Tensor, mask: Tensor | None = None) -> Tensor:
+    """What pairs of a cell with itself take from the energy distance of a set of n cells, E|y-y'| / (2 (n - 1)): (B,).
+
+    With them the best n cells are narrower than those they are to be like (by n / (n - 1) within); without them the
+    energy distance is a proper score of the distribution they were drawn from (Gneiting & Raftery 2007).
+    """
+    w = _weights(y[..., 0], mask)
+    n = (w > 0).sum(-1)
+    within = _mean(pairwise_distance(y, y), w, w)  # (B,)
+    return torch.where(n > 1, within / (2 * (n - 1).clamp_min(1)), torch.zeros_like(within))
+
+
+def squared_mean_distance(x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
+    """|mean x - mean y|^2 of each pair of sets over real cells, summed over genes, (B,): a linear kernel's MMD."""
+    w = _weights(x[..., 0], mask)[..., None]
+    return ((x - y) * w).sum(-2).square().sum(-1)
+
+
+def with_whole_counts(x: Tensor, one: Tensor, uniform: Tensor) -> Tensor:
+    """No cell holds less than one count: values v under it become one count or none, at random, their mean kept.
+
+    Parameters
+    ----------
+    x
+        (B, S, G) estimates, model units.
+    one
+        (B, S) one count in the control that each cell starts from; 0 where nobody knows, and values stay there.
+    uniform
+        (B, S, G) in 0..1.
+    """
+    one = one[..., None]
+    return torch.where(x < one, torch.where(uniform * one < x, one, 0.0), x)
 
 
 def rbf_mmd(x: Tensor, y: Tensor, x_mask: Tensor | None = None, y_mask: Tensor | None = None) -> Tensor:

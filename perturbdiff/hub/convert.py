@@ -342,6 +342,7 @@ def _sampling(model: dict[Any, Any]) -> SamplingConfig:
         guidance_scale=1.0,
         eta=0.0,
         cutoff=_number(model, "cutoff", float, 0, 1e3, 1e-4),
+        whole_counts=False,
     )
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from perturbdiff.data.batch import Labels
 from perturbdiff.files import few, inside, json_sha256, read_json, sha256, short, write_json
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CONFIG = "config.json"
 CARD = "README.md"
 EVALUATION = "evaluation.json"
@@ -151,6 +151,12 @@ def folder_identity(folder: str | Path) -> tuple[int, int] | None:
     return stat.st_ino, stat.st_ctime_ns  # numbers of removed folders are given again
 
 
+def is_replaced_now(folder: str | Path) -> bool:
+    """True in the moment between two renames, when the old folder is gone and the new one not there yet."""
+    folder = Path(folder)
+    return not folder.exists() and any(folder.parent.glob(f".{folder.name}-*"))
+
+
 def read_settings(folder: str | Path) -> Settings:
     """The JSON files of a model folder; its tensors are not looked at.
 
@@ -178,13 +184,13 @@ def read_settings(folder: str | Path) -> Settings:
         raise ValueError(f"{folder / CONFIG} does not have the sha256 that it states: it was changed. Get it again.")
     tensor_files = {name: digest for name, digest in stated.items() if name.endswith(".safetensors")}
     for name in stated.keys() - tensor_files.keys():
-        _check_hash(folder, name, stated[name], MAX_JSON_BYTES)
+        check_hash(folder, name, stated[name], MAX_JSON_BYTES)
     json_files = {
         name: read_json(folder / name, MAX_JSON_BYTES) for name in (*JSON_FILES, EVALUATION) if name in stated
     }
     try:
         while config["format_version"] < FORMAT_VERSION:
-            config = _MIGRATIONS[config["format_version"]](config)
+            config, json_files = _MIGRATIONS[config["format_version"]](config, json_files)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG} is not of format_version {version} ({short(error)}).") from error
     return Settings(config, json_files, tensor_files, sha256(folder / CONFIG))
@@ -216,7 +222,7 @@ def check_tensor_files(folder: str | Path, settings: Settings, max_bytes: int | 
         the hash that config.json states.
     """
     for name, digest in settings.tensor_files.items():
-        _check_hash(Path(folder), name, digest, max_bytes)
+        check_hash(Path(folder), name, digest, max_bytes)
 
 
 def load_weights(folder: str | Path, settings: Settings, denoiser: nn.Module) -> None:
@@ -231,7 +237,7 @@ def load_weights(folder: str | Path, settings: Settings, denoiser: nn.Module) ->
     files = [name for name in settings.tensor_files if name != GOLDEN]
     found: dict[str, tuple[str, tuple[int, ...], str]] = {}  # tensor -> file, shape, type
     for file in files:
-        for name, (shape, dtype) in _header(folder / file).items():
+        for name, (shape, dtype) in tensor_header(folder / file).items():
             if name in found:
                 raise ValueError(f"{folder}: tensor {few([name])} is in {found[name][0]} and in {file}; get it again.")
             found[name] = file, shape, dtype
@@ -270,7 +276,7 @@ def check_golden(folder: str | Path, denoiser: nn.Module) -> float:
         largest value).
     """
     path = Path(folder) / GOLDEN
-    found = _header(path)
+    found = tensor_header(path)
     if set(found) != GOLDEN_NAMES:
         raise ValueError(f"{path} must hold {', '.join(sorted(GOLDEN_NAMES))}; get the model folder again.")
     cells = found["x_t"][0]
@@ -319,7 +325,8 @@ def _stated_hashes(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     return dict(stated)
 
 
-def _check_hash(folder: Path, name: str, digest: str, max_bytes: int | None) -> None:
+def check_hash(folder: Path, name: str, digest: str, max_bytes: int | None) -> None:
+    """Refuse a file that is missing, leads out, is over `max_bytes` or was changed. Raises as `read_settings`."""
     path = inside(folder, name)
     if not path.is_file():
         raise FileNotFoundError(f"{folder} lacks {name}; the model folder is incomplete: get it again.")
@@ -335,8 +342,8 @@ def _check_hash(folder: Path, name: str, digest: str, max_bytes: int | None) -> 
         )
 
 
-def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    # Shape and type of each tensor; the library refuses ranges that overlap, leave gaps or lead out of the file.
+def tensor_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and type of each tensor; the library refuses ranges that overlap, leave gaps or lead out of the file."""
     with open(path, "rb") as start:
         if (length := int.from_bytes(start.read(8), "little")) > MAX_HEADER_BYTES:
             raise ValueError(f"{path} has a header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} are read.")
@@ -362,18 +369,34 @@ def _in_shards(weights: dict[str, Tensor], max_shard_size: int | str, folder: Pa
     return {**files, FEATURES: frozen} if frozen else files
 
 
-def _from_version_1(config: dict[str, Any]) -> dict[str, Any]:
+def _from_version_1(config: dict[str, Any], files: JsonFiles) -> tuple[dict[str, Any], JsonFiles]:
     # Labels of its conditioning=reference were learned rows.
     none = {"perturbation_features": 0, "doses": 0, "cell_type_features": 0, "covariates": 0}
     denoiser = {"cell_type_encoding": "onehot", "published_encoding": none, **config["denoiser"]}
-    return {**config, "format_version": 2, "denoiser": denoiser}
+    return {**config, "format_version": 2, "denoiser": denoiser}, files
 
 
-_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_version_1}
+def _from_version_2(config: dict[str, Any], files: JsonFiles) -> tuple[dict[str, Any], JsonFiles]:
+    # Perturbations had rows only, and a combination was the sum of its parts.
+    denoiser = {"interaction": False, "control_weight": 1.0, "mean_effect": False, **config["denoiser"]}
+    config = {**config, "format_version": 3, "denoiser": denoiser}
+    loss = {"unbiased": False, "mean_weight": 0.0, "whole_counts": False}
+    config["diffusion"] = {**loss, "p_drop_perturbation": None, "p_unlabelled": 0.0, **config["diffusion"]}
+    config["sampling"] = {"whole_counts": False, **config["sampling"]}
+    perturbations = {"dose_separator": None, "n_described": 0, "tables": [], **files["perturbations.json"]}
+    return config, {**files, "perturbations.json": perturbations}
+
+
+JsonFiles = dict[str, dict[str, Any]]
+_MIGRATIONS: dict[int, Callable[[dict[str, Any], JsonFiles], tuple[dict[str, Any], JsonFiles]]] = {
+    1: _from_version_1,
+    2: _from_version_2,
+}
 
 
 def _golden_forward(denoiser: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    labels = Labels(inputs["perturbation"], inputs["cell_type"], inputs["batch"])
+    doses = torch.zeros(inputs["perturbation"].shape)  # 1, of whatever unit
+    labels = Labels(inputs["perturbation"], inputs["cell_type"], inputs["batch"], dose=doses)
     with torch.inference_mode():
         return denoiser(inputs["x_t"], inputs["t"], inputs["control"], labels, inputs["self_cond"], inputs["mask"])
 

@@ -10,6 +10,7 @@ import torch
 
 from perturbdiff import __version__
 from perturbdiff.config import (
+    MAX_FEATURES,
     DenoiserConfig,
     DiffusionConfig,
     ModelConfig,
@@ -61,6 +62,9 @@ class ModelSettings:
             "perturbations.json": {
                 "names": names.perturbations.names,
                 "combination_separator": names.combination_separator,
+                "dose_separator": names.dose_separator,
+                "n_described": names.n_described,
+                "tables": names.tables,
             },
             "cell_types.json": {"names": names.cell_types.names},
             "batches.json": {"names": names.batches.names},
@@ -86,12 +90,15 @@ def parse_settings(folder: str | Path, settings: Settings) -> ModelSettings:
     )
     try:
         genes = GeneVocab(_strings(files["genes.json"]["names"]), _strings(files["genes.json"]["ensembl"]) or None)
-        separator = files["perturbations.json"]["combination_separator"]
+        perturbations = files["perturbations.json"]
         vocabularies = Vocabularies(
-            LabelVocab("perturbation", _strings(files["perturbations.json"]["names"])),
+            LabelVocab("perturbation", _strings(perturbations["names"])),
             LabelVocab("cell_type", _strings(files["cell_types.json"]["names"])),
             LabelVocab("batch", _strings(files["batches.json"]["names"])),
-            separator if separator is None else _strings([separator])[0],
+            _separator(perturbations["combination_separator"]),
+            _separator(perturbations["dose_separator"]),
+            _whole_number(perturbations["n_described"], len(perturbations["names"])),
+            tuple((_strings([name])[0], _whole_number(width, MAX_FEATURES)) for name, width in perturbations["tables"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}: names are missing or not as they should be ({short(error)}).") from error
@@ -162,6 +169,16 @@ def _refuse_unbelievable(folder: str | Path, model: ModelConfig) -> None:
             f"0 and at most {MAX_MLP_VALUES:,}."
         )
     check_sampling(model.sampling, model.diffusion)
+
+
+def _separator(value: Any) -> str | None:
+    return None if value is None else _strings([value])[0]
+
+
+def _whole_number(value: Any, most: int) -> int:
+    if type(value) is not int or not 0 <= value <= most:
+        raise TypeError(f"{str(value)[:40]!r} must be a whole number of at most {most}")
+    return value
 
 
 def _strings(values: Any) -> tuple[str, ...]:

@@ -6,13 +6,21 @@ Cells are tokens. Two streams run side by side: the noisy perturbed cells `h` an
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perturbdiff.config import DenoiserConfig, check_denoiser
 from perturbdiff.data.batch import Labels, Vocabularies
-from perturbdiff.model.conditioning import CovariateEncoder, LabelConditioning, ReferenceConditioning, VocabSizes
+from perturbdiff.model.conditioning import (
+    CovariateEncoder,
+    DoseEffect,
+    LabelConditioning,
+    ReferenceConditioning,
+    VocabSizes,
+)
 from perturbdiff.model.layers import MLP, Attention, KeysValues, Modulation, TimeEmbedding, attend, modulate, norm
 
 
@@ -127,17 +135,18 @@ class Denoiser(nn.Module):
         if config.conditioning == "labels":
             if sizes is None:
                 raise ValueError("denoiser.conditioning=labels needs the vocabulary sizes.")
-            self.conditioning = LabelConditioning(sizes, width)
+            self.conditioning = LabelConditioning(sizes, width, config.interaction)
         else:
             encoder = None if sizes is None else CovariateEncoder(sizes, config, n_genes)
             self.conditioning = ReferenceConditioning(width, config.published_encoding.covariates or n_genes, encoder)
         self.blocks = nn.ModuleList(Block(config, is_last=i == config.depth - 1) for i in range(config.depth))
         self.final_modulation = Modulation(width, 2)
         self.head = nn.Linear(width, n_genes)
+        self.effect = nn.Linear(width, n_genes, bias=False) if config.mean_effect else None
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """Xavier for matrices, N(0, 0.5) for label rows, zero for every gate and for a residual head (adaLN-Zero)."""
+        """Xavier for matrices, N(0, 0.5) for label rows; zero for gates (adaLN-Zero), residual head, dose effects."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -150,9 +159,13 @@ class Denoiser(nn.Module):
             if isinstance(module, Modulation):
                 nn.init.zeros_(module.linear.weight)
                 nn.init.zeros_(module.linear.bias)
+            elif isinstance(module, DoseEffect):
+                nn.init.zeros_(module.fc2.weight)
         # A residual head starts at "no change". A direct head under a ReLU would never leave zero.
         if self.config.output == "control_residual":
             nn.init.zeros_(self.head.weight)
+        if self.effect is not None:
+            nn.init.zeros_(self.effect.weight)
         nn.init.normal_(self.conditioning.null, std=0.02)
 
     def forward(
@@ -198,8 +211,19 @@ class Denoiser(nn.Module):
         x0_pred = self.head(modulate(norm(h), shift, scale))  # (B, S, G)
         if self.config.output == "control_residual":
             paired = self.config.attention == "paired"
-            x0_pred = x0_pred + (control if paired else _controls_in_turn(control, control_mask, x_t.shape[1]))
+            start = control if paired else _controls_in_turn(control, control_mask, x_t.shape[1])
+            x0_pred = x0_pred + self.config.control_weight * start
+        if self.effect is not None and isinstance(cond, Labels):
+            x0_pred = x0_pred + self._mean_effect(cond)
         return self._activate(x0_pred)
+
+    def _mean_effect(self, labels: Labels) -> Tensor:
+        """(B, 1, G) what the perturbations do to every cell alike; nothing where the condition is hidden."""
+        assert isinstance(self.conditioning, LabelConditioning), "mean_effect is of label rows"
+        shift = cast(nn.Linear, self.effect)(self.conditioning.of_perturbations(labels))
+        if labels.hidden is not None:
+            shift = shift.masked_fill(labels.hidden[:, None], 0.0)
+        return shift[:, None]
 
     def _embed_condition(self, cond: Labels | Tensor | None) -> Tensor:
         if cond is None:
@@ -213,7 +237,8 @@ class Denoiser(nn.Module):
     def _activate(self, x: Tensor) -> Tensor:
         match self.config.out_activation:
             case "relu":
-                return F.relu(x)
+                # At exactly 0 its gradient is 1, that of F.relu 0: a residual on no control would never leave 0.
+                return x.clamp_min(0)
             case "softplus":
                 return F.softplus(x)
             case _:

@@ -24,13 +24,16 @@ class EMA:
         self.decay, self.rank, self.world_size = decay, rank, world_size
         self.n_updates = 0
         self._shapes = {name: p.shape for name, p in module.named_parameters()}
-        self._own = {name: own_stretch(p, rank, world_size).clone() for name, p in module.named_parameters()}
+        stretches = {name: (own_stretch(p, rank, world_size), p.requires_grad) for name, p in module.named_parameters()}
+        # What does not train is its own average: a view, as far as the engine lets it be one.
+        self._own = {name: own.clone() if trains else own for name, (own, trains) in stretches.items()}
+        self._trained = [name for name, (_, trains) in stretches.items() if trains]
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
         decay = min(self.decay, (1 + self.n_updates) / (10 + self.n_updates))
-        new = [own_stretch(p, self.rank, self.world_size) for p in module.parameters()]
-        torch._foreach_lerp_(list(self._own.values()), new, 1 - decay)
+        new = [own_stretch(p, self.rank, self.world_size) for p in module.parameters() if p.requires_grad]
+        torch._foreach_lerp_([self._own[name] for name in self._trained], new, 1 - decay)
         self.n_updates += 1
 
     def full(self) -> dict[str, Tensor]:

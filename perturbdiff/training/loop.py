@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,7 @@ from perturbdiff.training.run_folder import (
     with_lanes,
 )
 from perturbdiff.training.speed import Pace, Trace
+from perturbdiff.training.start import Start, prepare, write_adaptation
 from perturbdiff.training.state import Progress, SavedState, latest_state, open_state, save_state, saved_states
 from perturbdiff.training.tracking import Metrics, check_trackers
 from perturbdiff.training.validation import validate
@@ -58,7 +59,12 @@ class TrainingResult:
     stopped_by: str | None
 
 
-def train(config: Config, screen: Screen | None = None, stop_at: int | None = None) -> TrainingResult:
+def train(
+    config: Config,
+    screen: Screen | None = None,
+    stop_at: int | None = None,
+    check: Callable[[TrainingSet], None] | None = None,
+) -> TrainingResult:
     """Train on a screen or on atlases, or go on where an earlier call with the same settings stopped.
 
     Under a launcher all processes call it; they may be more or fewer than before, or under another engine. Writes into
@@ -71,6 +77,8 @@ def train(config: Config, screen: Screen | None = None, stop_at: int | None = No
         What config.data.screen holds, if it is in memory already.
     stop_at
         Save and return after this many steps, as a signal would make it.
+    check
+        Called with what was read before anything is written; what it raises ends the call.
 
     Raises
     ------
@@ -86,19 +94,24 @@ def train(config: Config, screen: Screen | None = None, stop_at: int | None = No
     check_trackers(config.training.trackers)
     accelerator = launch(config)
     check_resumable(out, config)
-    if config.data.screen is None:
-        data = TrainingSet.of_atlases(config)
-    else:
-        data = TrainingSet.of(screen or Screen.read(config.data.screen, config.data), config)
-    check_same_data(out, data)
     main = accelerator.is_main_process
-    with _ended_by_others(accelerator, out), alone_in(out) if main else nullcontext():
-        run = _Run(config, data, accelerator)
-        accelerator.wait_for_everyone()  # nobody looks at the run folder any more
-        if main:
-            begin_folder(out, config, data)
-            print(f"{data.summary()}\n{run.summary()}", flush=True)
-        result = run.train(stop_at)
+    with _ended_by_others(accelerator, out):
+        newest = saved_states(out / "states")[:1]
+        saved = _latest_state(out, accelerator)
+        start = prepare(config, screen, out, resuming=saved is not None)
+        check_same_data(out, start.data)
+        if check is not None:
+            check(start.data)
+        with alone_in(out) if main else nullcontext():
+            if main and saved_states(out / "states")[:1] != newest:
+                raise FileExistsError(f"another process has trained in {out} meanwhile; give the command again.")
+            run = _Run(config, start, accelerator, saved)
+            accelerator.wait_for_everyone()  # nobody looks at the run folder any more
+            if main:
+                begin_folder(out, config, start.data)
+                write_adaptation(out, start)
+                print(f"{start.data.summary()}\n{run.summary()}", flush=True)
+            result = run.train(stop_at)
     if accelerator.num_processes > 1:
         accelerator.end_training()  # the process group would complain of an end without it
     return result
@@ -107,24 +120,24 @@ def train(config: Config, screen: Screen | None = None, stop_at: int | None = No
 class _Run:
     """One process's part of a training run."""
 
-    def __init__(self, config: Config, data: TrainingSet, accelerator: Accelerator) -> None:
-        self.config, self.data, self.accelerator = config, data, accelerator
+    def __init__(self, config: Config, start: Start, accelerator: Accelerator, saved: SavedState | None) -> None:
+        self.config, self.start, self.accelerator = config, start, accelerator
+        self.data = data = start.data
         self.out, self.device = Path(config.out), accelerator.device
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
-        saved = self._latest_state()
-        with torch.random.fork_rng():  # weights depend on the seed alone
-            torch.manual_seed(config.training.seed)
-            self.module = build_denoiser(config.denoiser, len(data.cells.genes), data.vocabularies)
+        self.module = start.denoiser
         self.n_parameters = sum(p.numel() for p in self.module.parameters())
+        self.n_trained = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
         if saved is not None:
-            self.module.load_state_dict(saved.tensors("denoiser.safetensors"))
+            start.load(saved.tensors("denoiser.safetensors"))
         self.module.to(self.device)
         if config.training.compile:
             for block in self.module.blocks:
                 block.compile()
         self.ema = EMA(self.module, config.optim.ema_decay, self.rank, self.world_size)
         # `denoiser` is what the engine made of `module`, whose parameters keep their names, but perhaps only a stretch.
-        self.denoiser, self.optimizer = accelerator.prepare(self.module, make_optimizer(self.module, config.optim))
+        optimizer = make_optimizer(self.module, config.optim, start.new_parts, config.adapt.lr_ratio)
+        self.denoiser, self.optimizer = accelerator.prepare(self.module, optimizer)
         self.progress = Progress() if saved is None else saved.progress
         self.best: dict[str, Tensor] | None = None  # averaged weights at the best validation
         if saved is not None:
@@ -142,8 +155,10 @@ class _Run:
     def summary(self) -> str:
         sampler, training = self.sampler, self.config.training
         processes = f", {self.world_size} processes under {engine(self.accelerator)}" if self.world_size > 1 else ""
+        trained = f" ({self.n_trained:,} train)" if self.n_trained < self.n_parameters else ""
         lines = [
-            f"denoiser    {self.n_parameters:,} parameters, on {self.device}{processes}",
+            *([self.start.summary] if self.start.summary else []),
+            f"denoiser    {self.n_parameters:,} parameters{trained}, on {self.device}{processes}",
             f"training    {training.n_steps:,} steps of {sampler.sets_per_batch} sets of {sampler.set_size} cells, "
             f"{training.n_steps / sampler.steps_per_epoch:.1f} epochs of {sampler.steps_per_epoch} steps",
         ]
@@ -229,7 +244,7 @@ class _Run:
         config, done = self.config, self.progress
         lr = learning_rate(done.step, config.training.n_steps, config.optim)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_ratio"]
         (*firsts, last), n_cells = made or self._nothing()
         self.denoiser.train()
         sums, bad = torch.zeros(3, device=self.device), list[str]()
@@ -260,7 +275,8 @@ class _Run:
     def _loss(self, part: CellSetBatch, n_cells: int, sums: Tensor, bad: list[str]) -> Tensor:
         """The loss to go back from; adds loss, MSE and MMD to `sums`, and sets whose loss is not finite to `bad`."""
         self.watchdog.doing(f"computing step {self.progress.step + 1}")
-        draws = training_draws(part, self.config.diffusion, self.config.training.seed)
+        with_features = bool(self.data.vocabularies.tables)
+        draws = training_draws(part, self.config.diffusion, self.config.training.seed, with_features)
         output = self.loss(self.denoiser, part, draws)  # the denoiser under autocast, by its engine
         # Every cell of the step counts the same, whichever process, part and set it is in: gradients are averaged over
         # processes and parts.
@@ -317,9 +333,10 @@ class _Run:
                 self.device,
                 self._sum,
             )
-        loss, done = scores["validation_loss"], self.progress
-        if math.isfinite(loss) and (done.best_validation is None or loss < done.best_validation):
-            done.best_validation, done.best_step = loss, done.step
+        # Of generated cells: on small screens it is best long before the loss is.
+        energy, done = scores["validation_energy_distance"], self.progress
+        if math.isfinite(energy) and (done.best_validation is None or energy < done.best_validation):
+            done.best_validation, done.best_step = energy, done.step
             if self.config.training.early_stop_patience is not None:
                 self.best = {name: weight.clone() for name, weight in weights.items()}
         return scores
@@ -333,22 +350,6 @@ class _Run:
         if patience is None or done.best_validation is None:
             return False
         return done.step - done.best_step >= patience * self.config.training.validate_every
-
-    def _latest_state(self) -> SavedState | None:
-        """The newest state that is whole. One process looks; the others read the same one."""
-        folder, rank_0 = self.out / "states", self.accelerator.is_main_process
-        saved = latest_state(folder) if rank_0 else None
-        steps = torch.tensor([-1 if saved is None else saved.progress.step], device=self.device)
-        step = int(self.accelerator.gather(steps)[0])
-        if rank_0 or step < 0:
-            return saved
-        try:
-            return open_state(folder, step)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"rank {self.rank} does not see {error.filename}, which rank 0 does; the run folder must be on a file "
-                "system that all nodes share."
-            ) from error
 
     def _save(self) -> None:
         """The model folder, then the state, so that a state never stands without its model."""
@@ -366,6 +367,7 @@ class _Run:
             try:
                 if main:
                     self._model(self.best or averaged).save_pretrained(self.out / "model")
+                    self.start.save_adapter(self.out, self.best or averaged)
             except OSError as error:
                 failure = error
             try:
@@ -386,7 +388,7 @@ class _Run:
     def _denoiser_with(self, weights: dict[str, Tensor]) -> Denoiser:
         with torch.device("meta"):
             denoiser = build_denoiser(self.config.denoiser, len(self.data.cells.genes), self.data.vocabularies)
-        denoiser.load_state_dict(weights, assign=True)
+        denoiser.load_state_dict(self.start.plain(weights), assign=True)
         return denoiser.to(self.device).eval().requires_grad_(False)
 
     def _model(self, weights: dict[str, Tensor]) -> PerturbDiff:
@@ -400,6 +402,8 @@ class _Run:
             settings["data"]["screen"] = Path(config.data.screen).name
         for atlas in settings["data"]["atlases"]:
             atlas["path"] = Path(atlas["path"]).name if Path(atlas["path"]).is_dir() else atlas["path"]
+        if config.adapt.init_from is not None and Path(config.adapt.init_from).is_dir():
+            settings["adapt"]["init_from"] = Path(config.adapt.init_from).resolve().name
         del settings["out"]
         training = {
             "library_version": __version__,
@@ -412,6 +416,7 @@ class _Run:
             "cells_seen": done.cells_seen,
             "control_match": self.data.match,
             "hold_out": list(config.split.hold_out),
+            **self.start.origin(),
             "settings": settings,
         }
         model_config = ModelConfig(config.denoiser, config.diffusion, config.sampling, obs, config.data.set_size)
@@ -424,6 +429,23 @@ class _Run:
             training,
             name=str(Path(config.out) / "model"),
         )
+
+
+def _latest_state(out: Path, accelerator: Accelerator) -> SavedState | None:
+    """The newest state that is whole. One process looks; the others read the same one."""
+    folder, rank_0 = out / "states", accelerator.is_main_process
+    saved = latest_state(folder) if rank_0 else None
+    steps = torch.tensor([-1 if saved is None else saved.progress.step], device=accelerator.device)
+    step = int(accelerator.gather(steps)[0])
+    if rank_0 or step < 0:
+        return saved
+    try:
+        return open_state(folder, step)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"rank {accelerator.process_index} does not see {error.filename}, which rank 0 does; the run folder must "
+            "be on a file system that all nodes share."
+        ) from error
 
 
 def _advice(saved_step: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 
 import torch
 from torch import nn
@@ -10,13 +11,26 @@ from torch import nn
 from perturbdiff.config import OptimConfig
 
 
-def make_optimizer(denoiser: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Two groups: matrices of linear layers decay; norms, biases, embeddings and null vectors do not."""
+def make_optimizer(
+    denoiser: nn.Module, config: OptimConfig, new_parts: Container[str] | None = None, lr_ratio: float = 1.0
+) -> torch.optim.AdamW:
+    """Groups of what trains: matrices of linear layers decay; norms, biases, embeddings and null vectors do not.
+
+    With an `lr_ratio` other than 1, parameters whose names are not in `new_parts` are in groups of their own; a group's
+    "lr_ratio" says by what part of the learning rate it moves.
+    """
     embeddings = {id(m.weight) for m in denoiser.modules() if isinstance(m, nn.Embedding)}
-    decay = [p for p in denoiser.parameters() if p.ndim >= 2 and id(p) not in embeddings]
-    keep = [p for p in denoiser.parameters() if p.ndim < 2 or id(p) in embeddings]
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, p in denoiser.named_parameters():
+        if p.requires_grad:
+            decay = config.weight_decay if p.ndim >= 2 and id(p) not in embeddings else 0.0
+            ratio = 1.0 if new_parts is None or name in new_parts else lr_ratio
+            groups.setdefault((ratio, decay), []).append(p)
     return torch.optim.AdamW(
-        [{"params": decay, "weight_decay": config.weight_decay}, {"params": keep, "weight_decay": 0.0}],
+        [
+            {"params": params, "weight_decay": decay, "lr_ratio": ratio, "lr": config.lr * ratio}
+            for (ratio, decay), params in sorted(groups.items(), key=lambda group: group[0], reverse=True)
+        ],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,

@@ -55,7 +55,7 @@ def full_weights(denoiser: nn.Module, wanted: bool = True) -> dict[str, Tensor]:
 
 
 def full_moments(denoiser: nn.Module, optimizer: Any, wanted: bool = True) -> dict[str, Tensor]:
-    """`step`, and exp_avg and exp_avg_sq by moment and parameter name; empty before the first step.
+    """`step`, and exp_avg and exp_avg_sq by moment and name of what trains; empty before the first step.
 
     `optimizer` is what Accelerate prepared.
     """
@@ -63,7 +63,7 @@ def full_moments(denoiser: nn.Module, optimizer: Any, wanted: bool = True) -> di
     if not states:
         return {}
     flat_of, moments = _flat_of(optimizer), {"step": next(iter(states.values()))["step"].detach().clone()}
-    for name, p in denoiser.named_parameters():
+    for name, p in _trained(denoiser):
         for moment in MOMENTS:
             if hasattr(p, "ds_id"):
                 whole = _full_zero3(p, moment)
@@ -88,7 +88,7 @@ def load_moments(denoiser: nn.Module, optimizer: Any, moments: Mapping[str, Tens
     zero3 = getattr(optimizer.optimizer, "fp32_partitioned_groups_flat", [])
     for flat in [*zero3, *{id(flat): flat for flat in flat_of.values()}.values()]:
         states[flat] = {"step": _step_of(moments, flat), **{m: torch.zeros_like(flat) for m in MOMENTS}}
-    for name, p in denoiser.named_parameters():
+    for name, p in _trained(denoiser):
         for moment in MOMENTS:
             whole = moments[f"{moment}.{name}"].to(p.device)
             if hasattr(p, "ds_id"):
@@ -98,6 +98,10 @@ def load_moments(denoiser: nn.Module, optimizer: Any, moments: Mapping[str, Tens
                 flats.copy_(ours)
             else:
                 states[p] |= {"step": _step_of(moments, p), moment: whole}
+
+
+def _trained(denoiser: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, p) for name, p in denoiser.named_parameters() if p.requires_grad]
 
 
 def _adamw(optimizer: Any) -> torch.optim.AdamW:
@@ -131,6 +135,9 @@ def _fragment(p: Any, whole: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:
 def _full_zero3(p: Any, moment: str | None) -> Tensor:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+    if not p.requires_grad:  # of which its optimizer knows nothing
+        rank, world_size = dist.get_rank(p.ds_process_group), dist.get_world_size(p.ds_process_group)
+        return joined(own_stretch(p, rank, world_size), p.ds_shape, world_size)
     return safe_get_full_fp32_param(p) if moment is None else safe_get_full_optimizer_state(p, moment)
 
 

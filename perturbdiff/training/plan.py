@@ -369,6 +369,8 @@ def _of_speed(plan: Plan, config: Config) -> list[str]:
         )
     elif data.streamed and lanes % cluster.gpus:
         said.append(f"lanes: data.stream_lanes ({lanes}) is no multiple of {cluster.gpus} GPUs: some read more shards")
+    if config.adapt.method != "full":
+        said.append(f"adapt: counted as if all weights train; adapt.method={config.adapt.method} takes less")
     if config.training.compile:
         said.append("compile: times are counted without it; it saves launches and memory traffic, not matrix products")
     return said

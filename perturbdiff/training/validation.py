@@ -16,7 +16,6 @@ from perturbdiff.data.batch import CellSetBatch
 from perturbdiff.data.cellsets import CellSet, CellSetSampler, StreamedSampler
 from perturbdiff.data.training_set import IndexedCells
 from perturbdiff.diffusion.losses import DiffusionLoss, pairwise_distance, validation_draws
-from perturbdiff.diffusion.schedule import Schedule
 from perturbdiff.model.denoiser import Denoiser
 from perturbdiff.prediction import sample_batch
 
@@ -156,9 +155,8 @@ def _scores(denoiser: Denoiser, batch: CellSetBatch, config: Config) -> Tensor:
     """
     seed, diffusion = config.training.seed, config.diffusion
     loss = DiffusionLoss(diffusion)(denoiser, batch, validation_draws(batch, diffusion, seed)).total
-    schedule = Schedule(diffusion.schedule, diffusion.n_timesteps)
     measured, control = batch.dense()  # (B, S, G) each, 0 at empty places
-    generated = sample_batch(denoiser, batch, config.sampling, schedule, seed).float()
+    generated = sample_batch(denoiser, batch, config.sampling, diffusion, seed).float()
     generated = generated.masked_fill(~batch.mask[..., None], 0.0)
     n_cells = batch.mask.sum(1).double()
     n_scored = torch.where(n_cells >= 2, n_cells, 0.0)

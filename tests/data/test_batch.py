@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,8 @@ from perturbdiff.config import Preprocessing
 from perturbdiff.data.batch import NULL, Labels, Vocabularies, make_batch
 from perturbdiff.data.cellsets import CellSet
 from perturbdiff.data.conditions import ConditionIndex
-from perturbdiff.data.vocab import LabelVocab, split_label
+from perturbdiff.data.features import FeatureTable
+from perturbdiff.data.vocab import LabelVocab, split_dose, split_label
 from tests.screens import counts_screen, log1p_cp10k, read, screen_with_cells
 
 NO_LABELS = Labels(torch.full((3, 1), NULL), torch.full((3,), NULL), torch.full((3,), NULL))
@@ -215,6 +217,77 @@ def test_known_labels_are_those_of_perturbed_conditions_in_order():
     assert vocabularies.batches.names == ("b1", "b3")
     assert Vocabularies.of(index, "+", with_batches=False).batches.names == ()
     assert Vocabularies.of(index, None, with_batches=True).perturbations.names == ("A", "D+C")
+
+
+@pytest.fixture
+def dosed(known):
+    return replace(known, dose_separator="@")
+
+
+def test_doses_become_their_logarithms_beside_the_ids(dosed):
+    labels = dosed.encode([("A@0.5", "T", "b1"), ("JAK2@10+B@1e-3", None, None), (None, "T", "b1")])
+    assert labels.perturbation.tolist() == [[0, NULL], [2, 1], [NULL, NULL]]
+    expected = [[math.log10(0.5), 0.0], [1.0, -3.0], [0.0, 0.0]]
+    torch.testing.assert_close(labels.dose, torch.tensor(expected))
+
+
+def test_labels_without_doses_have_none(known):
+    assert known.encode([("A", "T", "b1")]).dose is None
+    with pytest.raises(KeyError, match=r"'A@0\.5' is not known"):
+        known.encode([("A@0.5", "T", "b1")])
+
+
+def test_a_perturbation_without_the_dose_its_model_needs_is_an_error(dosed):
+    with pytest.raises(ValueError, match=r"'B' has no dose.*'B@0\.5'"):
+        dosed.encode([("A@1+B", "T", "b1")])
+    with pytest.raises(KeyError, match="is not known"):
+        dosed.encode([("C", "T", "b1")])
+
+
+@pytest.mark.parametrize("dose", ["0", "-1", "inf", "nan", "1e400"])
+def test_a_dose_that_is_none_is_an_error(dosed, dose):
+    with pytest.raises(ValueError, match="finite and greater than 0"):
+        dosed.encode([(f"A@{dose}", "T", "b1")])
+
+
+def test_the_dose_is_behind_the_last_separator_and_must_be_a_number():
+    assert split_dose("A@0.5", "@") == ("A", 0.5)
+    assert split_dose("A@B@2", "@") == ("A@B", 2.0)
+    assert split_dose("A@B", "@") == ("A@B", None)
+    assert split_dose("@2", "@") == ("@2", None)
+    assert split_dose("A@0.5", None) == ("A@0.5", None)
+
+
+def test_doses_of_conditions_are_those_of_their_labels():
+    found = [("control", "T", "b1", 2), ("A@0.1", "T", "b1", 2), ("A@10", "T", "b1", 2), ("A@0.1+B@1", "T", "b1", 2)]
+    screen = read(screen_with_cells(found))
+    index = ConditionIndex.build(screen, np.ones(len(screen), bool))
+    vocabularies = Vocabularies.of(index, "+", with_batches=True, dose_separator="@")
+    assert vocabularies.perturbations.names == ("A", "B")
+    labels = vocabularies.encode_conditions(index, np.zeros(len(index), bool))
+    by_name = {index.labels(i)[0]: i for i in range(len(index))}
+    assert labels.perturbation[by_name["A@10"]].tolist() == [0, NULL]
+    assert labels.dose[by_name["A@10"]].tolist() == [1.0, 0.0]
+    torch.testing.assert_close(labels.dose[by_name["A@0.1+B@1"]], torch.tensor([-1.0, 0.0]))
+    assert labels.perturbation[by_name["control"]].tolist() == [NULL, NULL]
+
+
+def test_perturbations_with_features_alone_come_after_those_with_rows(known):
+    tables = [FeatureTable("t", ("Z", "B", "Q"), np.ones((3, 2), np.float32))]
+    tables.append(FeatureTable("u", ("Q", "W"), np.ones((2, 5), np.float32)))
+    described = known.with_tables(tables)
+    assert described.perturbations.names == ("A", "B", "JAK2", "X+Y", "Z", "Q", "W")
+    assert described.labelled == known.perturbations.names
+    assert described.tables == (("t", 2), ("u", 5))
+    assert described.encode([("Q+A", None, None)]).perturbation.tolist() == [[5, 0]]
+
+
+def test_every_part_of_labels_is_selected_and_moved(dosed):
+    labels = dosed.encode([("A@1", "T", "b1"), ("B@10", "NK", None)])
+    labels = replace(labels, hidden=torch.tensor([True, False]), unlabelled=torch.tensor([False, True]))
+    one = labels.select(torch.tensor([False, True])).to("cpu")
+    assert (one.perturbation.tolist(), one.dose.tolist()) == ([[1]], [[1.0]])
+    assert (one.hidden.tolist(), one.unlabelled.tolist()) == ([False], [True])
 
 
 CONDITIONS = st.lists(

@@ -500,3 +500,43 @@ def test_gasperini_is_normalised_by_its_full_transcriptome_counts():
     screen = Screen.read(real_screen("gasperini2019_k562_highmoi_crispri.h5ad"), config)
     np.testing.assert_array_equal(screen.expression.library_size, screen.obs["n_counts_total"].astype(np.float32))
     assert (screen.expression.library_size > screen.expression.X.sum(1).A1).all()
+
+
+def with_doses(adata, doses):
+    adata = adata.copy()
+    is_control = (adata.obs["perturbation"] == "control").to_numpy()
+    adata.obs["dose"] = np.where(is_control, 0.0, doses)
+    return adata
+
+
+def test_a_column_of_doses_becomes_part_of_the_labels(adata):
+    dosed = with_doses(adata, np.tile([0.5, 10.0], adata.n_obs)[: adata.n_obs])
+    screen = read(dosed, dose_col="dose")
+    for name, row in screen.obs.iterrows():
+        label, dose = adata.obs.loc[name, "perturbation"], dosed.obs.loc[name, "dose"]
+        parts = [f"{part}@{dose:g}" for part in label.split("+")]
+        assert row["perturbation"] == ("control" if label == "control" else "+".join(parts))
+    assert read(dosed, dose_col="dose", dose_separator=" at ").obs["perturbation"].str.contains(" at ").any()
+
+
+@pytest.mark.parametrize("dose", [0.0, -1.0, np.nan, np.inf])
+def test_a_perturbed_cell_without_a_dose_is_an_error_that_names_it(adata, dose):
+    doses = np.ones(adata.n_obs)
+    perturbed = np.flatnonzero((adata.obs["perturbation"] != "control").to_numpy())
+    doses[perturbed[2]] = dose
+    with pytest.raises(ValueError, match=f"{adata.obs_names[perturbed[2]]!r}.*finite and greater than 0"):
+        read(with_doses(adata, doses), dose_col="dose")
+
+
+def test_an_absent_column_of_doses_is_an_error(adata):
+    with pytest.raises(KeyError, match=r"'dose' not in.*Set data\.dose_col"):
+        read(adata, dose_col="dose")
+
+
+def test_target_sum_may_be_the_median_of_the_controls(adata):
+    counts = adata.X.toarray().sum(1)
+    is_control = (adata.obs["perturbation"] == "control").to_numpy()
+    expected = np.median(counts[is_control])
+    assert expected != np.median(counts)
+    how = read(adata, target_sum=None).expression.preprocessing
+    assert how.target_sum == pytest.approx(expected)

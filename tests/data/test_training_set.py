@@ -8,6 +8,7 @@ from perturbdiff.config import AtlasConfig, BuildConfig, SourceConfig, SplitConf
 from perturbdiff.data.build import build
 from perturbdiff.data.expression import highly_variable_genes
 from perturbdiff.data.training_set import TrainingSet
+from perturbdiff.data.vocab import GeneVocab
 from tests.screens import config_for, counts_screen, log1p_cp10k, read, screen_with_cells, written
 
 
@@ -43,6 +44,15 @@ def test_genes_are_chosen_on_training_cells(adata):
     expected = highly_variable_genes(sparse.csr_matrix(log1p_cp10k(adata.X[train])), 15)
     assert data.cells.genes.names == tuple(adata.var_names[expected])
     assert len(expected) == 15
+
+
+def test_genes_of_a_checkpoint_are_kept_beside_the_variable_ones(adata):
+    plain = training_set(adata, "data.n_hvg=15")
+    known = GeneVocab((*[str(name) for name in adata.var_names[[70, 3, 41]]], "of another panel"))
+    config = config_for("memory", "unused", "data.n_hvg=15", split=SplitConfig([], [], 0.0))
+    data = TrainingSet.of(read(adata), config, known_genes=known)
+    kept = set(plain.cells.genes.names) | set(known.names[:3])
+    assert data.cells.genes.names == tuple(name for name in adata.var_names if name in kept)
 
 
 @pytest.mark.parametrize("part", ["hold_out", "validation"])

@@ -23,6 +23,8 @@ from perturbdiff.diffusion.losses import (
     mse,
     pairwise_distance,
     rbf_mmd,
+    self_pairs,
+    squared_mean_distance,
     training_draws,
     validation_draws,
 )
@@ -446,6 +448,81 @@ def test_loss_is_the_weighted_sum_of_mse_and_the_chosen_mmd(kernel):
     torch.testing.assert_close(loss.total, 0.3 * loss.mse + 2.0 * loss.mmd)
 
 
+def test_without_self_pairs_the_energy_distance_is_a_mean_over_distinct_cells():
+    x, y = cells(4, 6, 5, seed=1), cells(4, 6, 5, seed=2)
+    mask = random_mask([6, 3, 2, 1], 6)
+    unbiased = energy_distance(x, y, mask, mask) - self_pairs(y, mask)
+    for b in range(4):
+        one, other = (of[b][mask[b]].double().numpy() for of in (x, y))
+        n = len(other)
+        distinct = [distance(other[i], other[j]) for i in range(n) for j in range(n) if i != j]
+        within = math.fsum(distinct) / (n * (n - 1)) if n > 1 else 0.0
+        expected = mean_of_pairs(distance, one, other) - mean_of_pairs(distance, one, one) / 2 - within / 2
+        assert unbiased[b].item() == pytest.approx(expected, abs=2e-4)
+
+
+def test_only_the_unbiased_energy_is_least_for_sets_as_wide_as_the_target():
+    """Sets of 8 drawn with another width: with self-pairs narrower ones score best."""
+    target = cells(400, 8, 3, seed=3) - 0.15
+    drawn = cells(400, 8, 3, seed=4) - 0.15
+    widths = torch.linspace(0.7, 1.3, 25)
+    biased = [energy_distance(target, drawn * w).mean().item() for w in widths]
+    unbiased = [(energy_distance(target, drawn * w) - self_pairs(drawn * w)).mean().item() for w in widths]
+    assert widths[np.argmin(biased)] < 0.95
+    assert abs(widths[np.argmin(unbiased)] - 1) < 0.05
+
+
+def test_mean_distance_is_that_of_the_means_of_real_cells():
+    x, y = cells(3, 5, 4, seed=1), cells(3, 5, 4, seed=2)
+    mask = random_mask([5, 2, 0], 5)
+    distances = squared_mean_distance(x, y, mask)
+    for b in range(2):
+        one, other = (of[b][mask[b]].double().numpy().mean(0) for of in (x, y))
+        assert distances[b].item() == pytest.approx(math.dist(one, other) ** 2, rel=1e-4)
+    assert distances[2] == 0
+
+
+def test_the_loss_with_all_its_parts_is_their_sum():
+    batch, draws = fresh_case(sizes=[6, 3, 4, 2])
+    denoiser = Recorded()
+    plain = DiffusionLoss(DiffusionConfig())(denoiser, batch, draws)
+    x0, _ = batch.dense()
+    x0_pred = denoiser(*list(denoiser.calls[0].values())[:7]).detach()
+    config = DiffusionConfig(unbiased=True, mean_weight=3.0)
+    full = DiffusionLoss(config)(Recorded(), batch, draws)
+    torch.testing.assert_close(full.mmd, plain.mmd - self_pairs(x0_pred, batch.mask))
+    torch.testing.assert_close(full.total, full.mse + full.mmd + 3 * squared_mean_distance(x0, x0_pred, batch.mask))
+
+
+def test_with_whole_counts_the_mmd_sees_rounded_estimates_and_the_gradient_their_mean():
+    batch, draws = fresh_case(sizes=[6, 3, 4, 2])
+    config = DiffusionConfig(whole_counts=True, mse_weight=0.0)
+    drawn = training_draws(batch, config, 3).rounding
+    assert drawn.shape == (*batch.mask.shape, batch.n_genes)
+    assert training_draws(batch, DiffusionConfig(), 3).rounding is None
+
+    class Estimate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.x0_pred = nn.Parameter(cells(4, 6, batch.n_genes, seed=9, scale=0.05))
+
+        def forward(self, *args: object) -> Tensor:
+            return self.x0_pred
+
+    estimate = Estimate()
+    loss = DiffusionLoss(config)(estimate, batch, replace(draws, rounding=drawn))
+    x0, _ = batch.dense()
+    one = batch.one_count()[..., None]
+    x0_pred = estimate.x0_pred.detach()
+    rounded = torch.where(x0_pred < one, torch.where(drawn * one < x0_pred, one, 0.0), x0_pred).requires_grad_()
+    expected = energy_distance(x0, rounded, batch.mask, batch.mask)
+    torch.testing.assert_close(loss.mmd, expected)
+    loss.total.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(estimate.x0_pred.grad, rounded.grad)
+    assert (rounded != x0_pred).any()
+
+
 def test_loss_of_the_true_set_is_0():
     batch, draws = fresh_case(sizes=[6, 3, 1, 0])
 
@@ -569,7 +646,9 @@ def test_draws_change_with_seed_and_epoch():
 
 
 def test_training_draws_have_the_configured_frequencies():
-    config = DiffusionConfig(n_timesteps=10, p_self_cond=0.7, p_drop_cond=0.3, p_drop_label=0.1)
+    config = DiffusionConfig(
+        n_timesteps=10, p_self_cond=0.7, p_drop_cond=0.3, p_drop_label=0.1, p_drop_perturbation=0.2
+    )
     n = 4000
     draws = training_draws(keyed_batch([(0, number) for number in range(n)]), config, 3)
     labels = draws.labels
@@ -578,7 +657,8 @@ def test_training_draws_have_the_configured_frequencies():
         "cell_type": labels.cell_type == NULL,
         "batch": labels.batch == NULL,
     }
-    events = [(draws.self_cond, 0.7), (labels.hidden, 0.3), *((event, 0.1) for event in hidden_labels.values())]
+    p_drop = {"perturbation": 0.2, "cell_type": 0.1, "batch": 0.1}
+    events = [(draws.self_cond, 0.7), (labels.hidden, 0.3), *((hidden_labels[kind], p_drop[kind]) for kind in p_drop)]
     for event, p in events:
         assert event.float().mean().item() == pytest.approx(p, abs=5 * math.sqrt(p * (1 - p) / n))
     for (one, p), (other, q) in combinations(events, 2):  # independent: both as often as the product says
@@ -589,6 +669,20 @@ def test_training_draws_have_the_configured_frequencies():
     assert (counts - n / 10).abs().max() < 5 * math.sqrt(n * 0.1 * 0.9)
     assert draws.noise.mean().item() == pytest.approx(0, abs=5 / math.sqrt(draws.noise.numel()))
     assert draws.noise.var().item() == pytest.approx(1, abs=5 * math.sqrt(2 / draws.noise.numel()))
+
+
+def test_unlabelled_sets_are_drawn_by_themselves_and_move_no_other_draw():
+    n, config = 2000, DiffusionConfig(p_unlabelled=0.3)
+    batch = keyed_batch([(0, number) for number in range(n)])
+    plain, described = training_draws(batch, config, 3), training_draws(batch, config, 3, with_features=True)
+    assert plain.labels.unlabelled is None
+    unlabelled = described.labels.unlabelled
+    assert unlabelled.float().mean().item() == pytest.approx(0.3, abs=5 * math.sqrt(0.21 / n))
+    for name in ("t", "noise", "self_cond"):
+        assert torch.equal(getattr(plain, name), getattr(described, name))
+    assert torch.equal(plain.labels.perturbation, described.labels.perturbation)
+    alone = training_draws(keyed_batch([(0, 7)]), config, 3, with_features=True)
+    assert alone.labels.unlabelled.tolist() == [bool(unlabelled[7])]
 
 
 def test_a_hidden_perturbation_hides_all_its_parts_and_a_kept_one_none():

@@ -124,7 +124,7 @@ def test_a_changed_setting_is_noticed_without_any_other_change(folder):
         PerturbDiff.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("version", [0, 3, 1.0, True, "1", None, [2]])
+@pytest.mark.parametrize("version", [0, 4, 1.0, True, "1", None, [2]])
 def test_another_format_version_is_refused(folder, version):
     rehash(folder, format_version=version)
     with pytest.raises(ValueError, match="format_version"):
@@ -241,8 +241,9 @@ def test_a_folder_of_format_1_loads_and_is_saved_as_the_newest(tmp_path):
     assert all(torch.equal(model.denoiser.state_dict()[name], tensor) for name, tensor in weights.items())
     model.save_pretrained(tmp_path / "new")
     config = json.loads((tmp_path / "new" / CONFIG).read_text())
-    assert config["format_version"] == 2
+    assert config["format_version"] == 3
     assert config["denoiser"]["cell_type_encoding"] == "onehot"
+    assert config["denoiser"]["interaction"] is False
     expected = load_file(FORMAT_1 / GOLDEN)["x0_pred"]
     assert torch.allclose(load_file(tmp_path / "new" / GOLDEN)["x0_pred"], expected, atol=1e-6)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,7 +12,16 @@ from torch.nn import functional as F
 
 from perturbdiff.config import DenoiserConfig, PublishedEncoding, check_denoiser
 from perturbdiff.data.batch import NULL, Labels
-from perturbdiff.model.conditioning import CovariateEncoder, LabelConditioning, ReferenceConditioning, VocabSizes
+from perturbdiff.data.features import FeatureTable
+from perturbdiff.model.conditioning import (
+    FEATURE_SPREAD,
+    CovariateEncoder,
+    FeatureEmbedding,
+    LabelConditioning,
+    ReferenceConditioning,
+    VocabSizes,
+)
+from perturbdiff.model.denoiser import Denoiser
 
 SIZES = VocabSizes(perturbations=5, cell_types=3, batches=4)
 
@@ -54,16 +66,104 @@ def test_condition_is_the_sum_of_the_rows_of_its_labels(by_labels):
     torch.testing.assert_close(c[1, 0], rows(by_labels, [4], 0, 1))
 
 
-def test_combination_is_the_sum_of_its_parts_in_any_order_and_padding(by_labels):
+def test_combination_is_the_sum_of_its_parts_and_their_interaction_in_any_order_and_padding(by_labels):
     c = by_labels(labels([[1, 3, -1], [3, 1, -1], [-1, 3, 1], [3, -1, -1]], [0] * 4, [0] * 4))
+    of = by_labels.perturbation.weight
+    together = rows(by_labels, [1, 3], 0, 0) + (of[2] * of[4]) @ by_labels.interaction
     for b in range(3):
-        torch.testing.assert_close(c[b, 0], rows(by_labels, [1, 3], 0, 0))
+        torch.testing.assert_close(c[b, 0], together)
     torch.testing.assert_close(c[3, 0], rows(by_labels, [3], 0, 0))
 
 
-def test_a_perturbation_given_twice_counts_twice(by_labels):
-    c = by_labels(labels([[2, 2]], [0], [0]))
-    torch.testing.assert_close(c[0, 0], rows(by_labels, [2, 2], 0, 0))
+def test_three_perturbations_interact_by_pairs(by_labels):
+    of = by_labels.perturbation.weight
+    pairs = of[1] * of[3] + of[1] * of[5] + of[3] * of[5]
+    c = by_labels(labels([[0, 2, 4]], [0], [0]))
+    torch.testing.assert_close(c[0, 0], rows(by_labels, [0, 2, 4], 0, 0) + pairs @ by_labels.interaction)
+
+
+def test_a_fresh_combination_is_the_sum_of_its_parts():
+    conditioning = LabelConditioning(SIZES, 6)
+    c = conditioning(labels([[1, 3]], [0], [0]))
+    torch.testing.assert_close(c[0, 0], rows(conditioning, [1, 3], 0, 0))
+
+
+def described(n_described: int = 2, doses: bool = False) -> LabelConditioning:
+    """Five perturbations with rows, and more with features alone; perturbation 1 is in neither table."""
+    sizes = VocabSizes(5, 3, 4, described=n_described, tables=(3, 2), doses=doses)
+    conditioning = randomized(LabelConditioning(sizes, 6))
+    for table in conditioning.tables:
+        table.features[1] = 0
+    return conditioning
+
+
+def features(conditioning: LabelConditioning, perturbation: int) -> Tensor:
+    return sum(table.weight @ table.features[perturbation] for table in conditioning.tables)
+
+
+def test_features_of_every_table_are_added_to_the_row():
+    conditioning = described()
+    c = conditioning(labels([[0], [1]], [2, 2], [3, 3]))
+    torch.testing.assert_close(c[0, 0], rows(conditioning, [0], 2, 3) + features(conditioning, 0))
+    torch.testing.assert_close(c[1, 0], rows(conditioning, [1], 2, 3))
+
+
+def test_a_perturbation_without_a_row_is_the_null_row_and_its_features():
+    conditioning = described()
+    c = conditioning(labels([[5], [6]], [0, 0], [0, 0]))
+    for b, perturbation in enumerate((5, 6)):
+        torch.testing.assert_close(c[b, 0], rows(conditioning, [NULL], 0, 0) + features(conditioning, perturbation))
+    with pytest.raises(IndexError):
+        conditioning(labels([[7]], [0], [0]))
+
+
+def test_an_unlabelled_set_keeps_features_and_a_perturbation_without_them_its_row():
+    conditioning = described()
+    given = labels([[0], [1], [2]], [0] * 3, [0] * 3)
+    c = conditioning(replace(given, unlabelled=torch.tensor([True, True, False])))
+    torch.testing.assert_close(c[0, 0], rows(conditioning, [NULL], 0, 0) + features(conditioning, 0))
+    torch.testing.assert_close(c[1, 0], rows(conditioning, [1], 0, 0))
+    torch.testing.assert_close(c[2, 0], rows(conditioning, [2], 0, 0) + features(conditioning, 2))
+
+
+def test_fresh_features_and_doses_change_nothing():
+    sizes = VocabSizes(5, 3, 4, tables=(3,), doses=True)
+    conditioning = Denoiser(DenoiserConfig(width=6, depth=1, n_heads=1), 4, sizes).conditioning
+    nn.init.normal_(conditioning.tables[0].features)
+    for dose in (-2.0, 0.0, 1.5):
+        c = conditioning(replace(labels([[0]], [0], [0]), dose=torch.tensor([[dose]])))
+        torch.testing.assert_close(c[0, 0], rows(conditioning, [0], 0, 0))
+
+
+def test_a_dose_adds_an_mlp_of_vector_and_log_dose():
+    conditioning = described(doses=True)
+    c = conditioning(replace(labels([[0, -1]], [1], [1]), dose=torch.tensor([[0.7, 0.0]])))
+    vector = conditioning.perturbation.weight[1] + features(conditioning, 0)
+    effect = conditioning.dose
+    hidden = F.silu(effect.fc1.weight @ torch.cat([vector, torch.tensor([0.7])]) + effect.fc1.bias)
+    change = effect.fc2.weight @ hidden + effect.fc2.bias
+    torch.testing.assert_close(c[0, 0], rows(conditioning, [0], 1, 1) + features(conditioning, 0) + change)
+    with pytest.raises(ValueError, match="with a dose"):
+        conditioning(labels([[0]], [1], [1]))
+
+
+def test_features_are_centred_and_scaled_by_their_table_and_later_ones_likewise():
+    generator = np.random.default_rng(0)
+    values = (5 + 3 * generator.normal(size=(7, 4))).astype(np.float32)
+    table = FeatureTable("t", tuple("abcdefg"), values)
+    embedding = FeatureEmbedding(3, 4, 2)
+    embedding.fill(table, ["b", "nobody", "g"])
+    centred = values - values.mean(0)
+    expected = FEATURE_SPREAD * centred / np.sqrt((centred**2).mean())
+    torch.testing.assert_close(embedding.features[[0, 2]], torch.from_numpy(expected[[1, 6]]))
+    assert not embedding.features[1].any()
+    later = FeatureTable("t", ("z",), values[:1] + 1)
+    embedding.append(later, ["z", "y"])
+    spread = np.sqrt((centred**2).mean())
+    torch.testing.assert_close(
+        embedding.features[3], torch.from_numpy(FEATURE_SPREAD * (values[0] + 1 - values.mean(0)) / spread)
+    )
+    assert not embedding.features[4].any()
 
 
 def test_absent_labels_are_the_null_rows(by_labels):

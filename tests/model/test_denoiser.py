@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import product
 
 import pytest
@@ -226,6 +227,17 @@ def test_control_residual_starts_at_relu_of_control(attention, parallel_block, d
     assert torch.equal(denoiser(**given), given["control"].relu())
 
 
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_a_residual_on_no_control_learns_from_the_start(attention):
+    # Marginal sets have controls of zeros: where a ReLU passes no gradient at exactly 0, they would teach nothing.
+    denoiser, given = build(attention=attention, out_activation="relu"), inputs()
+    out = denoiser(**replaced(given, control=torch.zeros_like(given["control"])))
+    assert not out.any()
+    (out * normal(3, 5, N_GENES, seed=4)).sum().backward()
+    assert (denoiser.head.weight.grad != 0).all()
+    assert (denoiser.head.bias.grad != 0).all()
+
+
 def test_joint_control_residual_takes_another_number_of_controls_in_turn():
     denoiser = build(attention="joint")
     given = inputs(n_controls=3)
@@ -237,6 +249,29 @@ def test_joint_control_residual_takes_another_number_of_controls_in_turn():
         assert torch.equal(out[b], given["control"][b, places])
     given = inputs(n_controls=8)
     assert torch.equal(denoiser(**given), given["control"][:, :5])
+
+
+def test_control_weight_is_the_part_of_the_controls_that_cells_start_from():
+    given = inputs()
+    denoiser = build(control_weight=0.75, out_activation="none")
+    torch.testing.assert_close(denoiser(**given), 0.75 * given["control"])
+    with pytest.raises(ValueError, match=r"control_weight \(1\.5\) must be between 0 and 1"):
+        build(control_weight=1.5)
+
+
+def test_mean_effect_starts_at_nothing_and_shifts_all_cells_of_a_set_alike():
+    given = inputs()
+    plain, effect = build_random(), build_random(mean_effect=True)
+    effect.load_state_dict(plain.state_dict() | {"effect.weight": torch.zeros(N_GENES, 12)})
+    assert torch.equal(effect(**given), plain(**given))
+    nn.init.normal_(effect.effect.weight, generator=torch.Generator().manual_seed(0))
+    shift = effect(**given) - plain(**given)
+    expected = effect.conditioning.of_perturbations(given["cond"]) @ effect.effect.weight.T
+    assert_same(shift, expected[:, None].expand_as(shift))
+    hidden = dataclasses.replace(given["cond"], hidden=torch.tensor([True, False, True]))
+    shift = effect(**replaced(given, cond=hidden)) - plain(**replaced(given, cond=hidden))
+    assert_same(shift, expected[:, None] * torch.tensor([0.0, 1.0, 0.0])[:, None, None].expand_as(shift))
+    assert torch.equal(effect(**replaced(given, cond=None)), plain(**replaced(given, cond=None)))
 
 
 def test_direct_output_does_not_start_at_zero_or_at_control():
@@ -368,7 +403,7 @@ def test_every_parameter_is_used_and_gets_a_gradient(
         "covariate_dim": 4,
     }
     given, one = inputs(), labels(3)
-    perturbation = torch.tensor([[1], [-1], [2]])
+    perturbation = torch.tensor([[1, 2], [-1, -1], [2, -1]])[:, : 2 if conditioning == "labels" else 1]
     hidden = Labels(perturbation, one.cell_type, one.batch, torch.tensor([False, False, True]))
     weights = normal(3, 5, N_GENES, seed=4)
     for denoiser in (build(**settings), build_random(**settings)):
@@ -382,7 +417,12 @@ def test_every_parameter_is_used_and_gets_a_gradient(
 def test_no_row_of_a_weight_is_computed_in_vain(attention, conditioning):
     denoiser = build_random(attention=attention, conditioning=conditioning, covariate_dim=4)
     one = labels(3)
-    cond = Labels(one.perturbation[:, :1], one.cell_type, one.batch, torch.tensor([False, False, True]))
+    cond = Labels(
+        one.perturbation[:, : 2 if conditioning == "labels" else 1],
+        one.cell_type,
+        one.batch,
+        torch.tensor([False, False, True]),
+    )
     (denoiser(**replaced(inputs(), cond=cond)) * normal(3, 5, N_GENES, seed=4)).sum().backward()
     idle = {}
     for name, parameter in denoiser.named_parameters():

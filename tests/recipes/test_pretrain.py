@@ -79,7 +79,8 @@ def test_it_builds_with_the_sizes_it_expects(path):
     config = load_config(path)
     expected = [atlas.expected for atlas in config.data.atlases]
     assert len({size.genes for size in expected}) == 1
-    sizes = VocabSizes(*(sum(getattr(size, name) for size in expected) for name in vars(VocabSizes(0, 0, 0))))
+    names = ("perturbations", "cell_types", "batches")
+    sizes = VocabSizes(**{name: sum(getattr(size, name) for size in expected) for name in names})
     with torch.device("meta"):
         denoiser = Denoiser(config.denoiser, expected[0].genes, sizes)
     assert sum(p.numel() for p in denoiser.parameters()) > 1e5

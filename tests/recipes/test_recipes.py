@@ -31,7 +31,7 @@ def test_every_recipe_of_an_atlas_states_its_hardware_and_resolves(path):
 
 
 def test_every_recipe_is_of_a_kind_that_is_tested():
-    kinds = {"train", "pretrain", "atlas", "accelerate", "slurm"}
+    kinds = {"train", "pretrain", "finetune", "atlas", "accelerate", "slurm"}
     assert {path.relative_to(RECIPES).parts[0] for path in RECIPES.rglob("*") if path.is_file()} == kinds
 
 

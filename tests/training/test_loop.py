@@ -95,14 +95,17 @@ def test_validation_does_not_change_training(screen, tmp_path):
     assert trained[0] == trained[1]
 
 
-def test_early_stopping_ends_the_run_and_keeps_the_best_weights(screen, tmp_path):
-    # A learning rate that ruins the weights: the first validation is the best one.
+def test_early_stopping_ends_the_run_and_keeps_the_weights_of_least_energy_distance(screen, tmp_path, monkeypatch):
+    validate, losses_of = loop.validate, iter(range(100, 0, -1))  # a loss that falls: by it the last ones are the best
+    monkeypatch.setattr(loop, "validate", lambda *given: validate(*given) | {"validation_loss": float(next(losses_of))})
+    # A learning rate that ruins the weights: an early validation is the best one.
     words = (
         "split.validation=[pert_1:type_1]", "training.early_stop_patience=2", "optim.lr=0.3", "optim.warmup_steps=0",
         "training.n_steps=40", "optim.ema_decay=0.0",
     )  # fmt: skip
     result = train(tiny_config(screen, tmp_path / "run", *words))
-    values = {line["step"]: line["validation_loss"] for line in losses(tmp_path / "run") if "validation_loss" in line}
+    lines = [line for line in losses(tmp_path / "run") if "validation_loss" in line]
+    values = {line["step"]: line["validation_energy_distance"] for line in lines}
     best = min(values, key=values.get)
     assert result.step < 40
     assert result.step == best + 4  # two validations, two steps apart
@@ -255,15 +258,15 @@ def test_validation_is_logged_with_null_where_a_score_is_undefined(screen, tmp_p
 
 
 def test_a_gradient_that_is_not_finite_stops_and_keeps_the_state(screen, tmp_path, monkeypatch):
-    def poisoned(*arguments):
-        denoiser = build(*arguments)
-        denoiser.head.bias.register_hook(lambda gradient: gradient * math.inf)
-        return denoiser
+    def poisoned(*arguments, **how):
+        start = prepare(*arguments, **how)
+        start.denoiser.head.bias.register_hook(lambda gradient: gradient * math.inf)
+        return start
 
-    build, config = loop.build_denoiser, tiny_config(screen, tmp_path / "run")
+    prepare, config = loop.prepare, tiny_config(screen, tmp_path / "run")
     train(config, stop_at=3)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "build_denoiser", poisoned)
+        patch.setattr(loop, "prepare", poisoned)
         with pytest.raises(FloatingPointError, match=r"gradient is not finite at step 4, .*Lower optim\.lr"):
             train(config)
     assert [path.name for path in (tmp_path / "run" / "states").iterdir()] == ["step_00000003"]

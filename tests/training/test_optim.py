@@ -7,6 +7,7 @@ from torch import nn
 from perturbdiff.config import DenoiserConfig, OptimConfig
 from perturbdiff.model.conditioning import VocabSizes
 from perturbdiff.model.denoiser import Denoiser
+from perturbdiff.model.lora import freeze_backbone
 from perturbdiff.training.optim import learning_rate, make_optimizer
 
 
@@ -37,8 +38,29 @@ def test_only_matrices_of_linear_layers_decay():
     decay, keep = make_optimizer(denoiser, OptimConfig(weight_decay=0.3)).param_groups
     assert (decay["weight_decay"], keep["weight_decay"]) == (0.3, 0.0)
     linear = {id(m.weight) for m in denoiser.modules() if isinstance(m, nn.Linear)}
-    assert {id(p) for p in decay["params"]} == linear
+    assert {id(p) for p in decay["params"]} == linear | {id(denoiser.conditioning.interaction)}
     assert len(decay["params"]) + len(keep["params"]) == len(list(denoiser.parameters()))
+
+
+def test_only_what_trains_is_in_a_group_and_what_is_copied_in_groups_of_its_own_rate():
+    denoiser = Denoiser(DenoiserConfig(width=16, depth=1, n_heads=2), 5, VocabSizes(2, 2, 2))
+    freeze_backbone(denoiser)
+    new = {"head.weight", "head.bias"}
+    groups = make_optimizer(denoiser, OptimConfig(lr=0.5, weight_decay=0.3), new, lr_ratio=0.1).param_groups
+    names = {id(p): name for name, p in denoiser.named_parameters()}
+    found = {(g["lr_ratio"], g["weight_decay"]): {names[id(p)] for p in g["params"]} for g in groups}
+    assert found[1.0, 0.3] | found[1.0, 0.0] == new
+    assert found[0.1, 0.3] == {f"embed_{what}.weight" for what in ("x", "self_cond", "control")} | {
+        "conditioning.interaction"
+    }
+    assert sum(map(len, found.values())) == sum(p.requires_grad for p in denoiser.parameters())
+    assert [group["lr"] for group in groups] == pytest.approx([0.5, 0.5, 0.05, 0.05])
+
+
+def test_with_one_rate_for_all_there_are_the_two_groups_of_a_run_from_scratch():
+    denoiser = Denoiser(DenoiserConfig(width=16, depth=1, n_heads=2), 5, VocabSizes(2, 2, 2))
+    groups = make_optimizer(denoiser, OptimConfig(), {"head.weight"}).param_groups
+    assert [group["lr_ratio"] for group in groups] == [1.0, 1.0]
 
 
 def test_weight_decay_shrinks_a_matrix_without_gradient_pull():

@@ -169,6 +169,7 @@ def denoiser_flops(config: Config, n_sets: int, g: int) -> tuple[float, float, f
     d, hidden, rows = c.width, round(c.width * c.mlp_ratio), n_sets * s
     inputs = 3 * linear(rows, g, d)
     on_sets = linear(n_sets, 256, d) + linear(n_sets, d, d) + linear(n_sets, d, 2 * d)
+    on_sets += linear(n_sets, d, d)  # the interaction of perturbations
     products = linear(rows, d, g)
     for i in range(c.depth):
         last = i == c.depth - 1

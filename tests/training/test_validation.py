@@ -7,6 +7,7 @@ from perturbdiff.config import load_config
 from perturbdiff.data.batch import make_batch
 from perturbdiff.data.cellsets import CellSetSampler
 from perturbdiff.data.screen import Screen
+from perturbdiff.data.seeds import torch_generator
 from perturbdiff.data.training_set import TrainingSet
 from perturbdiff.diffusion.losses import DiffusionLoss, validation_draws
 from perturbdiff.evaluation import metrics
@@ -147,10 +148,30 @@ def values(scores):
 
 
 def test_scores_are_those_of_evaluation_set_by_set(case):
-    config, cells, sampler = case()
+    config, cells, sampler = case("sampling.whole_counts=false")
     sets = sets_looked_at(cells, sampler)
     assert sorted({len(measured) for _, measured, _ in sets}) == [4, 8]
     expected = expected_scores(sets, lambda control: shifted(control / 10) * 10)
+    assert values(alone(FromControls(shifted), config, cells, sampler)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_values_under_one_count_of_the_control_are_scored_as_one_count_or_none(case):
+    config, cells, sampler = case()
+    sets, drawn = sets_looked_at(cells, sampler), {}
+    cell_sets = [s for step in range(sampler.steps_per_epoch) for s in sampler.batch(0, step)]
+    for cell_set, (_, _, control) in zip(cell_sets, sets, strict=True):
+        generator = torch_generator(CPU, config.training.seed, "prediction counts", *cell_set.key)
+        uniform = torch.rand(sampler.set_size, control.shape[1], generator=generator).numpy()[: len(control)]
+        one = np.log1p(config.data.target_sum / cells.cells.take(cell_set.control_rows).library_size)[:, None]
+        drawn[control.tobytes()] = one, uniform
+
+    def generate(control):
+        one, uniform = drawn[control.tobytes()]
+        generated = shifted(control / 10) * 10
+        assert (generated < one).any()
+        return np.where(generated < one, one * (uniform < generated / one), generated)
+
+    expected = expected_scores(sets, generate)
     assert values(alone(FromControls(shifted), config, cells, sampler)) == pytest.approx(expected, rel=1e-4)
 
 
@@ -169,7 +190,7 @@ def test_the_loss_is_the_mean_over_cells_of_each_sets_loss(case, denoiser):
 
 
 def test_the_measured_cells_themselves_have_no_distance_and_the_right_direction(case):
-    config, cells, sampler = case()
+    config, cells, sampler = case("sampling.whole_counts=false")  # of the controls, which are of other depths
     energy, no_change, pearson = values(alone(Oracle(cells, sampler), config, cells, sampler))
     expected = np.mean([metrics.energy_distance(m, m) for _, m, _ in sets_looked_at(cells, sampler) if len(m) == 8])
     assert energy < 0 < no_change  # a cell is at no distance from itself, and these pairs count
@@ -261,7 +282,7 @@ def test_a_streamed_condition_is_one_condition_over_its_shards(read, tmp_path, w
     atlas = atlas_of_screen(tmp_path / "atlas", read, rows_per_shard=80)
     data = {"atlases": [{"path": str(atlas)}], "streamed": True, "stream_lanes": 2, "n_hvg": None}
     given = {"out": str(tmp_path / "run"), "data": data, "split": {"hold_out": ["pert_0:type_0"]}}
-    config = load_config(None, [*TINY, VALIDATED], given)
+    config = load_config(None, [*TINY, VALIDATED, "sampling.whole_counts=false"], given)
     cells = TrainingSet.of_atlases(config).validation
     sampler = cells.sampler(config)
     found = together(FromControls(shifted), config, cells, sampler, world_size)

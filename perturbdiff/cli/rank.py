@@ -1,0 +1,117 @@
+"""screen rank: order perturbations by where they push cells."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from perturbdiff.cli.command import add_command
+from perturbdiff.cli.predict import add_sampling, load_model, refuse_existing, sampling_of
+
+SHOWN = 20  # lines of the printed table
+MAX_LIST_BYTES = 1 << 24
+
+
+def add_rank_command(screen_commands: Any) -> None:
+    """Declare it."""
+    rank = add_command(
+        screen_commands, "rank", _rank, "order perturbations by a target signature or reference population",
+        "Predicts every candidate perturbation from the same control cells, with the same random draws, and orders\n"
+        "them by their score: the mean change, in standard deviations of the control cells, of the genes that should\n"
+        "rise minus that of those that should fall; or with --towards, how much of the energy distance between the\n"
+        "controls and a reference population goes away. No change scores 0.",
+        "examples:\n  perturbdiff screen rank runs/kang/model --controls kang.h5ad --up ISG15,IFIT1,MX1 "
+        "--out ranking.csv\n"
+        "  perturbdiff screen rank owner/name --controls sick.h5ad --towards healthy.h5ad --out ranking.csv\n"
+        "lists are names between commas, or a file with one a line; words behind # are left out\n",
+    )  # fmt: skip
+    rank.add_argument("model", metavar="MODEL", help="model folder, name, or owner/name[@REVISION] on the Hub")
+    rank.add_argument("--controls", required=True, metavar="FILE.h5ad", help="X raw counts or log1p")
+    rank.add_argument("--up", metavar="GENES", help="genes that should rise: A,B,C or a file")
+    rank.add_argument("--down", metavar="GENES", help="genes that should fall")
+    rank.add_argument("--towards", metavar="FILE.h5ad", help="cells of the reference population, instead of genes")
+    rank.add_argument(
+        "--candidates", default="all", metavar="NAMES",
+        help="perturbations, A,B,C or a file (default: all that the model knows)",
+    )  # fmt: skip
+    rank.add_argument("--cell-type", metavar="NAME", help="only controls of this cell type (default: all)")
+    rank.add_argument("--batch", metavar="NAME", help="only controls of this batch (default: all)")
+    rank.add_argument("--out", required=True, metavar="FILE.csv", help="file to write")
+    rank.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    rank.add_argument(
+        "--n-cells", type=int, metavar="N", help="of a population (default: as many as controls, at most 256)"
+    )
+    rank.add_argument(
+        "--n-populations", type=int, default=5, metavar="N",
+        help="draws of each response distribution (default: %(default)s)",
+    )  # fmt: skip
+    add_sampling(rank)
+
+
+def _rank(arguments: argparse.Namespace) -> None:
+    from anndata import AnnData
+
+    from perturbdiff.data.screen import control_cells, read_h5ad_parts
+    from perturbdiff.files import few
+    from perturbdiff.ranking import find_genes, rank_perturbations
+
+    refuse_existing("--out", arguments.out, arguments.overwrite)
+    up, down = _names(arguments.up, "--up"), _names(arguments.down, "--down")
+    candidates = None if arguments.candidates == "all" else _names(arguments.candidates, "--candidates")
+    towards = None
+    if arguments.towards is not None:
+        X, obs, var = read_h5ad_parts(arguments.towards)
+        towards = AnnData(X=X, obs=obs, var=var)
+    model = load_model(arguments.model, arguments.features)
+    for option, names in (("--up", up), ("--down", down)):
+        found, missing = find_genes(model.genes, names)
+        if found and missing:
+            print(f"note        {len(missing)} of the {option} genes are not in the model: {few(missing)}")
+    controls = control_cells(arguments.controls, model.config.obs, arguments.cell_type, arguments.batch)
+    table = rank_perturbations(
+        model,
+        controls,
+        up,
+        down,
+        towards,
+        candidates,
+        arguments.cell_type,
+        arguments.batch,
+        arguments.n_cells,
+        arguments.n_populations,
+        seed=arguments.seed,
+        **sampling_of(arguments),
+    )
+    out = Path(arguments.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.partial")
+    try:
+        table.to_csv(temporary, index=False)
+        temporary.replace(out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(table.head(SHOWN).to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+    print(f"written     {out}: {len(table):,} perturbations; no change scores 0")
+
+
+def _names(given: str | None, option: str) -> list[str]:
+    if given is None:
+        return []
+    path = Path(given)
+    if path.is_file():
+        if (size := path.stat().st_size) > MAX_LIST_BYTES:
+            raise ValueError(f"{option} {path} has {size:,} bytes; at most {MAX_LIST_BYTES:,} are read.")
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{option} {path} is not a text file; write one name a line.") from error
+        names = [line.partition("#")[0].strip() for line in lines]
+    else:
+        if path.suffix in (".txt", ".csv", ".tsv"):
+            raise FileNotFoundError(f"{option} {path} does not exist or is not a file; give names or a file of them.")
+        names = [name.strip() for name in given.split(",")]
+    names = [name for name in names if name]
+    if not names:
+        raise ValueError(f"{option} {given} names nothing; give one name a line, or A,B,C.")
+    return names

@@ -1,0 +1,223 @@
+"""Which perturbations push cells where one wants them: candidates ordered by a signature or a reference population.
+
+Every candidate is predicted from the same control cells with the same random draws, so that scores differ by the
+perturbation alone. Of population k, with delta_g the mean over its cells minus the mean over the controls they were
+started from,
+
+    signature   mean over up genes of z_g - mean over down genes of z_g,  z_g = delta_g / max(sd_g, floor)      (1)
+    reference   1 - E(population k, reference) / E(controls, reference)                                         (2)
+
+where sd_g is over control cells, floor half the median sd of the genes that vary among them (rarely seen genes would
+weigh most), and E the energy distance. No change scores 0 in both; a population like the reference scores 1 in (2).
+
+K = populations, G = genes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy import sparse
+from scipy.special import stdtr
+from scipy.stats import rankdata
+
+from perturbdiff.data.expression import as_csr
+from perturbdiff.data.screen import Expression, expression_of, unique_names
+from perturbdiff.data.vocab import GeneVocab, nearest
+from perturbdiff.evaluation.metrics import NO_SPREAD, energy_distance
+from perturbdiff.files import few
+from perturbdiff.pretrained import PerturbDiff
+from perturbdiff.progress import progress
+
+FLOOR = 0.5  # of the median sd over the genes that vary
+MAX_CELLS = 256  # of a population, by default
+
+Score = Callable[[sparse.csr_matrix, np.ndarray], float]  # cells of a population, rows of the controls they are from
+
+
+def rank_perturbations(
+    model: PerturbDiff,
+    controls: AnnData,
+    up: Sequence[str] = (),
+    down: Sequence[str] = (),
+    towards: AnnData | None = None,
+    candidates: Sequence[str] | None = None,
+    cell_type: str | None = None,
+    batch: str | None = None,
+    n_cells: int | None = None,
+    n_populations: int = 5,
+    guidance_scale: float | None = None,
+    steps: int | None = None,
+    sampler: str | None = None,
+    seed: int = 0,
+    min_gene_overlap: float = 0.5,
+) -> pd.DataFrame:
+    """Predict every candidate perturbation from the same control cells and order them by their score.
+
+    Parameters
+    ----------
+    controls, cell_type, batch, guidance_scale, steps, sampler, seed, min_gene_overlap
+        As `PerturbDiff.predict`.
+    up, down
+        Genes, by name or Ensembl id, that should rise and fall: Eq. 1. One list may be empty.
+    towards
+        Cells of the reference population, X raw counts or log1p values, instead of genes: Eq. 2.
+    candidates
+        Labels as `predict` takes them; by default all perturbations that the model knows.
+    n_cells
+        Of each population; by default as many as there are controls, at most 256.
+    n_populations
+        Draws of each response distribution; their scores make the uncertainty.
+
+    Returns
+    -------
+    One row a candidate, best first:
+    `rank`; `perturbation`; `score`, the mean over populations; `sd` between populations; `p_above`, the probability
+    that one more population scores above no change (Student's t of K - 1 degrees of freedom); `rank_low`, `rank_high`,
+    the best and the worst rank among the populations; `trained`, False where training saw only features of it. sd and
+    p_above are NaN for one population.
+
+    Raises
+    ------
+    KeyError
+        An unknown candidate, or no gene of a list is in the model; with the nearest names.
+    ValueError
+        Neither or both of genes and reference, a gene that should rise and fall, no candidate, controls that are the
+        reference; and as `PerturbDiff.predict`.
+    """
+    if (towards is None) == (not up and not down):
+        raise ValueError("give genes (up, down) or a reference population (towards), one of them.")
+    labels = list(dict.fromkeys(model.vocabularies.perturbations.names if candidates is None else candidates))
+    if not labels:
+        raise ValueError("no candidates; name perturbations, or leave candidates out for all that the model knows.")
+    model.vocabularies.encode([(label, None, None) for label in labels])
+    controls = controls.copy()
+    controls.obs_names = unique_names(controls.obs_names.astype(str))
+    expression, present = _in_model(model, controls, min_gene_overlap)
+    score = (
+        _signature(model.genes, expression, up, down)
+        if towards is None
+        else _nearness(model, expression, present, towards, min_gene_overlap)
+    )
+    n_cells = min(controls.n_obs, MAX_CELLS) if n_cells is None else n_cells
+    scores = np.empty((len(labels), n_populations))
+    with progress(len(labels) * n_cells * n_populations, "rank", "cell") as bar:
+        for row, label in enumerate(labels):
+            predicted = model.predict(
+                controls, label, cell_type, batch, n_cells, n_populations, guidance_scale, steps, sampler, seed,
+                min_gene_overlap, bar,
+            )  # fmt: skip
+            scores[row] = _of_populations(predicted, controls, score)
+    return _table(labels, scores, _trained(model, labels))
+
+
+def find_genes(genes: GeneVocab, names: Iterable[str]) -> tuple[list[int], list[str]]:
+    """Places of genes in a vocabulary, by name or Ensembl id, each once, and the names that are not in it."""
+    places = {name: i for i, name in enumerate(genes.names)}
+    ensembl = {name: i for i, name in enumerate(genes.ensembl or ()) if name}
+    found: dict[int, None] = {}
+    missing: dict[str, None] = {}
+    for name in names:
+        place = places.get(name, ensembl.get(name))
+        if place is None:
+            missing[name] = None
+        else:
+            found[place] = None
+    return list(found), list(missing)
+
+
+def _signature(genes: GeneVocab, controls: Expression, up: Sequence[str], down: Sequence[str]) -> Score:
+    columns = []
+    for what, names in (("up", up), ("down", down)):
+        found, missing = find_genes(genes, names)
+        if names and not found:
+            raise KeyError(
+                f"none of the {len(missing)} {what} genes ({few(missing)}) is a gene of the model; "
+                f"{nearest(missing[0], genes.names)}."
+            )
+        columns.append(found)
+    if both := sorted(set(columns[0]) & set(columns[1])):
+        raise ValueError(f"{few([genes.names[i] for i in both])} must not be an up and a down gene; keep one.")
+    values = controls.log1p()
+    exact = values.astype(np.float64)
+    variance = _mean(exact.multiply(exact)) - _mean(exact) ** 2
+    if not (varies := variance > NO_SPREAD).any():
+        raise ValueError("no gene varies among the control cells; give several real ones.")
+    sd = np.sqrt(np.maximum(variance, 0.0))
+    sd = np.maximum(sd, FLOOR * np.median(sd[varies]))
+
+    def score(cells: sparse.csr_matrix, source: np.ndarray) -> float:
+        z = (_mean(cells) - _mean(values[source])) / sd
+        # Eq. 1; the mean over no genes is 0
+        return float(sum(sign * z[genes].mean() for sign, genes in zip((1, -1), columns, strict=True) if genes))
+
+    return score
+
+
+def _nearness(
+    model: PerturbDiff, controls: Expression, present: np.ndarray, towards: AnnData, min_gene_overlap: float
+) -> Score:
+    # Over the genes that both files have: one that a file lacks is zero there, which is no likeness.
+    if towards.n_obs < 2:
+        raise ValueError(f"the reference population has {towards.n_obs} cells; give at least 2.")
+    reference, there = _in_model(model, towards, min_gene_overlap)
+    genes = np.flatnonzero(present & there)
+    if len(genes) == 0:
+        raise ValueError("the controls and the reference population have no gene of the model in common.")
+    wanted = reference.log1p()[:, genes].toarray()
+    apart = energy_distance(controls.log1p()[:, genes].toarray(), wanted)
+    if not apart > 0:
+        raise ValueError(
+            f"the controls are no further from the reference population than its own cells (energy distance "
+            f"{apart:.3g}); give one that differs, and two or more control cells."
+        )
+    return lambda cells, source: 1 - energy_distance(cells[:, genes].toarray(), wanted) / apart  # Eq. 2
+
+
+def _in_model(model: PerturbDiff, cells: AnnData, min_gene_overlap: float) -> tuple[Expression, np.ndarray]:
+    # In the model's genes, and which of them the cells have.
+    expression = expression_of(cells, model.preprocessing)
+    columns = model.genes.align(expression.genes, min_gene_overlap).columns
+    return expression.with_genes(model.genes, columns), columns >= 0
+
+
+def _of_populations(predicted: AnnData, controls: AnnData, score: Score) -> list[float]:
+    X, population = as_csr(predicted.X), predicted.obs["population"].to_numpy()
+    source = controls.obs_names.get_indexer(predicted.obs["source_control"])
+    return [score(X[population == k], source[population == k]) for k in np.unique(population)]
+
+
+def _trained(model: PerturbDiff, labels: Sequence[str]) -> list[bool]:
+    known = set(model.vocabularies.labelled)
+    return [all(name in known for name, _ in model.vocabularies.parts(label)) for label in labels]
+
+
+def _table(labels: Sequence[str], scores: np.ndarray, trained: Sequence[bool]) -> pd.DataFrame:
+    n = scores.shape[1]
+    mean = scores.mean(axis=1)
+    sd = scores.std(axis=1, ddof=1) if n > 1 else np.full(len(labels), np.nan)
+    with np.errstate(divide="ignore", invalid="ignore"):  # populations without spread are certain
+        t = np.where((sd == 0) & (mean == 0), 0.0, mean / (sd * np.sqrt(1 + 1 / n)))
+    above = stdtr(n - 1, t) if n > 1 else np.full(len(labels), np.nan)
+    ranks = rankdata(-scores, method="min", axis=0).astype(int)
+    table = pd.DataFrame(
+        {
+            "perturbation": labels,
+            "score": mean,
+            "sd": sd,
+            "p_above": above,
+            "rank_low": ranks.min(axis=1),
+            "rank_high": ranks.max(axis=1),
+            "trained": trained,
+        }
+    )
+    table = table.sort_values(["score", "perturbation"], ascending=[False, True], ignore_index=True)
+    table.insert(0, "rank", np.arange(1, len(table) + 1))
+    return table
+
+
+def _mean(X: sparse.csr_matrix) -> np.ndarray:
+    return np.asarray(X.mean(axis=0, dtype=np.float64)).ravel()

@@ -1,0 +1,300 @@
+"""What a run starts from: random weights, a checkpoint adapted to the data, or its own last state."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor
+
+from perturbdiff.adapter import Base, save_adapter
+from perturbdiff.client import name_and_revision
+from perturbdiff.config import Config, PublishedEncoding, as_dict
+from perturbdiff.data.batch import NULL
+from perturbdiff.data.conditions import ConditionIndex
+from perturbdiff.data.expression import log1p_normalised
+from perturbdiff.data.features import FeatureTable
+from perturbdiff.data.screen import Screen
+from perturbdiff.data.seeds import permuted
+from perturbdiff.data.stream import StreamedCells
+from perturbdiff.data.training_set import IndexedCells, TrainingSet, marginal_conditions
+from perturbdiff.files import few
+from perturbdiff.hub.download import find_model
+from perturbdiff.hub.layout import read_settings
+from perturbdiff.hub.settings import ModelSettings, parse_settings
+from perturbdiff.model.adapt import Names, Rules, adapt, check_architecture, extended, tables_of
+from perturbdiff.model.denoiser import Denoiser, build_denoiser
+from perturbdiff.model.lora import freeze_backbone, inject_lora, merged
+from perturbdiff.pretrained import PerturbDiff
+
+ADAPTATION = "adaptation.json"  # in the run folder: what a resumption must know of the checkpoint
+CELLS_OF_GENES = 4096  # cells at most whose expression says which genes go together
+CELLS_OF_PROFILE = 512  # control cells at most that make the profile of a cell type or batch
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model to start from: the one that is asked for, or when resuming, that of the run itself."""
+
+    base: Base
+    model: PerturbDiff
+
+    @property
+    def names(self) -> Names:
+        return Names(self.model.genes, self.model.vocabularies)
+
+    def tables(self) -> list[FeatureTable]:
+        """Its tables of features, with the vectors that they were made of."""
+        labels = self.model.vocabularies
+        made = []
+        for (name, _), embedding in zip(labels.tables, tables_of(self.model.denoiser), strict=True):
+            has = embedding.features.any(1)
+            values = embedding.features[has] / embedding.scale + embedding.centre
+            described = tuple(np.array(labels.perturbations.names, dtype=object)[has.numpy()])
+            made.append(FeatureTable(name, described, values.numpy()))
+        return made
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run trains, and on what.
+
+    data
+        With the labels of the checkpoint before its own.
+    denoiser
+        On the CPU; with method=lora its blocks have low-rank changes.
+    new_parts
+        Parameters that are not copies of a checkpoint's: all without one.
+    said
+        Of the checkpoint and the adaptation, as JSON values; None without.
+    """
+
+    data: TrainingSet
+    denoiser: Denoiser
+    new_parts: frozenset[str]
+    said: dict[str, Any] | None
+    summary: str
+    scaling: float | None = None  # of low-rank changes
+
+    def plain(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights and frozen tables under the names of a plain denoiser."""
+        own = dict(weights) if self.scaling is None else merged(weights, self.scaling)
+        return {**own, **dict(self.denoiser.named_buffers())}
+
+    def origin(self) -> dict[str, Any]:
+        """What training.json says of the checkpoint."""
+        if self.said is None:
+            return {}
+        return {"init_from": {**self.said["base"], "method": self.said["method"]}}
+
+    def save_adapter(self, out: Path, weights: Mapping[str, Tensor]) -> None:
+        """Beside the merged model, what makes it of the checkpoint; nothing without low-rank changes."""
+        if self.scaling is not None and self.said is not None:
+            every = {**weights, **dict(self.denoiser.named_buffers())}
+            save_adapter(out / "adapter", out / "model", every, Base(**self.said["base"]), self.scaling)
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Take up the parameters of a state."""
+        own = {name for name, _ in self.denoiser.named_parameters()}
+        if own != weights.keys():
+            raise ValueError(
+                f"the state has other parameters ({few(sorted(own ^ weights.keys()))}); choose another --out."
+            )
+        self.denoiser.load_state_dict({**weights, **dict(self.denoiser.named_buffers())})
+
+
+def find_checkpoint(config: Config, out: Path, resuming: bool) -> Checkpoint | None:
+    """The checkpoint of config.adapt.init_from, or when resuming the run's own model; None where none is asked for.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError, OSError
+        There is no such model, or it is damaged; it has another architecture than the settings, or reads another X.
+    """
+    if config.adapt.init_from is None:
+        return None
+    if resuming:
+        said = json.loads((out / ADAPTATION).read_text())
+        return Checkpoint(Base(**said["base"]), PerturbDiff.from_pretrained(out / "model", device="cpu"))
+    base, settings = checkpoint_settings(config.adapt.init_from)
+    check_architecture(settings.config.denoiser, config.denoiser)
+    name, revision = name_and_revision(config.adapt.init_from)
+    return Checkpoint(base, PerturbDiff.from_pretrained(name, base.revision or revision, device="cpu"))
+
+
+def checkpoint_settings(init_from: str) -> tuple[Base, ModelSettings]:
+    """Name and settings of a checkpoint; its tensors are not looked at. Raises as `find_model`, `read_settings`."""
+    source = find_model(*name_and_revision(init_from))
+    files = read_settings(source.folder)
+    source.check_identity(files)
+    return Base(source.name, source.commit, files.sha256), parse_settings(source.folder, files)
+
+
+def settings_of(init_from: str) -> dict[str, Any]:
+    """What a run takes over from its checkpoint unless it is told otherwise, as the `base` of `load_config`.
+
+    Raises as `checkpoint_settings`, and ValueError where training cannot go on from such a model.
+    """
+    _, said = checkpoint_settings(init_from)
+    model, labels = said.config, said.vocabularies
+    if model.denoiser.published_encoding != PublishedEncoding():
+        raise ValueError(
+            f"{init_from} is a converted checkpoint that knows labels by frozen tables, which cannot be trained on; "
+            "start from one with rows of labels."
+        )
+    data = {
+        "target_sum": said.preprocessing.target_sum,
+        "scale": said.preprocessing.scale,
+        "set_size": model.set_size,
+        "combination_separator": labels.combination_separator,
+        "dose_separator": labels.dose_separator,
+    }
+    parts = {name: as_dict(getattr(model, name)) for name in ("denoiser", "diffusion", "sampling")}
+    return {**parts, "data": data}
+
+
+def prepare(config: Config, screen: Screen | None, out: Path, resuming: bool) -> Start:
+    """Read the data of a run and make what it trains. Raises as `TrainingSet.of`, `find_checkpoint`, `make_start`."""
+    checkpoint = find_checkpoint(config, out, resuming)
+    known = ([], None) if checkpoint is None else (checkpoint.tables(), checkpoint.model.genes)
+    if config.data.screen is None:
+        data = TrainingSet.of_atlases(config, *known)
+    else:
+        data = TrainingSet.of(screen or Screen.read(config.data.screen, config.data), config, *known)
+    return make_start(config, data, checkpoint, out / ADAPTATION if resuming else None)
+
+
+def make_start(config: Config, data: TrainingSet, checkpoint: Checkpoint | None, saved: Path | None) -> Start:
+    """The denoiser to train: drawn by the seed alone, or adapted from the checkpoint.
+
+    `saved` is the adaptation.json of a run that goes on. Raises as `adapt`, `inject_lora`.
+    """
+    with torch.random.fork_rng():  # weights depend on the seed alone
+        torch.manual_seed(config.training.seed)
+        if checkpoint is None:
+            denoiser = build_denoiser(config.denoiser, len(data.cells.genes), data.vocabularies)
+            for embedding, table in zip(tables_of(denoiser), data.tables, strict=True):
+                embedding.fill(table, data.vocabularies.perturbations.names)
+            names = frozenset(name for name, _ in denoiser.named_parameters())
+            return Start(data, denoiser, names, None, "")
+        _check_same_input(checkpoint, data)
+        data = _with_labels(data, checkpoint)
+        wanted = Names(data.cells.genes, data.vocabularies)
+        rules = _rules(config, data, checkpoint) if saved is None else Rules()
+        denoiser, done = adapt(checkpoint.model.denoiser, checkpoint.names, wanted, rules, config.denoiser)
+        scaling = None
+        if config.adapt.method == "frozen":
+            freeze_backbone(denoiser)
+        elif config.adapt.method == "lora":
+            scaling = config.adapt.lora_alpha / config.adapt.lora_rank
+            inject_lora(denoiser, config.adapt.lora_rank, config.adapt.lora_alpha)
+    lines = [f"init from   {_called(checkpoint.base)}, {_METHODS[config.adapt.method]}"]
+    if saved is not None:
+        said = json.loads(saved.read_text())
+        return Start(data, denoiser, frozenset(said["new_parts"]), said, lines[0], scaling)
+    lora = {name for name, _ in denoiser.named_parameters() if ".lora_" in name}
+    said = {
+        "base": vars(checkpoint.base),
+        "method": config.adapt.method,
+        "genes_shared": done.n_shared,
+        "genes_new": len(done.new_genes),
+        "genes_dropped": len(done.dropped_genes),
+        "genes_matched_by": done.matched_by,
+        "new_labels": {kind: list(names) for kind, names in done.new_labels.items()},
+        "new_parts": sorted(done.new_parts | lora),
+    }
+    lines += [done.summary(), *_notes(config, checkpoint)]
+    return Start(data, denoiser, done.new_parts | lora, said, "\n".join(lines), scaling)
+
+
+def write_adaptation(out: Path, start: Start) -> None:
+    """Keep what a resumption must know."""
+    if start.said is None:
+        return
+    temporary = out / f".{ADAPTATION}"
+    temporary.write_text(json.dumps(start.said, indent=1) + "\n")
+    os.replace(temporary, out / ADAPTATION)
+
+
+_METHODS = {
+    "full": "all weights train",
+    "frozen": "the blocks stay as they are",
+    "lora": "the blocks get low-rank changes",
+}
+
+
+def _called(base: Base) -> str:
+    return base.name + (f" at {base.revision}" if base.revision else "") + f" (config.json {base.sha256[:12]})"
+
+
+def _notes(config: Config, checkpoint: Checkpoint) -> list[str]:
+    had = checkpoint.model.preprocessing
+    now = {"target_sum": config.data.target_sum, "scale": config.data.scale}
+    return [
+        f"note        data.{name} is {value:g}, the checkpoint's {getattr(had, name):g}: it has learned another scale"
+        for name, value in now.items()
+        if value is not None and value != getattr(had, name)
+    ]
+
+
+def _check_same_input(checkpoint: Checkpoint, data: TrainingSet) -> None:
+    had, has = checkpoint.model.preprocessing.input_kind, data.cells.preprocessing.input_kind
+    if had != has:
+        raise ValueError(
+            f"X holds {has}, and checkpoint {checkpoint.base.name} was trained on {had}, whose scale may be another; "
+            f"give {had} to train on, or start from a checkpoint of {has}."
+        )
+
+
+def _with_labels(data: TrainingSet, checkpoint: Checkpoint) -> TrainingSet:
+    """The data under the labels of the checkpoint and their own."""
+    vocabularies = extended(checkpoint.model.vocabularies, data.vocabularies)
+
+    def relabelled(cells: IndexedCells) -> IndexedCells:
+        labels = vocabularies.encode_conditions(cells.index, marginal_conditions(cells.index, cells.sources))
+        if data.match != "batch":  # a batch that the checkpoint knows by the same name would give the answer away
+            labels = replace(labels, batch=torch.full_like(labels.batch, NULL))
+        return replace(cells, labels=labels)
+
+    validation = None if data.validation is None else relabelled(data.validation)
+    return replace(data, vocabularies=vocabularies, train=relabelled(data.train), validation=validation)
+
+
+def _rules(config: Config, data: TrainingSet, checkpoint: Checkpoint) -> Rules:
+    expression, profiles = None, dict[str, dict[str, np.ndarray]]()
+    index, seed = data.train.index, config.training.seed
+    # Streamed cells come shard by shard: no sample of all of them.
+    if not isinstance(data.cells, StreamedCells):
+        n_new = int((data.cells.genes.align(checkpoint.model.genes, 0.0).columns < 0).sum())
+        if n_new and config.adapt.new_genes == "neighbours":
+            expression = _sample(data.train, index, CELLS_OF_GENES, seed).toarray()
+        if config.adapt.new_labels == "nearest":
+            profiles = {kind: _profiles(data.train, column, seed) for column, kind in ((1, "cell_type"), (2, "batch"))}
+    return Rules(config.adapt.new_genes, config.adapt.new_labels, expression, profiles, data.tables)
+
+
+def _profiles(cells: IndexedCells, column: int, seed: int) -> dict[str, np.ndarray]:
+    index, made = cells.index, {}
+    for code in np.unique(index.codes[index.is_control, column]):
+        controls = index.select(index.is_control & (index.codes[:, column] == code))
+        made[index.names[column][code]] = np.asarray(_sample(cells, controls, CELLS_OF_PROFILE, seed).mean(0)).ravel()
+    return made
+
+
+def _sample(cells: IndexedCells, index: ConditionIndex, most: int, seed: int) -> sparse.csr_matrix:
+    """log1p values of at most so many cells of some conditions, drawn by the seed."""
+    ends = np.cumsum(index.n_cells)
+    n = int(ends[-1])
+    places = np.sort(permuted(n, np.arange(min(n, most)), seed, "adaptation"))
+    condition = np.searchsorted(ends, places, "right")
+    rows = index.rows_at(index.first[condition] + places - (ends - index.n_cells)[condition])
+    taken, genes = cells.cells.take(rows), cells.cells.genes
+    X = sparse.csr_matrix((taken.values, taken.genes, taken.indptr), (len(rows), len(genes)))
+    return sparse.csr_matrix(log1p_normalised(X, taken.library_size, cells.cells.preprocessing))

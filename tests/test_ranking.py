@@ -1,0 +1,199 @@
+"""Orders of perturbations that a double loop confirms, and that the truth of a simulated screen does."""
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+
+from perturbdiff.config import DataConfig, ObsColumns
+from perturbdiff.data.screen import Screen, control_cells
+from perturbdiff.data.simulate import SimulationConfig, simulate
+from perturbdiff.ranking import find_genes, rank_perturbations
+from tests.screens import counts_screen, log1p_cp10k
+from tests.untrained import untrained
+
+NAMES = ("A", "B", "C", "D")
+UP, DOWN = ["gene_1", "gene_4", "gene_7"], ["gene_2", "gene_9"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return untrained(perturbations=NAMES, std=0.5)
+
+
+@pytest.fixture(scope="module")
+def controls():
+    adata = counts_screen(n=8)
+    return adata[adata.obs["perturbation"] == "control"].copy()
+
+
+def signature_by_hand(model, controls, name, up, down, n_cells, n_populations, seed):
+    """Scores of each population, from a prediction of its own, by loops."""
+    predicted = model.predict(controls, name, n_cells=n_cells, n_populations=n_populations, seed=seed)
+    control = pd.DataFrame(log1p_cp10k(controls.X), index=controls.obs_names, columns=controls.var_names)
+    sd = control.std(ddof=0)
+    floor = 0.5 * np.median(sd[sd > 0])
+    cells = pd.DataFrame(predicted.X.toarray(), columns=predicted.var_names)
+    scores = []
+    for k in range(n_populations):
+        own = (predicted.obs["population"] == k).to_numpy()
+        start = control.loc[predicted.obs["source_control"][own]]
+        z = {g: (cells[g][own].mean() - start[g].mean()) / max(sd[g], floor) for g in up + down}
+        scores.append(np.mean([z[g] for g in up] or [0]) - np.mean([z[g] for g in down] or [0]))
+    return np.array(scores)
+
+
+@pytest.mark.parametrize(("up", "down"), [(UP, DOWN), (UP, []), ([], DOWN)])
+def test_a_signature_score_is_that_of_a_double_loop(model, controls, up, down):
+    table = rank_perturbations(model, controls, up, down, n_cells=9, n_populations=3, seed=4).set_index("perturbation")
+    scores = {name: signature_by_hand(model, controls, name, up, down, 9, 3, 4) for name in NAMES}
+    assert set(table.index) == set(NAMES)
+    for name, own in scores.items():
+        assert table.loc[name, "score"] == pytest.approx(own.mean(), rel=1e-4)
+        assert table.loc[name, "sd"] == pytest.approx(own.std(ddof=1), rel=1e-3)
+        one_more = own.mean() / (own.std(ddof=1) * np.sqrt(1 + 1 / 3))
+        assert table.loc[name, "p_above"] == pytest.approx(stats.t(2).cdf(one_more), abs=1e-4)
+    assert list(table.index) == sorted(NAMES, key=lambda name: -scores[name].mean())
+    assert list(table["rank"]) == [1, 2, 3, 4]
+    for name in NAMES:
+        places = [1 + sum(scores[other][k] > scores[name][k] for other in NAMES) for k in range(3)]
+        assert (table.loc[name, "rank_low"], table.loc[name, "rank_high"]) == (min(places), max(places))
+    assert table["trained"].all()
+
+
+def distance(x, y):
+    between = np.mean([np.linalg.norm(a - b) for a in x for b in y])
+    within = [sum(np.linalg.norm(a - b) for a in z for b in z) / (len(z) * (len(z) - 1)) for z in (x, y)]
+    return 2 * between - sum(within)
+
+
+def test_a_reference_score_is_the_part_of_the_distance_that_goes_away(controls):
+    model = untrained(perturbations=NAMES, std=0.1)
+    reference = model.predict(controls, "C", n_cells=20, seed=9)  # log1p values
+    reference = reference[:, [f"gene_{g}" for g in (3, 0, 1, 2, 5, 6, 7, 8, 9)]].copy()
+    table = rank_perturbations(model, controls, towards=reference, n_cells=9, n_populations=2, seed=4)
+    wanted = reference.X.toarray().astype(float)
+    columns = [model.genes.names.index(name) for name in reference.var_names]
+    apart = distance(log1p_cp10k(controls.X)[:, columns], wanted)
+    by_hand = {}
+    for name in NAMES:
+        predicted = model.predict(controls, name, n_cells=9, n_populations=2, seed=4)
+        cells = predicted.X.toarray().astype(float)[:, columns]
+        scores = [1 - distance(cells[predicted.obs["population"] == k], wanted) / apart for k in (0, 1)]
+        by_hand[name] = np.mean(scores)
+        assert table.set_index("perturbation").loc[name, "score"] == pytest.approx(by_hand[name], rel=1e-4)
+    assert list(table["perturbation"]) == sorted(NAMES, key=lambda name: -by_hand[name])
+
+
+def test_no_change_scores_nothing(controls):
+    model = untrained(perturbations=NAMES)
+    for name, parameter in model.denoiser.named_parameters():
+        if name.startswith("head."):
+            torch.nn.init.zeros_(parameter)
+    predicted = model.predict(controls, "A")
+    start = pd.DataFrame(log1p_cp10k(controls.X), index=controls.obs_names).loc[predicted.obs["source_control"]]
+    np.testing.assert_allclose(predicted.X.toarray(), start, atol=2e-3)  # the model predicts no change
+    table = rank_perturbations(model, controls, UP, DOWN, n_cells=7, n_populations=3)
+    assert table["score"].abs().max() < 2e-3
+
+
+def test_candidates_see_the_same_cells_and_noise(model, controls, monkeypatch):
+    # The score of one candidate does not depend on the others, and two names of one label would tie.
+    every = rank_perturbations(model, controls, UP, n_populations=2).set_index("perturbation")
+    some = rank_perturbations(model, controls, UP, candidates=["C", "A+B", "C"], n_populations=2)
+    assert sorted(some["perturbation"]) == ["A+B", "C"]
+    assert some.set_index("perturbation").loc["C", "score"] == every.loc["C", "score"]
+    seen = []
+    predict = model.predict
+    monkeypatch.setattr(model, "predict", lambda *a, **k: seen.append(predict(*a, **k)) or seen[-1])
+    rank_perturbations(model, controls, UP, n_populations=2)
+    for other in seen[1:]:
+        assert list(other.obs["source_control"]) == list(seen[0].obs["source_control"])
+
+
+def test_one_population_says_nothing_of_uncertainty(model, controls):
+    table = rank_perturbations(model, controls, UP, n_populations=1)
+    assert table[["sd", "p_above"]].isna().all(axis=None)
+    assert list(table["rank_low"]) == list(table["rank_high"]) == list(table["rank"])
+
+
+def test_genes_are_found_by_name_or_ensembl_id(model):
+    genes = model.genes.__class__(("a", "b", "c"), ("E1", "", "E3"))
+    assert find_genes(genes, ["c", "E1", "zz", "a", ""]) == ([2, 0], ["zz", ""])
+
+
+BAD = {
+    "nothing wanted": ({}, ValueError, "give genes"),
+    "both": ({"up": UP, "towards": "controls"}, ValueError, "one of them"),
+    "unknown genes": ({"up": ["Gene_1", "zz"]}, KeyError, r"none of the 2 up genes.*did you mean gene_1"),
+    "up and down": ({"up": UP, "down": ["gene_4"]}, ValueError, "gene_4 must not be an up and a down gene"),
+    "unknown candidate": ({"up": UP, "candidates": ["A", "Q"]}, KeyError, "perturbation 'Q' is not known"),
+    "no candidate": ({"up": UP, "candidates": []}, ValueError, "no candidates"),
+    "reference is controls": ({"towards": "controls"}, ValueError, "no further from the reference"),
+    "one cell": ({"towards": "one"}, ValueError, "has 1 cells"),
+    "no cells": ({"up": UP, "n_cells": 0}, ValueError, r"n_cells \(0\)"),
+    "no populations": ({"up": UP, "n_populations": 0}, ValueError, r"n_populations \(0\)"),
+}
+
+
+@pytest.mark.parametrize(("how", "error", "message"), BAD.values(), ids=BAD)
+def test_what_cannot_be_ranked_is_refused(model, controls, how, error, message):
+    towards = {"controls": controls, "one": controls[:1].copy()}.get(how.get("towards"))
+    with pytest.raises(error, match=message):
+        rank_perturbations(model, controls, **{**how, **({} if towards is None else {"towards": towards})})
+
+
+def test_no_varying_gene_is_refused(model, controls):
+    same = anndata.concat([controls[:1]] * 5, index_unique="-")
+    with pytest.raises(ValueError, match="no gene varies"):
+        rank_perturbations(model, same, UP)
+
+
+@pytest.mark.slow
+def test_the_ranking_recovers_the_true_order_of_a_simulated_screen(tmp_path):
+    from perturbdiff import PerturbDiff
+    from perturbdiff.training.loop import train
+    from tests.simulated import tiny_config
+
+    # Six perturbations; the signature is of the genes that pert_2 moves most. Training does not see the second cell
+    # type under half of them, and the ranking is made there.
+    simulation = SimulationConfig(
+        n_genes=60, n_cell_types=2, n_batches=1, n_perturbations=6, cells_per_condition=80,
+        control_cells_per_context=150, n_effect_genes=20, effect_size=1.2, batch_variability=0.0,
+    )  # fmt: skip
+    truth = simulate(simulation, tmp_path / "screen.h5ad")
+    words = (
+        "training.n_steps=250", "optim.lr=0.003", "data.set_size=16", "data.sets_per_batch=8", "denoiser.width=48",
+        "training.validate_every=1000", "training.save_every=1000", "training.log_every=100", "sampling.n_steps=8",
+    )  # fmt: skip
+    held_out = ("pert_0:type_1", "pert_2:type_1", "pert_4:type_1")
+    config = tiny_config(tmp_path / "screen.h5ad", tmp_path / "run", *words, hold_out=held_out)
+    model = PerturbDiff.from_pretrained(train(config).folder / "model", device="cpu")
+    change = {p: truth.log_fold_change(p, "type_1", "batch_0") for p in truth.perturbations[1:]}
+    order = np.argsort(change["pert_2"])
+    names = np.array(truth.genes)
+    controls = control_cells(tmp_path / "screen.h5ad", ObsColumns(), "type_1", None)
+    screen = Screen.read(tmp_path / "screen.h5ad", DataConfig(screen="unused"))
+
+    def measured(name):
+        return screen.expression.log1p(
+            ((screen.obs["perturbation"] == name) & (screen.obs["cell_type"] == "type_1")).to_numpy()
+        ).toarray()
+
+    control = measured("control")
+    sd = np.maximum(control.std(0), 0.5 * np.median(control.std(0)))
+    up, down = order[-8:], order[:8]
+    z = {p: (measured(p).mean(0) - control.mean(0)) / sd for p in change}
+    true_score = {p: z[p][up].mean() - z[p][down].mean() for p in change}
+    table = rank_perturbations(model, controls, list(names[up]), list(names[down]), cell_type="type_1", n_populations=3)
+    assert table["perturbation"][0] == "pert_2"
+    assert table["p_above"][0] > 0.9
+    assert stats.spearmanr(table["score"], [true_score[p] for p in table["perturbation"]]).statistic > 0.8
+
+    is_reference = ((screen.obs["perturbation"] == "pert_4") & (screen.obs["cell_type"] == "type_1")).to_numpy()
+    file = anndata.read_h5ad(tmp_path / "screen.h5ad")
+    towards = file[screen.obs.index[is_reference]].copy()
+    table = rank_perturbations(model, controls, towards=towards, cell_type="type_1", n_populations=3)
+    assert table["perturbation"][0] == "pert_4"

@@ -1,0 +1,268 @@
+"""Training that starts from a checkpoint: what trains, what stays, and that it goes on bit for bit."""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pytest
+import torch
+
+from perturbdiff.adapter import load_adapter
+from perturbdiff.config import PublishedEncoding, load_config
+from perturbdiff.data.screen import Screen
+from perturbdiff.data.simulate import simulate
+from perturbdiff.model.denoiser import build_denoiser
+from perturbdiff.model.lora import BACKBONE, changed_layers
+from perturbdiff.pretrained import PerturbDiff
+from perturbdiff.training.loop import train
+from perturbdiff.training.start import prepare, settings_of
+from tests.screens import log1p_cp10k
+from tests.simulated import SIMULATION, TINY, tiny_config, write_screen
+
+RUN = [word for word in TINY if not word.startswith(("denoiser.", "sampling.", "data.set_size"))]
+METHODS = ["full", "frozen", "lora"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """The model of a short run on the first screen: pert_0 to pert_2, type_0 and type_1."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    config = tiny_config(write_screen(folder), folder / "run", "training.n_steps=4", "optim.lr=0.01", hold_out=())
+    return train(config).folder / "model"
+
+
+@pytest.fixture(scope="module")
+def screen(tmp_path_factory) -> Path:
+    """Another screen: other cells, 30 of the 40 genes and 4 of its own, a new perturbation, cell type and batch."""
+    path = tmp_path_factory.mktemp("screen") / "new.h5ad"
+    simulate(replace(SIMULATION, seed=5), path)
+    adata = anndata.read_h5ad(path)[:, [*range(39, 5, -1)]].copy()
+    adata.var_names = [f"own_{i}" if i < 4 else name for i, name in enumerate(adata.var_names)]
+    for column, old, new in (
+        ("perturbation", "pert_2", "novel"), ("cell_type", "type_1", "monocyte"), ("batch", "batch_1", "day_9"),
+    ):  # fmt: skip
+        adata.obs[column] = adata.obs[column].astype(str).replace(old, new)
+    adata.write_h5ad(path)
+    return path
+
+
+def tuned(screen, checkpoint, out, *words, hold_out=()):
+    given = {"out": str(out), "data": {"screen": str(screen)}, "split": {"hold_out": list(hold_out)}}
+    given["adapt"] = {"init_from": str(checkpoint)}
+    return load_config(None, [*RUN, *words], given, base=settings_of(str(checkpoint)))
+
+
+def weights(where) -> dict[str, torch.Tensor]:
+    return PerturbDiff.from_pretrained(where, device="cpu").denoiser.state_dict()
+
+
+def losses(out):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("cells_per_s", "data_wait")} for line in lines]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_takes_what_it_is_not_told_from_the_checkpoint(checkpoint, screen, tmp_path):
+    config = tuned(screen, checkpoint, tmp_path, "sampling.n_steps=4")
+    assert (config.denoiser.width, config.denoiser.depth, config.data.set_size) == (16, 2, 8)
+    assert config.sampling.n_steps == 4
+
+
+def test_the_model_has_the_genes_of_the_screen_and_the_labels_of_both(checkpoint, screen, tmp_path):
+    result = train(tuned(screen, checkpoint, tmp_path / "run"))
+    model = PerturbDiff.from_pretrained(tmp_path / "run" / "model")
+    assert set(model.genes.names) == set(anndata.read_h5ad(screen).var_names)
+    assert model.vocabularies.perturbations.names == ("pert_0", "pert_1", "pert_2", "novel")
+    assert model.vocabularies.cell_types.names == ("type_0", "type_1", "monocyte")
+    assert model.vocabularies.batches.names == ("batch_0", "batch_1", "day_9")
+    said = model.training["init_from"]
+    sha256 = hashlib.sha256((checkpoint / "config.json").read_bytes()).hexdigest()
+    assert said == {"name": "model", "revision": None, "sha256": sha256, "method": "full"}
+    assert str(checkpoint) not in json.dumps(model.training)
+    assert same(result.model.denoiser.state_dict(), model.denoiser.state_dict())
+
+
+def test_what_is_matched_and_new_is_said(checkpoint, screen, tmp_path, capsys):
+    train(tuned(screen, checkpoint, tmp_path / "run"))
+    said = capsys.readouterr().out
+    assert "30 of 34 genes matched by name; 4 new (own_0, own_1, own_2, own_3); 10 of the checkpoint's left out" in said
+    for words in ("1 new perturbation labels: novel", "1 new cell type labels: monocyte", "1 new batch labels: day_9"):
+        assert words in said
+
+
+def test_without_steps_known_labels_are_predicted_as_the_checkpoint_does(checkpoint, tmp_path):
+    """The screen of the checkpoint itself, a learning rate of nearly nothing: the same weights to rounding."""
+    source = checkpoint.parents[1] / "screen.h5ad"
+    train(tuned(source, checkpoint, tmp_path / "run", "optim.lr=1e-12", "training.n_steps=1"))
+    before, after = weights(checkpoint), weights(tmp_path / "run" / "model")
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(before[name], after[name], atol=1e-9, rtol=0) for name in before)
+
+
+@pytest.mark.parametrize("method", ["frozen", "lora"])
+def test_the_backbone_stays_bit_for_bit_and_the_rest_moves(method, checkpoint, screen, tmp_path):
+    config = tuned(screen, checkpoint, tmp_path / "run", f"adapt.method={method}", "optim.lr=0.01")
+    start = prepare(config, None, tmp_path / "run", resuming=False)
+    begin = start.plain({name: p.detach().clone() for name, p in start.denoiser.named_parameters()})
+    train(config)
+    after, before = weights(tmp_path / "run" / "model"), weights(checkpoint)
+    changed = {f"{layer}.weight" for layer in changed_layers(PerturbDiff.from_pretrained(checkpoint).denoiser)}
+    assert len(changed) == 14  # in each of two blocks qkv, proj, MLP, two modulations; in the first the MLP of controls
+    for name, tensor in after.items():
+        if name.startswith(BACKBONE) and not (method == "lora" and name in changed):
+            assert torch.equal(tensor, before[name]), name
+        elif name not in ("conditioning.interaction",):  # no combination in this screen
+            assert not torch.equal(tensor, begin[name]), name
+
+
+def test_what_does_not_train_has_no_gradient_and_no_moments(checkpoint, screen, tmp_path):
+    from safetensors.torch import load_file
+
+    train(tuned(screen, checkpoint, tmp_path / "run", "adapt.method=frozen"))
+    [state] = (tmp_path / "run" / "states").iterdir()
+    moments = {name.split(".", 1)[-1] for name in load_file(state / "optimizer.safetensors")}
+    assert not any(name.startswith(BACKBONE) for name in moments)
+    assert "head.weight" in moments
+    assert "conditioning.perturbation.weight" in moments
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stopping_and_running_again_continues_bit_identically_without_the_checkpoint(
+    method, checkpoint, screen, tmp_path
+):
+    words = (f"adapt.method={method}", "adapt.lr_ratio=0.3", "optim.lr=0.01", "split.validation=[novel:type_0]")
+    own = tmp_path / "base"
+    PerturbDiff.from_pretrained(checkpoint, device="cpu").save_pretrained(own)
+    config = tuned(screen, own, tmp_path / "straight", *words)
+    train(config)
+    stopped = replace(config, out=str(tmp_path / "stopped"))
+    train(stopped, stop_at=3)
+    own.rename(tmp_path / "gone")
+    assert train(stopped).step == 6
+    assert losses(tmp_path / "straight") == losses(tmp_path / "stopped")
+    assert same(weights(tmp_path / "straight" / "model"), weights(tmp_path / "stopped" / "model"))
+
+
+def test_copied_parts_move_by_lr_ratio_and_new_ones_by_the_full_rate(checkpoint, screen, tmp_path):
+    """AdamW's first step moves a weight by the learning rate, whatever its gradient."""
+    words = ("training.n_steps=1", "adapt.lr_ratio=0.1")
+    optim = ("lr=0.001", "weight_decay=0", "warmup_steps=0", "ema_decay=0", "eps=1e-20")
+    config = tuned(screen, checkpoint, tmp_path / "run", *words, *(f"optim.{word}" for word in optim))
+    start = prepare(config, None, tmp_path / "run", resuming=False)
+    begin = {name: p.detach().clone() for name, p in start.denoiser.named_parameters()}
+    train(config)
+    after = weights(tmp_path / "run" / "model")
+    steps = {name: float((after[name] - begin[name]).abs().max()) for name in begin}
+    assert {name for name in begin if "blocks" not in name and "embed_t" not in name} >= start.new_parts
+    for name, step in steps.items():
+        if step > 0:
+            assert step == pytest.approx(1e-3 if name in start.new_parts else 1e-4, rel=0.02), name
+    assert steps["head.weight"] > 0
+    assert steps["blocks.0.mlp.fc2.bias"] > 0
+
+
+def test_a_merged_adapter_is_the_model_of_the_run_and_another_base_is_refused(checkpoint, screen, tmp_path):
+    train(tuned(screen, checkpoint, tmp_path / "run", "adapt.method=lora", "optim.lr=0.01"))
+    merged = load_adapter(tmp_path / "run" / "adapter", base=checkpoint)
+    own = PerturbDiff.from_pretrained(tmp_path / "run" / "model", device="cpu")
+    for name, tensor in own.denoiser.state_dict().items():
+        torch.testing.assert_close(merged.denoiser.state_dict()[name], tensor, atol=1e-6, rtol=1e-6)
+    assert (merged.genes, merged.vocabularies) == (own.genes, own.vocabularies)
+    size = (tmp_path / "run" / "adapter" / "adapter.safetensors").stat().st_size
+    assert size < (tmp_path / "run" / "model" / "model.safetensors").stat().st_size
+    with pytest.raises(ValueError, match=r"trained on model \(sha256 \w{12}\), and .* is another model, model"):
+        load_adapter(tmp_path / "run" / "adapter", base=tmp_path / "run" / "model")
+    with pytest.raises(FileNotFoundError, match="was a folder; say where it is"):
+        load_adapter(tmp_path / "run" / "adapter")
+
+
+def test_a_label_of_a_batch_that_tells_nothing_stays_hidden(checkpoint, tmp_path):
+    """Each treatment its own batch, named as batches of the checkpoint: their rows would give the answer away."""
+    path = tmp_path / "confounded.h5ad"
+    adata = anndata.read_h5ad(checkpoint.parents[1] / "screen.h5ad")
+    adata.obs["batch"] = np.where(adata.obs["perturbation"] == "control", "batch_0", "batch_1")
+    adata.write_h5ad(path)
+    start = prepare(tuned(path, checkpoint, tmp_path / "run"), None, tmp_path / "run", resuming=False)
+    assert start.data.match == "cell_type"
+    assert start.data.vocabularies.batches.names == ("batch_0", "batch_1")
+    assert (start.data.train.labels.batch == -1).all()
+
+
+def test_nearest_gives_a_new_cell_type_the_row_of_the_one_with_the_most_similar_controls(checkpoint, tmp_path):
+    path = tmp_path / "twin.h5ad"
+    adata = anndata.read_h5ad(checkpoint.parents[1] / "screen.h5ad")
+    twin = adata[adata.obs["cell_type"] == "type_1"].copy()
+    twin.obs["cell_type"], twin.obs_names = "twin", [f"twin_{name}" for name in twin.obs_names]
+    anndata.concat([adata, twin]).write_h5ad(path)
+    config = tuned(path, checkpoint, tmp_path / "run", "adapt.new_labels=nearest")
+    rows = prepare(config, None, tmp_path / "run", resuming=False).denoiser.conditioning.cell_type.weight
+    assert torch.equal(rows[3], rows[2])
+    assert not torch.equal(rows[3], rows[1])
+
+
+def test_a_screen_in_memory_gives_the_run_of_its_file(checkpoint, screen, tmp_path):
+    for name in ("file", "memory"):
+        config = tuned(screen, checkpoint, tmp_path / name)
+        train(config, None if name == "file" else Screen.read(screen, config.data))
+    assert losses(tmp_path / "file") == losses(tmp_path / "memory")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_published_conditioning_is_tuned_too(method, checkpoint, screen, tmp_path):
+    words = ("denoiser.conditioning=reference", "denoiser.output=direct", "denoiser.covariate_dim=4")
+    source = tiny_config(checkpoint.parents[1] / "screen.h5ad", tmp_path / "base", *words, hold_out=())
+    train(source)
+    config = tuned(screen, tmp_path / "base" / "model", tmp_path / "run", f"adapt.method={method}")
+    assert config.denoiser == source.denoiser
+    train(config)
+    model = PerturbDiff.from_pretrained(tmp_path / "run" / "model", device="cpu")
+    assert model.denoiser.conditioning.encoder.transform.out_features == len(model.genes) == 34
+
+
+# ---------------------------------------------------------------- refused
+
+
+def test_another_architecture_is_refused_by_key_before_anything_is_written(checkpoint, screen, tmp_path):
+    config = tuned(screen, checkpoint, tmp_path / "run", "denoiser.width=32")
+    with pytest.raises(ValueError, match=r"denoiser\.width is 16 in the checkpoint and 32 in the settings"):
+        train(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_log1p_values_for_a_checkpoint_of_counts_are_refused(checkpoint, tmp_path):
+    adata = anndata.read_h5ad(checkpoint.parents[1] / "screen.h5ad")
+    adata.X = log1p_cp10k(adata.X).astype(np.float32)
+    adata.write_h5ad(tmp_path / "log.h5ad")
+    with pytest.raises(ValueError, match="X holds log1p, and checkpoint model was trained on counts"):
+        train(tuned(tmp_path / "log.h5ad", checkpoint, tmp_path / "run"))
+
+
+def test_a_converted_checkpoint_with_frozen_tables_is_refused(checkpoint, tmp_path):
+    model = PerturbDiff.from_pretrained(checkpoint, device="cpu")
+    published = PublishedEncoding(cell_type_features=3)
+    words = {"conditioning": "reference", "cell_type_encoding": "features", "published_encoding": published}
+    model.config = replace(model.config, denoiser=replace(model.config.denoiser, **words))
+    model.denoiser = build_denoiser(model.config.denoiser, len(model.genes), model.vocabularies)
+    model.save_pretrained(tmp_path / "converted")
+    with pytest.raises(ValueError, match="converted checkpoint that knows labels by frozen tables"):
+        settings_of(str(tmp_path / "converted"))
+
+
+def test_a_state_of_another_adaptation_is_refused(checkpoint, screen, tmp_path):
+    train(tuned(screen, checkpoint, tmp_path / "run"), stop_at=2)
+    with pytest.raises(ValueError, match=r"adapt\.method was 'full', is 'lora'"):
+        train(tuned(screen, checkpoint, tmp_path / "run", "adapt.method=lora"))
+
+
+def test_a_state_that_another_process_saved_while_the_data_were_read_is_not_passed_over(screen, checkpoint, tmp_path):
+    config = tuned(screen, checkpoint, tmp_path / "run")
+    train(config, stop_at=2)
+    with pytest.raises(FileExistsError, match=r"another process has trained in .* meanwhile"):
+        train(config, check=lambda data: train(config, stop_at=4) and None)
+    assert train(config).step == 6
