@@ -50,6 +50,9 @@ def choose_controls(expression: Expression, n_cells: int | None, seed: int, popu
 
 
 def _representative(expression: Expression, chosen: np.ndarray, seed: int, population: int) -> np.ndarray:
+    exchanges = min(EXCHANGES_PER_CELL * len(chosen), MAX_EXCHANGE_WORK // max(expression.X.nnz, 1))
+    if exchanges == 0:  # so many controls that chance does well enough
+        return chosen
     X = expression.log1p().astype(np.float64)
     n, generator = len(chosen), numpy_generator(seed, "prediction controls", population)
     off = np.asarray(X[chosen].mean(axis=0) - X.mean(axis=0)).ravel()  # (G,) of the chosen cells from all
@@ -57,7 +60,7 @@ def _representative(expression: Expression, chosen: np.ndarray, seed: int, popul
     outside = np.ones(len(expression), dtype=bool)
     outside[chosen] = False
     chosen = chosen.copy()
-    for _ in range(min(EXCHANGES_PER_CELL * n, MAX_EXCHANGE_WORK // max(X.nnz, 1))):
+    for _ in range(exchanges):
         place = generator.integers(n)
         leaves = X[chosen[place]].toarray().ravel()
         distance = square + square[chosen[place]] - 2 * (X @ leaves)  # |x - leaving cell|^2

@@ -119,6 +119,7 @@ def test_two_tables_of_one_name_are_refused(screen, table, tmp_path):
         TrainingSet.of(Screen.read(screen, config.data), config)
 
 
+@pytest.mark.slow
 def test_a_dose_between_known_ones_acts_between_them(tmp_path):
     """Three doses of a drug, the middle one never trained on."""
     simulation = SimulationConfig(

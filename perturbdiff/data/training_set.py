@@ -375,13 +375,20 @@ def _coexpression(cells: Cells, train: ConditionIndex, seed: int) -> FeatureTabl
             "data.perturbation_features=[coexpression] needs a pass over cells, which data.streamed=true does not "
             "make; give a table instead."
         )
-    places = np.sort(permuted(n := int(train.n_cells.sum()), np.arange(min(n, CELLS_OF_LOADINGS)), seed, "loadings"))
-    condition = np.searchsorted(ends := np.cumsum(train.n_cells), places, "right")
-    rows = train.rows_at(train.first[condition] + places - (ends - train.n_cells)[condition])
+    X = sample_log1p(cells, train, CELLS_OF_LOADINGS, seed, "loadings")
+    return coexpression_table(X, cells.genes.names, name=COEXPRESSION).directions()
+
+
+def sample_log1p(cells: Cells, index: ConditionIndex, most: int, seed: int, purpose: str) -> sparse.csr_matrix:
+    """log1p values of at most so many cells of some conditions, drawn by (seed, purpose)."""
+    ends = np.cumsum(index.n_cells)
+    n = int(ends[-1])
+    places = np.sort(permuted(n, np.arange(min(n, most)), seed, purpose))
+    condition = np.searchsorted(ends, places, "right")
+    rows = index.rows_at(index.first[condition] + places - (ends - index.n_cells)[condition])
     taken = cells.take(rows)
     X = sparse.csr_matrix((taken.values, taken.genes, taken.indptr), (len(rows), len(cells.genes)))
-    X = log1p_normalised(X, taken.library_size, cells.preprocessing)
-    return coexpression_table(X, cells.genes.names, name=COEXPRESSION).directions()
+    return sparse.csr_matrix(log1p_normalised(X, taken.library_size, cells.preprocessing))
 
 
 def _index(atlas: Atlas) -> ConditionIndex:

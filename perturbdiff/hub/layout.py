@@ -191,7 +191,7 @@ def read_settings(folder: str | Path) -> Settings:
     try:
         while config["format_version"] < FORMAT_VERSION:
             config, json_files = _MIGRATIONS[config["format_version"]](config, json_files)
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG} is not of format_version {version} ({short(error)}).") from error
     return Settings(config, json_files, tensor_files, sha256(folder / CONFIG))
 
@@ -372,19 +372,29 @@ def _in_shards(weights: dict[str, Tensor], max_shard_size: int | str, folder: Pa
 def _from_version_1(config: dict[str, Any], files: JsonFiles) -> tuple[dict[str, Any], JsonFiles]:
     # Labels of its conditioning=reference were learned rows.
     none = {"perturbation_features": 0, "doses": 0, "cell_type_features": 0, "covariates": 0}
-    denoiser = {"cell_type_encoding": "onehot", "published_encoding": none, **config["denoiser"]}
+    denoiser = _with_new(config["denoiser"], {"cell_type_encoding": "onehot", "published_encoding": none})
     return {**config, "format_version": 2, "denoiser": denoiser}, files
 
 
 def _from_version_2(config: dict[str, Any], files: JsonFiles) -> tuple[dict[str, Any], JsonFiles]:
     # Perturbations had rows only, and a combination was the sum of its parts.
-    denoiser = {"interaction": False, "control_weight": 1.0, "mean_effect": False, **config["denoiser"]}
-    config = {**config, "format_version": 3, "denoiser": denoiser}
-    loss = {"unbiased": False, "mean_weight": 0.0, "whole_counts": False}
-    config["diffusion"] = {**loss, "p_drop_perturbation": None, "p_unlabelled": 0.0, **config["diffusion"]}
-    config["sampling"] = {"whole_counts": False, **config["sampling"]}
-    perturbations = {"dose_separator": None, "n_described": 0, "tables": [], **files["perturbations.json"]}
-    return config, {**files, "perturbations.json": perturbations}
+    new: JsonFiles = {
+        "denoiser": {"interaction": False, "control_weight": 1.0, "mean_effect": False},
+        "diffusion": {
+            "unbiased": False, "mean_weight": 0.0, "whole_counts": False, "p_drop_perturbation": None,
+            "p_unlabelled": 0.0,
+        },
+        "sampling": {"whole_counts": False},
+    }  # fmt: skip
+    config = {**config, "format_version": 3, **{name: _with_new(config[name], keys) for name, keys in new.items()}}
+    tables: dict[str, Any] = {"dose_separator": None, "n_described": 0, "tables": []}
+    return config, {**files, "perturbations.json": _with_new(files["perturbations.json"], tables)}
+
+
+def _with_new(content: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    if there := sorted(content.keys() & new.keys()):
+        raise KeyError(f"{few(there)} came later")
+    return {**content, **new}
 
 
 JsonFiles = dict[str, dict[str, Any]]

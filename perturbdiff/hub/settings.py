@@ -98,7 +98,7 @@ def parse_settings(folder: str | Path, settings: Settings) -> ModelSettings:
             _separator(perturbations["combination_separator"]),
             _separator(perturbations["dose_separator"]),
             _whole_number(perturbations["n_described"], len(perturbations["names"])),
-            tuple((_strings([name])[0], _whole_number(width, MAX_FEATURES)) for name, width in perturbations["tables"]),
+            _tables(perturbations["tables"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}: names are missing or not as they should be ({short(error)}).") from error
@@ -169,6 +169,12 @@ def _refuse_unbelievable(folder: str | Path, model: ModelConfig) -> None:
             f"0 and at most {MAX_MLP_VALUES:,}."
         )
     check_sampling(model.sampling, model.diffusion)
+
+
+def _tables(values: Any) -> tuple[tuple[str, int], ...]:
+    if not isinstance(values, list) or not all(isinstance(table, list) and len(table) == 2 for table in values):
+        raise TypeError("tables must be a list of names with widths")
+    return tuple((_strings([name])[0], _whole_number(width, MAX_FEATURES)) for name, width in values)
 
 
 def _separator(value: Any) -> str | None:

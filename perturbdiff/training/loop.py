@@ -335,8 +335,8 @@ class _Run:
             )
         # Of generated cells: on small screens it is best long before the loss is.
         energy, done = scores["validation_energy_distance"], self.progress
-        if math.isfinite(energy) and (done.best_validation is None or energy < done.best_validation):
-            done.best_validation, done.best_step = energy, done.step
+        if math.isfinite(energy) and (done.best_energy_distance is None or energy < done.best_energy_distance):
+            done.best_energy_distance, done.best_step = energy, done.step
             if self.config.training.early_stop_patience is not None:
                 self.best = {name: weight.clone() for name, weight in weights.items()}
         return scores
@@ -347,7 +347,7 @@ class _Run:
 
     def _converged(self) -> bool:
         patience, done = self.config.training.early_stop_patience, self.progress
-        if patience is None or done.best_validation is None:
+        if patience is None or done.best_energy_distance is None:
             return False
         return done.step - done.best_step >= patience * self.config.training.validate_every
 

@@ -11,20 +11,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import sparse
 from torch import Tensor
 
 from perturbdiff.adapter import Base, save_adapter
 from perturbdiff.client import name_and_revision
 from perturbdiff.config import Config, PublishedEncoding, as_dict
 from perturbdiff.data.batch import NULL
-from perturbdiff.data.conditions import ConditionIndex
-from perturbdiff.data.expression import log1p_normalised
 from perturbdiff.data.features import FeatureTable
 from perturbdiff.data.screen import Screen
-from perturbdiff.data.seeds import permuted
 from perturbdiff.data.stream import StreamedCells
-from perturbdiff.data.training_set import IndexedCells, TrainingSet, marginal_conditions
+from perturbdiff.data.training_set import IndexedCells, TrainingSet, marginal_conditions, sample_log1p
 from perturbdiff.files import few
 from perturbdiff.hub.download import find_model
 from perturbdiff.hub.layout import read_settings
@@ -274,7 +270,7 @@ def _rules(config: Config, data: TrainingSet, checkpoint: Checkpoint) -> Rules:
     if not isinstance(data.cells, StreamedCells):
         n_new = int((data.cells.genes.align(checkpoint.model.genes, 0.0).columns < 0).sum())
         if n_new and config.adapt.new_genes == "neighbours":
-            expression = _sample(data.train, index, CELLS_OF_GENES, seed).toarray()
+            expression = sample_log1p(data.cells, index, CELLS_OF_GENES, seed, "adaptation").toarray()
         if config.adapt.new_labels == "nearest":
             profiles = {kind: _profiles(data.train, column, seed) for column, kind in ((1, "cell_type"), (2, "batch"))}
     return Rules(config.adapt.new_genes, config.adapt.new_labels, expression, profiles, data.tables)
@@ -284,17 +280,6 @@ def _profiles(cells: IndexedCells, column: int, seed: int) -> dict[str, np.ndarr
     index, made = cells.index, {}
     for code in np.unique(index.codes[index.is_control, column]):
         controls = index.select(index.is_control & (index.codes[:, column] == code))
-        made[index.names[column][code]] = np.asarray(_sample(cells, controls, CELLS_OF_PROFILE, seed).mean(0)).ravel()
+        X = sample_log1p(cells.cells, controls, CELLS_OF_PROFILE, seed, "adaptation")
+        made[index.names[column][code]] = np.asarray(X.mean(0)).ravel()
     return made
-
-
-def _sample(cells: IndexedCells, index: ConditionIndex, most: int, seed: int) -> sparse.csr_matrix:
-    """log1p values of at most so many cells of some conditions, drawn by the seed."""
-    ends = np.cumsum(index.n_cells)
-    n = int(ends[-1])
-    places = np.sort(permuted(n, np.arange(min(n, most)), seed, "adaptation"))
-    condition = np.searchsorted(ends, places, "right")
-    rows = index.rows_at(index.first[condition] + places - (ends - index.n_cells)[condition])
-    taken, genes = cells.cells.take(rows), cells.cells.genes
-    X = sparse.csr_matrix((taken.values, taken.genes, taken.indptr), (len(rows), len(genes)))
-    return sparse.csr_matrix(log1p_normalised(X, taken.library_size, cells.cells.preprocessing))

@@ -31,7 +31,7 @@ class Progress:
     step: int = 0  # optimizer steps done
     cells_seen: int = 0
     ema_updates: int = 0
-    best_validation: float | None = None
+    best_energy_distance: float | None = None  # of cells generated for the validation conditions
     best_step: int = 0
     window: dict[str, float] = field(default_factory=dict)  # sums since the last logged step
 

@@ -29,7 +29,7 @@ def keys_of(content: dict[str, Any], before: tuple[str, ...] = ()) -> Iterator[t
 
 
 ODD_VALUES = [
-    True, None, [], {"x": 1}, "", "1", "\ud800", ESCAPES, "${oc.env:HOME}", 0, -1, 3, 10**12, 10**4000, 1.5, 1e300,
+    True, None, [], {"x": 1}, "", "1", "\ud800", ESCAPES, "${oc.env:HOME}", 0, -1, 7, 10**12, 10**4000, 1.5, 1e300,
     float("nan"), [[1]],
 ]  # fmt: skip
 
