@@ -66,7 +66,8 @@ def rank_perturbations(
     towards
         Cells of the reference population, X raw counts or log1p values, instead of genes: Eq. 2.
     candidates
-        Labels as `predict` takes them; by default all perturbations that the model knows.
+        Labels as `predict` takes them; by default the perturbations that training cells received. A table of features
+        may know ten thousand more: vocabularies.perturbations.names has all.
     n_cells
         Of each population; by default as many as there are controls, at most 256.
     n_populations
@@ -90,9 +91,9 @@ def rank_perturbations(
     """
     if (towards is None) == (not up and not down):
         raise ValueError("give genes (up, down) or a reference population (towards), one of them.")
-    labels = list(dict.fromkeys(model.vocabularies.perturbations.names if candidates is None else candidates))
+    labels = list(dict.fromkeys(model.vocabularies.labelled if candidates is None else candidates))
     if not labels:
-        raise ValueError("no candidates; name perturbations, or leave candidates out for all that the model knows.")
+        raise ValueError("no candidates; name perturbations, or leave candidates out for all that were trained.")
     model.vocabularies.encode([(label, None, None) for label in labels])
     controls = controls.copy()
     controls.obs_names = unique_names(controls.obs_names.astype(str))

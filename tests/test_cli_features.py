@@ -39,8 +39,11 @@ def test_further_perturbations_are_given_to_predict_and_rank(folder, here, capsy
     assert "features    1 more perturbations known by drugs.csv" in said
     assert "unseen      perturbation new" in said
     assert anndata.read_h5ad(here / "p.h5ad").n_obs == 6
-    main(["screen", "rank", *common, "--up", "gene_00", "--n-populations", "2", "--out", "r.csv"])
-    assert "new" in set(pd.read_csv(here / "r.csv")["perturbation"])
+    rank = ["screen", "rank", *common, "--up", "gene_00", "--n-populations", "2"]
+    main([*rank, "--out", "r.csv"])
+    assert set(pd.read_csv(here / "r.csv")["perturbation"]) == {"pert_0", "pert_1"}
+    main([*rank, "--candidates", "all", "--out", "all.csv"])
+    assert set(pd.read_csv(here / "all.csv")["perturbation"]) == {"pert_0", "pert_1", "pert_2", "new"}
 
 
 def test_features_of_another_kind_are_refused_in_one_line(folder, here, refused):

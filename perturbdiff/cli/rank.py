@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ def add_rank_command(screen_commands: Any) -> None:
     rank.add_argument("--down", metavar="GENES", help="genes that should fall")
     rank.add_argument("--towards", metavar="FILE.h5ad", help="cells of the reference population, instead of genes")
     rank.add_argument(
-        "--candidates", default="all", metavar="NAMES",
-        help="perturbations, A,B,C or a file (default: all that the model knows)",
+        "--candidates", default="trained", metavar="NAMES",
+        help="perturbations, A,B,C or a file; trained, those that cells received; all, also those that only features "
+        "describe, perhaps very many (default: %(default)s)",
     )  # fmt: skip
     rank.add_argument("--cell-type", metavar="NAME", help="only controls of this cell type (default: all)")
     rank.add_argument("--batch", metavar="NAME", help="only controls of this batch (default: all)")
@@ -58,12 +60,15 @@ def _rank(arguments: argparse.Namespace) -> None:
 
     refuse_existing("--out", arguments.out, arguments.overwrite)
     up, down = _names(arguments.up, "--up"), _names(arguments.down, "--down")
-    candidates = None if arguments.candidates == "all" else _names(arguments.candidates, "--candidates")
+    whole = arguments.candidates in ("trained", "all")
+    candidates: Sequence[str] | None = None if whole else _names(arguments.candidates, "--candidates")
     towards = None
     if arguments.towards is not None:
         X, obs, var = read_h5ad_parts(arguments.towards)
         towards = AnnData(X=X, obs=obs, var=var)
     model = load_model(arguments.model, arguments.features)
+    if arguments.candidates == "all":
+        candidates = model.vocabularies.perturbations.names
     for option, names in (("--up", up), ("--down", down)):
         found, missing = find_genes(model.genes, names)
         if found and missing:
