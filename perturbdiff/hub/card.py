@@ -30,7 +30,7 @@ REFERENCE_ONLY = (
 ARROWS = {"higher": "↑", "lower": "↓", "ideal 1": "→ 1"}
 TOLD = {
     "screen", "atlases", "steps", "cells_seen", "control_match", "hold_out", "settings", "library_version", "licence",
-    "base_model", "converted_from",
+    "init_from", "converted_from",
 }  # fmt: skip
 
 
@@ -45,7 +45,8 @@ def write_card(
         config.json: denoiser, diffusion, sampling, obs, set_size.
     json_files
         The other JSON files of the folder by name; evaluation.json, as `Report.save` writes scores.json, may be there.
-        training.json may say `licence`, `base_model` (repo id) and `converted_from` (a published file).
+        training.json may say `licence`, `init_from` (name, revision, sha256 of a checkpoint, and the method of
+        adapting it) and `converted_from` (a published file).
     n_parameters
         Of the denoiser.
     name
@@ -66,7 +67,7 @@ def write_card(
     stated = f"Licence: {escaped(licence, 400)}." if licence else "The licence of the weights is not stated."
     sections = {
         "": f"# {title}\n\n{_what(perturbations)} {stated}",
-        "Intended use": _intended_use(perturbations),
+        "Intended use": _intended_use(json_files["perturbations.json"]),
         "How to load": _how_to_load(perturbations, name or HERE),
         "What it expects": _expects(config, json_files),
         "Training data": _training_data(training),
@@ -124,7 +125,8 @@ def eval_results_files(
 
 
 def _front_matter(training: dict[str, Any], evaluation: dict[str, Any] | None, name: str | None) -> str:
-    base = training.get("base_model")
+    start = _inside(training, "init_from")
+    on_hub = isinstance(start.get("revision"), str) and REPO_ID.fullmatch(str(start.get("name"))) is not None
     data_sets = sorted({atlas["name"] for atlas in _atlases(training) if atlas["commit"]})
     results = None
     if evaluation is not None:
@@ -151,7 +153,8 @@ def _front_matter(training: dict[str, Any], evaluation: dict[str, Any] | None, n
         library_name=LIBRARY,
         tags=TAGS,
         datasets=data_sets or None,
-        base_model=base if isinstance(base, str) and REPO_ID.fullmatch(base) else None,
+        base_model=start["name"] if on_hub else None,
+        base_model_relation="finetune" if on_hub else None,
         model_name=front_text((name or "").rstrip("/").split("/")[-1].strip(".")) or "PerturbDiff" if results else None,
         eval_results=results or None,
     ).to_yaml()
@@ -166,14 +169,16 @@ def _what(perturbations: list[str]) -> str:
     )
 
 
-def _intended_use(perturbations: list[str]) -> str:
-    if not perturbations:
+def _intended_use(labels: dict[str, Any]) -> str:
+    if not labels["names"]:
         return "Research: the start of a model of perturbation responses. It is not meant to predict anything itself."
-    return """\
+    beyond = " and that no features describe" if labels.get("tables") else ""
+    return f"""\
 Research: to predict the cells of a condition that was not measured, in a context (cell type, batch) of which there are
 control cells, for example to choose the next experiment.
 
-Out of scope: decisions about patients; perturbations that it was not trained on; contexts without control cells."""
+Out of scope: decisions about patients; perturbations that it was not trained on{beyond}; contexts without control
+cells."""
 
 
 def _how_to_load(perturbations: list[str], name: str) -> str:
@@ -210,6 +215,11 @@ def _expects(config: dict[str, Any], files: dict[str, dict[str, Any]]) -> str:
     if labels["names"]:
         joined = f"of these, joined as A{escaped(separator)}B" if separator else "none"
         rows.append(("combinations", joined))
+        if labels.get("tables"):
+            tables = listed([f"{name} ({width:,})" for name, width in labels["tables"]])
+            rows.append(("features", f"{tables}; {labels['n_described']:,} of the perturbations by them alone"))
+        if dose := labels.get("dose_separator"):
+            rows.append(("doses", f"written behind the name, as A{escaped(dose)}0.5"))
     for file, what in (("cell_types.json", "cell types"), ("batches.json", "batches")):
         names = files[file]["names"]
         rows.append((f"{what} seen", f"{len(names):,}: {listed(names)}" if names else "not an input"))
@@ -228,9 +238,11 @@ def _training_data(training: dict[str, Any]) -> str:
         more = [f"{word} {escaped(atlas[word])}" for word in ("sets", "weight") if atlas[word] is not None]
         link = f"[{atlas['name']}](https://huggingface.co/datasets/{atlas['name']})" if atlas["commit"] else None
         rows.append(("atlas", ", ".join([link or escaped(atlas["name"]), *said, *more])))
-    for key, what in (("base_model", "started from"), ("converted_from", "converted from")):
-        if isinstance(value := training.get(key), str):
-            rows.append((what, escaped(value if key == "base_model" else _base_name(value), 200)))
+    if isinstance(name := (start := _inside(training, "init_from")).get("name"), str):
+        revision = f" at {escaped(start['revision'])}" if start.get("revision") else ""
+        rows.append(("started from", f"{escaped(name, 200)}{revision} (adapt.method={escaped(start.get('method'))})"))
+    if isinstance(value := training.get("converted_from"), str):
+        rows.append(("converted from", escaped(_base_name(value), 200)))
     for key in ("steps", "cells_seen"):
         if isinstance(value := training.get(key), int):
             rows.append((key.replace("_", " "), f"{value:,}"))
@@ -323,12 +335,21 @@ def _limits(config: dict[str, Any], files: dict[str, dict[str, Any]], evaluation
     labels = files["perturbations.json"]
     if not labels["names"]:
         return "- It knows no perturbation and predicts no response before it was trained further."
-    known = f"- It knows the {len(labels['names']):,} perturbations of `perturbations.json`; any other is an error."
+    known = f"- It knows the {len(labels['names']):,} perturbations of `perturbations.json`; any other is an error"
+    known += (
+        f" without features. Training saw no cell of the last {labels['n_described']:,}: judge these with care."
+        if labels.get("tables")
+        else "."
+    )
     if labels.get("combination_separator"):
         known += " Combinations of them are predicted also where training saw no combination: judge these with care."
     lines = [known]
     if config["denoiser"].get("conditioning") == "labels":
-        lines.append("- Dose and time are not inputs: each label is one perturbation, with no notion of a similar one.")
+        alike = "" if labels.get("tables") else ": each label is one perturbation, with no notion of a similar one"
+        if labels.get("dose_separator"):
+            lines.append("- Doses outside the range of those in training are guesses. Time is not an input.")
+        else:
+            lines.append(f"- Dose and time are not inputs{alike}.")
     lines.append(
         "- A cell type or batch that training saw with no perturbation is an unknown one to the model: the prediction "
         'then rests on the control cells, and `predicted.uns["perturbdiff"]["unseen"]` says so.'

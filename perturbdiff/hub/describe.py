@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from perturbdiff.data.batch import Vocabularies
 from perturbdiff.files import printable
 from perturbdiff.hub.download import ModelSource
 from perturbdiff.hub.layout import EVALUATION, GOLDEN, Settings, read_settings
@@ -30,6 +31,8 @@ def describe(source: ModelSource) -> str:
         "cell types": _shown(names.cell_types.names),
         "batches": _shown(names.batches.names),
         "combinations": f"A{names.combination_separator}B" if names.combination_separator else "not split",
+        "doses": f"as A{names.dose_separator}0.5" if names.dose_separator else "not an input",
+        "features": _features(names),
         "obs columns": f"{config.obs.perturbation} (controls: {config.obs.control_label}), {config.obs.cell_type}, "
         f"{config.obs.batch}",
         "denoiser": f"{n_parameters:,} parameters; width {config.denoiser.width}, depth "
@@ -94,7 +97,14 @@ def _origin(training: dict[str, Any]) -> str:
         if isinstance(atlas, dict)
     ]
     data = ", ".join(atlases) or str(training.get("screen") or "not stated").replace("\\", "/").rsplit("/", 1)[-1]
-    return f"{data}; {training.get('steps', '?')} steps, {training.get('cells_seen', '?')} cells seen"
+    start = training.get("init_from")
+    after = f", from {start.get('name')} ({start.get('method')})" if isinstance(start, dict) else ""
+    return f"{data}; {training.get('steps', '?')} steps, {training.get('cells_seen', '?')} cells seen{after}"
+
+
+def _features(names: Vocabularies) -> str:
+    tables = ", ".join(f"{name} ({width})" for name, width in names.tables)
+    return f"{tables}; {names.n_described:,} perturbations by them alone" if tables else "none"
 
 
 def _scores(evaluation: dict[str, Any] | None) -> list[str]:

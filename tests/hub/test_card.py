@@ -65,6 +65,7 @@ EVALUATION = {
         for method in ("no change", "PerturbDiff", "ridge", "ceiling")
     },
 }
+START = {"name": "owner/base", "revision": "e" * 40, "sha256": "f" * 64, "method": "lora"}
 HEAD = "---\nlicense: mit\n---\n"
 MARKDOWN = MarkdownIt("commonmark", {"html": True}).enable("table")
 MARKDOWN.validateLink = lambda url: True  # a renderer that believes everything
@@ -126,11 +127,10 @@ def test_the_front_matter_is_what_the_clients_own_parser_reads():
         {"name": "owner/atlas", "commit": "a" * 40, "sha256": "b" * 64},
         {"name": "/home/me/atlases/own", "commit": None, "sha256": "d" * 64},
     ]
-    text = card(
-        training={"licence": "CC-BY-4.0", "base_model": "owner/base", "atlases": atlases}, evaluation=EVALUATION
-    )
+    text = card(training={"licence": "CC-BY-4.0", "init_from": START, "atlases": atlases}, evaluation=EVALUATION)
     data = ModelCard(text).data
-    assert (data.license, data.library_name, data.base_model) == ("cc-by-4.0", "perturbdiff", "owner/base")
+    assert (data.license, data.library_name) == ("cc-by-4.0", "perturbdiff")
+    assert (data.base_model, data.base_model_relation) == ("owner/base", "finetune")
     assert data.datasets == ["owner/atlas"]
     assert {"single-cell", "perturbation", "diffusion"} <= set(data.tags)
     assert data.model_name == "model"
@@ -236,6 +236,40 @@ def test_dose_is_a_limit_of_models_of_labels_only():
     assert "Dose" not in write_card(config, files_with(), 1)
 
 
+def test_features_and_doses_are_told():
+    labels = {"names": ["IFN-beta", "TNF", "IL4"], "tables": [["esm2", 1280]], "n_described": 1, "dose_separator": "@"}
+    text = card(perturbations=labels)
+    rows = dict(rows_of(text, "What it expects"))
+    assert rows["features"] == "esm2 (1,280); 1 of the perturbations by them alone"
+    assert rows["doses"] == "written behind the name, as A@0.5"
+    limits = text.split("## Limits")[1]
+    assert "no cell of the last 1" in limits
+    assert "any other is an error without features" in limits
+    assert "Dose and time are not inputs" not in limits
+    assert "no notion of a similar one" not in limits
+    assert "that no features describe" in text
+    assert "that no features describe" not in card()
+
+
+@pytest.mark.parametrize(
+    ("start", "on_hub"), [(START, True), ({**START, "revision": None}, False), ({**START, "name": "/home/x"}, False)]
+)
+def test_a_card_names_the_checkpoint_that_training_started_from(start, on_hub):
+    text = card(training={"init_from": start})
+    row = dict(rows_of(text, "Training data"))["started from"]
+    assert row.startswith(start["name"])
+    assert row.endswith("(adapt.method=lora)")
+    assert (START["revision"] in row) == (start["revision"] is not None)
+    data = ModelCard(text).data.to_dict()
+    assert data.get("base_model") == ("owner/base" if on_hub else None)
+    assert ("base_model_relation" in data) == on_hub
+
+
+@pytest.mark.parametrize("odd", [5, "base", [1], {"name": 7}, {"name": "a/b", "revision": 3}])
+def test_a_strangers_checkpoint_that_is_none_is_left_out(odd):
+    assert "base_model" not in ModelCard(card(training={"init_from": odd})).data.to_dict()
+
+
 def test_long_lists_are_cut():
     text = card(perturbations={"names": [f"drug {i}" * 50 for i in range(5000)]}, training={"hold_out": ["x"] * 5000})
     assert len(text) < 20_000
@@ -321,7 +355,8 @@ def test_cards_of_odd_names_are_safe_and_say_them_as_they_are(labels, others, li
     for key in ("mean", "n_undefined"):
         evaluation[key][method] = evaluation[key].pop("ridge")
     training = {
-        "licence": licence, "hold_out": labels, "screen": name, "base_model": name, "converted_from": licence,
+        "licence": licence, "hold_out": labels, "screen": name, "converted_from": licence,
+        "init_from": {"name": name, "revision": method, "sha256": name, "method": licence},
         "control_match": method, name: name, "library_version": licence,
         "atlases": [{"name": n, "commit": n, "sha256": n} for n in others],
         "settings": {

@@ -96,9 +96,9 @@ def test_names_of_strangers_do_not_reach_the_terminal_raw(saved, model):
 @pytest.mark.parametrize("value", [None, 5, True, 1.5, "text", [], [[1], {"a": 2}], {}, {"a": [1]}])
 def test_training_may_say_anything(saved, value):
     # It is what its author wrote, checked by its hash alone.
-    keys = ("licence", "hold_out", "atlases", "screen", "steps", "cells_seen", "converted_from")
+    keys = ("licence", "hold_out", "atlases", "screen", "steps", "cells_seen", "converted_from", "init_from")
     folder = saved("odd", lambda model: setattr(model, "training", dict.fromkeys(keys, value)))
-    assert len(describe(find_model(folder)).splitlines()) == 18
+    assert len(describe(find_model(folder)).splitlines()) == 20
     folder = saved("empty", lambda model: setattr(model, "training", {}))
     assert lines_of(folder)["trained on"] == "not stated; ? steps, ? cells seen"
 
