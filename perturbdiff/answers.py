@@ -30,7 +30,7 @@ from perturbdiff import __version__
 from perturbdiff.config import as_dict
 from perturbdiff.data.expression import as_csr
 from perturbdiff.data.screen import expression_of
-from perturbdiff.files import json_sha256, read_json, short, write_json
+from perturbdiff.files import json_sha256, read_json, short, write_json, write_whole
 from perturbdiff.predicted_cells import join_h5ad, join_parquet, read_predicted, read_said, write_parquet
 from perturbdiff.pretrained import MAX_PREDICTED_CELLS, PerturbDiff
 from perturbdiff.progress import progress
@@ -188,17 +188,16 @@ def _write_summary(
     path: Path,
 ) -> None:
     calibration = read_calibration(model.training)
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
+
+    def write(temporary: Path) -> None:
         for number, (part, request) in enumerate(zip(parts, requests, strict=True)):
             control_mean = mean_expression(model, controls[rows[number]])
             table = population_summary(read_predicted(part), control_mean, calibration)
             table.insert(0, "request", number)
             table.insert(1, "perturbation", request.perturbation)
             table.to_csv(temporary, mode="a" if number else "w", header=not number, index=False)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    write_whole(path, write)
 
 
 # ---------------------------------------------------------------- the folder of parts

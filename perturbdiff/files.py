@@ -6,8 +6,11 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 MAX_DEPTH = 64  # of JSON
 MAX_BRACKETS = 1 << 20  # in JSON: an empty list or object takes thirty times the memory of its two characters
@@ -47,6 +50,20 @@ def to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_whole(path: Path, write: Callable[[Path], T]) -> T:
+    """Let `write` fill a file beside `path` and put it there, on disk: the new file whole, or what was there before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        result = write(temporary)
+        to_disk(temporary)
+        temporary.replace(path)
+        to_disk(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return result
 
 
 def read_json(path: Path, max_bytes: int) -> dict[str, Any]:

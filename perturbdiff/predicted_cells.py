@@ -12,7 +12,7 @@ into an AnnData; with pyarrow alone
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from anndata import AnnData
 from anndata.io import write_elem
 from scipy import sparse
 
-from perturbdiff.files import short, to_disk
+from perturbdiff.files import short, write_whole
 
 METADATA = b"perturbdiff"
 CHUNK_CELLS = 4096  # cells handled at once, and rows of a row group
@@ -37,7 +37,7 @@ def write_parquet(predicted: AnnData, path: Path) -> None:
     ensembl = predicted.var["ensembl_id"].tolist() if "ensembl_id" in predicted.var else None
     said = {"genes": predicted.var_names.tolist(), "ensembl": ensembl, "uns": predicted.uns["perturbdiff"]}
     tables = (_table(predicted[start : start + CHUNK_CELLS]) for start in range(0, predicted.n_obs, CHUNK_CELLS))
-    _whole(path, lambda temporary: _write_tables(tables, said, temporary))
+    write_whole(path, lambda temporary: _write_tables(tables, said, temporary))
 
 
 def read_predicted(path: str | Path) -> AnnData:
@@ -67,12 +67,12 @@ def read_said(path: str | Path) -> dict[str, Any]:
 def join_parquet(parts: Sequence[Path], uns: dict[str, Any], path: Path) -> int:
     """All cells of the parts, in their order, as one Parquet file; memory is a row group's. Returns their number."""
     said = {**read_said(parts[0]), "uns": uns}
-    return _whole(path, lambda temporary: _write_tables(_regrouped(parts), said, temporary))
+    return write_whole(path, lambda temporary: _write_tables(_regrouped(parts), said, temporary))
 
 
 def join_h5ad(parts: Sequence[Path], uns: dict[str, Any], path: Path) -> int:
     """All cells of the parts, in their order, as one .h5ad; memory is that of obs. Returns their number."""
-    return _whole(path, lambda temporary: _write_h5ad(parts, uns, temporary))
+    return write_whole(path, lambda temporary: _write_h5ad(parts, uns, temporary))
 
 
 def _write_h5ad(parts: Sequence[Path], uns: dict[str, Any], path: Path) -> int:
@@ -175,16 +175,3 @@ def _var(said: dict[str, Any]) -> pd.DataFrame:
     if said["ensembl"] is not None:
         var["ensembl_id"] = said["ensembl"]
     return var
-
-
-def _whole(path: Path, write: Callable[[Path], Any]) -> Any:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        result = write(temporary)
-        to_disk(temporary)
-        temporary.replace(path)
-        to_disk(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return result

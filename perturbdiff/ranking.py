@@ -24,7 +24,7 @@ from scipy import sparse
 from scipy.special import stdtr
 from scipy.stats import rankdata
 
-from perturbdiff.data.expression import as_csr
+from perturbdiff.data.expression import as_csr, gene_means
 from perturbdiff.data.screen import Expression, expression_of, unique_names
 from perturbdiff.data.vocab import GeneVocab, nearest
 from perturbdiff.evaluation.metrics import NO_SPREAD, energy_distance
@@ -144,14 +144,14 @@ def _signature(genes: GeneVocab, controls: Expression, up: Sequence[str], down: 
         raise ValueError(f"{few([genes.names[i] for i in both])} must not be an up and a down gene; keep one.")
     values = controls.log1p()
     exact = values.astype(np.float64)
-    variance = _mean(exact.multiply(exact)) - _mean(exact) ** 2
+    variance = gene_means(exact.multiply(exact)) - gene_means(exact) ** 2
     if not (varies := variance > NO_SPREAD).any():
         raise ValueError("no gene varies among the control cells; give several real ones.")
     sd = np.sqrt(np.maximum(variance, 0.0))
     sd = np.maximum(sd, FLOOR * np.median(sd[varies]))
 
     def score(cells: sparse.csr_matrix, source: np.ndarray) -> float:
-        z = (_mean(cells) - _mean(values[source])) / sd
+        z = (gene_means(cells) - gene_means(values[source])) / sd
         # Eq. 1; the mean over no genes is 0
         return float(sum(sign * z[genes].mean() for sign, genes in zip((1, -1), columns, strict=True) if genes))
 
@@ -218,7 +218,3 @@ def _table(labels: Sequence[str], scores: np.ndarray, trained: Sequence[bool]) -
     table = table.sort_values(["score", "perturbation"], ascending=[False, True], ignore_index=True)
     table.insert(0, "rank", np.arange(1, len(table) + 1))
     return table
-
-
-def _mean(X: sparse.csr_matrix) -> np.ndarray:
-    return np.asarray(X.mean(axis=0, dtype=np.float64)).ravel()

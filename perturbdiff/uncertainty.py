@@ -28,7 +28,7 @@ import pandas as pd
 from anndata import AnnData
 
 from perturbdiff.data.conditions import ConditionIndex, ControlMatch, match_controls
-from perturbdiff.data.expression import as_csr
+from perturbdiff.data.expression import as_csr, gene_means
 from perturbdiff.data.screen import Screen, expression_of
 from perturbdiff.pretrained import PerturbDiff
 from perturbdiff.progress import progress
@@ -105,14 +105,14 @@ def median_width(summary: pd.DataFrame) -> float:
 def population_means(predicted: AnnData) -> np.ndarray:
     """(K, G) float64 mean over the cells of each population."""
     X, populations = as_csr(predicted.X), predicted.obs["population"].to_numpy()
-    return np.stack([_mean(X[populations == k]) for k in np.unique(populations)])
+    return np.stack([gene_means(X[populations == k]) for k in np.unique(populations)])
 
 
 def mean_expression(model: PerturbDiff, cells: AnnData) -> np.ndarray:
     """(G,) float64 mean log1p of some cells in the model's genes, which are zero where the cells lack them."""
     expression = expression_of(cells, model.preprocessing)
     alignment = model.genes.align(expression.genes, min_overlap=0.0)
-    return _mean(expression.with_genes(model.genes, alignment.columns).log1p())
+    return gene_means(expression.with_genes(model.genes, alignment.columns).log1p())
 
 
 def fit_calibration(
@@ -206,7 +206,7 @@ def calibrate(
             predicted = model.predict(
                 controls, perturbation, cell_type, batch, n_cells=n, n_populations=n_populations, seed=seed, bar=bar
             )
-            measured, control = (_mean(in_model.log1p(of)) for of in (index.cells(condition), own))
+            measured, control = (gene_means(in_model.log1p(of)) for of in (index.cells(condition), own))
             summary = population_summary(predicted, control)
             # A gene that is zero everywhere, or that the screen lacks, would be covered by any interval.
             used = (measured > 0) | (control > 0)
@@ -258,7 +258,3 @@ def _conformal(error: np.ndarray, spread: np.ndarray, level: float) -> tuple[flo
             f"{len(scores)} (condition, gene) pairs are too few for intervals of level {level}; calibrate on more."
         )
     return max(float(np.partition(scores, place - 1)[place - 1]), np.finfo(float).tiny), floor
-
-
-def _mean(X: Any) -> np.ndarray:
-    return np.asarray(X.mean(axis=0, dtype=np.float64)).ravel()

@@ -114,6 +114,7 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 def _predict_one(arguments: argparse.Namespace) -> None:
     from perturbdiff.data.screen import control_cells, write_h5ad
+    from perturbdiff.files import write_whole
     from perturbdiff.predicted_cells import write_parquet
     from perturbdiff.uncertainty import mean_expression, median_width, population_summary, read_calibration
 
@@ -134,7 +135,7 @@ def _predict_one(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out)
     (write_parquet if out.suffix == ".parquet" else write_h5ad)(predicted, out)
     if arguments.summary is not None:
-        summary.to_csv(arguments.summary, index=False)
+        write_whole(Path(arguments.summary), lambda temporary: summary.to_csv(temporary, index=False))
     said: dict[str, Any] = predicted.uns["perturbdiff"]
     _print_genes(said, model)
     if len(said["unseen"]):

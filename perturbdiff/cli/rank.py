@@ -55,7 +55,7 @@ def _rank(arguments: argparse.Namespace) -> None:
     from anndata import AnnData
 
     from perturbdiff.data.screen import control_cells, read_h5ad_parts
-    from perturbdiff.files import few
+    from perturbdiff.files import few, write_whole
     from perturbdiff.ranking import find_genes, rank_perturbations
 
     refuse_existing("--out", arguments.out, arguments.overwrite)
@@ -88,16 +88,9 @@ def _rank(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         **sampling_of(arguments),
     )
-    out = Path(arguments.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.partial")
-    try:
-        table.to_csv(temporary, index=False)
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(Path(arguments.out), lambda temporary: table.to_csv(temporary, index=False))
     print(table.head(SHOWN).to_string(index=False, float_format=lambda value: f"{value:.3f}"))
-    print(f"written     {out}: {len(table):,} perturbations; no change scores 0")
+    print(f"written     {arguments.out}: {len(table):,} perturbations; no change scores 0")
 
 
 def _names(given: str | None, option: str) -> list[str]:

@@ -176,6 +176,11 @@ def library_sizes(X: sparse.csr_matrix) -> np.ndarray:
     return np.asarray(X.sum(axis=1, dtype=np.float64)).ravel().astype(np.float32)
 
 
+def gene_means(X: sparse.csr_matrix) -> np.ndarray:
+    """(G,) float64 means over cells."""
+    return np.asarray(X.mean(axis=0, dtype=np.float64)).ravel()
+
+
 def log1p_normalised(X: sparse.csr_matrix, library_size: np.ndarray, how: Preprocessing) -> sparse.csr_matrix:
     """log1p(count * target_sum / library_size), float32; log1p input is returned as it is. No division by scale."""
     if how.input_kind == "log1p":

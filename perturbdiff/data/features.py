@@ -19,7 +19,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from perturbdiff.config import MAX_FEATURES, DataConfig
 from perturbdiff.data.feature_files import MAX_LETTERS, MAX_VALUES, read_texts, read_vectors
 from perturbdiff.data.screen import read_expression, read_h5ad_parts
-from perturbdiff.files import few
+from perturbdiff.files import few, write_whole
 
 MAX_RADIUS = 16  # of Morgan fingerprints, in bonds
 DENSE = 512  # cells or genes up to which all eigenvectors are computed: Lanczos is inexact where rank is lacking
@@ -268,13 +268,7 @@ def write_table(table: FeatureTable, path: Path) -> None:
     """Write a .parquet that `read_table` reads, whole or not at all."""
     columns = {"name": pa.array(table.names)}
     columns |= {f"f{i}": pa.array(values) for i, values in enumerate(np.ascontiguousarray(table.values.T))}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        pq.write_table(pa.table(columns), temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, lambda temporary: pq.write_table(pa.table(columns), temporary))
 
 
 def coverage(tables: Sequence[FeatureTable], entities: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ from perturbdiff.config import DataConfig, ObsColumns, Preprocessing
 from perturbdiff.data.expression import CellRows, as_csr, input_kind, library_sizes, log1p_normalised
 from perturbdiff.data.seeds import cell_order_key
 from perturbdiff.data.vocab import GeneVocab, nearest, split_label
-from perturbdiff.files import short
+from perturbdiff.files import short, write_whole
 
 LABELS = ("perturbation", "cell_type", "batch")
 ENSEMBL_COLUMNS = ("ensembl_id", "gene_ids", "gene_id", "feature_id")
@@ -233,13 +233,7 @@ def control_cells(path: str | Path, obs: ObsColumns, cell_type: str | None, batc
 
 def write_h5ad(adata: AnnData, path: Path) -> None:
     """Write a compressed .h5ad, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        adata.write_h5ad(temporary, compression="gzip")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, lambda temporary: adata.write_h5ad(temporary, compression="gzip"))
 
 
 def read_expression(

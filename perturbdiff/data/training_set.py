@@ -386,9 +386,13 @@ def sample_log1p(cells: Cells, index: ConditionIndex, most: int, seed: int, purp
     places = np.sort(permuted(n, np.arange(min(n, most)), seed, purpose))
     condition = np.searchsorted(ends, places, "right")
     rows = index.rows_at(index.first[condition] + places - (ends - index.n_cells)[condition])
+    return sparse.csr_matrix(_log1p(cells, rows))
+
+
+def _log1p(cells: Cells, rows: np.ndarray) -> sparse.csr_matrix:
     taken = cells.take(rows)
     X = sparse.csr_matrix((taken.values, taken.genes, taken.indptr), (len(rows), len(cells.genes)))
-    return sparse.csr_matrix(log1p_normalised(X, taken.library_size, cells.preprocessing))
+    return log1p_normalised(X, taken.library_size, cells.preprocessing)
 
 
 def _index(atlas: Atlas) -> ConditionIndex:
@@ -427,8 +431,6 @@ def _highly_variable_genes(cells: Cells, train: ConditionIndex, n: int) -> np.nd
     moments = GeneMoments(len(cells.genes))
     with progress(int(train.n_cells.sum()), "choose genes", "cell") as bar:
         for rows in _chunks(train):
-            taken = cells.take(rows)
-            X = sparse.csr_matrix((taken.values, taken.genes, taken.indptr), (len(rows), len(cells.genes)))
-            moments.add(log1p_normalised(X, taken.library_size, cells.preprocessing))
+            moments.add(_log1p(cells, rows))
             bar.update(len(rows))
     return moments.highly_variable(n)

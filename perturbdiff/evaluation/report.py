@@ -17,7 +17,7 @@ from anndata.io import read_elem
 from perturbdiff import __version__
 from perturbdiff.config import load_config
 from perturbdiff.data.conditions import ConditionIndex, ControlMatch, resolve_control_match
-from perturbdiff.data.expression import as_csr, input_kind
+from perturbdiff.data.expression import as_csr, gene_means, input_kind
 from perturbdiff.data.screen import Expression, Screen, genes_of, read_h5ad_parts, unique_names
 from perturbdiff.data.splits import Split, read_split
 from perturbdiff.data.vocab import GeneVocab
@@ -277,7 +277,7 @@ def _training_effects(screen: Screen, expression: Expression, split: Split, matc
     trained, controls = _held_out(screen, split.train, match)
 
     def mean(rows: np.ndarray) -> np.ndarray:
-        return np.asarray(expression.log1p(rows).mean(axis=0, dtype=np.float64)).ravel()
+        return gene_means(expression.log1p(rows))
 
     control_mean = {context: mean(rows) for context, rows in controls.items()}
     matched = np.stack([control_mean[c, b] for _, c, b in trained])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from perturbdiff.data.features import FeatureTable
 from perturbdiff.data.screen import Screen
 from perturbdiff.data.stream import StreamedCells
 from perturbdiff.data.training_set import IndexedCells, TrainingSet, marginal_conditions, sample_log1p
-from perturbdiff.files import few
+from perturbdiff.files import few, write_json, write_whole
 from perturbdiff.hub.download import find_model
 from perturbdiff.hub.layout import read_settings
 from perturbdiff.hub.settings import ModelSettings, parse_settings
@@ -212,11 +211,10 @@ def make_start(config: Config, data: TrainingSet, checkpoint: Checkpoint | None,
 
 def write_adaptation(out: Path, start: Start) -> None:
     """Keep what a resumption must know."""
-    if start.said is None:
+    said = start.said
+    if said is None:
         return
-    temporary = out / f".{ADAPTATION}"
-    temporary.write_text(json.dumps(start.said, indent=1) + "\n")
-    os.replace(temporary, out / ADAPTATION)
+    write_whole(out / ADAPTATION, lambda temporary: write_json(temporary, said))
 
 
 _METHODS = {
