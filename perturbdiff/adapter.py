@@ -20,11 +20,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from perturbdiff.client import REPO_ID, name_and_revision
-from perturbdiff.data.card_text import front_text, plain
+from perturbdiff.cards import front_text, plain
 from perturbdiff.files import few, inside, read_json, sha256, short, write_json
 from perturbdiff.hub.download import ModelSource, find_model, max_tensor_bytes
-from perturbdiff.hub.layout import (
+from perturbdiff.hub.model_folder import (
     CARD,
     CONFIG,
     FLOATS,
@@ -41,11 +40,12 @@ from perturbdiff.hub.layout import (
     replace_folder,
     tensor_header,
 )
-from perturbdiff.hub.publish import Publication, publish
+from perturbdiff.hub.push import Publication, publish
 from perturbdiff.hub.settings import CLASS, ModelSettings, parse_settings
-from perturbdiff.model.denoiser import Denoiser
-from perturbdiff.model.lora import BACKBONE, changed_layers, low_rank
-from perturbdiff.pretrained import PerturbDiff
+from perturbdiff.hub_client import REPO_ID, name_and_revision
+from perturbdiff.model import PerturbDiff
+from perturbdiff.nn.denoiser import Denoiser
+from perturbdiff.nn.lora import BACKBONE, changed_layers, low_rank
 
 ADAPTER_CLASS = "PerturbDiffAdapter"
 WEIGHTS = "adapter.safetensors"

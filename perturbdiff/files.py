@@ -1,4 +1,7 @@
-"""Files: of strangers, inside their folder, of a bearable size, with the right hash; ours, hashed and on disk."""
+"""Files: of strangers, inside their folder, of a bearable size, with the right hash; ours, hashed and on disk.
+
+And the progress bar of all long work.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,13 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 T = TypeVar("T")
 
@@ -131,3 +138,21 @@ def _number(text: str) -> int | float:
     if not (math.isfinite(number) if isinstance(number, float) else -(1 << 63) <= number < 1 << 63):
         raise ValueError(f"{text[:40]} is not a number of 64 bits")
     return number
+
+
+def progress(total: int, what: str, unit: str, initial: int = 0, shown: bool = True) -> tqdm[Any]:
+    """A tqdm bar on stderr; in a log file it writes a line now and then instead of redrawing one."""
+    from tqdm import tqdm  # here: most that read this file show none
+
+    interactive = sys.stderr.isatty()
+    return tqdm(
+        disable=not shown,
+        total=total,
+        initial=initial,
+        desc=what,
+        unit=unit,
+        unit_scale=unit == "cell",
+        dynamic_ncols=interactive,
+        mininterval=0.1 if interactive else 10,
+        maxinterval=10,
+    )

@@ -28,9 +28,8 @@ from perturbdiff.data.expression import as_csr, gene_means
 from perturbdiff.data.screen import Expression, expression_of, unique_names
 from perturbdiff.data.vocab import GeneVocab, nearest
 from perturbdiff.evaluation.metrics import NO_SPREAD, energy_distance
-from perturbdiff.files import few
-from perturbdiff.pretrained import PerturbDiff
-from perturbdiff.progress import progress
+from perturbdiff.files import few, progress
+from perturbdiff.model import PerturbDiff
 
 FLOOR = 0.5  # of the median sd over the genes that vary
 MAX_CELLS = 256  # of a population, by default

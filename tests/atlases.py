@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy import sparse
 
-from perturbdiff.data.atlas_format import (
+from perturbdiff.atlas.card import atlas_card
+from perturbdiff.atlas.format import (
     CHECKSUMS,
     CONDITIONS_SCHEMA,
     SORTED_BY,
@@ -126,7 +127,9 @@ def write_atlas(
         sources=(AtlasSource("random", "random.h5ad", None, n_cells, len(genes), len(genes), "row sums"),),
         shards=tuple(shards),
     )
-    write_manifest(folder, replace(manifest, **info), genes, condition_table(conditions, rows_per_shard), digests)
+    changed = replace(manifest, **info)
+    table = condition_table(conditions, rows_per_shard)
+    write_manifest(folder, changed, genes, table, digests, atlas_card(changed))
     return folder
 
 

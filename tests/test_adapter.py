@@ -13,10 +13,10 @@ from perturbdiff.adapter import CARD, WEIGHTS, is_adapter, load_adapter, push_ad
 from perturbdiff.config import load_config
 from perturbdiff.files import sha256
 from perturbdiff.hub.card_check import check_card
-from perturbdiff.hub.layout import CONFIG, config_hash
-from perturbdiff.model.denoiser import build_denoiser
-from perturbdiff.model.lora import changed_layers, inject_lora, merged
-from perturbdiff.pretrained import PerturbDiff
+from perturbdiff.hub.model_folder import CONFIG, config_hash
+from perturbdiff.model import PerturbDiff
+from perturbdiff.nn.denoiser import build_denoiser
+from perturbdiff.nn.lora import changed_layers, inject_lora, merged
 from perturbdiff.training.loop import train
 from perturbdiff.training.start import settings_of
 from tests.simulated import tiny_config, write_screen

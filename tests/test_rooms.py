@@ -10,9 +10,8 @@ import perturbdiff
 PACKAGE = Path(perturbdiff.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
-    "__main__", "cli", "finetuning", "demo", "ranking", "evaluation", "training", "answers", "requests", "uncertainty",
-    "adapter", "pretrained",
-    "prediction", "predicted_cells", "hub", "model", "diffusion", "data", "progress", "client", "files", "config",
+    "__main__", "cli", "training", "ranking", "evaluation", "inference", "adapter", "model", "hub", "diffusion", "nn",
+    "atlas", "data", "cards", "hub_client", "files", "config", "_version",
 ]  # fmt: skip
 CODE_LOADERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
@@ -147,3 +146,47 @@ def test_the_class_is_there_when_it_is_asked_for():
     assert perturbdiff.PerturbDiff.__name__ == "PerturbDiff"
     with pytest.raises(AttributeError, match="no attribute 'PerturbDif'"):
         perturbdiff.PerturbDif  # noqa: B018
+
+
+def imports_of_files() -> dict[str, set[str]]:
+    """Which modules each module imports, also for type checkers and within functions."""
+    modules = {module_of(path).removesuffix(".__init__") for path in SOURCES}
+    arrows = {}
+    for path in SOURCES:
+        module = module_of(path)
+        tree = ast.parse(path.read_text())
+        names = imported(tree, module)
+        names += [  # from perturbdiff.data import screen
+            f"{node.module}.{alias.name}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and node.module
+            for alias in node.names
+        ]
+        arrows[module.removesuffix(".__init__")] = {name for name in names if name in modules} - {"perturbdiff"}
+    return arrows
+
+
+def circle(arrows: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle; none if there is no such circle."""
+    done: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return path[path.index(module) :]
+        if module not in done:
+            for other in sorted(arrows.get(module, ())):
+                if found := visit(other, [*path, module]):
+                    return found
+            done.add(module)
+        return []
+
+    return next((found for module in sorted(arrows) if (found := visit(module, []))), [])
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    assert circle(imports_of_files()) == []
+
+
+def test_the_search_for_circles_finds_one():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 
 from perturbdiff.config import DenoiserConfig, DiffusionConfig, ModelConfig, ObsColumns, Preprocessing, SamplingConfig
-from perturbdiff.data.batch import Vocabularies
-from perturbdiff.data.vocab import GeneVocab, LabelVocab
-from perturbdiff.model.denoiser import build_denoiser
-from perturbdiff.pretrained import PerturbDiff
+from perturbdiff.data.vocab import GeneVocab, LabelVocab, Vocabularies
+from perturbdiff.model import PerturbDiff
+from perturbdiff.nn.denoiser import build_denoiser
 
 
 def untrained(n_genes: int = 12, perturbations: tuple[str, ...] = ("A", "B"), std: float = 0.2) -> PerturbDiff:

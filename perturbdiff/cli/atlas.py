@@ -80,8 +80,8 @@ def add_atlas_commands(commands: Any) -> None:
 
 
 def _atlas_build(arguments: argparse.Namespace) -> None:
+    from perturbdiff.atlas.build.run import build
     from perturbdiff.config import load_build_config
-    from perturbdiff.data.build import build
 
     given = {"out": arguments.out}
     if arguments.genes is not None:
@@ -93,13 +93,13 @@ def _atlas_build(arguments: argparse.Namespace) -> None:
 
 
 def _atlas_info(arguments: argparse.Namespace) -> None:
-    from perturbdiff.data.atlas import Atlas
+    from perturbdiff.atlas.store import Atlas
 
     print(Atlas.open(arguments.atlas, arguments.revision).summary())
 
 
 def _atlas_verify(arguments: argparse.Namespace) -> None:
-    from perturbdiff.data.atlas import Atlas
+    from perturbdiff.atlas.store import Atlas
 
     atlas = Atlas.open(arguments.atlas, arguments.revision)
     atlas.download()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from perturbdiff.client import name_and_revision as name_and_revision
+from perturbdiff.hub_client import name_and_revision as name_and_revision
 
 if TYPE_CHECKING:
-    from perturbdiff.hub.publish import Publication
+    from perturbdiff.hub.push import Publication
 
 SETTINGS = """
 settings:

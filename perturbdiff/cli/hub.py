@@ -111,9 +111,9 @@ def add_hub_commands(commands: Any) -> None:
 
 def _push(arguments: argparse.Namespace) -> None:
     from perturbdiff.adapter import is_adapter, push_adapter
-    from perturbdiff.hub.layout import read_settings
+    from perturbdiff.hub.model_folder import read_settings
     from perturbdiff.hub.registry import entry_of
-    from perturbdiff.pretrained import PerturbDiff, push_folder
+    from perturbdiff.model import PerturbDiff, push_folder
 
     if is_adapter(arguments.model):
         if arguments.licence is not None or arguments.benchmark is not None:
@@ -147,7 +147,7 @@ def _push(arguments: argparse.Namespace) -> None:
 
 def _pull(arguments: argparse.Namespace) -> None:
     from perturbdiff.hub.download import pull_model
-    from perturbdiff.pretrained import PerturbDiff
+    from perturbdiff.model import PerturbDiff
 
     source = _find(arguments.model)
     pull_model(source, arguments.out, check=lambda folder: PerturbDiff.from_pretrained(folder, device="cpu"))
@@ -175,26 +175,26 @@ def _list(arguments: argparse.Namespace) -> None:
 
 
 def _info(arguments: argparse.Namespace) -> None:
-    from perturbdiff.hub.describe import describe
+    from perturbdiff.hub.info import describe
 
     print(describe(_find(arguments.model)))
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    from perturbdiff.pretrained import PerturbDiff
+    from perturbdiff.model import PerturbDiff
 
     model = PerturbDiff.from_pretrained(*name_and_revision(arguments.model), device="cpu")
     print(f"verified    {arguments.model}: {model.n_parameters:,} parameters; every hash, the card, the golden output")
 
 
 def _diff(arguments: argparse.Namespace) -> None:
-    from perturbdiff.hub.describe import difference
+    from perturbdiff.hub.info import difference
 
     print(difference(_find(arguments.model), _find(arguments.other)))
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    from perturbdiff.pretrained import PerturbDiff
+    from perturbdiff.model import PerturbDiff
 
     genes = None
     if arguments.genes is not None:

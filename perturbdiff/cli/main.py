@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from perturbdiff import __version__
+from perturbdiff._version import __version__
 from perturbdiff.cli.atlas import add_atlas_commands
 from perturbdiff.cli.hub import add_hub_commands
 from perturbdiff.cli.runs import add_run_commands, rank

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from perturbdiff.cli.command import SETTINGS, add_command, add_settings, name_and_revision
 
 if TYPE_CHECKING:
-    from perturbdiff.answers import Answers
-    from perturbdiff.pretrained import PerturbDiff
+    from perturbdiff.inference.answers import Answers
+    from perturbdiff.model import PerturbDiff
 
 
 def add_predict_commands(commands: Any) -> None:
@@ -92,8 +92,8 @@ def load_model(name: str, features: list[str]) -> PerturbDiff:
     """A model that knows what `features` describe, on the GPU of this process where a launcher started several."""
     import torch
 
-    from perturbdiff.data.training_set import read_features
-    from perturbdiff.pretrained import PerturbDiff
+    from perturbdiff.model import PerturbDiff
+    from perturbdiff.training.dataset import read_features
 
     device = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ and torch.cuda.is_available() else None
     model = PerturbDiff.from_pretrained(*name_and_revision(name), device=device)
@@ -115,8 +115,8 @@ def _predict(arguments: argparse.Namespace) -> None:
 def _predict_one(arguments: argparse.Namespace) -> None:
     from perturbdiff.data.screen import control_cells, write_h5ad
     from perturbdiff.files import write_whole
-    from perturbdiff.predicted_cells import write_parquet
-    from perturbdiff.uncertainty import mean_expression, median_width, population_summary, read_calibration
+    from perturbdiff.inference.intervals import mean_expression, median_width, population_summary, read_calibration
+    from perturbdiff.inference.output import write_parquet
 
     model = load_model(arguments.model, arguments.features)
     calibration = read_calibration(model.training)
@@ -146,9 +146,9 @@ def _predict_one(arguments: argparse.Namespace) -> None:
 
 
 def _predict_requests(arguments: argparse.Namespace) -> None:
-    from perturbdiff.answers import predict_requests
     from perturbdiff.data.screen import control_cells
-    from perturbdiff.requests import Request, read_requests
+    from perturbdiff.inference.answers import predict_requests
+    from perturbdiff.inference.requests import Request, read_requests
 
     default = Request(
         "", arguments.cell_type, arguments.batch, arguments.n_cells, arguments.n_populations, arguments.seed
@@ -189,7 +189,7 @@ def _print_genes(said: dict[str, Any], model: PerturbDiff) -> None:
 def _print_certainty(model: PerturbDiff, widths: list[float]) -> None:
     import numpy as np
 
-    from perturbdiff.uncertainty import read_calibration
+    from perturbdiff.inference.intervals import read_calibration
 
     calibration = read_calibration(model.training)
     if calibration is None:
@@ -217,8 +217,8 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     from perturbdiff.data.conditions import ConditionIndex, resolve_control_match
     from perturbdiff.data.screen import Screen
     from perturbdiff.data.splits import read_split
-    from perturbdiff.pretrained import PerturbDiff
-    from perturbdiff.uncertainty import calibrate
+    from perturbdiff.inference.intervals import calibrate
+    from perturbdiff.model import PerturbDiff
 
     model = PerturbDiff.from_pretrained(arguments.model)
     obs, how = model.config.obs, model.preprocessing

@@ -192,7 +192,7 @@ def _recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from perturbdiff.demo import HELD_OUT_OF_SIMULATION, run_demo, simulated_screen
+    from perturbdiff.training.demo import HELD_OUT_OF_SIMULATION, run_demo, simulated_screen
 
     simulated = arguments.screen is None
     hold_out = arguments.hold_out or (HELD_OUT_OF_SIMULATION if simulated else [])
@@ -233,7 +233,7 @@ def _run_training(config: Config) -> None:
 
 
 def _finetune(arguments: argparse.Namespace) -> None:
-    from perturbdiff.finetuning import finetune_config, preview, run_finetuning
+    from perturbdiff.training.finetune import finetune_config, preview, run_finetuning
 
     given = _given(arguments, arguments.screen, arguments.hold_out or [])
     config = finetune_config(arguments.init_from, arguments.recipe, arguments.settings, given)
@@ -265,7 +265,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from perturbdiff.evaluation.report import evaluate_file
-    from perturbdiff.pretrained import PerturbDiff
+    from perturbdiff.model import PerturbDiff
 
     if arguments.out is not None and Path(arguments.out).exists() and not Path(arguments.out).is_dir():
         raise FileExistsError(f"--out {arguments.out} is a file; give a folder.")

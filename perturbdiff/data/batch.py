@@ -5,8 +5,8 @@ B = sets, S = cells per set, G = genes. Labels belong to the set, not to the cel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,169 +14,9 @@ from scipy import sparse
 from torch import Tensor
 
 from perturbdiff.config import Preprocessing
-from perturbdiff.data.cellsets import CellSet
-from perturbdiff.data.conditions import ConditionIndex
 from perturbdiff.data.expression import Cells
-from perturbdiff.data.features import FeatureTable
-from perturbdiff.data.vocab import LabelVocab, split_dose, split_label
-
-NULL = -1  # id of an absent, hidden or unknown label
-
-
-@dataclass(frozen=True)
-class Labels:
-    """Conditions of B sets; ids of the vocabularies, -1 = null.
-
-    perturbation
-        (B, P) the perturbations a cell received together, padded with -1.
-    cell_type, batch
-        (B,)
-    hidden
-        (B,) True where the whole condition is hidden; none if None.
-    dose
-        (B, P) log10 of the dose of each perturbation, 0 where there is none; None where the model knows no doses.
-    unlabelled
-        (B,) True where perturbations are known by their features alone, their own rows hidden; none if None.
-    """
-
-    perturbation: Tensor
-    cell_type: Tensor
-    batch: Tensor
-    hidden: Tensor | None = None
-    dose: Tensor | None = None
-    unlabelled: Tensor | None = None
-
-    def to(self, device: torch.device | str) -> Labels:
-        return self._each(lambda values: values.to(device))
-
-    def select(self, sets: Tensor) -> Labels:
-        """The conditions of some sets."""
-        return self._each(lambda values: values[sets])
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Labels:
-        values = (getattr(self, field.name) for field in fields(self))
-        return Labels(*(None if value is None else change(value) for value in values))  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class Vocabularies:
-    """The labels a model knows. A perturbation label "A+B" is the perturbations A and B together, "A@0.5" A at a dose.
-
-    n_described
-        The last so many perturbations have no row of their own: no training cell received them, and they are known by
-        their features alone.
-    tables
-        Name and width of each table of perturbation features.
-    """
-
-    perturbations: LabelVocab
-    cell_types: LabelVocab
-    batches: LabelVocab
-    combination_separator: str | None
-    dose_separator: str | None = None
-    n_described: int = 0
-    tables: tuple[tuple[str, int], ...] = ()
-
-    @classmethod
-    def of(
-        cls,
-        index: ConditionIndex,
-        separator: str | None,
-        with_batches: bool,
-        marginal: np.ndarray | None = None,
-        dose_separator: str | None = None,
-    ) -> Vocabularies:
-        """The labels of the conditions of an index that are dealt: those that training gives a meaning.
-
-        These are the perturbed ones, and all where `marginal` (n_conditions,), which have no perturbation then.
-        `with_batches` False leaves the batch out, as where batch and perturbation are confounded.
-        """
-        marginal = np.zeros(len(index), dtype=bool) if marginal is None else marginal
-        labelled = (~index.is_control & ~marginal, ~index.is_control | marginal, ~index.is_control)
-        seen = [
-            [index.names[i][code] for code in np.unique(index.codes[conditions, i])]
-            for i, conditions in enumerate(labelled)
-        ]
-        parts = {split_dose(part, dose_separator)[0] for label in seen[0] for part in split_label(label, separator)}
-        return cls(
-            LabelVocab("perturbation", tuple(sorted(parts))),
-            LabelVocab("cell_type", tuple(seen[1])),
-            LabelVocab("batch", tuple(seen[2]) if with_batches else ()),
-            separator,
-            dose_separator,
-        )
-
-    @property
-    def labelled(self) -> tuple[str, ...]:
-        """The perturbations that training gave a row."""
-        return self.perturbations.names[: len(self.perturbations) - self.n_described]
-
-    def with_tables(self, tables: Sequence[FeatureTable]) -> Vocabularies:
-        """With the perturbations that have features but no row of their own."""
-        known = set(self.labelled)
-        described = {name: None for table in tables for name in table.names if name not in known}  # in this order
-        return replace(
-            self,
-            perturbations=LabelVocab("perturbation", (*self.labelled, *described)),
-            n_described=len(described),
-            tables=tuple((table.name, table.values.shape[1]) for table in tables),
-        )
-
-    def encode(self, conditions: Sequence[tuple[str | None, str | None, str | None]]) -> Labels:
-        """Ids of (perturbation, cell_type, batch) names. None is null; so are unknown cell types and batches.
-
-        Raises
-        ------
-        KeyError
-            An unknown perturbation; the message lists the nearest. Never a silent null.
-        ValueError
-            A perturbation without a dose where the model was trained with doses.
-        """
-        parts = [
-            [] if name is None else [(self.perturbations.id(part), dose) for part, dose in self.parts(name)]
-            for name, _, _ in conditions
-        ]
-        width = max([1, *(len(ids) for ids in parts)])
-        shape = len(conditions), width
-        ids = [[i for i, _ in of] + [NULL] * (width - len(of)) for of in parts]
-        doses = [[dose for _, dose in of] + [1.0] * (width - len(of)) for of in parts]
-        return Labels(
-            torch.tensor(ids, dtype=torch.int64).reshape(shape),
-            torch.tensor([self.cell_types.ids.get(c or "", NULL) for _, c, _ in conditions], dtype=torch.int64),
-            torch.tensor([self.batches.ids.get(b or "", NULL) for _, _, b in conditions], dtype=torch.int64),
-            dose=None if self.dose_separator is None else torch.tensor(doses).reshape(shape).log10(),
-        )
-
-    def encode_conditions(self, index: ConditionIndex, marginal: np.ndarray) -> Labels:
-        """Ids of the conditions of an index, one row each: controls have the null perturbation.
-
-        So has every condition where `marginal` (n_conditions,); its controls, pooled over batches, have no batch.
-        Raises as `encode`.
-        """
-        p, c, b = index.codes.astype(np.int64).T
-        perturbed = ~index.is_control & ~marginal
-        named = set(p[perturbed].tolist())
-        of_perturbation = self.encode([(n if i in named else None, None, None) for i, n in enumerate(index.names[0])])
-        of_cell_type = self.encode([(None, name, None) for name in index.names[1]]).cell_type
-        of_batch = self.encode([(None, None, name) for name in index.names[2]]).batch
-        perturbation, batch = of_perturbation.perturbation[p], of_batch[b]
-        perturbation[torch.from_numpy(~perturbed)] = NULL
-        batch[torch.from_numpy(index.is_control & marginal)] = NULL
-        dose = None if of_perturbation.dose is None else of_perturbation.dose[p]
-        return Labels(perturbation, of_cell_type[c], batch, dose=dose)
-
-    def parts(self, label: str) -> list[tuple[str, float]]:
-        """ "A+B" -> A, B, each with its dose; a label that is known as a whole stays whole. Raises as `encode`."""
-        if label in self.perturbations and self.dose_separator is None:
-            return [(label, 1.0)]
-        parts = [split_dose(part, self.dose_separator) for part in split_label(label, self.combination_separator)]
-        for name, dose in parts:
-            if dose is None and self.dose_separator is not None and name in self.perturbations:
-                raise ValueError(
-                    f"perturbation {name!r} has no dose, and this model was trained with doses; "
-                    f"give one, as '{name}{self.dose_separator}0.5'."
-                )
-        return [(name, 1.0 if dose is None else dose) for name, dose in parts]
+from perturbdiff.data.samplers import CellSet
+from perturbdiff.data.vocab import Labels
 
 
 @dataclass(frozen=True)

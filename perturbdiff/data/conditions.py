@@ -13,9 +13,11 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy import sparse
 
 from perturbdiff.data.screen import LABELS, Screen
+from perturbdiff.data.vocab import NULL, Labels, LabelVocab, Vocabularies, split_dose, split_label
 
 ControlMatch = Literal["batch", "cell_type"]
 
@@ -290,3 +292,52 @@ def _codes(labels: Any) -> tuple[np.ndarray, tuple[str, ...]]:
     places = np.zeros(len(found), np.int32)
     places[used[order]] = np.arange(len(used))
     return places[codes], tuple(names[i] for i in order)
+
+
+def vocabularies_of(
+    index: ConditionIndex,
+    separator: str | None,
+    with_batches: bool,
+    marginal: np.ndarray | None = None,
+    dose_separator: str | None = None,
+) -> Vocabularies:
+    """The labels of the conditions of an index that are dealt: those that training gives a meaning.
+
+    These are the perturbed ones, and all where `marginal` (n_conditions,), which have no perturbation then.
+    `with_batches` False leaves the batch out, as where batch and perturbation are confounded.
+    """
+    marginal = np.zeros(len(index), dtype=bool) if marginal is None else marginal
+    labelled = (~index.is_control & ~marginal, ~index.is_control | marginal, ~index.is_control)
+    seen = [
+        [index.names[i][code] for code in np.unique(index.codes[conditions, i])]
+        for i, conditions in enumerate(labelled)
+    ]
+    parts = {split_dose(part, dose_separator)[0] for label in seen[0] for part in split_label(label, separator)}
+    return Vocabularies(
+        LabelVocab("perturbation", tuple(sorted(parts))),
+        LabelVocab("cell_type", tuple(seen[1])),
+        LabelVocab("batch", tuple(seen[2]) if with_batches else ()),
+        separator,
+        dose_separator,
+    )
+
+
+def encode_conditions(vocabularies: Vocabularies, index: ConditionIndex, marginal: np.ndarray) -> Labels:
+    """Ids of the conditions of an index, one row each: controls have the null perturbation.
+
+    So has every condition where `marginal` (n_conditions,); its controls, pooled over batches, have no batch.
+    Raises as `Vocabularies.encode`.
+    """
+    p, c, b = index.codes.astype(np.int64).T
+    perturbed = ~index.is_control & ~marginal
+    named = set(p[perturbed].tolist())
+    of_perturbation = vocabularies.encode(
+        [(n if i in named else None, None, None) for i, n in enumerate(index.names[0])]
+    )
+    of_cell_type = vocabularies.encode([(None, name, None) for name in index.names[1]]).cell_type
+    of_batch = vocabularies.encode([(None, None, name) for name in index.names[2]]).batch
+    perturbation, batch = of_perturbation.perturbation[p], of_batch[b]
+    perturbation[torch.from_numpy(~perturbed)] = NULL
+    batch[torch.from_numpy(index.is_control & marginal)] = NULL
+    dose = None if of_perturbation.dose is None else of_perturbation.dose[p]
+    return Labels(perturbation, of_cell_type[c], batch, dose=dose)

@@ -19,6 +19,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from perturbdiff.config import MAX_FEATURES, DataConfig
 from perturbdiff.data.feature_files import MAX_LETTERS, MAX_VALUES, read_texts, read_vectors
 from perturbdiff.data.screen import read_expression, read_h5ad_parts
+from perturbdiff.data.vocab import LabelVocab, Vocabularies
 from perturbdiff.files import few, write_whole
 
 MAX_RADIUS = 16  # of Morgan fingerprints, in bonds
@@ -112,6 +113,18 @@ class FeatureTable:
         for i, name in enumerate(self.names):
             folded[name.casefold()] = -1 if name.casefold() in folded else i  # -1: it could be either
         return folded
+
+
+def with_tables(vocabularies: Vocabularies, tables: Sequence[FeatureTable]) -> Vocabularies:
+    """With the perturbations that have features but no row of their own."""
+    known = set(vocabularies.labelled)
+    described = {name: None for table in tables for name in table.names if name not in known}  # in this order
+    return replace(
+        vocabularies,
+        perturbations=LabelVocab("perturbation", (*vocabularies.labelled, *described)),
+        n_described=len(described),
+        tables=tuple((table.name, table.values.shape[1]) for table in tables),
+    )
 
 
 def read_table(path: str | Path, name: str | None = None) -> FeatureTable:

@@ -16,7 +16,7 @@ from scipy import sparse
 
 from perturbdiff.config import DataConfig, ObsColumns, Preprocessing
 from perturbdiff.data.expression import CellRows, as_csr, input_kind, library_sizes, log1p_normalised
-from perturbdiff.data.seeds import cell_order_key
+from perturbdiff.data.rng import cell_order_key
 from perturbdiff.data.vocab import GeneVocab, nearest, split_label
 from perturbdiff.files import short, write_whole
 

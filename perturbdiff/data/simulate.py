@@ -27,7 +27,7 @@ from anndata.io import write_elem
 from numpy.typing import NDArray
 from scipy.special import roots_jacobi, softmax
 
-from perturbdiff.progress import progress
+from perturbdiff.files import progress
 
 CONTROL = "control"
 

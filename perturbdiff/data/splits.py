@@ -18,8 +18,8 @@ import numpy as np
 import pandas as pd
 
 from perturbdiff.config import SplitConfig
+from perturbdiff.data.rng import numpy_generator
 from perturbdiff.data.screen import LABELS, Screen
-from perturbdiff.data.seeds import numpy_generator
 from perturbdiff.data.vocab import nearest
 from perturbdiff.files import json_sha256
 

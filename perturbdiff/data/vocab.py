@@ -1,14 +1,22 @@
-"""Ordered names: genes, and the labels of perturbations, cell types and batches."""
+"""Ordered names: genes, and the labels of perturbations, cell types and batches; conditions as their ids.
+
+B = sets.
+"""
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -147,3 +155,106 @@ def _refuse_duplicates(names: Sequence[str], what: str) -> None:
         f"{len(twice)} duplicate {what}, for example {', '.join(twice[:5])}; names must be unique: merge or rename "
         "them (AnnData: adata.var_names_make_unique())."
     )
+
+
+NULL = -1  # id of an absent, hidden or unknown label
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Conditions of B sets; ids of the vocabularies, -1 = null.
+
+    perturbation
+        (B, P) the perturbations a cell received together, padded with -1.
+    cell_type, batch
+        (B,)
+    hidden
+        (B,) True where the whole condition is hidden; none if None.
+    dose
+        (B, P) log10 of the dose of each perturbation, 0 where there is none; None where the model knows no doses.
+    unlabelled
+        (B,) True where perturbations are known by their features alone, their own rows hidden; none if None.
+    """
+
+    perturbation: Tensor
+    cell_type: Tensor
+    batch: Tensor
+    hidden: Tensor | None = None
+    dose: Tensor | None = None
+    unlabelled: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Labels:
+        return self._each(lambda values: values.to(device))
+
+    def select(self, sets: Tensor) -> Labels:
+        """The conditions of some sets."""
+        return self._each(lambda values: values[sets])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Labels:
+        values = (getattr(self, field.name) for field in fields(self))
+        return Labels(*(None if value is None else change(value) for value in values))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Vocabularies:
+    """The labels a model knows. A perturbation label "A+B" is the perturbations A and B together, "A@0.5" A at a dose.
+
+    n_described
+        The last so many perturbations have no row of their own: no training cell received them, and they are known by
+        their features alone.
+    tables
+        Name and width of each table of perturbation features.
+    """
+
+    perturbations: LabelVocab
+    cell_types: LabelVocab
+    batches: LabelVocab
+    combination_separator: str | None
+    dose_separator: str | None = None
+    n_described: int = 0
+    tables: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def labelled(self) -> tuple[str, ...]:
+        """The perturbations that training gave a row."""
+        return self.perturbations.names[: len(self.perturbations) - self.n_described]
+
+    def encode(self, conditions: Sequence[tuple[str | None, str | None, str | None]]) -> Labels:
+        """Ids of (perturbation, cell_type, batch) names. None is null; so are unknown cell types and batches.
+
+        Raises
+        ------
+        KeyError
+            An unknown perturbation; the message lists the nearest. Never a silent null.
+        ValueError
+            A perturbation without a dose where the model was trained with doses.
+        """
+        import torch  # here: names alone are read without it
+
+        parts = [
+            [] if name is None else [(self.perturbations.id(part), dose) for part, dose in self.parts(name)]
+            for name, _, _ in conditions
+        ]
+        width = max([1, *(len(ids) for ids in parts)])
+        shape = len(conditions), width
+        ids = [[i for i, _ in of] + [NULL] * (width - len(of)) for of in parts]
+        doses = [[dose for _, dose in of] + [1.0] * (width - len(of)) for of in parts]
+        return Labels(
+            torch.tensor(ids, dtype=torch.int64).reshape(shape),
+            torch.tensor([self.cell_types.ids.get(c or "", NULL) for _, c, _ in conditions], dtype=torch.int64),
+            torch.tensor([self.batches.ids.get(b or "", NULL) for _, _, b in conditions], dtype=torch.int64),
+            dose=None if self.dose_separator is None else torch.tensor(doses).reshape(shape).log10(),
+        )
+
+    def parts(self, label: str) -> list[tuple[str, float]]:
+        """ "A+B" -> A, B, each with its dose; a label that is known as a whole stays whole. Raises as `encode`."""
+        if label in self.perturbations and self.dose_separator is None:
+            return [(label, 1.0)]
+        parts = [split_dose(part, self.dose_separator) for part in split_label(label, self.combination_separator)]
+        for name, dose in parts:
+            if dose is None and self.dose_separator is not None and name in self.perturbations:
+                raise ValueError(
+                    f"perturbation {name!r} has no dose, and this model was trained with doses; "
+                    f"give one, as '{name}{self.dose_separator}0.5'."
+                )
+        return [(name, 1.0 if dose is None else dose) for name, dose in parts]

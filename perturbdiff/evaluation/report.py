@@ -11,10 +11,10 @@ from typing import Any
 import h5py
 import numpy as np
 import pandas as pd
-from anndata import AnnData, concat
+from anndata import AnnData
 from anndata.io import read_elem
 
-from perturbdiff import __version__
+from perturbdiff._version import __version__
 from perturbdiff.config import load_config
 from perturbdiff.data.conditions import ConditionIndex, ControlMatch, resolve_control_match
 from perturbdiff.data.expression import as_csr, gene_means, input_kind
@@ -23,8 +23,7 @@ from perturbdiff.data.splits import Split, read_split
 from perturbdiff.data.vocab import GeneVocab
 from perturbdiff.evaluation.baselines import BASELINES, TrainingEffects, shift_cells
 from perturbdiff.evaluation.metrics import METRICS, mean_scores, score_condition, split_half_ceiling
-from perturbdiff.pretrained import PerturbDiff
-from perturbdiff.progress import progress
+from perturbdiff.files import progress
 
 FORMAT_VERSION = 1  # of scores.json
 MODEL = "PerturbDiff"
@@ -119,28 +118,6 @@ class Report:
         return [csv, as_json]
 
 
-def predict_held_out(model: PerturbDiff, screen: Screen, split: Split, match: ControlMatch, seed: int) -> AnnData:
-    """Predict each held-out condition from its own control cells, as many cells as were measured.
-
-    `screen` has all genes of the file: library sizes are sums over them. Raises as `PerturbDiff.predict`.
-    """
-    real, controls = _held_out(screen, split.test, match)
-    predictions, n_cells = [], 0
-    with progress(sum(len(rows) for rows in real.values()), "predict", "cell") as bar:
-        for (perturbation, cell_type, batch), rows in real.items():
-            context = controls[cell_type, batch]
-            cells = AnnData(
-                X=screen.expression.X[context],
-                obs=screen.obs.iloc[context],
-                var=pd.DataFrame(index=pd.Index(screen.expression.genes.names)),
-            )
-            predicted = model.predict(cells, perturbation, cell_type, batch, n_cells=len(rows), seed=seed, bar=bar)
-            predicted.obs_names = pd.Index([f"predicted_{n_cells + i}" for i in range(len(rows))])
-            n_cells += len(rows)
-            predictions.append(predicted)
-    return concat(predictions, merge="same", uns_merge="first")
-
-
 def evaluate(
     predicted: AnnData, screen: Screen, match: ControlMatch, split: Split | None = None, seed: int = 0
 ) -> Report:
@@ -175,7 +152,7 @@ def evaluate(
             f"{', '.join(lacking[:5])}; give the screen that was predicted."
         )
     expression = screen.expression.with_genes(genes, alignment.columns)
-    real, controls = _held_out(screen, ~screen.is_control if split is None else split.test, match)
+    real, controls = held_out_rows(screen, ~screen.is_control if split is None else split.test, match)
     found = _group(predicted.obs, np.ones(predicted.n_obs, dtype=bool), match)
     common = [condition for condition in real if condition in found]
     if not common:
@@ -252,7 +229,7 @@ def _normalisation(predictions: str | Path) -> dict[str, Any]:
     return {"target_sum": float(said["target_sum"]), "library_size_col": str(said["library_size_col"]) or None}
 
 
-def _held_out(
+def held_out_rows(
     screen: Screen, cells: np.ndarray, match: ControlMatch
 ) -> tuple[dict[Condition, np.ndarray], dict[tuple[str, str], np.ndarray]]:
     # Rows of the screen of each condition among `cells`, and of the controls of each (cell type, batch).
@@ -274,7 +251,7 @@ def _group(obs: pd.DataFrame, cells: np.ndarray, match: ControlMatch) -> dict[Co
 
 
 def _training_effects(screen: Screen, expression: Expression, split: Split, match: ControlMatch) -> TrainingEffects:
-    trained, controls = _held_out(screen, split.train, match)
+    trained, controls = held_out_rows(screen, split.train, match)
 
     def mean(rows: np.ndarray) -> np.ndarray:
         return gene_means(expression.log1p(rows))

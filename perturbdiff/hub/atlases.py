@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from perturbdiff.data.atlas import Atlas
-from perturbdiff.data.atlas_format import CHECKSUMS, SMALL_FILES
+from perturbdiff.atlas.format import CHECKSUMS, SMALL_FILES
+from perturbdiff.atlas.store import Atlas
 from perturbdiff.hub.download import pull
-from perturbdiff.hub.publish import Publication, publish
+from perturbdiff.hub.push import Publication, publish
 
 OWN_FILES = re.compile(r"data/cells-[^/]*\.parquet")
 

@@ -11,9 +11,9 @@ from typing import Any
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.utils import yaml_dump
 
-from perturbdiff.client import REPO_ID
-from perturbdiff.data.card_text import CITATION, MAX_LISTED, escaped, front_text, licence_fields, listed
+from perturbdiff.cards import CITATION, MAX_LISTED, escaped, front_text, licence_fields, listed
 from perturbdiff.hub.card_check import check_evaluation
+from perturbdiff.hub_client import REPO_ID
 
 LIBRARY = "perturbdiff"
 TAGS = ["single-cell", "perturbation", "diffusion", "biology", "transcriptomics"]

@@ -13,9 +13,8 @@ from pathlib import Path, PurePosixPath
 
 from torch import nn
 
-from perturbdiff.client import REPO_ID, hub_errors
 from perturbdiff.files import printable
-from perturbdiff.hub.layout import (
+from perturbdiff.hub.model_folder import (
     CARD,
     CONFIG,
     EVALUATION,
@@ -27,6 +26,7 @@ from perturbdiff.hub.layout import (
 )
 from perturbdiff.hub.registry import find_checkpoint
 from perturbdiff.hub.settings import parse_settings
+from perturbdiff.hub_client import REPO_ID, hub_errors
 
 LIBRARY = "perturbdiff"  # as the front matter of our cards has it
 MAX_OVERHEAD = 1 << 26  # bytes of tensor files beyond eight a value: headers, and the golden check

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perturbdiff.config import DenoiserConfig, PublishedEncoding
-from perturbdiff.model.conditioning import VocabSizes
+from perturbdiff.nn.conditioning import VocabSizes
 
 MAX_DEPTH, MAX_WIDTH = 1 << 10, 1 << 16
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from perturbdiff.client import REPO_ID
 from perturbdiff.data.vocab import nearest
 from perturbdiff.files import few
+from perturbdiff.hub_client import REPO_ID
 
 REGISTRY = Path(__file__).with_name("registry.yaml")
 MAX_BYTES = 1 << 22

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from perturbdiff import __version__
+from perturbdiff._version import __version__
 from perturbdiff.config import (
     MAX_FEATURES,
     DenoiserConfig,
@@ -22,12 +22,11 @@ from perturbdiff.config import (
     check_sampling,
     from_dict,
 )
-from perturbdiff.data.batch import Vocabularies
-from perturbdiff.data.vocab import GeneVocab, LabelVocab
+from perturbdiff.data.vocab import GeneVocab, LabelVocab, Vocabularies
 from perturbdiff.files import few, printable, short
 from perturbdiff.hub.card_check import check_evaluation
-from perturbdiff.hub.layout import CONFIG, EVALUATION, Settings
-from perturbdiff.model.denoiser import Denoiser, build_denoiser
+from perturbdiff.hub.model_folder import CONFIG, EVALUATION, Settings
+from perturbdiff.nn.denoiser import Denoiser, build_denoiser
 
 T = TypeVar("T")
 CLASS = "PerturbDiff"

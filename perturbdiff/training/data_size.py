@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
+from perturbdiff.atlas.store import Atlas
 from perturbdiff.config import AtlasSize, Config
-from perturbdiff.data.atlas import Atlas
 from perturbdiff.data.screen import Screen
-from perturbdiff.data.training_set import TrainingSet, marginal_conditions
-from perturbdiff.model.conditioning import VocabSizes
+from perturbdiff.nn.conditioning import VocabSizes
+from perturbdiff.training.dataset import TrainingSet, marginal_conditions
 
 SAMPLE = 4096  # cells of a screen whose values are counted
 

@@ -13,19 +13,20 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch import distributed as dist
 
-from perturbdiff import __version__
+from perturbdiff._version import __version__
+from perturbdiff.atlas.stream import prefetched
 from perturbdiff.config import Config, ModelConfig, ObsColumns, as_dict
 from perturbdiff.data.batch import CellSetBatch
 from perturbdiff.data.screen import Screen
-from perturbdiff.data.stream import prefetched
-from perturbdiff.data.training_set import TrainingSet
-from perturbdiff.diffusion.losses import DiffusionLoss, training_draws
-from perturbdiff.model.denoiser import Denoiser, build_denoiser
-from perturbdiff.pretrained import PerturbDiff
-from perturbdiff.progress import progress
-from perturbdiff.training.distributed import WAITING, Watchdog, engine, launch
+from perturbdiff.diffusion.draws import training_draws
+from perturbdiff.diffusion.losses import DiffusionLoss
+from perturbdiff.files import progress
+from perturbdiff.model import PerturbDiff
+from perturbdiff.nn.denoiser import Denoiser, build_denoiser
+from perturbdiff.training.dataset import TrainingSet
+from perturbdiff.training.distributed import engine, launch
 from perturbdiff.training.ema import EMA
-from perturbdiff.training.interrupt import SIGNALS, StopRequest
+from perturbdiff.training.logging import Metrics, check_trackers
 from perturbdiff.training.optim import learning_rate, make_optimizer
 from perturbdiff.training.partition import full_moments, full_weights, load_moments
 from perturbdiff.training.run_folder import (
@@ -36,11 +37,12 @@ from perturbdiff.training.run_folder import (
     leave_marker,
     with_lanes,
 )
+from perturbdiff.training.signals import SIGNALS, StopRequest
 from perturbdiff.training.speed import Pace, Trace
 from perturbdiff.training.start import Start, prepare, write_adaptation
 from perturbdiff.training.state import Progress, SavedState, latest_state, open_state, save_state, saved_states
-from perturbdiff.training.tracking import Metrics, check_trackers
 from perturbdiff.training.validation import validate
+from perturbdiff.training.watchdog import WAITING, Watchdog
 
 
 @dataclass(frozen=True)

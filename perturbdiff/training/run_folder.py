@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from perturbdiff.config import Config, as_dict, load_config, save_config
 from perturbdiff.data.splits import write_split
-from perturbdiff.data.training_set import TrainingSet
+from perturbdiff.training.dataset import TrainingSet
 from perturbdiff.training.state import saved_states
 
 STOPPED = "stopped.json"

@@ -13,21 +13,22 @@ import torch
 from torch import Tensor
 
 from perturbdiff.adapter import Base, save_adapter
-from perturbdiff.client import name_and_revision
+from perturbdiff.atlas.stream import StreamedCells
 from perturbdiff.config import Config, PublishedEncoding, as_dict
-from perturbdiff.data.batch import NULL
+from perturbdiff.data.conditions import encode_conditions
 from perturbdiff.data.features import FeatureTable
 from perturbdiff.data.screen import Screen
-from perturbdiff.data.stream import StreamedCells
-from perturbdiff.data.training_set import IndexedCells, TrainingSet, marginal_conditions, sample_log1p
+from perturbdiff.data.vocab import NULL
 from perturbdiff.files import few, write_json, write_whole
 from perturbdiff.hub.download import find_model
-from perturbdiff.hub.layout import read_settings
+from perturbdiff.hub.model_folder import read_settings
 from perturbdiff.hub.settings import ModelSettings, parse_settings
-from perturbdiff.model.adapt import Names, Rules, adapt, check_architecture, extended, tables_of
-from perturbdiff.model.denoiser import Denoiser, build_denoiser
-from perturbdiff.model.lora import freeze_backbone, inject_lora, merged
-from perturbdiff.pretrained import PerturbDiff
+from perturbdiff.hub_client import name_and_revision
+from perturbdiff.model import PerturbDiff
+from perturbdiff.nn.denoiser import Denoiser, build_denoiser
+from perturbdiff.nn.lora import freeze_backbone, inject_lora, merged
+from perturbdiff.nn.transfer import Names, Rules, adapt, check_architecture, extended, tables_of
+from perturbdiff.training.dataset import IndexedCells, TrainingSet, marginal_conditions, sample_log1p
 
 ADAPTATION = "adaptation.json"  # in the run folder: what a resumption must know of the checkpoint
 CELLS_OF_GENES = 4096  # cells at most whose expression says which genes go together
@@ -252,7 +253,7 @@ def _with_labels(data: TrainingSet, checkpoint: Checkpoint) -> TrainingSet:
     vocabularies = extended(checkpoint.model.vocabularies, data.vocabularies)
 
     def relabelled(cells: IndexedCells) -> IndexedCells:
-        labels = vocabularies.encode_conditions(cells.index, marginal_conditions(cells.index, cells.sources))
+        labels = encode_conditions(vocabularies, cells.index, marginal_conditions(cells.index, cells.sources))
         if data.match != "batch":  # a batch that the checkpoint knows by the same name would give the answer away
             labels = replace(labels, batch=torch.full_like(labels.batch, NULL))
         return replace(cells, labels=labels)

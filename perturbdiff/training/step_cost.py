@@ -23,10 +23,12 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from perturbdiff.config import Config, Preprocessing
-from perturbdiff.data.batch import CellSetBatch, Labels, SparseCells
-from perturbdiff.diffusion.losses import DiffusionLoss, Draws
-from perturbdiff.model.conditioning import VocabSizes
-from perturbdiff.model.denoiser import Denoiser
+from perturbdiff.data.batch import CellSetBatch, SparseCells
+from perturbdiff.data.vocab import Labels
+from perturbdiff.diffusion.draws import Draws
+from perturbdiff.diffusion.losses import DiffusionLoss
+from perturbdiff.nn.conditioning import VocabSizes
+from perturbdiff.nn.denoiser import Denoiser
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from perturbdiff.config import Config
 from perturbdiff.data.batch import CellSetBatch
-from perturbdiff.data.cellsets import CellSet, CellSetSampler, StreamedSampler
-from perturbdiff.data.training_set import IndexedCells
-from perturbdiff.diffusion.losses import DiffusionLoss, pairwise_distance, validation_draws
-from perturbdiff.model.denoiser import Denoiser
-from perturbdiff.prediction import sample_batch
+from perturbdiff.data.samplers import CellSet, CellSetSampler, StreamedSampler
+from perturbdiff.diffusion.distances import pairwise_distance
+from perturbdiff.diffusion.draws import validation_draws
+from perturbdiff.diffusion.generate import sample_batch
+from perturbdiff.diffusion.losses import DiffusionLoss
+from perturbdiff.nn.denoiser import Denoiser
+from perturbdiff.training.dataset import IndexedCells
 
 Sampler = CellSetSampler | StreamedSampler
 

@@ -21,13 +21,13 @@ from pathlib import Path
 import anndata
 import numpy as np
 
+from perturbdiff.atlas.build.run import build
 from perturbdiff.config import load_build_config, load_config
-from perturbdiff.data.build import build
 from perturbdiff.data.expression import highly_variable_genes
 from perturbdiff.data.screen import Screen, write_h5ad
-from perturbdiff.demo import run_demo
-from perturbdiff.finetuning import finetune
-from perturbdiff.pretrained import PerturbDiff
+from perturbdiff.model import PerturbDiff
+from perturbdiff.training.demo import run_demo
+from perturbdiff.training.finetune import finetune
 from perturbdiff.training.loop import train
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -36,11 +36,11 @@ import torch
 from anndata.io import sparse_dataset, write_elem
 from scipy import sparse
 
+from perturbdiff.atlas.store import Atlas
 from perturbdiff.config import AtlasConfig, Config, DataConfig
-from perturbdiff.data.atlas import Atlas
 from perturbdiff.data.batch import CellSetBatch
 from perturbdiff.data.screen import Screen
-from perturbdiff.data.training_set import TrainingSet
+from perturbdiff.training.dataset import TrainingSet
 
 GENES, DENSITY, SET_SIZE, SETS = 12_626, 0.08, 256, 8
 PERTURBATIONS, CELL_TYPES, BATCHES, CONTROLS = 20, 4, 2, 0.2  # controls: part of the cells
@@ -185,7 +185,7 @@ def _built(args: argparse.Namespace, out: str, workers: int) -> dict[str, object
     wall = time.perf_counter()
     cpu_s, peak_gb = _of_process(["-c", BUILD, *map(str, words)])
     wall = time.perf_counter() - wall
-    start_s = _of_process(["-c", "import perturbdiff.data.build"])[0] * (1 if workers == 1 else workers + 1)
+    start_s = _of_process(["-c", "import perturbdiff.atlas.build.run"])[0] * (1 if workers == 1 else workers + 1)
     n_cells = len(Atlas.open(args.folder / out))
     return {
         "workers": workers,

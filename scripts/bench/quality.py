@@ -28,7 +28,7 @@ import pandas as pd
 
 from perturbdiff.config import load_config
 from perturbdiff.data.screen import Screen
-from perturbdiff.pretrained import PerturbDiff
+from perturbdiff.model import PerturbDiff
 from perturbdiff.training.loop import train
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "train"

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from perturbdiff.data.cellsets import CellSet, CellSetSampler, SetSource, StreamedSampler
 from perturbdiff.data.conditions import ConditionIndex, match_controls
+from perturbdiff.data.samplers import CellSet, CellSetSampler, SetSource, StreamedSampler
 
 WEIGHTS, SHARES = (0.5, 0.3, 0.2), (0.6, 0.3, 0.1)  # of three atlases: weights, and parts of the cells
 SEED = 0

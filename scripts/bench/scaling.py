@@ -23,8 +23,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from perturbdiff.atlas.build.run import build
 from perturbdiff.config import load_build_config
-from perturbdiff.data.build import build
 from perturbdiff.data.simulate import SimulationConfig, simulate
 
 ROOT = Path(__file__).parents[2]

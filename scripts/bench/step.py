@@ -27,15 +27,16 @@ from perturbdiff.config import (
     SamplingConfig,
     reference_denoiser,
 )
-from perturbdiff.data.batch import CellSetBatch, Labels, make_batch
-from perturbdiff.data.cellsets import CellSet
+from perturbdiff.data.batch import CellSetBatch, make_batch
+from perturbdiff.data.samplers import CellSet
 from perturbdiff.data.screen import Expression
-from perturbdiff.data.vocab import GeneVocab
-from perturbdiff.diffusion.losses import DiffusionLoss, training_draws
+from perturbdiff.data.vocab import GeneVocab, Labels
+from perturbdiff.diffusion.draws import training_draws
+from perturbdiff.diffusion.losses import DiffusionLoss
 from perturbdiff.diffusion.sampling import sample
 from perturbdiff.diffusion.schedule import Schedule
-from perturbdiff.model.conditioning import VocabSizes
-from perturbdiff.model.denoiser import Denoiser
+from perturbdiff.nn.conditioning import VocabSizes
+from perturbdiff.nn.denoiser import Denoiser
 from perturbdiff.training.ema import EMA
 from perturbdiff.training.optim import make_optimizer
 

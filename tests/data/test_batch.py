@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perturbdiff.config import Preprocessing
-from perturbdiff.data.batch import NULL, Labels, Vocabularies, make_batch
-from perturbdiff.data.cellsets import CellSet
-from perturbdiff.data.conditions import ConditionIndex
-from perturbdiff.data.features import FeatureTable
-from perturbdiff.data.vocab import LabelVocab, split_dose, split_label
+from perturbdiff.data.batch import make_batch
+from perturbdiff.data.conditions import ConditionIndex, encode_conditions, vocabularies_of
+from perturbdiff.data.features import FeatureTable, with_tables
+from perturbdiff.data.samplers import CellSet
+from perturbdiff.data.vocab import NULL, Labels, LabelVocab, Vocabularies, split_dose, split_label
 from tests.screens import counts_screen, log1p_cp10k, read, screen_with_cells
 
 NO_LABELS = Labels(torch.full((3, 1), NULL), torch.full((3,), NULL), torch.full((3,), NULL))
@@ -211,12 +211,12 @@ def test_known_labels_are_those_of_perturbed_conditions_in_order():
     found = [("control", "T", "b1", 2), ("control", "B", "b2", 2), ("D+C", "T", "b3", 2), ("A", "NK", "b1", 2)]
     screen = read(screen_with_cells(found))
     index = ConditionIndex.build(screen, np.ones(len(screen), bool))
-    vocabularies = Vocabularies.of(index, "+", with_batches=True)
+    vocabularies = vocabularies_of(index, "+", with_batches=True)
     assert vocabularies.perturbations.names == ("A", "C", "D")
     assert vocabularies.cell_types.names == ("NK", "T")
     assert vocabularies.batches.names == ("b1", "b3")
-    assert Vocabularies.of(index, "+", with_batches=False).batches.names == ()
-    assert Vocabularies.of(index, None, with_batches=True).perturbations.names == ("A", "D+C")
+    assert vocabularies_of(index, "+", with_batches=False).batches.names == ()
+    assert vocabularies_of(index, None, with_batches=True).perturbations.names == ("A", "D+C")
 
 
 @pytest.fixture
@@ -262,9 +262,9 @@ def test_doses_of_conditions_are_those_of_their_labels():
     found = [("control", "T", "b1", 2), ("A@0.1", "T", "b1", 2), ("A@10", "T", "b1", 2), ("A@0.1+B@1", "T", "b1", 2)]
     screen = read(screen_with_cells(found))
     index = ConditionIndex.build(screen, np.ones(len(screen), bool))
-    vocabularies = Vocabularies.of(index, "+", with_batches=True, dose_separator="@")
+    vocabularies = vocabularies_of(index, "+", with_batches=True, dose_separator="@")
     assert vocabularies.perturbations.names == ("A", "B")
-    labels = vocabularies.encode_conditions(index, np.zeros(len(index), bool))
+    labels = encode_conditions(vocabularies, index, np.zeros(len(index), bool))
     by_name = {index.labels(i)[0]: i for i in range(len(index))}
     assert labels.perturbation[by_name["A@10"]].tolist() == [0, NULL]
     assert labels.dose[by_name["A@10"]].tolist() == [1.0, 0.0]
@@ -275,7 +275,7 @@ def test_doses_of_conditions_are_those_of_their_labels():
 def test_perturbations_with_features_alone_come_after_those_with_rows(known):
     tables = [FeatureTable("t", ("Z", "B", "Q"), np.ones((3, 2), np.float32))]
     tables.append(FeatureTable("u", ("Q", "W"), np.ones((2, 5), np.float32)))
-    described = known.with_tables(tables)
+    described = with_tables(known, tables)
     assert described.perturbations.names == ("A", "B", "JAK2", "X+Y", "Z", "Q", "W")
     assert described.labelled == known.perturbations.names
     assert described.tables == (("t", 2), ("u", 5))
@@ -322,11 +322,11 @@ def test_known_labels_are_those_that_some_set_is_trained_with(found, separator, 
             seen[1].add(cell_type)
         if perturbation != "control" and with_batches:
             seen[2].add(batch)
-    known = Vocabularies.of(index, separator, with_batches, marginal)
+    known = vocabularies_of(index, separator, with_batches, marginal)
     names = (known.perturbations.names, known.cell_types.names, known.batches.names)
     assert names == tuple(tuple(sorted(of)) for of in seen)
     if not marginal.any():
-        assert Vocabularies.of(index, separator, with_batches) == known
+        assert vocabularies_of(index, separator, with_batches) == known
 
 
 @settings(deadline=None, derandomize=True, max_examples=100)
@@ -334,7 +334,7 @@ def test_known_labels_are_those_that_some_set_is_trained_with(found, separator, 
 def test_the_labels_of_an_index_are_those_of_its_conditions_one_by_one(found, others, trained, separator, with_batches):
     index, marginal = labelled(found)
     everything, of_everything = labelled([*found, *others] if trained else others)
-    known = Vocabularies.of(everything, separator, with_batches, of_everything)
+    known = vocabularies_of(everything, separator, with_batches, of_everything)
     names = [
         (
             None if perturbation == "control" or is_marginal else perturbation,
@@ -347,9 +347,9 @@ def test_the_labels_of_an_index_are_those_of_its_conditions_one_by_one(found, ot
     if not parts <= set(known.perturbations.names):
         assert not trained
         with pytest.raises(KeyError, match="is not known to this model"):
-            known.encode_conditions(index, marginal)
+            encode_conditions(known, index, marginal)
         return
-    labels, expected = known.encode_conditions(index, marginal), known.encode(names)
+    labels, expected = encode_conditions(known, index, marginal), known.encode(names)
     assert labels.hidden is None
     for column in ("perturbation", "cell_type", "batch"):
         assert getattr(labels, column).dtype == torch.int64
@@ -358,7 +358,7 @@ def test_the_labels_of_an_index_are_those_of_its_conditions_one_by_one(found, ot
 
 def test_unknown_perturbations_of_marginal_conditions_are_no_error(known):
     index, marginal = labelled([("never seen", "T", "b1", True), ("control", "T", "b1", True), ("A", "T", "b1", False)])
-    labels = known.encode_conditions(index, marginal)
+    labels = encode_conditions(known, index, marginal)
     assert labels.perturbation.tolist() == [[NULL], [NULL], [0]]
     assert labels.cell_type.tolist() == [1, 1, 1]
     assert labels.batch.tolist() == [0, NULL, 0]

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perturbdiff.data.cellsets import draw_controls
 from perturbdiff.data.conditions import ConditionIndex, Groups, match_controls, resolve_control_match
+from perturbdiff.data.samplers import draw_controls
 from tests.screens import counts_screen, read, screen_with_cells
 
 LABELS = ["perturbation", "cell_type", "batch"]

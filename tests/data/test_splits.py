@@ -7,7 +7,7 @@ import pytest
 from perturbdiff.config import SplitConfig
 from perturbdiff.data.batch import make_batch
 from perturbdiff.data.splits import PARTS, make_split, read_split, select_cells, write_split
-from perturbdiff.data.training_set import TrainingSet
+from perturbdiff.training.dataset import TrainingSet
 from tests.screens import config_for, counts_screen, read, screen_with_cells
 
 LABELS = ["perturbation", "cell_type", "batch"]

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from perturbdiff.config import DiffusionConfig, Preprocessing
-from perturbdiff.data.batch import NULL, CellSetBatch, Labels, SparseCells
-from perturbdiff.diffusion.losses import (
+from perturbdiff.data.batch import CellSetBatch, SparseCells
+from perturbdiff.data.vocab import NULL, Labels
+from perturbdiff.diffusion.distances import (
     MMD,
-    DiffusionLoss,
-    Draws,
     energy_distance,
     laplace_mmd,
     mse,
@@ -25,9 +24,9 @@ from perturbdiff.diffusion.losses import (
     rbf_mmd,
     self_pairs,
     squared_mean_distance,
-    training_draws,
-    validation_draws,
 )
+from perturbdiff.diffusion.draws import Draws, training_draws, validation_draws
+from perturbdiff.diffusion.losses import DiffusionLoss
 from perturbdiff.hub.convert import denoiser_from_reference
 
 DISTANCES = [energy_distance, rbf_mmd, laplace_mmd]

@@ -71,7 +71,7 @@ def without_data(step: int, rank: int) -> None:
 
 
 def _change_batches(step, rank, change):
-    from perturbdiff.data.training_set import IndexedCells
+    from perturbdiff.training.dataset import IndexedCells
 
     make = IndexedCells.batches
 

@@ -3,7 +3,7 @@
 import pytest
 
 from perturbdiff.config import load_config
-from perturbdiff.data.training_set import TrainingSet
+from perturbdiff.training.dataset import TrainingSet
 from tests.distributed.launches import (
     ENGINES,
     LAST,

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from perturbdiff.adapter import load_adapter
-from perturbdiff.pretrained import PerturbDiff
+from perturbdiff.model import PerturbDiff
 from tests.distributed.launches import alone, assert_close, assert_same, finished
 
 pytestmark = pytest.mark.slow

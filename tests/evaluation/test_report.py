@@ -10,18 +10,11 @@ import pytest
 from perturbdiff.data.expression import as_csr
 from perturbdiff.data.screen import Screen
 from perturbdiff.data.splits import make_split, write_split
-from perturbdiff.demo import run_demo
+from perturbdiff.evaluation.held_out import predict_held_out
 from perturbdiff.evaluation.metrics import METRICS, score_condition
-from perturbdiff.evaluation.report import (
-    CEILING,
-    MODEL,
-    Report,
-    _training_effects,
-    evaluate,
-    evaluate_file,
-    predict_held_out,
-)
-from perturbdiff.pretrained import PerturbDiff
+from perturbdiff.evaluation.report import CEILING, MODEL, Report, _training_effects, evaluate, evaluate_file
+from perturbdiff.model import PerturbDiff
+from perturbdiff.training.demo import run_demo
 from perturbdiff.training.loop import train
 from tests.simulated import tiny_config, write_screen
 

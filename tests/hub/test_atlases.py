@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from perturbdiff.atlas.format import CHECKSUMS
+from perturbdiff.atlas.store import Atlas
+from perturbdiff.atlas.stream import read_shard
 from perturbdiff.cli.main import main
-from perturbdiff.data.atlas import Atlas
-from perturbdiff.data.atlas_format import CHECKSUMS
-from perturbdiff.data.stream import read_shard
 from perturbdiff.hub.atlases import pull_atlas, push_atlas
 from tests.atlases import CONDITIONS, change_shard, write_atlas
 from tests.localhub.client import (

@@ -14,14 +14,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from perturbdiff.data.atlas_card import atlas_card, size_category
-from perturbdiff.data.atlas_format import AtlasInfo, AtlasSource, Shard, read_info
+from perturbdiff.atlas.card import atlas_card, size_category
+from perturbdiff.atlas.format import AtlasInfo, AtlasSource, Shard, read_info
 from perturbdiff.data.screen import Screen
 from perturbdiff.evaluation.metrics import METRICS
 from perturbdiff.evaluation.report import Report, evaluate
 from perturbdiff.hub.card import eval_results_files, write_card
 from perturbdiff.hub.card_check import check_card, check_evaluation
-from perturbdiff.pretrained import PerturbDiff
+from perturbdiff.model import PerturbDiff
 from perturbdiff.training.loop import train
 from tests.atlases import write_atlas
 from tests.simulated import tiny_config, write_screen

@@ -22,13 +22,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perturbdiff.config import load_config
-from perturbdiff.data.batch import Labels
+from perturbdiff.data.vocab import Labels
 from perturbdiff.diffusion.sampling import sample
 from perturbdiff.diffusion.schedule import Schedule
 from perturbdiff.hub.convert import convert_checkpoint, covariate_encoder_from_reference, denoiser_from_reference
-from perturbdiff.model.conditioning import VocabSizes
-from perturbdiff.model.denoiser import Denoiser
-from perturbdiff.pretrained import PerturbDiff
+from perturbdiff.model import PerturbDiff
+from perturbdiff.nn.conditioning import VocabSizes
+from perturbdiff.nn.denoiser import Denoiser
 
 GOLDEN = Path(os.environ.get("PERTURBDIFF_GOLDEN", Path(__file__).parents[2] / "../shared/golden"))
 DEAD = re.compile(r"control_final_layer|gene_embedding\.(gene_embedding|layer_norm)")

@@ -14,9 +14,9 @@ from huggingface_hub import constants
 
 from perturbdiff.cli.main import main
 from perturbdiff.hub.download import SMALL_FILES, find_model, list_models, pull_model
-from perturbdiff.hub.layout import CARD, CONFIG, MAX_JSON_BYTES, WEIGHTS, WEIGHTS_INDEX, read_settings
+from perturbdiff.hub.model_folder import CARD, CONFIG, MAX_JSON_BYTES, WEIGHTS, WEIGHTS_INDEX, read_settings
 from perturbdiff.hub.registry import entry_of
-from perturbdiff.pretrained import PerturbDiff
+from perturbdiff.model import PerturbDiff
 from perturbdiff.training.loop import train
 from tests.localhub.client import TOKEN, finish, led_to, no_secrets_in, refused, start
 from tests.localhub.repos import Refused

@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from perturbdiff.hub.download import find_model
-from perturbdiff.hub.layout import read_settings
+from perturbdiff.hub.model_folder import read_settings
 from perturbdiff.hub.registry import REGISTRY, Checkpoint, entry_of, find_checkpoint, read_registry
-from perturbdiff.pretrained import PerturbDiff
+from perturbdiff.model import PerturbDiff
 from perturbdiff.training.loop import train
 from tests.simulated import tiny_config, write_screen
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import anndata
 import pytest
 
-from perturbdiff.finetuning import finetune
+from perturbdiff.training.finetune import finetune
 from perturbdiff.training.loop import train
 from tests.simulated import tiny_config, write_screen
 

@@ -13,8 +13,8 @@ import torch
 
 from perturbdiff import PerturbDiff
 from perturbdiff.config import AtlasConfig, SplitConfig, as_dict, load_build_config, load_config, reference_denoiser
-from perturbdiff.model.conditioning import VocabSizes
-from perturbdiff.model.denoiser import Denoiser
+from perturbdiff.nn.conditioning import VocabSizes
+from perturbdiff.nn.denoiser import Denoiser
 from perturbdiff.training.loop import train
 from tests.atlases import write_atlas
 from tests.screens import ROOT, real_screen

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from perturbdiff.atlas.store import Atlas
 from perturbdiff.config import load_build_config, load_config, reference_denoiser
-from perturbdiff.data.atlas import Atlas
-from perturbdiff.model.conditioning import VocabSizes
-from perturbdiff.model.denoiser import Denoiser
+from perturbdiff.nn.conditioning import VocabSizes
+from perturbdiff.nn.denoiser import Denoiser
 from tests.screens import counts_screen, written
 
 RECIPES = Path(__file__).parents[2] / "recipes"

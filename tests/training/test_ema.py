@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from perturbdiff.config import DenoiserConfig
-from perturbdiff.model.conditioning import VocabSizes
-from perturbdiff.model.denoiser import Denoiser
+from perturbdiff.nn.conditioning import VocabSizes
+from perturbdiff.nn.denoiser import Denoiser
 from perturbdiff.training import partition
 from perturbdiff.training.ema import EMA
 

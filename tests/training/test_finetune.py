@@ -14,9 +14,9 @@ from perturbdiff.adapter import load_adapter
 from perturbdiff.config import PublishedEncoding, load_config
 from perturbdiff.data.screen import Screen
 from perturbdiff.data.simulate import simulate
-from perturbdiff.model.denoiser import build_denoiser
-from perturbdiff.model.lora import BACKBONE, changed_layers
-from perturbdiff.pretrained import PerturbDiff
+from perturbdiff.model import PerturbDiff
+from perturbdiff.nn.denoiser import build_denoiser
+from perturbdiff.nn.lora import BACKBONE, changed_layers
 from perturbdiff.training.loop import train
 from perturbdiff.training.start import prepare, settings_of
 from tests.screens import log1p_cp10k

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from perturbdiff.data.screen import Screen
-from perturbdiff.pretrained import PerturbDiff
+from perturbdiff.model import PerturbDiff
 from perturbdiff.training import loop
 from perturbdiff.training.loop import train
 from tests.simulated import TINY, tiny_config, write_screen

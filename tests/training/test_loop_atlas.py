@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from perturbdiff import PerturbDiff
+from perturbdiff.atlas.build.run import build
 from perturbdiff.config import BuildConfig, DataConfig, SourceConfig, load_config
-from perturbdiff.data.build import build
 from perturbdiff.data.screen import Screen
 from perturbdiff.training.loop import train
 from perturbdiff.training.run_folder import with_lanes

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from perturbdiff.config import DenoiserConfig, OptimConfig
-from perturbdiff.model.conditioning import VocabSizes
-from perturbdiff.model.denoiser import Denoiser
-from perturbdiff.model.lora import freeze_backbone
+from perturbdiff.nn.conditioning import VocabSizes
+from perturbdiff.nn.denoiser import Denoiser
+from perturbdiff.nn.lora import freeze_backbone
 from perturbdiff.training.optim import learning_rate, make_optimizer
 
 

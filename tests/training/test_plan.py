@@ -15,11 +15,12 @@ from torch.profiler import ProfilerActivity, profile
 from perturbdiff.config import AtlasConfig, Config, load_config
 from perturbdiff.data.batch import CellSetBatch
 from perturbdiff.data.screen import Screen
-from perturbdiff.data.training_set import TrainingSet
-from perturbdiff.diffusion.losses import DiffusionLoss, training_draws
-from perturbdiff.model.conditioning import VocabSizes
-from perturbdiff.model.denoiser import Denoiser
+from perturbdiff.diffusion.draws import training_draws
+from perturbdiff.diffusion.losses import DiffusionLoss
+from perturbdiff.nn.conditioning import VocabSizes
+from perturbdiff.nn.denoiser import Denoiser
 from perturbdiff.training.data_size import data_size
+from perturbdiff.training.dataset import TrainingSet
 from perturbdiff.training.ema import EMA
 from perturbdiff.training.optim import make_optimizer
 from perturbdiff.training.plan import (

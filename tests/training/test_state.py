@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from perturbdiff.config import DenoiserConfig, OptimConfig
-from perturbdiff.model.conditioning import VocabSizes
-from perturbdiff.model.denoiser import Denoiser
+from perturbdiff.nn.conditioning import VocabSizes
+from perturbdiff.nn.denoiser import Denoiser
 from perturbdiff.training.ema import EMA
 from perturbdiff.training.optim import make_optimizer
 from perturbdiff.training.partition import full_moments, full_weights, load_moments

@@ -5,13 +5,14 @@ from torch import nn
 
 from perturbdiff.config import load_config
 from perturbdiff.data.batch import make_batch
-from perturbdiff.data.cellsets import CellSetSampler
+from perturbdiff.data.rng import torch_generator
+from perturbdiff.data.samplers import CellSetSampler
 from perturbdiff.data.screen import Screen
-from perturbdiff.data.seeds import torch_generator
-from perturbdiff.data.training_set import TrainingSet
-from perturbdiff.diffusion.losses import DiffusionLoss, validation_draws
+from perturbdiff.diffusion.draws import validation_draws
+from perturbdiff.diffusion.losses import DiffusionLoss
 from perturbdiff.evaluation import metrics
-from perturbdiff.model.denoiser import build_denoiser
+from perturbdiff.nn.denoiser import build_denoiser
+from perturbdiff.training.dataset import TrainingSet
 from perturbdiff.training.validation import energy_distance, validate
 from tests.atlases import atlas_of_screen
 from tests.simulated import TINY, tiny_config, write_screen

@@ -13,10 +13,7 @@ from typing import Any
 
 import torch
 
-from perturbdiff.hub.layout import (
-    CONFIG,
-    config_hash,
-)
+from perturbdiff.hub.model_folder import CONFIG, config_hash
 
 MEMORY = 600 << 20  # bytes beyond those of a process that has imported the library
 SECONDS = 20  # of CPU for one folder
@@ -35,7 +32,7 @@ import contextlib, io, json, os, resource, signal, sys, traceback
 from perturbdiff.cli.main import main
 from perturbdiff.hub.download import find_model
 from perturbdiff.pretrained import PerturbDiff
-import perturbdiff.hub.describe
+import perturbdiff.hub.info
 from huggingface_hub import HfApi, snapshot_download
 
 PerturbDiff.from_pretrained(sys.argv[1], device="cpu")  # what is imported late is imported now

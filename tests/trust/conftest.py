@@ -9,18 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from perturbdiff.config import (
-    DenoiserConfig,
-    DiffusionConfig,
-    ModelConfig,
-    ObsColumns,
-    Preprocessing,
-    SamplingConfig,
-)
-from perturbdiff.data.batch import Vocabularies
-from perturbdiff.data.vocab import GeneVocab, LabelVocab
-from perturbdiff.model.denoiser import build_denoiser
-from perturbdiff.pretrained import PerturbDiff
+from perturbdiff.config import DenoiserConfig, DiffusionConfig, ModelConfig, ObsColumns, Preprocessing, SamplingConfig
+from perturbdiff.data.vocab import GeneVocab, LabelVocab, Vocabularies
+from perturbdiff.model import PerturbDiff
+from perturbdiff.nn.denoiser import build_denoiser
 from tests.localhub.server import LocalHub
 from tests.trust.attacks import Reader
 
@@ -83,5 +75,5 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not to wait, after each of many refusals, for a folder that may be in the middle of being replaced."""
-    monkeypatch.setattr("perturbdiff.pretrained.READ_AGAIN", 1)
-    monkeypatch.setattr("perturbdiff.pretrained.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("perturbdiff.model.READ_AGAIN", 1)
+    monkeypatch.setattr("perturbdiff.model.time.sleep", lambda seconds: None)

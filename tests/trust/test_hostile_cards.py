@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from perturbdiff.pretrained import PerturbDiff
+from perturbdiff.model import PerturbDiff
 from tests.trust.attacks import (
     CARDS,
     ESCAPES,

@@ -15,14 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from perturbdiff.hub.layout import (
-    CONFIG,
-    GOLDEN,
-    JSON_FILES,
-    WEIGHTS,
-    WEIGHTS_INDEX,
-)
-from perturbdiff.pretrained import PerturbDiff
+from perturbdiff.hub.model_folder import CONFIG, GOLDEN, JSON_FILES, WEIGHTS, WEIGHTS_INDEX
+from perturbdiff.model import PerturbDiff
 from tests.localhub.server import Repo
 from tests.trust.attacks import ESCAPES, NAME, assert_refused, change_config, forge, put, stating
 

@@ -9,14 +9,9 @@ from typing import Any
 
 import pytest
 
-from perturbdiff.hub.layout import (
-    CONFIG,
-    JSON_FILES,
-    config_hash,
-    read_settings,
-)
+from perturbdiff.hub.model_folder import CONFIG, JSON_FILES, config_hash, read_settings
 from perturbdiff.hub.settings import parse_settings
-from perturbdiff.pretrained import PerturbDiff
+from perturbdiff.model import PerturbDiff
 from tests.trust.attacks import ESCAPES, assert_refused, forge, giant, nested, put
 
 

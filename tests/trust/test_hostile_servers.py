@@ -9,11 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import save
 
-from perturbdiff.hub.layout import (
-    CONFIG,
-    GOLDEN,
-    WEIGHTS,
-)
+from perturbdiff.hub.model_folder import CONFIG, GOLDEN, WEIGHTS
 from tests.localhub.server import Fault, LocalHub, Repo
 from tests.trust.attacks import CARDS, NAME, assert_refused, load_bytes
 

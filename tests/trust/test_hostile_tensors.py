@@ -17,15 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
-from perturbdiff.hub.layout import (
-    CONFIG,
-    GOLDEN,
-    JSON_FILES,
-    WEIGHTS,
-    check_tensor_files,
-    read_settings,
-)
-from perturbdiff.pretrained import PerturbDiff
+from perturbdiff.hub.model_folder import CONFIG, GOLDEN, JSON_FILES, WEIGHTS, check_tensor_files, read_settings
+from perturbdiff.model import PerturbDiff
 from tests.trust.attacks import ESCAPES, TERABYTE, assert_refused, forge, load_bytes, nested, put
 
 
@@ -210,8 +203,8 @@ def test_a_forged_terabyte_of_tensors_is_refused_soon(reader, folder, name):
 @settings(max_examples=120, deadline=None, derandomize=True)
 def test_any_bytes_changed_give_the_same_model_or_a_line(saved, tmp_path_factory, data):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("perturbdiff.pretrained.READ_AGAIN", 1)
-        patch.setattr("perturbdiff.pretrained.time.sleep", lambda seconds: None)
+        patch.setattr("perturbdiff.model.READ_AGAIN", 1)
+        patch.setattr("perturbdiff.model.time.sleep", lambda seconds: None)
         folder = shutil.copytree(saved, tmp_path_factory.mktemp("mutated") / "model")
         name = data.draw(st.sampled_from([CONFIG, *JSON_FILES, WEIGHTS, GOLDEN, "README.md"]))
         content = bytearray((folder / name).read_bytes())

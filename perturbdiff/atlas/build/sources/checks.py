@@ -1,0 +1,233 @@
+"""What all sources of an atlas share: checks of values, tables of labels, selectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from perturbdiff.config import SourceConfig
+from perturbdiff.atlas.format import CONTROL_LABEL
+from perturbdiff.data.expression import LOG1P_MAX, InputKind, as_csr
+from perturbdiff.data.screen import LABELS
+from perturbdiff.data.vocab import GeneVocab
+from perturbdiff.files import short
+
+BLOCK = 1 << 17  # values checked together: they stay in the processor's cache
+_MIN_WHOLE = 1000  # as many values that are all whole numbers are no log1p values
+
+
+def checked(
+    indptr: np.ndarray, indices: np.ndarray, values: np.ndarray, genes: GeneVocab, kind: InputKind, detected: bool,
+    where: str, cell: Callable[[int], str],
+) -> sparse.csr_matrix:  # fmt: skip
+    """Rows of a source as CSR with sorted indices and no stored zeros, after one look at every value.
+
+    Unsorted or repeated indices are sorted and summed, as AnnData understands them; stored zeros are left out.
+
+    Parameters
+    ----------
+    kind, detected
+        What the values must be, and whether that was detected on other cells rather than declared.
+    where, cell
+        For messages: the source, and what the cell of a row is called.
+
+    Returns
+    -------
+    (n, G), uint16 or uint32 counts, or float32 log1p values.
+
+    Raises
+    ------
+    ValueError
+        Names source, cell, gene and value.
+    """
+    n_genes = len(genes)
+    if not _in_order(indptr, indices, n_genes):
+        if len(indices) and not 0 <= indices.min() <= indices.max() < n_genes:
+            bad = int(np.argmax((indices < 0) | (indices >= n_genes)))
+            raise ValueError(
+                f"{where} has the gene index {indices[bad]} in {cell(row_of(bad, indptr))}, of {n_genes} genes; get "
+                "or write the file again."
+            )
+        csr = as_csr(sparse.csr_matrix((values, indices, indptr), (len(indptr) - 1, n_genes)))
+        indptr, indices, values = csr.indptr, csr.indices, csr.data
+    clean = _counts(values) if kind == "counts" else _log1p(values, detected)
+    if clean is None and not values.all():
+        csr = as_csr(sparse.csr_matrix((values, indices, indptr), (len(indptr) - 1, n_genes)))
+        indptr, indices, values = csr.indptr, csr.indices, csr.data
+        clean = _counts(values) if kind == "counts" else _log1p(values, detected)
+    if clean is None:
+        _refuse(indptr, indices, values, genes, kind, where, cell)
+    index_type = np.int32 if len(values) < 2**31 else np.int64
+    X = sparse.csr_matrix((len(indptr) - 1, n_genes), dtype=clean.dtype)
+    X.data, X.indices, X.indptr = clean, indices.astype(index_type, copy=False), indptr.astype(index_type, copy=False)
+    X.has_sorted_indices = X.has_canonical_format = True
+    return X
+
+
+def _in_order(indptr: np.ndarray, indices: np.ndarray, n_genes: int) -> bool:
+    """Whether the indices of each row rise and lie within the genes."""
+    if len(indices) == 0:
+        return True
+    starts = indptr[:-1][np.diff(indptr) > 0]
+    rises = indices[1:] > indices[:-1]
+    rises[starts[1:] - 1] = True  # from one row to the next
+    ends = np.append(starts[1:], len(indices)) - 1
+    return bool(rises.all() and indices[starts].min() >= 0 and indices[ends].max() < n_genes)
+
+
+def _counts(values: np.ndarray) -> np.ndarray | None:
+    """The values as uint16, or uint32, if all are whole numbers over 0 and under 2**32."""
+    if len(values) == 0:
+        return values.astype(np.uint16)
+    lowest, highest = values.min(), values.max()
+    if not (lowest > 0 and highest < 2**32):  # also for NaN
+        return None
+    counts = np.empty(len(values), np.uint16 if highest < 2**16 else np.uint32)
+    for start in range(0, len(values), BLOCK):
+        block = values[start : start + BLOCK]
+        whole = counts[start : start + BLOCK]
+        np.copyto(whole, block, casting="unsafe")
+        if values.dtype.kind == "f" and not np.array_equal(whole, block):
+            return None
+    return counts
+
+
+def _log1p(values: np.ndarray, detected: bool) -> np.ndarray | None:
+    """The values as float32, if they are over 0, under LOG1P_MAX and, where that was detected, not all whole."""
+    if len(values) == 0:
+        return values.astype(np.float32)
+    if not (values.min() > 0 and values.max() < LOG1P_MAX):
+        return None
+    if detected and len(values) >= _MIN_WHOLE and (values == np.rint(values)).all():
+        return None
+    return values.astype(np.float32, copy=False)
+
+
+def _refuse(
+    indptr: np.ndarray, indices: np.ndarray, values: np.ndarray, genes: GeneVocab, kind: InputKind, where: str,
+    cell: Callable[[int], str],
+) -> NoReturn:  # fmt: skip
+    """Raise ValueError for the first value that is not as it must be."""
+    tests = [(~np.isfinite(values), "is not finite"), (values < 0, "is negative (z-scored or scaled data?)")]
+    if kind == "counts":
+        tests.append((values != np.rint(values), "is no whole number: counts are. Set the source's input_kind: log1p"))
+        tests.append((values >= 2**32, "is too large: counts must be under 2**32"))
+    else:
+        what = f"is too large for a log1p value (under {LOG1P_MAX:g}). Are these counts, or not log-transformed"
+        tests.append((values >= LOG1P_MAX, what))
+    for wrong, what in tests:
+        if wrong.any():
+            bad = int(wrong.argmax())
+            raise ValueError(
+                f"{where} holds {values[bad]:.10g} for gene {genes.names[indices[bad]]!r} in "
+                f"{cell(row_of(bad, indptr))}, which {what}; give raw counts or log1p values."
+            )
+    raise ValueError(
+        f"{where} holds only whole numbers from {cell(0)} to {cell(len(indptr) - 2)}, fractions elsewhere; raw counts "
+        "and log1p values must not be mixed. Set the source's input_kind if these are log1p values."
+    )
+
+
+def row_of(place: int, indptr: np.ndarray) -> int:
+    return int(np.searchsorted(indptr, place, side="right")) - 1
+
+
+def library_text(kind: InputKind, column: str | None) -> str:
+    if kind == "log1p":
+        return "none (log1p values)"
+    return "row sums" if column is None else f"column {column!r}"
+
+
+def label_table(
+    config: SourceConfig, source: str, first: int, found: Mapping[str, pd.Categorical | None], names: np.ndarray
+) -> pd.DataFrame:
+    """The table of `Source.labels`; a label without a column is that of the whole source."""
+    constant = {"perturbation": CONTROL_LABEL, "cell_type": source, "batch": source}
+    table: dict[str, Any] = {"row": np.arange(first, first + len(names), dtype=np.int64)}
+    for name in LABELS:
+        labels = found[name]
+        if labels is None:
+            labels = coded_as([constant[name]], np.zeros(len(names), np.int32))
+        elif name == "perturbation" and config.control_label != CONTROL_LABEL:
+            taken = labels.categories.get_indexer(pd.Index([CONTROL_LABEL]))[0]
+            if taken >= 0 and (codes := labels.codes == taken).any():
+                raise ValueError(
+                    f"cell {names[int(np.argmax(codes))]!r} of {config.path} has the perturbation {CONTROL_LABEL!r}, "
+                    f"but the control label is {config.control_label!r}; {CONTROL_LABEL!r} marks unperturbed cells in "
+                    "an atlas: rename the label or set control_label."
+                )
+            labels = labels.remove_unused_categories().rename_categories({config.control_label: CONTROL_LABEL})
+        table[name] = labels
+    return pd.DataFrame({**table, "cell": names})
+
+
+def categorical(values: Any, column: str, names: np.ndarray, path: str) -> pd.Categorical:
+    """Labels as a categorical of str. Raises ValueError naming the first cell without one."""
+    if isinstance(values, pd.Categorical):
+        codes, categories = values.codes, values.categories
+    else:
+        codes, categories = pd.factorize(values)
+    if len(codes) and codes.min() < 0:
+        raise ValueError(
+            f"column {column!r} of {path} has {(codes < 0).sum()} missing values, the first in cell "
+            f"{names[int(np.argmax(codes < 0))]!r}; every cell needs a label: fill them or drop the cells."
+        )
+    return coded_as(pd.Series(categories).astype(str).tolist(), codes)
+
+
+def coded_as(texts: Sequence[str], codes: np.ndarray) -> pd.Categorical:
+    """Label `texts[code]` of each code; a text may come twice."""
+    merged, unique = pd.factorize(np.array(texts, dtype=object))
+    return pd.Categorical.from_codes(merged.astype(np.int32)[codes], pd.Index(unique, dtype=object))
+
+
+def selector_fields(selector: str, config: SourceConfig) -> dict[str, str]:
+    """What a selector asks for, by label; the source's own control label is "control"."""
+    parts = selector.split(":", maxsplit=len(LABELS) - 1)
+    wanted = {name: part for name, part in zip(LABELS, parts, strict=False) if part != "*"}
+    if wanted.get("perturbation") == config.control_label:
+        wanted["perturbation"] = CONTROL_LABEL
+    return wanted
+
+
+def selector_matches(labels: pd.DataFrame, selector: str, config: SourceConfig) -> np.ndarray:
+    matches = np.ones(len(labels), dtype=bool)
+    for name, value in selector_fields(selector, config).items():
+        matches &= (labels[name] == value).to_numpy()
+    return matches
+
+
+def selected(labels: pd.DataFrame, config: SourceConfig) -> pd.DataFrame:
+    """The rows that `cells`, `keep` and `drop` leave."""
+    selected = np.ones(len(labels), dtype=bool)
+    if config.cells != "all":
+        selected = (labels["perturbation"] == CONTROL_LABEL).to_numpy() == (config.cells == "unperturbed")
+    if config.keep:
+        selected &= np.logical_or.reduce([selector_matches(labels, selector, config) for selector in config.keep])
+    for selector in config.drop:
+        selected &= ~selector_matches(labels, selector, config)
+    return labels if selected.all() else labels[selected]
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Turns what readers raise on a damaged file, types of their own among it, into a ValueError of one line."""
+    try:
+        yield
+    except (FileNotFoundError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is damaged or not of its kind ({short(error)}); get or write it again.") from error
+
+
+def naming(path: Path, make: Any) -> Any:
+    try:
+        return make()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

@@ -1,0 +1,263 @@
+"""An .h5ad as a source of an atlas, read in parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pandas as pd
+from anndata.io import read_elem
+from scipy import sparse
+
+from perturbdiff.config import SourceConfig
+from perturbdiff.data.expression import InputKind, library_sizes
+from perturbdiff.data.screen import LABELS, genes_of
+from perturbdiff.atlas.build.sources.checks import (
+    BLOCK,
+    categorical,
+    checked,
+    label_table,
+    library_text,
+    naming,
+    reading,
+    selected,
+)
+from perturbdiff.data.vocab import GeneVocab
+
+_SAMPLE = 8  # places of a file looked at to tell counts from log1p values
+_SAMPLE_VALUES = 1 << 18  # values of each
+_MAX_ROWS = 1 << 18  # cells read together, however empty: their labels need memory too
+
+
+@dataclass(frozen=True)
+class H5adSource:
+    """An .h5ad whose X is dense or CSR, compressed or not. CSC is refused: it has no cells to read, only genes."""
+
+    config: SourceConfig
+    name: str
+    n_cells: int
+    genes: GeneVocab
+    fingerprint: dict[str, Any]
+    is_sparse: bool
+
+    @classmethod
+    def open(cls, config: SourceConfig) -> H5adSource:
+        path = Path(config.path)
+        with reading(path):
+            stat = path.stat()
+            with h5py.File(path, "r") as file:
+                missing = [name for name in ("X", "obs", "var") if name not in file]
+                tables = not missing and all(isinstance(file[name], h5py.Group) for name in ("obs", "var"))
+                var = read_elem(file["var"]) if tables else None
+                columns = _column_names(file["obs"]) if tables else []
+                index = _index(file["obs"]) if tables else None
+                n_obs = len(index) if isinstance(index, h5py.Dataset) else 0
+                X = file.get("X")
+                form, shape, dtype = _form(X)
+                lengths = [X[name].shape for name in ("data", "indices", "indptr")] if form == "csr" else []
+                ends = [int(X["indptr"][i]) for i in (0, -1)] if form == "csr" and lengths[2] != (0,) else [0, 0]
+        if missing or not isinstance(var, pd.DataFrame) or index is None:
+            what = f"it has no {', '.join(missing)}" if missing else "obs and var must be tables"
+            raise ValueError(f"{path} is not an .h5ad that can be read in parts: {what}. Write it with AnnData.")
+        genes = naming(path, lambda: genes_of(var))
+        if form == "csc":
+            raise ValueError(
+                f"X of {path} is CSC, stored by genes, so that cells cannot be read in parts; write it by cells "
+                "(adata.X = adata.X.tocsr())."
+            )
+        if form not in ("csr", "dense") or dtype.kind not in "biuf":
+            raise ValueError(f"X of {path} is {form} of {dtype}; it must be a dense or CSR matrix of numbers.")
+        if shape != (n_obs, len(genes)):
+            raise ValueError(f"X of {path} is {shape}; it must be {(n_obs, len(genes))}, cells by genes.")
+        n_values = [length[0] for length in lengths[:2]]
+        if form == "csr" and (lengths[2] != (n_obs + 1,) or ends != [0, n_values[0]] or n_values[1] != n_values[0]):
+            raise ValueError(
+                f"X of {path} is a damaged sparse matrix: {n_values[0]} values, {n_values[1]} indices, {lengths[2][0]} "
+                f"row pointers from {ends[0]} to {ends[1]} for {n_obs} cells; get or write the file again."
+            )
+        settings = {f"{name}_col": getattr(config, f"{name}_col") for name in (*LABELS, "library_size")}
+        for setting, column in settings.items():
+            if column is not None and column not in columns:
+                raise KeyError(f"obs column {column!r} not in {path}; found {sorted(columns)}. Set {setting}.")
+        fingerprint = {"file": path.name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        return cls(config, config.name or path.stem, n_obs, genes, fingerprint, form == "csr")
+
+    @cached_property
+    def input_kind(self) -> InputKind:
+        """As declared, or for "auto" what a sample of the cells holds; `read` checks that the others agree."""
+        if self.config.input_kind != "auto":
+            return self.config.input_kind
+        chunks = self.chunks(_SAMPLE_VALUES)
+        sample = [chunks[i] for i in np.unique(np.linspace(0, len(chunks) - 1, _SAMPLE).astype(int)) if chunks]
+        found = {chunk: self._kind_of(*chunk) for chunk in sample}
+        if set(found.values()) == {None}:  # empty cells say nothing: look on
+            sample = list(islice((chunk for chunk in chunks if self._kind_of(*chunk)), 1))
+            found = {chunk: self._kind_of(*chunk) for chunk in sample}
+        kind: InputKind = "log1p" if "log1p" in found.values() else "counts"
+        for chunk in sample:  # what is wrong is better said before the work than in the middle of it
+            self._checked(chunk[0], chunk[1], kind)
+        return kind
+
+    @property
+    def library_size(self) -> str:
+        return library_text(self.input_kind, self.config.library_size_col)
+
+    def chunks(self, max_values: int) -> list[tuple[int, int]]:
+        if not self.is_sparse:
+            with reading(self.config.path), h5py.File(self.config.path, "r") as file:
+                block = (file["X"].chunks or (1,))[0]
+            rows = min(max(max_values // max(len(self.genes), 1), 1), _MAX_ROWS)
+            rows -= rows % block if rows > block else 0  # a compressed block is not read twice
+            return [(first, min(first + rows, self.n_cells)) for first in range(0, self.n_cells, rows)]
+        with reading(self.config.path), h5py.File(self.config.path, "r") as file:
+            indptr = file["X/indptr"][:]  # 8 bytes a cell
+        if (np.diff(indptr) < 0).any():
+            bad = int(np.argmax(np.diff(indptr) < 0))
+            raise ValueError(
+                f"X of {self.config.path} is a damaged sparse matrix: row {bad} goes from value {indptr[bad]} to "
+                f"{indptr[bad + 1]}; get or write the file again."
+            )
+        ranges, first = [], 0
+        while first < self.n_cells:
+            end = int(np.searchsorted(indptr, indptr[first] + max_values, side="right")) - 1
+            end = min(max(end, first + 1), first + _MAX_ROWS)  # one row at least, however large
+            ranges.append((first, end))
+            first = end
+        return ranges
+
+    def all_labels(self, first: int, last: int) -> pd.DataFrame:
+        columns = {name: getattr(self.config, f"{name}_col") for name in LABELS}
+        with reading(self.config.path), h5py.File(self.config.path, "r") as file:
+            names = _names(_index(file["obs"]), first, last)
+            values = {c: _column(file["obs"], c, first, last) for c in set(columns.values()) if c is not None}
+        found = {
+            name: None if column is None else categorical(values[column], column, names, self.config.path)
+            for name, column in columns.items()
+        }
+        return label_table(self.config, self.name, first, found, names)
+
+    def labels(self, first: int, last: int) -> pd.DataFrame:
+        return selected(self.all_labels(first, last), self.config)
+
+    def read(self, first: int, last: int) -> tuple[sparse.csr_matrix, np.ndarray]:
+        X = self._checked(first, last, self.input_kind)
+        if self.input_kind == "log1p":
+            return X, np.ones(X.shape[0], np.float32)
+        if self.config.library_size_col is None:
+            return X, library_sizes(X)
+        return X, self._library_column(self.config.library_size_col, first, last)
+
+    def _checked(self, first: int, last: int, kind: InputKind) -> sparse.csr_matrix:
+        indptr, indices, values = self._raw(first, last)
+        where = f"X of {self.config.path}"
+        detected = self.config.input_kind == "auto"
+        where += f" (taken for {kind} by a sample of its cells)" if detected else ""
+        return checked(indptr, indices, values, self.genes, kind, detected, where, lambda row: self._cell(first + row))
+
+    def _raw(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        with reading(self.config.path), h5py.File(self.config.path, "r") as file:
+            X = file["X"]
+            if not self.is_sparse:
+                parts = []
+                rows = max(BLOCK * 8 // max(len(self.genes), 1), (X.chunks or (1,))[0])
+                for start in range(first, last, rows):  # the zeros of one part at a time
+                    dense = X[start : min(start + rows, last)]
+                    parts.append(sparse.csr_matrix(dense.astype(np.float32) if dense.dtype == np.float16 else dense))
+                csr = sparse.vstack(parts, format="csr") if len(parts) > 1 else parts[0]
+                return csr.indptr, csr.indices, csr.data
+            indptr = X["indptr"][first : last + 1].astype(np.int64)
+            begin, end = int(indptr[0]), int(indptr[-1])
+            if not 0 <= begin <= end <= len(X["data"]) or (np.diff(indptr) < 0).any():
+                raise ValueError(f"row pointers of rows {first} to {last} decrease")
+            values = X["data"][begin:end]
+            if values.dtype == np.float16:  # scipy has no sparse matrices of it
+                values = values.astype(np.float32)
+            return indptr - begin, X["indices"][begin:end], values
+
+    def _cell(self, row: int) -> str:
+        with reading(self.config.path), h5py.File(self.config.path, "r") as file:
+            return f"cell {_names(_index(file['obs']), row, row + 1)[0]!r} (row {row})"
+
+    def _kind_of(self, first: int, last: int) -> InputKind | None:
+        _, _, values = self._raw(first, last)
+        values = values[(values != 0) & np.isfinite(values)]
+        if not len(values):
+            return None
+        return "log1p" if (values != np.rint(values)).any() else "counts"
+
+    def _library_column(self, column: str, first: int, last: int) -> np.ndarray:
+        with reading(self.config.path), h5py.File(self.config.path, "r") as file:
+            raw = _column(file["obs"], column, first, last)
+            names = _names(_index(file["obs"]), first, last)
+        values = pd.to_numeric(pd.Series(raw).astype(object), errors="coerce").to_numpy(dtype=np.float64)
+        good = np.isfinite(values) & (values >= 0)
+        if not good.all():
+            bad = int(np.argmin(good))
+            raise ValueError(
+                f"obs column {column!r} of {self.config.path} holds {pd.Series(raw).iloc[bad]!r} in cell "
+                f"{names[bad]!r}; library sizes must be finite and not negative."
+            )
+        return values.astype(np.float32)
+
+
+def _form(X: h5py.Group | h5py.Dataset | None) -> tuple[str, tuple[int, ...], np.dtype[Any]]:
+    """Encoding, shape and type of X in an .h5ad."""
+    if isinstance(X, h5py.Dataset):
+        return ("dense" if X.ndim == 2 else f"{X.ndim}-dimensional"), tuple(X.shape), X.dtype
+    if X is None or "data" not in X:
+        return "neither array nor sparse matrix", (), np.dtype("V")
+    encoding = str(X.attrs.get("encoding-type", X.attrs.get("h5sparse_format", "")))
+    shape = tuple(int(n) for n in X.attrs.get("shape", X.attrs.get("h5sparse_shape", ())))
+    return encoding.removesuffix("_matrix"), shape, X["data"].dtype
+
+
+def _column_names(obs: h5py.Group) -> list[str]:
+    return [name for name in obs if name != "__categories" and name != obs.attrs.get("_index")]
+
+
+def _index(obs: h5py.Group) -> h5py.Dataset | None:
+    index = obs.get(str(obs.attrs.get("_index", "_index")))
+    return index["values"] if isinstance(index, h5py.Group) and "values" in index else index
+
+
+def _names(index: h5py.Dataset, first: int, last: int) -> np.ndarray:
+    return _strings(index, first, last).astype(object)
+
+
+def _strings(values: h5py.Dataset, first: int, last: int) -> np.ndarray:
+    if h5py.check_string_dtype(values.dtype) is not None:
+        return np.asarray(values.asstr()[first:last], dtype=object)
+    return pd.Series(values[first:last]).astype(str).to_numpy(dtype=object)
+
+
+def _column(obs: h5py.Group, name: str, first: int, last: int) -> pd.Categorical | np.ndarray:
+    """Rows first..last - 1 of an obs column as AnnData 0.7 and later write them; missing values are None or NaN."""
+    column = obs[name]
+    if isinstance(column, h5py.Dataset) and "categories" in column.attrs:  # AnnData 0.7
+        return _coded(column[first:last], obs.file[column.attrs["categories"]])
+    if isinstance(column, h5py.Dataset):
+        return _values(column, first, last)
+    encoding = column.attrs.get("encoding-type")
+    if encoding == "categorical":
+        return _coded(column["codes"][first:last], column["categories"])
+    if encoding in ("nullable-integer", "nullable-boolean", "nullable-string-array"):
+        values = _values(column["values"], first, last).astype(object)
+        values[column["mask"][first:last]] = None
+        return values
+    raise ValueError(f"obs column {name!r} is stored as {encoding}, which AnnData does not write for labels")
+
+
+def _coded(codes: np.ndarray, categories: h5py.Dataset | h5py.Group) -> pd.Categorical:
+    stored = categories["values"] if isinstance(categories, h5py.Group) else categories
+    if len(codes) and not -1 <= codes.min() <= codes.max() < len(stored):
+        raise ValueError(f"a code {codes.min() if codes.min() < -1 else codes.max()} for {len(stored)} categories")
+    return pd.Categorical.from_codes(codes.astype(np.int32), pd.Index(_values(stored, 0, len(stored))))
+
+
+def _values(stored: h5py.Dataset, first: int, last: int) -> np.ndarray:
+    return _strings(stored, first, last) if h5py.check_string_dtype(stored.dtype) else stored[first:last]

@@ -1,0 +1,109 @@
+"""The data set card of an atlas: README.md, generated from atlas.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from perturbdiff.atlas.format import AtlasInfo
+from perturbdiff.cards import CITATION, MAX_LISTED, escaped, front_text, licence_fields
+
+TAGS = ["single-cell", "perturbation", "transcriptomics", "biology", "perturbdiff"]
+SIZES = ["n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B",
+         "10B<n<100B", "100B<n<1T", "n>1T"]  # fmt: skip
+
+
+def size_category(n_cells: int) -> str:
+    """The Hub's word for so many rows."""
+    return next((word for i, word in enumerate(SIZES[:-1]) if n_cells < 10 ** (i + 3)), SIZES[-1])
+
+
+def atlas_card(info: AtlasInfo) -> str:
+    """Markdown whose front matter makes `datasets` and the Hub read the shards and nothing else.
+
+    The same `info` gives the same bytes.
+    """
+    names = ", ".join(source.name for source in info.sources[:3])
+    head: dict[str, Any] = {
+        **licence_fields(info.licence),
+        "pretty_name": front_text(f"{names}{', ...' if len(info.sources) > 3 else ''}: {info.n_cells:,} cells"),
+        "size_categories": [size_category(info.n_cells)],
+        "tags": TAGS,
+        "configs": [{"config_name": "default", "data_files": "data/*.parquet"}],
+    }
+    front = yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=1 << 20)
+    return f"""---
+{front}---
+
+# Cells for PerturbDiff
+
+{info.n_cells:,} cells of {info.n_perturbations:,} perturbations, {info.n_cell_types:,} cell types and
+{info.n_batches:,} batches; {info.n_genes:,} genes. Licence: {escaped(info.licence or "not stated", 400)}.
+
+## How to read it
+
+```python
+from perturbdiff.data.atlas import Atlas
+
+atlas = Atlas.open("this folder or repo id")
+print(atlas.summary())
+```
+
+```python
+import datasets
+
+cells = datasets.load_dataset("this folder or repo id", split="train", streaming=True)  # nothing is kept on disk
+print(next(iter(cells)))
+```
+
+A model is trained on it with `perturbdiff train --atlas "this folder or repo id"`, and with `data.streamed=true`
+without a copy on disk.
+
+## What is in it
+
+One row a cell, sorted by cell type, batch and perturbation.
+
+| column | what |
+|---|---|
+| `genes` | rows of `genes.parquet`, counted from 0, of the genes that have a value; {info.gene_type} |
+| `{info.value_column}` | the values of these genes; {info.value_type} |
+| `library_size` | total of the cell's values before genes were left out, or what its source stated |
+| `perturbation` | `{info.control_label}` for unperturbed cells |
+| `cell_type`, `batch` | the context: unperturbed cells of the same cell type and batch are a cell's controls |
+| `source`, `cell` | which source it comes from, and its name there |
+
+The values: {escaped(info.normalisation, 2000)}
+
+| file | what |
+|---|---|
+| `data/cells-*.parquet` | the cells |
+| `genes.parquet` | names and Ensembl ids of the genes, in the order of the indices |
+| `conditions.parquet` | each condition's number of cells, its shard and its first row there |
+| `atlas.json` | sizes, sources, licence, what a reader must do with the values |
+| `checksums.json` | sha256 and size of every file |
+
+Rule for the genes: {escaped(info.genes_rule)}. Seed of the order of cells within a condition: {info.seed}.
+
+## Sources
+
+| name | file | cells | genes kept | library size | licence |
+|---|---|---|---|---|---|
+{_sources(info)}
+
+## Citation
+
+Cite the sources above.
+
+{CITATION}"""
+
+
+def _sources(info: AtlasInfo) -> str:
+    rows = [
+        f"| {escaped(s.name)} | {escaped(s.file)} | {s.n_cells:,} | {s.n_genes_kept:,} of {s.n_genes:,} "
+        f"| {escaped(s.library_size)} | {escaped(s.licence or 'not stated', 400)} |"
+        for s in info.sources[: MAX_LISTED * 10]
+    ]
+    if len(info.sources) > len(rows):
+        rows.append(f"| and {len(info.sources) - len(rows):,} more in `atlas.json` | | | | | |")
+    return "\n".join(rows)

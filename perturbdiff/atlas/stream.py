@@ -1,0 +1,242 @@
+"""Shards read whole, one after the other, from a folder or the Hub, and batches made ahead of the training step."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from perturbdiff.atlas.arrow import AtlasCells
+from perturbdiff.atlas.format import CHECKSUMS
+from perturbdiff.atlas.store import Atlas
+from perturbdiff.config import Preprocessing
+from perturbdiff.data.expression import CellRows
+from perturbdiff.data.vocab import GeneVocab
+from perturbdiff.files import short
+
+T = TypeVar("T")
+
+RETRIES, LONGEST_WAIT = 10, 60.0  # waits of 1, 2, 4, ... s: five minutes without a network, or of a rate limit
+PIECE = 16 << 20  # bytes after which failures are counted from 0 again
+SILENCE = 30.0  # seconds without a byte after which a connection counts as broken
+PASSING = (408, 429, 500, 502, 503, 504)  # HTTP statuses that may be others a minute later
+CONTROL_BYTES = 2 << 30  # of control cells kept from shards that are not open
+
+
+def prefetched(
+    make: Callable[[int], T],
+    first: int,
+    last: int,
+    ahead: int,
+    stopped: Callable[[], bool] = lambda: False,
+    give_up: Callable[[], None] = lambda: None,
+) -> Generator[T, None, None]:
+    """make(first), ..., make(last - 1) in order, made by a thread that is up to `ahead` of the caller.
+
+    Parameters
+    ----------
+    stopped
+        Asked each second while the next is not ready; ends the whole where it is True.
+    give_up
+        Called at the end, also of a caller who stops early or is interrupted, before the thread is waited for: ends a
+        `make` that would take long.
+    """
+
+    def ready(future: Future[T]) -> bool:
+        while not wait([future], timeout=1).done:
+            if stopped():
+                return False
+        return True
+
+    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as thread:
+        waiting: deque[Future[T]] = deque()
+        try:
+            for number in range(first, last):
+                waiting.append(thread.submit(make, number))
+                if len(waiting) > ahead:
+                    if not ready(waiting[0]):
+                        return
+                    yield waiting.popleft().result()
+            while waiting and ready(waiting[0]):
+                yield waiting.popleft().result()
+        finally:
+            give_up()
+            thread.shutdown(wait=True, cancel_futures=True)
+
+
+def read_shard(atlas: Atlas, i: int, closed: threading.Event | None = None) -> pa.Table:
+    """Genes, values and library sizes of shard `i`, from the folder or, without a copy on disk, from the Hub.
+
+    Parameters
+    ----------
+    closed
+        Set by another thread to give up a download.
+
+    Raises
+    ------
+    ValueError
+        The bytes are not those of checksums.json, or not the Parquet that atlas.json promises; names the shard.
+    ConnectionError
+        The server could not be reached for minutes, or refuses the shard; names it.
+    """
+    file = atlas.info.shards[i].file
+    if atlas.folder is not None:
+        source: object = atlas.check_shard(i)
+    else:
+        content = _download(atlas.shard_url(i), atlas.shard_size(i), file, closed or threading.Event())
+        atlas.check_shard_bytes(i, hashlib.sha256(content).hexdigest())
+        source = pa.BufferReader(pa.py_buffer(content))
+    columns = ["genes", atlas.info.value_column, "library_size"]
+    try:
+        table = pq.read_table(source, columns=columns, use_threads=False)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"shard {file} of {atlas.name} is not readable Parquet ({error}); get it again.") from error
+    if table.schema.remove_metadata() != pa.schema([atlas.info.schema.field(name) for name in columns]):
+        raise ValueError(f"shard {file} of {atlas.name} has other columns than atlas.json says; get it again.")
+    return table
+
+
+class StreamedCells:
+    """Cells of atlases whose shards are opened and dropped as training goes on; rows count over all atlases.
+
+    Rows of open shards can be taken, and control cells of any: those of a shard that is not open are copied out of it
+    and kept while there is room.
+    """
+
+    def __init__(self, atlases: Sequence[Atlas], how: Preprocessing, controls: np.ndarray) -> None:
+        """`controls` (n, 2): first row and end of each stretch of control cells."""
+        self._atlases, self._how, self._controls = atlases, how, controls
+        self._shards = [(atlas, i) for atlas in atlases for i in range(len(atlas.info.shards))]
+        ends = np.cumsum([0, *(atlas.info.shards[i].n_cells for atlas, i in self._shards)])
+        self.borders, self._ends = ends[:-1], ends[1:]
+        self._open: dict[int, Future[AtlasCells]] = {}
+        self._kept: OrderedDict[int, tuple[AtlasCells, np.ndarray, int]] = OrderedDict()
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="shard")
+        self._closed = threading.Event()
+        self._gone: ConnectionError | None = None
+
+    @property
+    def genes(self) -> GeneVocab:
+        return self._atlases[0].genes
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return self._how
+
+    def open(self, shards: Sequence[int]) -> None:
+        """Begin to read these shards, in this order, and drop all others."""
+        wanted = set(shards)
+        for shard in [shard for shard in self._open if shard not in wanted]:
+            self._open.pop(shard).cancel()
+        for shard in shards:
+            if shard not in self._open:
+                self._open[shard] = self._reader.submit(self._read, shard)
+
+    def close(self) -> None:
+        """Give up reading, also where a download waits to try again; nothing can be taken any more."""
+        self._closed.set()
+        self._reader.shutdown(wait=False, cancel_futures=True)
+
+    def take(self, rows: np.ndarray) -> CellRows:
+        """As `Cells.take`."""
+        if not len(rows):
+            nothing = np.zeros(0, np.uint16)
+            return CellRows(np.zeros(1, np.int64), nothing, nothing, np.zeros(0, np.float32))
+        shard = np.searchsorted(self.borders, rows, "right") - 1
+        taken = []
+        for stretch in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(shard)) + 1):
+            of = int(shard[stretch[0]])
+            if of in self._open:
+                taken.append(self._open[of].result().take(rows[stretch] - self.borders[of]))
+            else:
+                taken.append(self._take_controls(of, rows[stretch]))
+        return CellRows.concat(taken)
+
+    def _read(self, shard: int) -> AtlasCells:
+        atlas, i = self._shards[shard]
+        return atlas.shard_cells(self._table(shard), i, self._how)
+
+    def _table(self, shard: int) -> pa.Table:
+        if self._gone is not None:  # minutes were waited already; not again for each shard
+            raise self._gone
+        atlas, i = self._shards[shard]
+        try:
+            return read_shard(atlas, i, self._closed)
+        except ConnectionError as error:
+            self._gone = error
+            raise
+
+    def _take_controls(self, shard: int, rows: np.ndarray) -> CellRows:
+        if shard not in self._kept:
+            inside = np.clip(self._controls, self.borders[shard], self._ends[shard])
+            stretches = inside[inside[:, 1] > inside[:, 0]]
+            table = self._table(shard)
+            parts = [table.slice(a - self.borders[shard], b - a) for a, b in stretches.tolist()]
+            # take() copies, so that the rest of the shard can go
+            table = pa.concat_tables(parts).take(pa.array(np.arange(sum(len(part) for part in parts))))
+            atlas, i = self._shards[shard]
+            self._kept[shard] = (atlas.shard_cells(table, i, self._how), stretches, table.nbytes)
+            while len(self._kept) > 1 and sum(size for _, _, size in self._kept.values()) > CONTROL_BYTES:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(shard)
+        cells, stretches, _ = self._kept[shard]
+        lengths = stretches[:, 1] - stretches[:, 0]
+        at = np.searchsorted(stretches[:, 0], rows, "right") - 1
+        if (at < 0).any() or (rows >= stretches[at, 1]).any():
+            raise ValueError(f"a cell of shard {shard} was asked for that is not open; this is a bug, report it.")
+        return cells.take(rows - stretches[at, 0] + (np.cumsum(lengths) - lengths)[at])
+
+
+def _download(url: str, size: int, file: str, closed: threading.Event) -> bytearray:
+    # What came before a connection broke is kept; after a wait, longer each time, the rest is asked for.
+    import httpx2
+
+    content, counted, failures = bytearray(), 0, 0
+    while not closed.is_set():
+        try:
+            status = _read_on(url, content, size, closed)
+            problem, passing = f"HTTP status {status}", status in PASSING
+        except httpx2.HTTPError as error:
+            status, problem, passing = None, f"{type(error).__name__}: {short(error)}", True
+        if status in (200, 206, 416) and not closed.is_set():  # 416: nothing follows what came
+            if len(content) != size:
+                raise ValueError(
+                    f"shard {file} has {'more than ' if len(content) > size else ''}{min(len(content), size):,} bytes "
+                    f"at {url}, {CHECKSUMS} says {size:,}; publish the atlas again."
+                )
+            return content
+        if len(content) - counted >= PIECE:
+            counted, failures = len(content), 0
+        failures += 1
+        if not passing or failures > RETRIES:
+            raise ConnectionError(
+                f"shard {file} could not be read from {url} ({problem}); the same command goes on once it can."
+            )
+        pause = min(2.0 ** (failures - 1), LONGEST_WAIT)
+        print(f"shard {file}: {problem}; trying again in {pause:g} s ({failures} of {RETRIES}).", file=sys.stderr)
+        closed.wait(pause)
+    raise ConnectionError(f"shard {file} was given up.")
+
+
+def _read_on(url: str, content: bytearray, size: int, closed: threading.Event) -> int:
+    # Appends what the server has after `content`, hardly more than `size` in all; the HTTP status.
+    from huggingface_hub.utils import build_hf_headers, get_session
+
+    headers = {**build_hf_headers(), "Range": f"bytes={len(content)}-{size - 1}", "Accept-Encoding": "identity"}
+    with get_session().stream("GET", url, headers=headers, timeout=SILENCE, follow_redirects=True) as response:
+        if response.status_code == 200:  # the whole file, though the rest was asked for
+            content.clear()
+        if response.status_code in (200, 206):
+            for part in response.iter_raw():
+                content += part
+                if len(content) > size or closed.is_set():
+                    break
+        return int(response.status_code)

@@ -1,0 +1,154 @@
+"""From control cells to predicted cells: sets dealt, denoised in chunks, gathered sparse.
+
+B = sets, S = cells per set, G = genes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor
+
+from perturbdiff.config import DiffusionConfig, ModelConfig, SamplingConfig
+from perturbdiff.data.batch import CellSetBatch, make_batch
+from perturbdiff.data.rng import numpy_generator, torch_generator
+from perturbdiff.data.samplers import CellSet, draw_controls
+from perturbdiff.data.screen import Expression
+from perturbdiff.data.vocab import Labels
+from perturbdiff.diffusion.counts import with_whole_counts
+from perturbdiff.diffusion.draws import uniform_draws
+from perturbdiff.diffusion.sampling import sample
+from perturbdiff.diffusion.schedule import Schedule
+from perturbdiff.nn.denoiser import Denoiser
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+EXCHANGES_PER_CELL = 4  # tried, of a part of the controls
+MAX_EXCHANGE_WORK = 1 << 30  # stored values looked at: large pools need few exchanges
+MAX_VALUES_PER_CHUNK = 1 << 22  # cells x genes denoised at once: memory does not grow with the number of cells
+
+Context = tuple[str | None, str | None]  # cell type and batch; None where nobody says
+
+
+def choose_controls(expression: Expression, n_cells: int | None, seed: int, population: int) -> np.ndarray:
+    """The control that each cell to predict starts from, (n_cells,): all once if None, repeated when they run out.
+
+    A part of the controls is chosen so that its mean is that of all: at random, then by exchanging cells as long as
+    that brings the means together. By chance alone the means differ by more than weak perturbations do.
+    """
+    n = len(expression)
+    if n_cells is None:
+        return numpy_generator(seed, "prediction order", population).permutation(n)
+    drawn = draw_controls(n, n_cells, seed, population)
+    whole, rest = n_cells // n * n, n_cells % n
+    if rest == 0:
+        return drawn
+    return np.concatenate([drawn[:whole], _representative(expression, drawn[whole:], seed, population)])
+
+
+def _representative(expression: Expression, chosen: np.ndarray, seed: int, population: int) -> np.ndarray:
+    exchanges = min(EXCHANGES_PER_CELL * len(chosen), MAX_EXCHANGE_WORK // max(expression.X.nnz, 1))
+    if exchanges == 0:  # so many controls that chance does well enough
+        return chosen
+    X = expression.log1p().astype(np.float64)
+    n, generator = len(chosen), numpy_generator(seed, "prediction controls", population)
+    off = np.asarray(X[chosen].mean(axis=0) - X.mean(axis=0)).ravel()  # (G,) of the chosen cells from all
+    square = np.asarray(X.multiply(X).sum(axis=1)).ravel()
+    outside = np.ones(len(expression), dtype=bool)
+    outside[chosen] = False
+    chosen = chosen.copy()
+    for _ in range(exchanges):
+        place = generator.integers(n)
+        leaves = X[chosen[place]].toarray().ravel()
+        distance = square + square[chosen[place]] - 2 * (X @ leaves)  # |x - leaving cell|^2
+        change = 2 * n * (X @ off - leaves @ off) + distance  # of n^2 |off|^2
+        change[~outside] = np.inf
+        if change[comes := int(change.argmin())] < 0:
+            off += (X[comes].toarray().ravel() - leaves) / n
+            outside[[chosen[place], comes]] = True, False
+            chosen[place] = comes
+    return chosen
+
+
+def deal_sets(
+    contexts: Sequence[Context], sources: Sequence[np.ndarray], set_size: int
+) -> tuple[list[CellSet], list[Context]]:
+    """Make sets of cells of one context.
+
+    Parameters
+    ----------
+    contexts
+        Of each control cell.
+    sources
+        Of each population, the controls that its cells start from.
+
+    Returns
+    -------
+    Sets with key (population, set number), whose rows and controls are the sources, and the context of each of the
+    sets' condition numbers.
+    """
+    conditions = sorted(set(contexts), key=lambda c: (c[0] or "", c[1] or ""))
+    number = {context: i for i, context in enumerate(conditions)}
+    condition_of_control = np.array([number[context] for context in contexts])
+    sets: list[CellSet] = []
+    for population, source in enumerate(sources):
+        for condition in range(len(conditions)):
+            rows = source[condition_of_control[source] == condition]
+            for start in range(0, len(rows), set_size):
+                chosen = rows[start : start + set_size]
+                sets.append(CellSet((population, len(sets)), condition, chosen, chosen))
+    return sets, conditions
+
+
+def denoise_sets(
+    denoiser: Denoiser,
+    sets: Sequence[CellSet],
+    expression: Expression,
+    labels: Labels,
+    config: ModelConfig,
+    sampling: SamplingConfig,
+    seed: int,
+    bar: tqdm[Any],
+) -> sparse.csr_matrix:
+    """Predicted cells of all sets in their order, (cells, G) log1p; `labels` are by condition number."""
+    device = next(denoiser.parameters()).device
+    sets_per_chunk = max(1, MAX_VALUES_PER_CHUNK // (config.set_size * len(expression.genes)))
+    blocks = []
+    for start in range(0, len(sets), sets_per_chunk):
+        chunk = sets[start : start + sets_per_chunk]
+        batch = make_batch(chunk, config.set_size, expression, labels).to(device)
+        x0 = sample_batch(denoiser, batch, sampling, config.diffusion, seed)
+        cells = x0[batch.mask].mul_(expression.preprocessing.scale).cpu().numpy()
+        blocks.append(sparse.csr_matrix(cells))
+        bar.update(len(cells))
+    return sparse.vstack(blocks, format="csr")
+
+
+def sample_batch(
+    denoiser: Denoiser, batch: CellSetBatch, sampling: SamplingConfig, diffusion: DiffusionConfig, seed: int
+) -> Tensor:
+    schedule = Schedule(diffusion.schedule, diffusion.n_timesteps)
+    # Noise comes from one generator a set, so that a set's cells do not depend on its neighbours.
+    _, control = batch.dense()
+    generators = [torch_generator(control.device, seed, "prediction noise", *key) for key in batch.keys]
+
+    def draw() -> Tensor:
+        return torch.stack([torch.randn(control.shape[1:], generator=g, device=control.device) for g in generators])
+
+    # Of the weights; trajectories are float32 whatever it is.
+    dtype = next((weight.dtype for weight in denoiser.parameters()), torch.float32)
+
+    def denoise(x_t: Tensor, t: Tensor, control: Tensor, cond: Labels | None, self_cond: Tensor | None) -> Tensor:
+        # A denoiser that never saw its own estimate in training would make nothing but noise of it.
+        self_cond = None if self_cond is None or diffusion.p_self_cond == 0 else self_cond.to(dtype)
+        return denoiser(x_t.to(dtype), t, control.to(dtype), cond, self_cond, batch.mask, batch.mask).float()
+
+    x0 = sample(denoise, draw(), control, batch.labels, sampling, schedule, draw)
+    if sampling.whole_counts:
+        return with_whole_counts(x0, batch.one_count(), uniform_draws(batch, seed, "prediction counts"))
+    return x0

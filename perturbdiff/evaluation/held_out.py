@@ -1,0 +1,65 @@
+"""What a finished run held out: predicted, and scored beside baselines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from anndata import AnnData, concat
+
+from perturbdiff.config import Config
+from perturbdiff.data.conditions import ConditionIndex, ControlMatch
+from perturbdiff.data.screen import Screen, write_h5ad
+from perturbdiff.data.splits import Split, read_split
+from perturbdiff.evaluation.report import Report, evaluate, held_out_rows
+from perturbdiff.files import progress
+from perturbdiff.inference.intervals import calibrate
+from perturbdiff.model import PerturbDiff
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What a finished demo leaves behind."""
+
+    report: Report
+    written: list[Path]
+
+
+def score_held_out(config: Config, screen: Screen) -> DemoResult:
+    """Predict the held-out conditions of a finished run and score them, for its folder and its model's card."""
+    out = Path(config.out)
+    model = PerturbDiff.from_pretrained(out / "model")
+    split = read_split(out / "split.json", screen)
+    match = model.training["control_match"]
+    predicted = predict_held_out(model, screen, split, match, config.training.seed)
+    write_h5ad(predicted, out / "predicted.h5ad")
+    report = evaluate(predicted, screen, match, split)
+    if len(ConditionIndex.build(screen, split.validation)) >= 2:
+        calibrate(model, screen, split.validation, match, seed=config.training.seed)
+    model.evaluation = report.as_json()
+    model.save_pretrained(out / "model")  # scores and card; the weights stay as they are
+    names = ("config.yaml", "split.json", "metrics.jsonl", "model", "predicted.h5ad")
+    return DemoResult(report, [*(out / name for name in names), *report.save(out)])
+
+
+def predict_held_out(model: PerturbDiff, screen: Screen, split: Split, match: ControlMatch, seed: int) -> AnnData:
+    """Predict each held-out condition from its own control cells, as many cells as were measured.
+
+    `screen` has all genes of the file: library sizes are sums over them. Raises as `PerturbDiff.predict`.
+    """
+    real, controls = held_out_rows(screen, split.test, match)
+    predictions, n_cells = [], 0
+    with progress(sum(len(rows) for rows in real.values()), "predict", "cell") as bar:
+        for (perturbation, cell_type, batch), rows in real.items():
+            context = controls[cell_type, batch]
+            cells = AnnData(
+                X=screen.expression.X[context],
+                obs=screen.obs.iloc[context],
+                var=pd.DataFrame(index=pd.Index(screen.expression.genes.names)),
+            )
+            predicted = model.predict(cells, perturbation, cell_type, batch, n_cells=len(rows), seed=seed, bar=bar)
+            predicted.obs_names = pd.Index([f"predicted_{n_cells + i}" for i in range(len(rows))])
+            n_cells += len(rows)
+            predictions.append(predicted)
+    return concat(predictions, merge="same", uns_merge="first")

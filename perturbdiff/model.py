@@ -1,0 +1,519 @@
+"""PerturbDiff, the class users hold: load, save, predict."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from torch import Tensor
+
+from perturbdiff._version import __version__
+from perturbdiff.config import ModelConfig, Preprocessing, SamplingConfig, as_dict, check_sampling, from_dict
+from perturbdiff.data.features import FeatureTable
+from perturbdiff.data.rng import torch_generator
+from perturbdiff.data.screen import expression_of
+from perturbdiff.data.vocab import GeneVocab, LabelVocab, Vocabularies
+from perturbdiff.diffusion.generate import Context, choose_controls, deal_sets, denoise_sets
+from perturbdiff.files import progress
+from perturbdiff.hub.card import eval_results_files, write_card
+from perturbdiff.hub.card_check import check_card
+from perturbdiff.hub.download import ModelSource, find_model, max_tensor_bytes
+from perturbdiff.hub.model_folder import (
+    CARD,
+    OWN_FILES,
+    ModelFiles,
+    check_golden,
+    check_tensor_files,
+    folder_identity,
+    is_replaced_now,
+    load_weights,
+    make_golden,
+    read_card,
+    read_settings,
+    write_model_folder,
+)
+from perturbdiff.hub.push import Publication, publish
+from perturbdiff.hub.settings import ModelSettings, parse_settings
+from perturbdiff.nn.conditioning import FeatureEmbedding, LabelConditioning, VocabSizes
+from perturbdiff.nn.denoiser import Denoiser
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+MAX_PREDICTED_CELLS = 50_000_000  # of one call: the answer is held in memory
+READ_AGAIN = 5  # times, a folder that is replaced while it is read
+
+
+class PerturbDiff:
+    """A trained model with everything it needs to predict.
+
+    Attributes
+    ----------
+    denoiser
+        The network, in eval mode.
+    genes, vocabularies
+        What its inputs and conditions are called.
+    preprocessing
+        How expression becomes model input.
+    config
+        Architecture, diffusion, sampling defaults, set size.
+    training
+        Where the weights come from (plain JSON values).
+    evaluation
+        Scores on held-out conditions, as `Report.as_json` gives them; None if nobody measured any.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        genes: GeneVocab,
+        vocabularies: Vocabularies,
+        preprocessing: Preprocessing,
+        config: ModelConfig,
+        training: dict[str, Any],
+        evaluation: dict[str, Any] | None = None,
+        name: str = "unsaved",
+    ) -> None:
+        self.denoiser = denoiser.eval()
+        self.genes = genes
+        self.vocabularies = vocabularies
+        self.preprocessing = preprocessing
+        self.config = config
+        self.training = training
+        self.evaluation = evaluation
+        self.name = name
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_repo_id: str | Path,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        golden_check: bool = True,
+    ) -> PerturbDiff:
+        """Load a model folder, from here or from the Hub; every file's hash and the golden output are checked.
+
+        Parameters
+        ----------
+        path_or_repo_id
+            A folder, a name of the registry, or owner/name of a repo on the Hub.
+        revision
+            Branch, tag or commit of a repo; all files come from the one commit that it means now.
+        subfolder
+            Where in the folder or repo the model is.
+        cache_dir, local_files_only, token
+            Of the Hub's client: where to keep files ($HF_HOME), never to ask the network, what to log in with. Without
+            a network, and with HF_HUB_OFFLINE=1, what is in the cache is loaded.
+        device
+            The GPU if there is one, by default.
+        dtype
+            Of the weights and of the arithmetic of predictions; float32 by default.
+        golden_check
+            False skips the comparison of the stored output, not that of the hashes.
+
+        Raises
+        ------
+        FileNotFoundError
+            No such folder, name, repo or revision, or a file of it is missing.
+        PermissionError, ConnectionError
+            The repo needs a token or another one; the Hub does not answer as it should.
+        ValueError
+            A file was truncated or changed, does not fit the others, or is of a newer format.
+
+        Notes
+        -----
+        A folder that a run replaces while it is read is read again.
+        """
+        source = _found(path_or_repo_id, revision, subfolder, cache_dir, local_files_only, token)
+        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if source.repo is not None:
+            return cls._read(source, golden_check)._to(where, dtype)
+        for _ in range(READ_AGAIN):
+            _wait_while_replaced(source.folder)
+            identity = folder_identity(source.folder)
+            try:
+                model = cls._read(source, golden_check)
+            except (OSError, RuntimeError, ValueError):  # RuntimeError: of torch, which maps the weights by their name
+                _wait_while_replaced(source.folder)
+                if folder_identity(source.folder) == identity:
+                    raise
+            else:
+                if folder_identity(source.folder) == identity:  # or its files may be of two models
+                    return model._to(where, dtype)
+        raise ValueError(f"{source.folder} is replaced again and again while it is read; open it when that has ended.")
+
+    @classmethod
+    def from_reference(
+        cls,
+        checkpoint: str | Path,
+        genes: Sequence[str] | None = None,
+        dataset: str | None = None,
+        weights: Literal["ema", "raw"] = "ema",
+    ) -> PerturbDiff:
+        """A published Lightning checkpoint as a model, on the CPU; nothing in the file is executed.
+
+        Parameters and errors as `perturbdiff.hub.convert.convert_checkpoint`.
+        """
+        from perturbdiff.hub.convert import convert_checkpoint
+
+        return cls(**vars(convert_checkpoint(checkpoint, genes, dataset, weights)), name=Path(checkpoint).stem)
+
+    @classmethod
+    def _read(cls, source: ModelSource, golden_check: bool) -> PerturbDiff:
+        files = read_settings(source.folder)
+        source.check_identity(files)
+        if (card := read_card(source.folder)) is not None:
+            check_card(card)
+        said = parse_settings(source.folder, files)
+        denoiser = said.shapes()  # no memory is taken before they were compared with the file's
+        max_bytes = max_tensor_bytes(denoiser)
+        source.fetch_tensors(files, max_bytes)
+        check_tensor_files(source.folder, files, max_bytes)
+        load_weights(source.folder, files, denoiser)
+        if golden_check:
+            check_golden(source.folder, denoiser.eval())
+        return cls(denoiser, **vars(said), name=source.name)
+
+    def _to(self, device: str | torch.device, dtype: torch.dtype | None) -> PerturbDiff:
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype ({dtype}) must be a floating point type, as torch.bfloat16.")
+        self.denoiser.to(device=device, dtype=dtype)
+        return self
+
+    def save_pretrained(self, path: str | Path, max_shard_size: int | str = "5GB") -> None:
+        """Write a model folder, whole or not at all; replaces an older one of that name.
+
+        Parameters
+        ----------
+        max_shard_size
+            Larger weights are cut into files of at most this size: bytes, or as "500MB".
+
+        Raises
+        ------
+        FileExistsError
+            `path` exists and is not a model folder.
+        OSError
+            It could not be written; an older one is as it was.
+        """
+        weights = {name: tensor.detach().cpu().float() for name, tensor in self.denoiser.state_dict().items()}
+        settings = self._settings()
+        on_cpu = settings.shapes().eval()
+        on_cpu.load_state_dict(weights, assign=True)  # the golden output is that of the CPU, wherever training ran
+        config, json_files = settings.as_json()
+        card = write_card(config, json_files, self.n_parameters)
+        golden = make_golden(on_cpu, self._golden_inputs())
+        write_model_folder(path, ModelFiles(config, json_files, weights, golden, card), max_shard_size)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        revision: str | None = None,
+        tag: str | None = None,
+        commit_message: str | None = None,
+        token: str | bool | None = None,
+        max_shard_size: int | str = "5GB",
+    ) -> Publication:
+        """Save, push as one commit, pull that back, verify hashes and golden output, tag last.
+
+        Parameters
+        ----------
+        repo_id
+            owner/name; made where there is none.
+        private
+            Of a repo that is made.
+        revision
+            Branch to push to, made where there is none; main by default.
+        tag
+            Set when what was pulled back has passed; a push that fails leaves none.
+
+        Raises
+        ------
+        FileExistsError
+            The tag is there already.
+        PermissionError, ConnectionError
+            The token may not; the Hub does not answer as it should.
+        ValueError
+            What came back is not what was pushed.
+        """
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / repo_id.split("/")[-1]
+            self.save_pretrained(folder, max_shard_size)
+            return push_folder(folder, repo_id, private, revision, tag, commit_message, token)
+
+    def predict(
+        self,
+        controls: AnnData,
+        perturbation: str,
+        cell_type: str | None = None,
+        batch: str | None = None,
+        n_cells: int | None = None,
+        n_populations: int = 1,
+        guidance_scale: float | None = None,
+        steps: int | None = None,
+        sampler: str | None = None,
+        seed: int = 0,
+        min_gene_overlap: float = 0.5,
+        bar: tqdm[Any] | None = None,
+    ) -> AnnData:
+        """Predict cells under a perturbation from control cells.
+
+        Parameters
+        ----------
+        controls
+            Unperturbed cells, X raw counts or log1p values; genes are matched by name. All cells are used as controls.
+        perturbation
+            A known perturbation, or several joined with the model's separator ("A+B"); with a dose where the model was
+            trained with doses ("A@0.5"). One that no training cell received is predicted from its features.
+        cell_type, batch
+            Condition on these; by default on each control cell's own obs columns. A label that training has not seen
+            with a perturbation is the null label, and `uns` says so.
+        n_cells
+            Cells to predict in each population; one for each control cell by default. Fewer start from controls
+            whose mean is that of all.
+        n_populations
+            Independent draws of the response distribution.
+        guidance_scale, steps, sampler
+            w of (1 + w) cond - w uncond; denoiser calls; "ddim" or "ddpm". The model's own defaults if None.
+        seed
+            Same seed and arguments, same cells.
+        min_gene_overlap
+            Fewer of the model's genes in `controls` than this part are an error.
+        bar
+            Progress bar to move, of who makes many predictions; one of its own by default.
+
+        Returns
+        -------
+        AnnData with X (cells, genes) log1p values as CSR, the model's gene names, obs `perturbation`, `cell_type`,
+        `batch`, `source_control` (the control cell it was started from), `population`, and uns["perturbdiff"] with
+        model, sampler, steps, guidance, seed and what was unseen.
+
+        Raises
+        ------
+        KeyError
+            An unknown perturbation, with the nearest known ones.
+        ValueError
+            X is neither counts nor log1p; too few genes match; no cells; a sampling setting that cannot be.
+        """
+        sampling = self._sampling(guidance_scale, steps, sampler)
+        if n_cells is not None and n_cells < 1:
+            raise ValueError(f"n_cells ({n_cells}) must be at least 1.")
+        if n_populations < 1:
+            raise ValueError(f"n_populations ({n_populations}) must be at least 1.")
+        if (n_all := (n_cells or controls.n_obs) * n_populations) > MAX_PREDICTED_CELLS:
+            raise ValueError(
+                f"{n_all:,} cells asked for; one call predicts at most {MAX_PREDICTED_CELLS:,}: use several."
+            )
+        if controls.n_obs == 0:
+            raise ValueError("controls has no cells; give the control cells of the context to predict.")
+        self.vocabularies.encode([(perturbation, None, None)])  # an unknown perturbation fails before the work
+        expression = expression_of(controls, self.preprocessing)
+        alignment = self.genes.align(expression.genes, min_gene_overlap)
+        expression = expression.with_genes(self.genes, alignment.columns)
+        contexts = self._contexts(controls.obs, cell_type, batch)
+        sources = [choose_controls(expression, n_cells, seed, population) for population in range(n_populations)]
+        sets, conditions = deal_sets(contexts, sources, self.config.set_size)
+        source = np.concatenate([s.rows for s in sets])  # the control each predicted cell starts from
+        population = np.concatenate([np.full(len(s.rows), s.key[0]) for s in sets])
+        labels = self.vocabularies.encode([(perturbation, *context) for context in conditions])
+        with nullcontext(bar) if bar is not None else progress(len(source), "predict", "cell") as bar:
+            X = denoise_sets(self.denoiser, sets, expression, labels, self.config, sampling, seed, bar)
+        context = [contexts[i] for i in source]
+        obs = pd.DataFrame(
+            {
+                "perturbation": pd.Categorical([perturbation] * len(source)),
+                "cell_type": pd.Categorical([c if c is not None else "unknown" for c, _ in context]),
+                "batch": pd.Categorical([b if b is not None else "unknown" for _, b in context]),
+                "source_control": controls.obs_names.to_numpy()[source],
+                "population": population,
+            },
+            index=pd.Index([f"predicted_{i}" for i in range(len(source))]),
+        )
+        var = pd.DataFrame(index=pd.Index(self.genes.names))
+        if self.genes.ensembl is not None:
+            var["ensembl_id"] = self.genes.ensembl
+        uns = {
+            "model": self.name,
+            "library_version": __version__,
+            "seed": seed,
+            **{name: getattr(sampling, name) for name in ("sampler", "spacing", "guidance_scale", "eta")},
+            "n_steps": sampling.n_calls,
+            "n_populations": n_populations,
+            "x_kind": "log1p",
+            "target_sum": self.preprocessing.target_sum,
+            "library_size_col": self.preprocessing.library_size_col or "",
+            "n_genes_matched": alignment.n_matched,
+            "genes_matched_by": alignment.matched_by,
+            "unseen": self._unseen(perturbation, conditions),
+        }
+        return AnnData(X=X, obs=obs, var=var, uns={"perturbdiff": uns})
+
+    def describe(self, tables: Sequence[FeatureTable]) -> list[str]:
+        """Make perturbations known that were never trained, by features as those that the model was trained with.
+
+        Parameters
+        ----------
+        tables
+            Of the names and widths of `vocabularies.tables`; of other tables nothing was learned. Perturbations that
+            are known already stay as they are.
+
+        Returns
+        -------
+        The new ones, which `predict` then takes.
+
+        Raises
+        ------
+        ValueError
+            A table that the model was not trained with, or of another width.
+        """
+        widths = dict(self.vocabularies.tables)
+        for table in tables:
+            if widths.get(table.name) != table.values.shape[1]:
+                raise ValueError(
+                    f"table {table.name!r} of {table.values.shape[1]} features is not one of this model's, which were "
+                    f"trained as {', '.join(f'{name!r} ({width})' for name, width in widths.items()) or 'none'}; give "
+                    "the same features under the same name."
+                )
+        known = set(self.vocabularies.perturbations.names)
+        new = list(dict.fromkeys(name for table in tables for name in table.names if name not in known))
+        given = {table.name: table for table in tables}
+        assert isinstance(self.denoiser.conditioning, LabelConditioning), "others have no tables"
+        for (name, _), embedding in zip(self.vocabularies.tables, self.denoiser.conditioning.tables, strict=True):
+            assert isinstance(embedding, FeatureEmbedding), "tables are such"
+            embedding.append(given.get(name), new)
+        perturbations = LabelVocab("perturbation", (*self.vocabularies.perturbations.names, *new))
+        n_described = self.vocabularies.n_described + len(new)
+        self.vocabularies = replace(self.vocabularies, perturbations=perturbations, n_described=n_described)
+        return new
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(tensor.numel() for tensor in self.denoiser.state_dict().values())
+
+    def _settings(self) -> ModelSettings:
+        return ModelSettings(
+            self.genes, self.vocabularies, self.preprocessing, self.config, self.training, self.evaluation
+        )
+
+    def _sampling(self, guidance_scale: float | None, steps: int | None, sampler: str | None) -> SamplingConfig:
+        given = {"guidance_scale": guidance_scale, "sampler": sampler}
+        if steps is not None:
+            given["n_steps" if self.config.sampling.spacing == "strided" else "start_time"] = steps
+        chosen = {name: value for name, value in given.items() if value is not None}
+        sampling = from_dict(SamplingConfig, {**as_dict(self.config.sampling), **chosen})
+        check_sampling(sampling, self.config.diffusion)
+        return sampling
+
+    def _contexts(self, obs: pd.DataFrame, cell_type: str | None, batch: str | None) -> list[Context]:
+        # (cell type, batch) of each control cell; None where nobody says.
+        columns = []
+        for given, name in ((cell_type, self.config.obs.cell_type), (batch, self.config.obs.batch)):
+            if given is not None or name not in obs.columns:
+                columns.append([given] * len(obs))
+            else:
+                columns.append([None if pd.isna(label) else str(label) for label in obs[name]])
+        return list(zip(*columns, strict=True))
+
+    def _unseen(self, perturbation: str, conditions: list[Context]) -> list[str]:
+        known = self.vocabularies
+        described = set(known.perturbations.names) - set(known.labelled)
+        perturbations = [name for name, _ in known.parts(perturbation) if name in described]
+        cell_types = sorted({c or "unknown" for c, _ in conditions if c not in known.cell_types.ids})
+        batches = sorted({b or "unknown" for _, b in conditions if b not in known.batches.ids})
+        return [
+            *(f"perturbation {name}" for name in perturbations),
+            *(f"cell_type {name}" for name in cell_types),
+            *(f"batch {name}" for name in batches if len(known.batches)),
+        ]
+
+    def _golden_inputs(self) -> dict[str, Tensor]:
+        # Two sets of three cells, one masked; known and null labels.
+        generator = torch_generator("cpu", 0, "golden check")
+        shape = (2, 3, len(self.genes))
+        sizes = VocabSizes.of(self.vocabularies)
+        first, last = min(0, sizes.perturbations - 1), sizes.perturbations - 1
+        several = self.config.denoiser.conditioning == "labels" and self.config.denoiser.interaction
+        alone, together = [[first], [last]], [[first, -1], [last, len(self.vocabularies.perturbations) - 1]]
+        return {
+            "x_t": torch.randn(shape, generator=generator),
+            "t": torch.tensor([0, self.config.diffusion.n_timesteps - 1]),
+            "control": torch.rand(shape, generator=generator),
+            "self_cond": torch.rand(shape, generator=generator),
+            "mask": torch.tensor([[True, True, True], [True, True, False]]),
+            "perturbation": torch.tensor(together if several else alone),
+            "cell_type": torch.tensor([sizes.cell_types - 1, -1]),
+            "batch": torch.tensor([-1, sizes.batches - 1]),
+        }
+
+
+def _found(path_or_repo_id: str | Path, *how: Any) -> ModelSource:
+    for _ in range(READ_AGAIN):
+        _wait_while_replaced(path_or_repo_id)
+        try:
+            return find_model(path_or_repo_id, *how)
+        except FileNotFoundError:
+            if not Path(path_or_repo_id).is_dir():  # it was replaced between the two looks
+                break
+    return find_model(path_or_repo_id, *how)
+
+
+def _wait_while_replaced(folder: str | Path) -> None:
+    for _ in range(50):  # a moment, unless whoever does it was killed in it
+        if not is_replaced_now(folder):
+            return
+        time.sleep(0.1)
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    tag: str | None = None,
+    commit_message: str | None = None,
+    token: str | bool | None = None,
+    benchmark: str | None = None,
+) -> Publication:
+    """Push a model folder as it is, but for the card, which gets to know its repo.
+
+    `benchmark` is the data set on the Hub that its evaluation is of, if there is one; the Hub then shows the scores
+    there. Otherwise as `PerturbDiff.push_to_hub`.
+    """
+    files = read_settings(folder)  # first: a repo id is no folder
+    model = PerturbDiff.from_pretrained(folder, device="cpu")
+    texts = {CARD: write_card(files.config, files.json, model.n_parameters, repo_id)}
+    if benchmark is not None:
+        if model.evaluation is None:
+            raise ValueError(
+                f"{folder} has no evaluation to show with {benchmark}; run `perturbdiff evaluate --model`."
+            )
+        texts |= eval_results_files(model.evaluation, benchmark, source_url=f"https://huggingface.co/{repo_id}")
+    return publish(
+        folder,
+        files.files,
+        repo_id,
+        "model",
+        own_files=OWN_FILES,
+        check=lambda back: PerturbDiff.from_pretrained(back, device="cpu"),
+        pull_back=lambda path: True,
+        private=private,
+        revision=revision,
+        tag=tag,
+        commit_message=commit_message,
+        texts=texts,
+        token=token,
+    )

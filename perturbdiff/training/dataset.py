@@ -1,0 +1,438 @@
+"""From a screen or atlases and their settings to what training reads: cells split, genes chosen, indexed, labelled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from perturbdiff.atlas.store import Atlas
+from perturbdiff.atlas.stream import StreamedCells
+from perturbdiff.config import Config, Preprocessing
+from perturbdiff.data.batch import CellSetBatch, make_batch
+from perturbdiff.data.conditions import (
+    ConditionIndex,
+    ControlMatch,
+    ControlPools,
+    encode_conditions,
+    match_controls,
+    resolve_control_match,
+    vocabularies_of,
+)
+from perturbdiff.data.expression import Cells, ConcatenatedCells, GeneMoments, highly_variable_genes, log1p_normalised
+from perturbdiff.data.features import FeatureTable, coexpression_table, coverage, morgan_table, read_table, with_tables
+from perturbdiff.data.rng import permuted
+from perturbdiff.data.samplers import CellSet, CellSetSampler, SetSource, StreamedSampler
+from perturbdiff.data.screen import LABELS, Screen
+from perturbdiff.data.splits import Labelled, Split, make_split
+from perturbdiff.data.vocab import GeneVocab, Labels, Vocabularies
+from perturbdiff.files import progress
+
+ROWS_AT_ONCE = 8192
+COEXPRESSION = "coexpression"  # in place of a path: features from the training cells themselves
+CELLS_OF_LOADINGS = 20_000  # at most
+
+
+@dataclass(frozen=True)
+class IndexedCells:
+    """The conditions of some cells, their controls and labels (one row a condition), and how they become sets."""
+
+    cells: Cells
+    index: ConditionIndex
+    pools: ControlPools
+    labels: Labels
+    sources: Sequence[SetSource]
+
+    @classmethod
+    def of(
+        cls,
+        cells: Cells,
+        index: ConditionIndex,
+        match: ControlMatch,
+        vocabularies: Vocabularies,
+        sources: Sequence[SetSource],
+        set_size: int,
+    ) -> IndexedCells:
+        """Match and label an index that holds the controls too. Raises as `match_controls`, `encode`."""
+        borders = cells.borders if isinstance(cells, StreamedCells) else None
+        index = index if borders is None else index.cut(borders)
+        marginal = marginal_conditions(index, sources)
+        pools = match_controls(index, match, ~marginal)
+        if borders is not None:  # other shards are read for controls only where a condition's own has too few
+            here = match_controls(index.by_shard(borders), match, np.zeros(len(index), dtype=bool))
+            pools = pools.preferring(here, set_size)
+        return cls(cells, index, pools, encode_conditions(vocabularies, index, marginal), sources)
+
+    def release(self) -> None:
+        """Free the memory of shards until the next batch."""
+        if isinstance(self.cells, StreamedCells):
+            self.cells.open([])
+
+    def close(self) -> None:
+        """Give up reading shards that nobody waits for any more."""
+        if isinstance(self.cells, StreamedCells):
+            self.cells.close()
+
+    def sampler(self, config: Config) -> CellSetSampler | StreamedSampler:
+        data = config.data
+        rest = (data.set_size, data.sets_per_batch, config.training.seed, data.min_set_size, self.sources)
+        if not isinstance(self.cells, StreamedCells):
+            return CellSetSampler(self.index, self.pools, *rest)
+        return StreamedSampler(self.index, self.pools, self.cells.borders, data.stream_lanes or 1, *rest)
+
+    def batch(
+        self, sampler: CellSetSampler | StreamedSampler, epoch: int, step: int, rank: int, world_size: int
+    ) -> CellSetBatch:
+        """The batch of one rank in one step."""
+        return self.batches(sampler, epoch, step, rank, world_size, 1)[0]
+
+    def batches(
+        self, sampler: CellSetSampler | StreamedSampler, epoch: int, step: int, rank: int, world_size: int, n_parts: int
+    ) -> list[CellSetBatch]:
+        """The sets of one rank in one step, shared by `n_parts` batches; some may have none."""
+        sets = self.sets(sampler, epoch, step, rank, world_size)
+        return [self.batch_of(sets[i::n_parts], sampler) for i in range(n_parts)]
+
+    def sets(
+        self, sampler: CellSetSampler | StreamedSampler, epoch: int, step: int, rank: int, world_size: int
+    ) -> list[CellSet]:
+        """The sets of one rank in one step, whose shards begin to be read."""
+        if isinstance(self.cells, StreamedCells) and isinstance(sampler, StreamedSampler):
+            self.cells.open(sampler.shards(epoch, step, rank, world_size))
+        return sampler.batch(epoch, step, rank, world_size)
+
+    def batch_of(self, sets: Sequence[CellSet], sampler: CellSetSampler | StreamedSampler) -> CellSetBatch:
+        """A batch of some of the `sets` last dealt; perhaps of none."""
+        return make_batch(sets, sampler.set_size, self.cells, self.labels)
+
+
+@dataclass(frozen=True)
+class AtlasConditions:
+    """The conditions of one or several atlases, as a `Labelled` with one row a condition.
+
+    path
+        Each atlas's name and sha256: what the split is of.
+    """
+
+    path: str
+    obs: pd.DataFrame
+    is_control: np.ndarray
+    n_cells: np.ndarray
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Everything training reads. `origin` is what `split` speaks of; `atlases` are those of the settings, in order;
+    `tables` are what is known of perturbations besides their names.
+    """
+
+    origin: Labelled
+    split: Split
+    match: ControlMatch
+    vocabularies: Vocabularies
+    train: IndexedCells
+    validation: IndexedCells | None
+    description: str
+    atlases: tuple[Atlas, ...]
+    tables: tuple[FeatureTable, ...] = ()
+
+    @property
+    def cells(self) -> Cells:
+        """The training cells with the model's genes only."""
+        return self.train.cells
+
+    @classmethod
+    def of(
+        cls,
+        screen: Screen,
+        config: Config,
+        known_tables: Sequence[FeatureTable] = (),
+        known_genes: GeneVocab | None = None,
+    ) -> TrainingSet:
+        """Split a screen, choose genes on training cells, match controls, collect labels and features.
+
+        `known_tables` are those of a checkpoint, which stand in place of new ones of their names; its genes, as far as
+        the data have them, are among those that are chosen.
+
+        Raises
+        ------
+        ValueError
+            A selector matches nothing; a condition has no controls; a validation condition's perturbation is never
+            trained on; no set is as large as data.min_set_size.
+        """
+        split = make_split(screen, config.split, config.training.seed)
+        everything = ConditionIndex.build(screen, np.ones(len(screen), dtype=bool))
+        match = resolve_control_match(everything, config.data.control_match)
+        match_controls(everything, match)  # held-out conditions need controls too: say so now
+        description = screen.summary()
+        if config.data.n_hvg is not None and config.data.n_hvg < len(screen.expression.genes):
+            chosen = highly_variable_genes(screen.expression.log1p(split.train), config.data.n_hvg)
+            screen = screen.with_genes(_with_known(chosen, known_genes, screen.expression.genes))
+        train = ConditionIndex.build(screen, split.train)
+        validation = (
+            ConditionIndex.build(screen, split.validation | screen.is_control) if split.validation.any() else None
+        )
+        cells = (screen.expression, screen.expression)
+        made = ((SetSource(),), description, (), known_tables)
+        return cls._indexed(config, screen, cells, split, match, train, validation, *made)
+
+    @classmethod
+    def of_atlases(
+        cls, config: Config, known_tables: Sequence[FeatureTable] = (), known_genes: GeneVocab | None = None
+    ) -> TrainingSet:
+        """Open the atlases of config.data, split their conditions, choose genes, match controls, collect labels.
+
+        `known_tables`, `known_genes` as in `of`.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            As `Atlas.open`; atlases differ in genes or kind of input; as `of`.
+        """
+        atlases = [Atlas.open(atlas.path, atlas.revision) for atlas in config.data.atlases]
+        sources = tuple(SetSource(atlas.sets == "marginal", atlas.weight) for atlas in config.data.atlases)
+        how = _common_preprocessing(atlases, config)
+        first_rows = np.cumsum([0, *map(len, atlases)])
+        index = ConditionIndex.concat([_index(atlas) for atlas in atlases], first_rows[:-1].tolist())
+        marginal = marginal_conditions(index, sources)
+        origin = _conditions(index, atlases)
+        split = make_split(origin, config.split, config.training.seed, marginal)
+        match = resolve_control_match(index.select(~marginal), config.data.control_match)
+        match_controls(index, match, ~marginal)
+        train = index.select(split.train)
+        validation = index.select(split.validation | origin.is_control) if split.validation.any() else None
+        cells: tuple[Cells, Cells]  # for training and validation, whose streams must not disturb each other
+        if config.data.streamed:
+            _refuse_choosing_genes(len(atlases[0].genes), config)
+            controls = _spans(index.select(index.is_control))
+            cells = StreamedCells(atlases, how, controls), StreamedCells(atlases, how, controls)
+        else:
+            cells = (_cached_cells(atlases, how, train, config.data.n_hvg, known_genes),) * 2
+        description = "\n".join(atlas.summary() for atlas in atlases)
+        made = (sources, description, tuple(atlases), known_tables)
+        return cls._indexed(config, origin, cells, split, match, train, validation, *made)
+
+    @classmethod
+    def _indexed(
+        cls,
+        config: Config,
+        origin: Labelled,
+        cells: tuple[Cells, Cells],
+        split: Split,
+        match: ControlMatch,
+        train: ConditionIndex,
+        validation: ConditionIndex | None,
+        sources: Sequence[SetSource],
+        description: str,
+        atlases: tuple[Atlas, ...],
+        known_tables: Sequence[FeatureTable],
+    ) -> TrainingSet:
+        # Where batch and perturbation are confounded, a batch label would give the answer away.
+        marginal, data = marginal_conditions(train, sources), config.data
+        vocabularies = vocabularies_of(train, data.combination_separator, match == "batch", marginal, data.dose_marker)
+        tables = _feature_tables(config, cells[0], train, known_tables)
+        if tables:
+            lines = coverage(tables, vocabularies.labelled).splitlines()
+            description += "".join(f"\nfeatures    {line}" for line in lines)
+            vocabularies = with_tables(vocabularies, tables)
+        indexed = IndexedCells.of(cells[0], train, match, vocabularies, sources, config.data.set_size)
+        sampler = indexed.sampler(config)
+        if sampler.n_sets == 0:
+            raise ValueError(
+                f"no training condition has data.min_set_size ({config.data.min_set_size}) cells; lower it."
+            )
+        validated = None
+        if validation is not None:
+            only_controls = (SetSource(),) * len(sources)  # unperturbed cells are not held out, so nothing to score
+            try:
+                validated = IndexedCells.of(
+                    cells[1], validation, match, vocabularies, only_controls, config.data.set_size
+                )
+            except KeyError as error:
+                raise ValueError(f"split.validation cannot be scored: {error.args[0]} Validate known ones.") from error
+        if sampler.left_out:
+            few = f"{sampler.left_out:,} cells of conditions under data.min_set_size={config.data.min_set_size}"
+            description += f"\nleft out    {few}"
+        return cls(origin, split, match, vocabularies, indexed, validated, description, atlases, tables)
+
+    def summary(self) -> str:
+        """What will be trained on, for a person, several lines."""
+        perturbed, n_cells = ~self.origin.is_control, self.origin.n_cells
+        known = self.vocabularies
+        n = {
+            part: int(n_cells[getattr(self.split, part) & perturbed].sum()) for part in ("train", "validation", "test")
+        }
+        of_features = f", {known.n_described:,} more known by features" if known.n_described else ""
+        lines = [
+            f"genes       {len(self.cells.genes):,} in the model",
+            f"split       {n['train']:,} perturbed cells to train on, {n['validation']:,} to validate, "
+            f"{n['test']:,} held out",
+            f"labels      {len(known.labelled)} perturbations, {len(known.cell_types)} cell types, "
+            f"{len(known.batches)} batches seen in training{of_features}",
+            "controls    matched by "
+            + (
+                "cell type and batch"
+                if self.match == "batch"
+                else "cell type only (asked for, or no batch holds both controls and perturbed cells); "
+                "batch labels are left out"
+            ),
+        ]
+        return "\n".join([self.description, *lines])
+
+
+def marginal_conditions(index: ConditionIndex, sources: Sequence[SetSource]) -> np.ndarray:
+    """(n_conditions,) True where a condition is of a marginal source."""
+    return np.array([source.marginal for source in sources], dtype=bool)[index.source]
+
+
+def _common_preprocessing(atlases: Sequence[Atlas], config: Config) -> Preprocessing:
+    first, data = atlases[0], config.data
+    if data.target_sum is None:
+        raise ValueError("data.target_sum=null is for a screen, whose controls give it; give atlases a number, as 1e4.")
+    for other in atlases[1:]:
+        if other.info.input_kind != first.info.input_kind:
+            raise ValueError(
+                f"atlas {first.name} holds {first.info.input_kind}, {other.name} {other.info.input_kind}; train on "
+                "atlases of one kind."
+            )
+        if other.genes.names != first.genes.names:
+            differ = sorted(set(other.genes.names) ^ set(first.genes.names))
+            raise ValueError(
+                f"atlases {first.name} and {other.name} must have the same genes in the same order; {len(differ)} "
+                f"differ ({', '.join(differ[:3])}{', ...' if len(differ) > 3 else ''}). Build one with "
+                "--genes OTHER/genes.parquet."
+            )
+    return Preprocessing(first.info.input_kind, data.target_sum, data.scale, data.library_size_col)
+
+
+def _refuse_choosing_genes(n_genes: int, config: Config) -> None:
+    if config.data.n_hvg is not None and config.data.n_hvg < n_genes:
+        raise ValueError(
+            f"data.n_hvg ({config.data.n_hvg}) needs a pass over all cells, which data.streamed=true does not make; "
+            "set data.n_hvg=null, or build the atlas with --genes merge-then-select:N."
+        )
+
+
+def _with_known(chosen: np.ndarray, known: GeneVocab | None, genes: GeneVocab) -> np.ndarray:
+    """Columns of the chosen genes and of those of a checkpoint, which would be forgotten otherwise."""
+    if known is None:
+        return chosen
+    columns = known.align(genes, min_overlap=0.0).columns
+    return np.union1d(chosen, columns[columns >= 0])
+
+
+def _cached_cells(
+    atlases: Sequence[Atlas],
+    how: Preprocessing,
+    train: ConditionIndex,
+    n_hvg: int | None,
+    known_genes: GeneVocab | None,
+) -> Cells:
+    for atlas in atlases:
+        atlas.download()
+    n_cells = [len(atlas) for atlas in atlases]
+    cells = ConcatenatedCells.of([atlas.arrow_cells(None, how) for atlas in atlases], n_cells)
+    if n_hvg is None or n_hvg >= len(cells.genes):
+        return cells
+    chosen = _with_known(_highly_variable_genes(cells, train, n_hvg), known_genes, cells.genes)
+    genes = cells.genes.select(chosen)
+    return ConcatenatedCells.of([atlas.arrow_cells(genes, how) for atlas in atlases], n_cells)
+
+
+def _feature_tables(
+    config: Config, cells: Cells, train: ConditionIndex, known: Sequence[FeatureTable]
+) -> tuple[FeatureTable, ...]:
+    tables, of_checkpoint = [], {table.name: table for table in known}
+    for given in config.data.perturbation_features:
+        if given == COEXPRESSION:
+            # Loadings of other cells would have other axes, on which a checkpoint's weights mean nothing.
+            tables.append(of_checkpoint.get(COEXPRESSION) or _coexpression(cells, train, config.training.seed))
+        else:
+            tables.append(read_features(given))
+    if len({table.name for table in tables}) < len(tables):
+        raise ValueError(
+            f"data.perturbation_features {list(config.data.perturbation_features)} must have different names "
+            f"({', '.join(table.name for table in tables)}); rename a file."
+        )
+    return tuple(tables)
+
+
+def read_features(path: str) -> FeatureTable:
+    """A table of features, or fingerprints of the SMILES in a .csv that has such a column. Raises as those readers."""
+    if Path(path).suffix == ".csv" and Path(path).is_file():
+        with open(path, encoding="utf-8", errors="replace") as file:
+            header = file.readline(1 << 16)
+        if "smiles" in [word.strip().strip('"').casefold() for word in header.split(",")]:
+            return morgan_table(path)
+    return read_table(path)
+
+
+def _coexpression(cells: Cells, train: ConditionIndex, seed: int) -> FeatureTable:
+    if isinstance(cells, StreamedCells):
+        raise ValueError(
+            "data.perturbation_features=[coexpression] needs a pass over cells, which data.streamed=true does not "
+            "make; give a table instead."
+        )
+    X = sample_log1p(cells, train, CELLS_OF_LOADINGS, seed, "loadings")
+    return coexpression_table(X, cells.genes.names, name=COEXPRESSION).directions()
+
+
+def sample_log1p(cells: Cells, index: ConditionIndex, most: int, seed: int, purpose: str) -> sparse.csr_matrix:
+    """log1p values of at most so many cells of some conditions, drawn by (seed, purpose)."""
+    ends = np.cumsum(index.n_cells)
+    n = int(ends[-1])
+    places = np.sort(permuted(n, np.arange(min(n, most)), seed, purpose))
+    condition = np.searchsorted(ends, places, "right")
+    rows = index.rows_at(index.first[condition] + places - (ends - index.n_cells)[condition])
+    return sparse.csr_matrix(_log1p(cells, rows))
+
+
+def _log1p(cells: Cells, rows: np.ndarray) -> sparse.csr_matrix:
+    taken = cells.take(rows)
+    X = sparse.csr_matrix((taken.values, taken.genes, taken.indptr), (len(rows), len(cells.genes)))
+    return log1p_normalised(X, taken.library_size, cells.preprocessing)
+
+
+def _index(atlas: Atlas) -> ConditionIndex:
+    column = atlas.conditions.column
+    perturbation, cell_type, batch = (column(name).combine_chunks().to_pandas() for name in LABELS)
+    return ConditionIndex.of_conditions(
+        perturbation, cell_type, batch, column("is_control").to_numpy(), column("n_cells").to_numpy()
+    )
+
+
+def _conditions(index: ConditionIndex, atlases: Sequence[Atlas]) -> AtlasConditions:
+    obs = pd.DataFrame(
+        {name: pd.Categorical.from_codes(index.codes[:, i], pd.Index(index.names[i])) for i, name in enumerate(LABELS)}
+    )
+    return AtlasConditions(
+        ", ".join(f"{atlas.name} ({atlas.sha256})" for atlas in atlases), obs, index.is_control, index.n_cells
+    )
+
+
+def _spans(index: ConditionIndex) -> np.ndarray:
+    """(n, 2) first row and end of the stretches of rows that an index covers."""
+    ends = index.first + index.n_cells
+    if not len(index):
+        return np.zeros((0, 2), np.int64)
+    begins = np.flatnonzero(np.concatenate([[True], index.first[1:] != ends[:-1]]))
+    return np.stack([index.first[begins], ends[np.append(begins[1:], len(index)) - 1]], axis=1)
+
+
+def _chunks(index: ConditionIndex) -> Iterator[np.ndarray]:
+    for start, stop in _spans(index).tolist():
+        for first in range(start, stop, ROWS_AT_ONCE):
+            yield np.arange(first, min(first + ROWS_AT_ONCE, stop))
+
+
+def _highly_variable_genes(cells: Cells, train: ConditionIndex, n: int) -> np.ndarray:
+    moments = GeneMoments(len(cells.genes))
+    with progress(int(train.n_cells.sum()), "choose genes", "cell") as bar:
+        for rows in _chunks(train):
+            moments.add(_log1p(cells, rows))
+            bar.update(len(rows))
+    return moments.highly_variable(n)

@@ -1,0 +1,73 @@
+"""Features of perturbations on the command line: made, trained with, added to a model."""
+# ruff: noqa: F811 (fixtures)
+
+import anndata
+import pandas as pd
+import pytest
+from tests.test_cli import assert_says, here, refused  # noqa: F401 (fixtures)
+
+from perturbdiff.cli.main import main
+from perturbdiff.data.features import read_table
+from tests.screens import counts_screen, written
+from tests.simulated import TINY, write_screen
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A screen, features of its perturbations, and a model trained with them; pert_2 is held out."""
+    folder = tmp_path_factory.mktemp("features")
+    screen = write_screen(folder)
+    table = pd.DataFrame({"name": ["pert_0", "pert_1", "pert_2"], "a": [0.1, 0.9, 0.5], "b": [1.0, 0.0, 0.3]})
+    table.to_csv(folder / "drugs.csv", index=False)
+    words = [f"data.perturbation_features=[{folder / 'drugs.csv'}]", "training.n_steps=3"]
+    main(["demo", "--screen", str(screen), "--hold-out", "pert_2", "--out", str(folder / "run"), *TINY, *words])
+    return folder
+
+
+def test_a_perturbation_held_out_everywhere_is_scored_by_its_features(folder):
+    scores = pd.read_csv(folder / "run" / "scores.csv")
+    assert set(scores["perturbation"]) == {"pert_2"}
+    assert scores.loc[scores["method"] == "PerturbDiff", "energy_distance"].notna().all()
+
+
+def test_further_perturbations_are_given_to_predict_and_rank(folder, here, capsys):
+    (here / "drugs.csv").write_text("name,a,b\nnew,0.2,0.8\npert_0,9,9\n")
+    model, screen = str(folder / "run" / "model"), str(folder / "screen.h5ad")
+    common = [model, "--controls", screen, "--features", "drugs.csv", "--n-cells", "6"]
+    main(["predict", *common, "--perturbation", "new+pert_0", "--out", "p.h5ad"])
+    said = capsys.readouterr().out
+    assert "features    1 more perturbations known by drugs.csv" in said
+    assert "unseen      perturbation new" in said
+    assert anndata.read_h5ad(here / "p.h5ad").n_obs == 6
+    rank = ["screen", "rank", *common, "--up", "gene_00", "--n-populations", "2"]
+    main([*rank, "--out", "r.csv"])
+    assert set(pd.read_csv(here / "r.csv")["perturbation"]) == {"pert_0", "pert_1"}
+    main([*rank, "--candidates", "all", "--out", "all.csv"])
+    assert set(pd.read_csv(here / "all.csv")["perturbation"]) == {"pert_0", "pert_1", "pert_2", "new"}
+
+
+def test_features_of_another_kind_are_refused_in_one_line(folder, here, refused):
+    (here / "other.csv").write_text("name,a,b\nnew,0.2,0.8\n")
+    (here / "drugs.csv").write_text("name,a\nnew,0.2\n")
+    model, screen = str(folder / "run" / "model"), str(folder / "screen.h5ad")
+    for file, says in (("other.csv", "trained as 'drugs'"), ("drugs.csv", "of 1 features"), ("no.csv", "no.csv")):
+        words = ["predict", model, "--controls", screen, "--perturbation", "new", "--out", "p.h5ad", "--features", file]
+        assert_says(refused(*words), says)
+
+
+def test_a_held_out_perturbation_without_features_is_refused_before_training(folder, here, refused):
+    screen = str(folder / "screen.h5ad")
+    words = ["demo", "--screen", screen, "--hold-out", "pert_2", "--out", "run", *TINY]
+    assert_says(refused(*words), "'pert_2' is held out in every context", "data.perturbation_features")
+    assert not (here / "run").exists()
+
+
+def test_loadings_of_a_file_become_a_table(here, capsys, refused):
+    written(counts_screen(n_genes=30), here / "ref.h5ad")
+    main(["screen", "loadings", "ref.h5ad", "--out", "ref.parquet", "--n-components", "5"])
+    table = read_table(here / "ref.parquet")
+    assert table.values.shape[1] == 5
+    assert f"{len(table.names)} genes, 5 features" in capsys.readouterr().out
+    assert_says(refused("screen", "loadings", "ref.h5ad", "--out", "ref.parquet"), "exists")
+    assert_says(refused("screen", "loadings", "ref.h5ad", "--out", "ref.csv"), "must end in .parquet")
+    assert_says(refused("screen", "loadings", "no.h5ad", "--out", "no.parquet"), "does not exist")

@@ -1,0 +1,556 @@
+"""Bad input at the command line: exit code 2, one line on stderr that names value and remedy, and nothing written."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import anndata
+import h5py
+import numpy as np
+import pytest
+
+from perturbdiff.cli.main import main
+from perturbdiff.hub.model_folder import config_hash
+from tests.screens import counts_screen, log1p_cp10k, written
+
+TINY = [
+    "training.device=cpu", "training.n_steps=2", "training.log_every=1", "data.set_size=8", "data.sets_per_batch=4",
+    "denoiser.width=16", "denoiser.depth=1", "denoiser.n_heads=2", "sampling.n_steps=2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def screen(tmp_path_factory):
+    return written(counts_screen(n_genes=30, n=8), tmp_path_factory.mktemp("screen") / "screen.h5ad")
+
+
+@pytest.fixture(scope="module")
+def run(screen, tmp_path_factory):
+    """The folder of a run with A:NK held out."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    main(["train", "--screen", str(screen), "--hold-out", "A:NK", "--out", str(folder), *TINY])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def predicted(run, screen, tmp_path_factory):
+    path = tmp_path_factory.mktemp("predicted") / "predicted.h5ad"
+    main(["predict", str(run / "model"), "--controls", str(screen), "--perturbation", "A", "--out", str(path)])
+    return path
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def refused(here, capsys):
+    """Runs a command that must fail; gives its one line and checks that no file came, went or changed."""
+
+    def check(*argv):
+        before = contents(here)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([str(word) for word in argv])
+        assert stop.value.code == 2
+        assert contents(here) == before
+        return only_line(capsys.readouterr().err)
+
+    return check
+
+
+def contents(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def only_line(stderr):
+    assert re.fullmatch(r"perturbdiff: error: [^\n]+\n", stderr), stderr
+    return stderr
+
+
+def assert_says(line, *pieces):
+    for piece in pieces:
+        assert piece in line
+
+
+# ---------------------------------------------------------------- screens
+
+
+def with_value(value, gene=4):
+    def change(adata):
+        X = adata.X.toarray().astype(np.float64)
+        X[3, gene] = value
+        adata.X = X
+        return adata
+
+    return change
+
+
+def with_x(function):
+    def change(adata):
+        adata.X = function(adata.X.toarray().astype(np.float64))
+        return adata
+
+    return change
+
+
+def without_controls_of_nk(adata):
+    return adata[~((adata.obs["perturbation"] == "control") & (adata.obs["cell_type"] == "NK"))].copy()
+
+
+def without_controls_of_nk_b2(adata):
+    obs = adata.obs
+    return adata[~((obs["perturbation"] == "control") & (obs["cell_type"] == "NK") & (obs["batch"] == "b2"))].copy()
+
+
+BAD_SCREENS = {
+    "negative": (with_value(-3), [], ["gene 'gene_4'", "-3.0", "negative", "raw counts or log1p"]),
+    "NaN": (with_value(np.nan), [], ["gene 'gene_4'", "nan", "not finite", "raw counts or log1p"]),
+    "infinite": (with_value(np.inf), [], ["gene 'gene_4'", "inf", "not finite", "raw counts or log1p"]),
+    "z-scored": (with_x(lambda x: (x - x.mean(0)) / x.std(0)), [], ["gene 'gene_", " holds -", "z-scored or scaled"]),
+    "not logged": (
+        with_x(lambda x: x / x.sum(1, keepdims=True) * 1e4),
+        [],
+        ["gene 'gene_", "too large for log1p", "not log-transformed?", "Give raw counts or log1p values"],
+    ),
+    "log1p declared as counts": (
+        with_x(log1p_cp10k),
+        ["data.input_kind=counts"],
+        ["declared as counts but gene 'gene_", "whole numbers", "data.input_kind=log1p"],
+    ),
+    "counts declared as log1p": (
+        with_value(700),
+        ["data.input_kind=log1p"],
+        ["declared as log1p but gene 'gene_4' holds 700", "data.input_kind=counts"],
+    ),
+    "missing column": (
+        lambda adata: adata,
+        ["data.perturbation_col=gene"],
+        ["obs column 'gene'", "['batch', 'cell_type', 'perturbation']", "Set data.perturbation_col"],
+    ),
+    "missing library size": (
+        lambda adata: adata,
+        ["data.library_size_col=total"],
+        ["obs column 'total'", "['batch', 'cell_type', 'perturbation']", "Set data.library_size_col"],
+    ),
+    "control label absent": (
+        lambda adata: adata,
+        ["data.control_label=contrl"],
+        ["'contrl'", "obs column 'perturbation'", "did you mean control?", "Set data.control_label"],
+    ),
+    "no cells": (lambda adata: adata[:0].copy(), [], ["no cell", "'control'", "Set data.control_label"]),
+    "controls alone": (
+        lambda adata: adata[adata.obs["perturbation"] == "control"].copy(),
+        [],
+        ["no perturbed cell to train on"],
+    ),
+    "a cell type without controls": (
+        without_controls_of_nk,
+        [],
+        ["cell type 'NK'", "8 cells", "no control cells", "Add control cells of it, or drop these cells"],
+    ),
+    "a batch without controls": (
+        without_controls_of_nk_b2,
+        [],
+        ["cell type 'NK', batch 'b2'; 8 cells", "no control cells", "Set data.control_match=cell_type"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "words", "pieces"), BAD_SCREENS.values(), ids=BAD_SCREENS)
+def test_training_refuses_a_screen(refused, here, change, words, pieces):
+    path = written(change(counts_screen(n_genes=30, n=8)), here / "screen.h5ad")
+    assert_says(refused("train", "--screen", path, "--out", here / "out", *TINY, *words), *pieces)
+
+
+def same_gene_twice(path):
+    with h5py.File(path, "r+") as file:
+        file["var/_index"][1] = file["var/_index"][0]
+
+
+def half_of_it(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def indices_outside(path):
+    with h5py.File(path, "r+") as file:
+        file["X/indptr"][2] = 10**6
+
+
+BAD_FILES = {
+    "no file": (lambda path: path.unlink(), ["screen.h5ad does not exist", "give the path of an .h5ad"]),
+    "a text file": (lambda path: path.write_text("gene,cell\n"), ["screen.h5ad is not a readable .h5ad", "AnnData"]),
+    "an empty file": (lambda path: path.write_bytes(b""), ["screen.h5ad is not a readable .h5ad", "AnnData"]),
+    "truncated": (half_of_it, ["screen.h5ad is not a readable .h5ad", "truncated", "AnnData"]),
+    "duplicate genes": (same_gene_twice, ["1 duplicate gene names", "gene_0", "var_names_make_unique"]),
+    "damaged indices": (indices_outside, ["damaged sparse matrix", "again"]),
+}
+
+
+@pytest.mark.parametrize("command", ["train", "screen info", "predict"])
+@pytest.mark.parametrize("kind", BAD_FILES)
+# anndata says so too, before we do
+@pytest.mark.filterwarnings("ignore:Variable names are not unique:UserWarning")
+def test_a_file_that_cannot_be_used_is_refused_by_every_command(refused, here, screen, run, command, kind):
+    damage, pieces = BAD_FILES[kind]
+    path = here / "screen.h5ad"
+    shutil.copy(screen, path)
+    damage(path)
+    argv = {
+        "train": ["train", "--screen", path, "--out", here / "out", *TINY],
+        "screen info": ["screen", "info", path],
+        "predict": ["predict", run / "model", "--controls", path, "--perturbation", "A", "--out", here / "p.h5ad"],
+    }
+    assert_says(refused(*argv[command]), *pieces)
+
+
+def test_a_message_of_several_lines_becomes_one(refused):
+    assert_says(refused("screen", "info", "two\nlines.h5ad"), "two lines.h5ad does not exist")
+
+
+# ---------------------------------------------------------------- settings
+
+
+BAD_SETTINGS = {
+    "unknown key": (["training.n_stps=5"], ["'n_stps'", "Did you mean: 'n_steps'", "training.n_stps"]),
+    "bad value": (["training.n_steps=many"], ["'many'", "Integer", "training.n_steps"]),
+    "out of range": (["training.n_steps=0"], ["training.n_steps (0)", "greater than 0"]),
+    "not a choice": (["data.input_kind=raw"], ["'raw'", "['auto', 'counts', 'log1p']", "data.input_kind"]),
+    "not a pair": (["training.n_steps"], ["'training.n_steps'", "key=value"]),
+    "bad yaml": (["data.control_label=@x"], ["'@x'", "quote it"]),
+    "negative seed": (["training.seed=-1"], ["training.seed (-1)", "must not be negative"]),
+    "heads": (["denoiser.n_heads=5"], ["denoiser.n_heads (5) must divide", "32"]),
+    "no recipe": (["--recipe", "none.yaml"], ["'none.yaml' does not exist", "give the path of a .yaml"]),
+    "unknown hold-out": (["--hold-out", "a+b:T"], ["'a+b'", "did you mean A+B", "PERTURBATION[:CELL_TYPE[:BATCH]]"]),
+    "unknown cell type": (["--hold-out", "A:nk"], ["cell_type 'nk'", "did you mean NK?"]),
+    "unknown validation": (["split.validation=[C]"], ["perturbation 'C'", "known: A, A+B, B"]),
+    "all held out": (["--hold-out", "*"], ["['*']", "hold out less"]),
+}
+
+
+@pytest.mark.parametrize(("words", "pieces"), BAD_SETTINGS.values(), ids=BAD_SETTINGS)
+def test_training_refuses_settings(refused, here, screen, words, pieces):
+    assert_says(refused("train", "--screen", screen, "--out", here / "out", *TINY, *words), *pieces)
+
+
+def test_a_broken_recipe_is_refused(refused, here, screen):
+    (here / "recipe.yaml").write_text("training: [")
+    line = refused("train", "--screen", screen, "--out", here / "out", "--recipe", here / "recipe.yaml")
+    assert_says(line, "recipe.yaml' is not yaml")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "train training.n_stps=1 --screen SCREEN --out out",
+        "train --screen SCREEN training.n_stps=1 --out out",
+        "train --screen SCREEN --out out training.n_stps=1",
+        "train training.seed=1 --screen SCREEN optim.lr=0.1 --out out training.n_stps=1",
+        "evaluate SCREEN training.n_stps=1 --screen SCREEN",
+        "evaluate SCREEN --screen SCREEN training.n_stps=1",
+        "screen info SCREEN training.n_stps=1",
+        "demo --out out training.n_stps=1 --screen SCREEN",
+    ],
+)
+def test_settings_may_stand_anywhere_among_the_options(refused, screen, argv):
+    assert_says(refused(*argv.replace("SCREEN", str(screen)).split()), "'n_stps'")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "predict m --controls c --perturbation A --out o training.n_steps=1",
+        "train --screen s --out o --learning-rate 1",
+        "train --out o",
+        "screen",
+        "",
+    ],
+)
+def test_words_that_no_command_knows_end_with_code_2(here, capsys, argv):
+    with pytest.raises(SystemExit) as stop:
+        main(argv.split())
+    assert stop.value.code == 2
+    assert "perturbdiff" in capsys.readouterr().err
+    assert contents(here) == {}
+
+
+# ---------------------------------------------------------------- run folders and the demo
+
+
+def test_a_run_folder_of_other_settings_is_refused_and_left_as_it_is(refused, here, screen, run):
+    shutil.copytree(run, here / "run")
+    line = refused("train", "--screen", screen, "--hold-out", "A:NK", "--out", "run", *TINY, "optim.lr=0.1")
+    assert_says(line, "run folder run was made with other settings", "optim.lr was 0.0005, is 0.1", "another --out")
+
+
+def test_a_run_folder_that_is_a_file_is_refused(refused, here, screen):
+    (here / "out").write_text("mine")
+    assert_says(
+        refused("train", "--screen", screen, "--out", "out", *TINY), "out (out) is a file", "another run folder"
+    )
+
+
+def test_the_demo_refuses_a_perturbation_that_is_held_out_everywhere(refused, screen):
+    line = refused("demo", "--screen", screen, "--hold-out", "A", "--hold-out", "A+B", "--out", "out", *TINY)
+    assert_says(line, "perturbation 'A' is held out in every context", "A:CELL_TYPE or batch=NAME")
+
+
+def test_the_demo_on_a_screen_of_ones_own_asks_for_something_to_hold_out(refused, screen):
+    line = refused("demo", "--screen", screen, "--out", "out", *TINY)
+    assert_says(line, "nothing is held out; give --hold-out")
+
+
+# ---------------------------------------------------------------- predict
+
+
+def predict(run, screen, *words):
+    return ["predict", run / "model", "--controls", screen, "--perturbation", "A", "--out", "p.h5ad", *words]
+
+
+BAD_PREDICTIONS = {
+    "unknown perturbation": (["--perturbation", "a"], ["perturbation 'a'", "did you mean A?", "2 known"]),
+    "unknown part": (["--perturbation", "A+C"], ["perturbation 'C'", "known: A, B (2)"]),
+    "no perturbation": (["--perturbation", ""], ["perturbation ''", "known: A, B (2)"]),
+    "unknown cell type": (["--cell-type", "nk"], ["no control cell with cell_type 'nk'", "did you mean NK?"]),
+    "unknown batch": (["--batch", "c"], ["no control cell with batch 'c'", "known: b1, b2 (2)"]),
+    "no cells": (["--n-cells", "0"], ["n_cells (0)", "at least 1"]),
+    "no populations": (["--n-populations", "0"], ["n_populations (0)", "at least 1"]),
+    "too many steps": (["--steps", "1001"], ["n_steps (1001)", "between 1 and", "1000"]),
+    "guidance": (["--guidance-scale", "nan"], ["guidance_scale (nan)", "finite"]),
+    "negative seed": (["--seed", "-1"], ["seed (-1)", "must not be negative"]),
+    "overlap": (["--min-gene-overlap", "nan"], ["min_gene_overlap (nan)", "between 0 and 1"]),
+}
+
+
+@pytest.mark.parametrize(("words", "pieces"), BAD_PREDICTIONS.values(), ids=BAD_PREDICTIONS)
+def test_predicting_refuses(refused, run, screen, words, pieces):
+    assert_says(refused(*predict(run, screen, *words)), *pieces)
+
+
+def test_predicting_refuses_controls_with_too_few_of_the_models_genes(refused, here, run):
+    adata = counts_screen(n_genes=30)
+    adata.var_names = [*adata.var_names[:10], *(f"other_{g}" for g in range(20))]
+    line = refused(*predict(run, written(adata, here / "controls.h5ad")))
+    assert_says(line, "only 10 of the model's 30 genes (33%)", "min_gene_overlap (50%)", "gene_10", "or lower")
+
+
+@pytest.mark.parametrize("change", ["negative", "NaN", "z-scored", "not logged"])
+def test_predicting_refuses_controls_as_training_does(refused, here, run, change):
+    function, _, pieces = BAD_SCREENS[change]
+    adata = function(counts_screen(n_genes=30))
+    adata.obs["perturbation"] = "control"  # the spoiled cell too
+    assert_says(refused(*predict(run, written(adata, here / "controls.h5ad"))), *pieces)
+
+
+def test_an_existing_output_is_refused_before_the_work_and_replaced_only_on_request(refused, here, run, screen):
+    (here / "p.h5ad").write_text("mine")
+    assert_says(refused(*predict(run, screen)), "--out p.h5ad exists", "--overwrite")
+    main([str(word) for word in predict(run, screen, "--overwrite")])
+    assert anndata.read_h5ad(here / "p.h5ad").n_vars == 30
+    assert [path.name for path in here.iterdir()] == ["p.h5ad"]  # nothing half-written stays beside it
+
+
+# ---------------------------------------------------------------- model folders
+
+HASHED = [
+    "batches.json", "cell_types.json", "checks/golden.safetensors", "genes.json", "model.safetensors",
+    "perturbations.json", "preprocessing.json", "training.json",
+]  # fmt: skip
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-20]), ["sha256", "truncated or was changed"]),
+    "one bit": (flip_a_bit, ["sha256", "truncated or was changed", "again"]),
+    "empty": (lambda path: path.write_bytes(b""), ["sha256", "truncated or was changed", "again"]),
+    "missing": (lambda path: path.unlink(), ["lacks", "incomplete", "again"]),
+}
+
+
+@pytest.fixture
+def folder(here, run):
+    """A run folder of which the model may be damaged."""
+    shutil.copytree(run / "model", here / "run" / "model")
+    return here / "run"
+
+
+def test_every_file_of_a_model_folder_but_its_card_is_damaged_in_these_tests(run):
+    files = {str(path.relative_to(run / "model")) for path in (run / "model").rglob("*") if path.is_file()}
+    assert files == {*HASHED, "config.json", "README.md"}
+
+
+@pytest.mark.parametrize(("damage", "pieces"), DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("name", HASHED)
+def test_a_damaged_model_folder_is_refused(refused, folder, screen, name, damage, pieces):
+    damage(folder / "model" / name)
+    assert_says(refused(*predict(folder, screen)), name, *pieces)
+
+
+def changed(path, value):
+    def change(config):
+        *parents, last = path.split(".")
+        for key in parents:
+            config = config[key]
+        config[last] = value
+
+    return change
+
+
+BAD_CONFIGS = {
+    "newer format": (changed("format_version", 4), ["format_version 4", "reads 1 to 3", "Update perturbdiff"]),
+    "no format": (lambda config: config.pop("format_version"), ["format_version None", "reads 1"]),
+    "other width": (changed("denoiser.width", 32), ["does not fit its config.json", "(16, 30) (must be (32, 30))"]),
+    "deeper": (changed("denoiser.depth", 3), ["does not fit its config.json", "blocks.1.", "missing"]),
+    "absurd depth": (changed("denoiser.depth", 10**9), ["denoiser.depth (1000000000)", "at most 256"]),
+    "no heads": (changed("denoiser.n_heads", 0), ["denoiser.n_heads (0)", "greater than 0"]),
+    "unknown key": (changed("denoiser.layers", 3), ["unknown keys layers"]),
+    "unknown choice": (changed("denoiser.attention", "cross"), ["'cross'", "['paired', 'joint']"]),
+    "interpolation": (changed("denoiser.attention", "${oc.env:HOME}"), ["interpolation"]),
+    "unknown column": (changed("obs.donor", "x"), ["donor"]),
+    "no sampling": (lambda config: config.pop("sampling"), ["lacks sampling"]),
+    "no hashes": (changed("sha256", {}), ["sha256 must name the files", "missing"]),
+    "fewer hashes": (lambda config: config["sha256"].pop("genes.json"), ["sha256 must name the files", "missing"]),
+    "other steps": (changed("sampling.n_steps", 0), ["sampling.n_steps (0)", "between 1 and"]),
+}
+
+
+@pytest.mark.parametrize(("change", "pieces"), BAD_CONFIGS.values(), ids=BAD_CONFIGS)
+def test_a_config_json_that_does_not_fit_its_folder_is_refused(refused, folder, screen, change, pieces):
+    path = folder / "model" / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    if "config.json" in config["sha256"]:
+        config["sha256"]["config.json"] = config_hash(config)
+    path.write_text(json.dumps(config))
+    assert_says(refused(*predict(folder, screen)), *pieces)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "\udcff", "[" * 100_000])
+def test_a_config_json_that_is_no_settings_is_refused(refused, folder, screen, content):
+    (folder / "model" / "config.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    assert_says(refused(*predict(folder, screen)), "config.json")
+
+
+def test_what_is_no_model_folder_is_refused_with_what_it_holds(refused, here, run, screen):
+    line = refused(*predict(here / "nowhere", screen))
+    assert_says(line, "nowhere/model' does not exist", "give a folder made by save_pretrained")
+    line = refused("predict", run, "--controls", screen, "--perturbation", "A", "--out", "p.h5ad")
+    assert_says(line, "is not a model folder: it has no config.json", "'model'")
+
+
+# ---------------------------------------------------------------- evaluate
+
+
+def with_obs(column, value):
+    def change(adata):
+        adata.obs[column] = value
+
+    return change
+
+
+def without_batch(adata):
+    del adata.obs["batch"]
+
+
+def with_other_genes(adata):
+    adata.var_names = [f"other_{g}" for g in range(adata.n_vars)]
+
+
+BAD_EVALUATIONS = {
+    "nothing in common": (
+        with_obs("perturbation", "Z"),
+        ["no predicted condition was measured", "Z:NK:b1", "A:NK:b1", "same words in both"],
+    ),
+    "no batch column": (without_batch, ["['batch']", "['cell_type', 'perturbation', 'population', 'source_control']"]),
+    "other genes": (with_other_genes, ["30 of the 30 predicted genes are not in", "other_0"]),
+}
+
+
+@pytest.mark.parametrize(("change", "pieces"), BAD_EVALUATIONS.values(), ids=BAD_EVALUATIONS)
+def test_evaluating_refuses_predictions(refused, here, predicted, screen, change, pieces):
+    adata = anndata.read_h5ad(predicted)
+    change(adata)
+    path = written(adata, here / "predicted.h5ad")
+    assert_says(refused("evaluate", path, "--screen", screen, "--out", "scores"), *pieces)
+
+
+def test_evaluating_refuses_counts_as_predictions(refused, screen):
+    line = refused("evaluate", screen, "--screen", screen, "--out", "scores")
+    assert_says(line, "holds counts", "log1p values, as `perturbdiff predict` writes them")
+
+
+def test_evaluating_refuses_a_split_that_was_changed(refused, here, predicted, screen, run):
+    content = json.loads((run / "split.json").read_text())
+    content["cells"]["test"].pop()
+    (here / "split.json").write_text(json.dumps(content))
+    line = refused("evaluate", predicted, "--screen", screen, "--split", "split.json", "--out", "scores")
+    assert_says(line, "split.json does not match its own sha256", "Take the one of the run folder")
+
+
+def test_evaluating_refuses_a_split_of_another_screen(refused, here, predicted, run):
+    adata = counts_screen(n_genes=30, n=8)
+    adata.obs_names = [f"other_{name}" for name in adata.obs_names]
+    other = written(adata, here / "other.h5ad")
+    line = refused("evaluate", predicted, "--screen", other, "--split", run / "split.json", "--out", "scores")
+    assert_says(line, "names 8 validation cells", "has 0 of them", "the screen the split was made for")
+
+
+def test_evaluating_refuses_a_missing_split_and_a_file_as_output_folder(refused, here, predicted, screen):
+    line = refused("evaluate", predicted, "--screen", screen, "--split", "none.json", "--out", "scores")
+    assert_says(line, "none.json does not exist", "run folder")
+    (here / "scores").write_text("mine")
+    line = refused("evaluate", predicted, "--screen", screen, "--out", "scores")
+    assert_says(line, "--out scores is a file", "give a folder")
+
+
+# ---------------------------------------------------------------- the real command
+
+
+def command(folder, *argv):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "perturbdiff", *map(str, argv)],
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def test_the_command_ends_with_code_2_and_one_line(tmp_path):
+    done = command(tmp_path, "train", "--screen", "none.h5ad", "--out", "out")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert_says(only_line(done.stderr), "none.h5ad does not exist")
+    assert contents(tmp_path) == {}
+
+
+def test_the_command_refuses_a_damaged_model_with_code_2_and_one_line(tmp_path, run, screen):
+    shutil.copytree(run / "model", tmp_path / "model")
+    flip_a_bit(tmp_path / "model" / "genes.json")
+    before = contents(tmp_path)
+    done = command(tmp_path, "predict", "model", "--controls", screen, "--perturbation", "A", "--out", "p.h5ad")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert_says(only_line(done.stderr), "genes.json", "sha256")
+    assert contents(tmp_path) == before
+
+
+def test_debug_shows_the_traceback(tmp_path, here):
+    done = command(tmp_path, "train", "--debug", "--screen", "none.h5ad", "--out", "out")
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback")
+    assert "FileNotFoundError: none.h5ad does not exist" in done.stderr
+    with pytest.raises(FileNotFoundError):
+        main(["screen", "info", "none.h5ad", "--debug"])
+
+
+def test_a_good_command_ends_with_code_0_and_a_clean_stderr(tmp_path, screen):
+    done = command(tmp_path, "screen", "info", screen)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "140: 96 perturbed, 44 'control'" in done.stdout

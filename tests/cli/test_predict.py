@@ -1,0 +1,183 @@
+"""predict with requests, calibrate, and screen rank as they are typed, and one line where something is wrong."""
+# ruff: noqa: F811 (fixtures)
+
+import anndata
+import pandas as pd
+import pytest
+from tests.test_cli import assert_says, here, refused  # noqa: F401 (fixtures)
+
+from perturbdiff.cli.main import main
+from perturbdiff.inference.intervals import read_calibration
+from perturbdiff.inference.output import read_predicted
+from perturbdiff.model import PerturbDiff
+from tests.screens import counts_screen, read, written
+from tests.untrained import untrained
+
+
+@pytest.fixture(scope="module")
+def screen(tmp_path_factory):
+    return written(counts_screen(n=8), tmp_path_factory.mktemp("screen") / "screen.h5ad")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    untrained(std=0.1).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def calibrated(here):
+    model = untrained(std=0.1)
+    model.training["calibration"] = {"level": 0.9, "factor": 3.0, "floor": 0.1, "coverage": 0.876, "n_conditions": 4}
+    model.save_pretrained(here / "calibrated")
+    return here / "calibrated"
+
+
+@pytest.fixture
+def requests(here):
+    (here / "r.csv").write_text("perturbation,cell_type,n_cells\nA,NK,\nA+B,,5\n")
+    return here / "r.csv"
+
+
+def call(*words):
+    main([str(word) for word in words])
+
+
+@pytest.mark.parametrize(("name", "read_back"), [("p.h5ad", anndata.read_h5ad), ("p.parquet", read_predicted)])
+def test_requests_go_into_one_file_with_the_options_as_defaults(here, capsys, model, screen, requests, name, read_back):
+    call("predict", model, "--controls", screen, "--requests", requests, "--out", name, "--n-populations", 2)
+    predicted = read_back(here / name)
+    assert predicted.obs["request"].value_counts().to_dict() == {0: 44, 1: 10}
+    said = capsys.readouterr().out
+    for piece in ("requests    2", "12 of 12 matched by name", "not calibrated", f"{name}: 54 cells, 12 genes"):
+        assert piece in said
+
+
+def test_one_prediction_may_be_parquet_and_says_how_sure_it_is(here, capsys, calibrated, screen):
+    one = ["predict", calibrated, "--controls", screen, "--perturbation", "A", "--cell-type", "NK"]
+    call(*one, "--out", "p.parquet", "--n-populations", "3", "--summary", "genes.csv")
+    assert read_predicted(here / "p.parquet").n_obs == 66
+    table = pd.read_csv(here / "genes.csv")
+    width = (table["upper"] - table["lower"])[(table["mean"] > 0) | (table["control_mean"] > 0)].median()
+    said = capsys.readouterr().out
+    assert f"90% intervals of gene means: median width {width:.3g} (log1p); 88% of means covered on 4" in said
+    call(*one, "--out", "q.parquet")
+    assert "unknown: intervals need --n-populations 2 or more" in capsys.readouterr().out
+
+
+def test_what_is_unseen_is_said_by_request(here, capsys, model, screen):
+    adata = anndata.read_h5ad(screen)
+    adata.obs["cell_type"] = adata.obs["cell_type"].astype(str).replace("T", "Treg")
+    (here / "r.csv").write_text("perturbation,cell_type\nA,NK\nA,Treg\n")
+    new = written(adata, here / "new.h5ad")
+    call("predict", model, "--controls", new, "--requests", "r.csv", "--out", "p.h5ad")
+    assert "unseen      cell_type Treg, in 1 requests (number 1)" in capsys.readouterr().out
+
+
+BAD_REQUESTS = {
+    "unknown": ("perturbation\nA\na\n", ["line 3 of the requests: perturbation 'a'", "did you mean A?"]),
+    "context": ("perturbation,batch\nA,b3\n", ["line 2", "no control cell has batch 'b3'", "did you mean b2, b1?"]),
+    "column": ("drug\nA\n", ["no column 'perturbation'"]),
+    "number": ("perturbation,n_cells\nA,-1\n", ["line 2: n_cells (-1)", "at least 1"]),
+    "empty": ("", ["no column 'perturbation'"]),
+    "text": ("perturbation,n_cells\nA,many\n", ["n_cells (many)"]),
+}
+
+
+@pytest.mark.parametrize(("text", "pieces"), BAD_REQUESTS.values(), ids=BAD_REQUESTS)
+def test_bad_requests_are_refused_in_one_line(refused, here, model, screen, text, pieces):
+    (here / "r.csv").write_text(text)
+    line = refused("predict", model, "--controls", screen, "--requests", "r.csv", "--out", "p.h5ad")
+    assert_says(line, *pieces)
+
+
+def test_outputs_that_exist_or_cannot_be_written_are_refused(refused, here, model, screen, requests):
+    start = ["predict", model, "--controls", screen, "--requests", requests, "--out"]
+    (here / "p.h5ad").write_text("mine")
+    assert_says(refused(*start, "p.h5ad"), "--out p.h5ad exists", "--overwrite")
+    assert_says(refused(*start, "q.h5ad", "--summary", "p.h5ad"), "--summary p.h5ad exists")
+    assert_says(refused(*start, "p.h5ad/q.h5ad"), "p.h5ad")
+    assert_says(refused(*start, "q.csv"), "must end in .h5ad or .parquet")
+    assert_says(refused(*start[:-3], "--requests", "none.csv", "--out", "q.h5ad"), "none.csv does not exist")
+
+
+def test_a_calibration_of_a_stranger_that_cannot_be_is_refused(refused, here, screen):
+    model = untrained()
+    model.training["calibration"] = {"level": 0.9, "factor": -3.0, "floor": 0.1, "coverage": 0.9, "n_conditions": 4}
+    model.save_pretrained(here / "model")
+    start = ["predict", "model", "--controls", screen, "--perturbation", "A"]
+    assert_says(refused(*start, "--out", "p.h5ad"), "factor (-3.0) cannot be")
+
+
+def split_of(screen, folder, part, selector):
+    from perturbdiff.config import SplitConfig
+    from perturbdiff.data.splits import make_split, write_split
+
+    measured = read(anndata.read_h5ad(screen))
+    write_split(make_split(measured, SplitConfig(**{part: [selector]}), 0), measured, folder / "split.json")
+    return folder / "split.json"
+
+
+def test_calibrate_puts_intervals_into_the_folder(here, capsys, screen):
+    untrained(std=0.1).save_pretrained(here / "model")
+    split = split_of(screen, here, "validation", "A+B")
+    call("calibrate", "model", "--screen", screen, "--split", split, "--n-populations", 3)
+    said = capsys.readouterr().out
+    found = read_calibration(PerturbDiff.from_pretrained(here / "model").training)
+    assert found.n_conditions == 4
+    assert f"{found.coverage:.1%} on conditions left out in turn, of 90% wanted" in said
+
+
+def test_calibrate_needs_validation_conditions(refused, here, screen):
+    untrained(std=0.1).save_pretrained(here / "model")
+    split = split_of(screen, here, "hold_out", "A:NK")
+    assert_says(
+        refused("calibrate", "model", "--screen", screen, "--split", split), "1 conditions are too few to calibrate on"
+    )
+
+
+def test_rank_prints_the_best_and_writes_all(here, capsys, model, screen):
+    (here / "up.txt").write_text("gene_1\n# a remark\ngene_4  # and another\nGENE_9\n\n")
+    rank = ["screen", "rank", model, "--controls", screen, "--cell-type", "NK", "--n-cells", 5, "--n-populations", 2]
+    call(*rank, "--up", "up.txt", "--down", "gene_2,gene_3", "--out", "out/ranking.csv")
+    table = pd.read_csv(here / "out" / "ranking.csv")
+    assert list(table["rank"]) == [1, 2]
+    said = capsys.readouterr().out
+    for piece in ("1 of the --up genes are not in the model: GENE_9", "p_above", "2 perturbations; no change scores 0"):
+        assert piece in said
+    call(*rank, "--up", "gene_1,gene_4", "--down", "gene_2,gene_3", "--out", "again.csv")
+    assert (here / "again.csv").read_text() == (here / "out" / "ranking.csv").read_text()
+    adata = anndata.read_h5ad(screen)
+    reference = written(adata[(adata.obs["perturbation"] == "A") & (adata.obs["cell_type"] == "T")], here / "a.h5ad")
+    call(*rank, "--towards", reference, "--candidates", "A+B,B", "--out", "towards.csv")
+    assert set(pd.read_csv(here / "towards.csv")["perturbation"]) == {"A+B", "B"}
+
+
+BAD_RANKS = {
+    "nothing": ([], ["give genes (up, down) or a reference population"]),
+    "both": (["--up", "gene_1", "--towards", "SCREEN"], ["one of them"]),
+    "unknown": (["--up", "ISG15,MX1"], ["none of the 2 up genes (ISG15, MX1)"]),
+    "missing list": (["--up", "genes.txt"], ["--up genes.txt does not exist"]),
+    "empty list": (["--down", "none.txt"], ["--down none.txt names nothing"]),
+    "binary list": (["--down", "binary.txt"], ["--down binary.txt is not a text file"]),
+    "only commas": (["--up", ",,"], ["--up ,, names nothing"]),
+    "candidates": (["--up", "gene_1", "--candidates", "A,Q"], ["perturbation 'Q' is not known"]),
+    "reference": (["--towards", "none.txt"], ["none.txt is not a readable .h5ad"]),
+    "no reference": (["--towards", "nowhere.h5ad"], ["nowhere.h5ad does not exist"]),
+    "cell type": (["--up", "gene_1", "--cell-type", "nk"], ["no control cell with cell_type 'nk'"]),
+}
+
+
+@pytest.mark.parametrize(("words", "pieces"), BAD_RANKS.values(), ids=BAD_RANKS)
+def test_bad_rankings_are_refused_in_one_line(refused, here, model, screen, words, pieces):
+    (here / "none.txt").write_text("# nothing\n")
+    (here / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    words = [str(screen) if word == "SCREEN" else word for word in words]
+    assert_says(refused("screen", "rank", model, "--controls", screen, *words, "--out", "r.csv"), *pieces)
+
+
+def test_a_ranking_that_exists_is_refused(refused, here, model, screen):
+    (here / "r.csv").write_text("mine")
+    line = refused("screen", "rank", model, "--controls", screen, "--up", "gene_1", "--out", "r.csv")
+    assert_says(line, "--out r.csv exists", "--overwrite")

@@ -1,0 +1,331 @@
+"""Many predictions in one file: as each would be alone, whole, resumable, the same on any number of processes."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from filelock import FileLock
+
+import perturbdiff.inference.answers as answers_module
+from perturbdiff.config import ObsColumns
+from perturbdiff.data.screen import control_cells
+from perturbdiff.inference.answers import predict_requests
+from perturbdiff.inference.intervals import mean_expression, population_summary
+from perturbdiff.inference.output import read_predicted
+from perturbdiff.inference.requests import Request
+from tests.screens import ROOT, counts_screen, written
+from tests.untrained import untrained
+
+REQUESTS = [
+    Request("A", "NK"),
+    Request("A+B", "T", "b2", n_cells=5, n_populations=2, seed=3),
+    Request("B"),
+    Request("A", "NK"),
+    Request("B", "T", n_cells=1),
+]
+CALIBRATION = {"level": 0.9, "factor": 2.0, "floor": 0.1, "coverage": 0.91, "n_conditions": 5}
+
+
+@pytest.fixture(scope="module")
+def screen(tmp_path_factory):
+    return written(counts_screen(), tmp_path_factory.mktemp("screen") / "screen.h5ad")
+
+
+@pytest.fixture(scope="module")
+def controls(screen):
+    return control_cells(screen, ObsColumns(), None, None)
+
+
+@pytest.fixture
+def model():
+    return untrained()
+
+
+def read(path):
+    return anndata.read_h5ad(path) if path.suffix == ".h5ad" else read_predicted(path)
+
+
+def alone(model, controls, request):
+    obs = controls.obs
+    chosen = (obs["cell_type"] == request.cell_type) | (request.cell_type is None)
+    chosen &= (obs["batch"] == request.batch) | (request.batch is None)
+    r = request
+    return model.predict(
+        controls[chosen].copy(), r.perturbation, r.cell_type, r.batch, r.n_cells, r.n_populations, seed=r.seed
+    )
+
+
+def interrupt_after(monkeypatch, n):
+    """The process stops when it begins the prediction after the n-th."""
+    predict, done = answers_module._predict, []
+
+    def stopping(*arguments):
+        if len(done) == n:
+            raise KeyboardInterrupt
+        done.append(arguments[3])
+        return predict(*arguments)
+
+    monkeypatch.setattr(answers_module, "_predict", stopping)
+    return done
+
+
+@pytest.mark.parametrize("suffix", ["h5ad", "parquet"])
+def test_each_request_is_predicted_as_it_would_be_alone(model, controls, tmp_path, suffix):
+    out = tmp_path / "new" / f"all.{suffix}"
+    answers = predict_requests(model, controls, REQUESTS, out)
+    found = read(out)
+    assert answers.n_cells == found.n_obs
+    assert found.obs_names.is_unique
+    assert list(found.var_names) == list(model.genes.names)
+    for number, request in enumerate(REQUESTS):
+        expected = alone(model, controls, request)
+        own = found[found.obs["request"] == number]
+        np.testing.assert_array_equal(own.X.toarray(), expected.X.toarray())
+        for column in expected.obs:
+            assert list(own.obs[column]) == list(expected.obs[column])
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
+@pytest.mark.parametrize("suffix", ["h5ad", "parquet"])
+def test_the_file_says_what_was_asked_and_how_it_was_made(model, controls, tmp_path, suffix):
+    model.training["calibration"] = CALIBRATION
+    other = controls.copy()
+    other.obs["cell_type"] = other.obs["cell_type"].astype(str).replace("T", "B cell")
+    requests = [Request("A", "NK"), Request("B", "B cell", n_populations=3), Request("B", "B cell", seed=4)]
+    answers = predict_requests(model, other, requests, tmp_path / f"all.{suffix}", steps=1)
+    said = read(tmp_path / f"all.{suffix}").uns["perturbdiff"]
+    assert (said["n_steps"], said["x_kind"], said["target_sum"]) == (1, "log1p", 1e4)
+    assert "seed" not in said  # they differ
+    assert list(said["unseen"]) == ["cell_type B cell"]
+    assert {name: list(values) for name, values in said["requests"].items()} == {
+        "perturbation": ["A", "B", "B"],
+        "cell_type": ["NK", "B cell", "B cell"],
+        "batch": ["", "", ""],
+        "n_cells": ["", "", ""],
+        "n_populations": ["1", "3", "1"],
+        "seed": ["0", "0", "4"],
+        "unseen": ["", "cell_type B cell", "cell_type B cell"],
+    }
+    assert answers.unseen == {"cell_type B cell": [1, 2]}
+    assert np.isnan(answers.widths).tolist() == [True, False, True]
+
+
+def test_the_summary_holds_each_gene_of_each_request(model, controls, tmp_path):
+    model.training["calibration"] = CALIBRATION
+    predict_requests(model, controls, REQUESTS, tmp_path / "all.parquet", summary=tmp_path / "genes.csv")
+    table = pd.read_csv(tmp_path / "genes.csv")
+    assert len(table) == len(REQUESTS) * len(model.genes)
+    own = table[table["request"] == 1].reset_index(drop=True)
+    assert set(own["perturbation"]) == {"A+B"}
+    obs = controls.obs
+    of_context = controls[(obs["cell_type"] == "T") & (obs["batch"] == "b2")]
+    expected = population_summary(alone(model, controls, REQUESTS[1]), mean_expression(model, of_context))
+    for name in ("mean", "control_mean", "delta", "spread"):
+        np.testing.assert_allclose(own[name], expected[name], rtol=1e-6)
+    np.testing.assert_allclose(own["upper"] - own["mean"], 2 * np.hypot(own["spread"], 0.1), rtol=1e-6)
+
+
+def test_the_control_mean_is_that_of_log1p_counts(model, controls):
+    X = controls.X.toarray().astype(float)
+    expected = np.log1p(X / X.sum(1, keepdims=True) * 1e4).mean(0)
+    np.testing.assert_allclose(mean_expression(model, controls), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("suffix", ["h5ad", "parquet"])
+def test_a_run_that_was_stopped_goes_on_where_it_was(model, controls, tmp_path, suffix):
+    undisturbed, out = tmp_path / f"undisturbed.{suffix}", tmp_path / f"all.{suffix}"
+    predict_requests(model, controls, REQUESTS, undisturbed)
+    with pytest.MonkeyPatch.context() as patch:
+        first = interrupt_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            predict_requests(model, controls, REQUESTS, out)
+    assert not out.exists()
+    (tmp_path / f"all.{suffix}.parts" / ".part-000003.parquet.partial").write_bytes(b"half")
+    with pytest.MonkeyPatch.context() as patch:
+        second = interrupt_after(patch, 99)
+        answers = predict_requests(model, controls, REQUESTS, out)
+    assert first + second == [0, 1, 2, 3, 4]
+    assert answers.n_found == 2
+    if suffix == "parquet":
+        assert out.read_bytes() == undisturbed.read_bytes()
+    one, other = read(out), read(undisturbed)
+    np.testing.assert_array_equal(one.X.toarray(), other.X.toarray())
+    pd.testing.assert_frame_equal(one.obs, other.obs)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"all.{suffix}", f"undisturbed.{suffix}"]
+
+
+def test_a_part_that_is_damaged_is_predicted_again(model, controls, tmp_path, monkeypatch):
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            predict_requests(model, controls, REQUESTS, tmp_path / "all.h5ad")
+    part = tmp_path / "all.h5ad.parts" / "part-000001.parquet"
+    part.write_bytes(part.read_bytes()[:-20])
+    again = interrupt_after(monkeypatch, 99)
+    predict_requests(model, controls, REQUESTS, tmp_path / "all.h5ad")
+    assert again == [1, 3, 4]
+
+
+def other_requests(model, controls):
+    return model, controls, [*REQUESTS[:-1], Request("A", "T")], {}
+
+
+def other_weights(model, controls):
+    with torch.no_grad():
+        next(model.denoiser.parameters())[0] += 1e-3
+    return model, controls, REQUESTS, {}
+
+
+def other_controls(model, controls):
+    changed = controls.copy()
+    changed.X[3, 4] += 1
+    return model, changed, REQUESTS, {}
+
+
+def other_settings(model, controls):
+    return model, controls, REQUESTS, {"guidance_scale": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (other_requests, "requests"),
+        (other_weights, "model"),
+        (other_controls, "controls"),
+        (other_settings, "settings"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*Changing the sparsity structure.*")
+def test_parts_of_another_run_are_never_mixed_in(model, controls, tmp_path, change, what):
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            predict_requests(model, controls, REQUESTS, tmp_path / "all.h5ad")
+    model, controls, requests, how = change(model, controls)
+    with pytest.raises(ValueError, match=f"1 predictions of a run that had another {what}; give the same command"):
+        predict_requests(model, controls, requests, tmp_path / "all.h5ad", **how)
+    assert (tmp_path / "all.h5ad.parts" / "part-000000.parquet").exists()
+
+
+BAD = {
+    "unknown": ([Request("A"), Request("a", line=3)], {}, KeyError, "line 3 .*perturbation 'a'.*did you mean A"),
+    "no controls": ([Request("A"), Request("A", "B", line=3)], {}, ValueError, "line 3 .*no control cell .* 'B'"),
+    "too many": (
+        [Request("A", n_cells=1 << 25, n_populations=9, line=2)],
+        {},
+        ValueError,
+        "line 2 .*301,989,888 cells",
+    ),
+    "suffix": ([Request("A")], {"out": "all.csv"}, ValueError, "must end in .h5ad or .parquet"),
+    "steps": ([Request("A")], {"steps": 2000}, ValueError, "between 1 and"),
+    "overlap": ([Request("A")], {"min_gene_overlap": 2}, ValueError, "between 0 and 1"),
+}
+
+
+@pytest.mark.parametrize(("requests", "how", "error", "message"), BAD.values(), ids=BAD)
+def test_what_cannot_be_is_refused_and_nothing_is_left(model, controls, tmp_path, requests, how, error, message):
+    out = tmp_path / how.get("out", "all.h5ad")
+    how = {name: value for name, value in how.items() if name != "out"}
+    with pytest.raises(error, match=message):
+        predict_requests(model, controls, requests, out, **how)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_exists_is_replaced_only_on_request(model, controls, tmp_path):
+    out, summary = tmp_path / "all.h5ad", tmp_path / "genes.csv"
+    for path in (out, summary):
+        path.write_text("mine")
+        with pytest.raises(FileExistsError, match=f"{path.name} exists"):
+            predict_requests(model, controls, REQUESTS, out, summary=summary)
+        assert path.read_text() == "mine"
+        if path is out:
+            out.unlink()
+    out.write_text("mine")
+    predict_requests(model, controls, REQUESTS, out, summary=summary, overwrite=True)
+    assert anndata.read_h5ad(out).n_obs > 0
+    assert len(pd.read_csv(summary)) == 60
+
+
+def test_files_of_others_in_the_folder_of_parts_stay(model, controls, tmp_path):
+    folder = tmp_path / "all.h5ad.parts"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    predict_requests(model, controls, REQUESTS, tmp_path / "all.h5ad")
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+
+
+def test_a_second_run_beside_the_first_is_refused(model, controls, tmp_path):
+    folder = tmp_path / "all.h5ad.parts"
+    folder.mkdir()
+    with FileLock(folder / ".lock"), pytest.raises(FileExistsError, match="another process writes"):
+        predict_requests(model, controls, REQUESTS, tmp_path / "all.h5ad")
+
+
+def test_shares_are_dealt_once_and_evenly():
+    n_cells = [5, 1, 9, 3, 3, 8, 2, 2]
+    shares = answers_module._dealt([0, 2, 3, 4, 5, 6, 7], n_cells, 3)
+    assert sorted(number for share in shares for number in share) == [0, 2, 3, 4, 5, 6, 7]
+    loads = [sum(n_cells[number] for number in share) for share in shares]
+    assert max(loads) - min(loads) <= 3
+    assert answers_module._dealt([], n_cells, 2) == [[], []]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_several_processes_write_the_file_of_one(model, screen, controls, tmp_path, launcher):
+    model.save_pretrained(tmp_path / "model")
+    requests = tmp_path / "requests.csv"
+    requests.write_text("perturbation,cell_type,n_cells,seed\n" + "A,NK,9,1\nA+B,,,2\nB,T,4,3\nB,,17,4\nA,T,,5\n")
+    start = {
+        "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node=3"],
+        "accelerate": ["accelerate.commands.launch", f"--config_file={ROOT / 'recipes/accelerate/cpu_ddp.yaml'}"],
+    }[launcher]
+    predict = [
+        "-m",
+        "perturbdiff",
+        "predict",
+        tmp_path / "model",
+        "--controls",
+        screen,
+        "--requests",
+        requests,
+        "--out",
+    ]
+    files = {}
+    for name, before in (("one", []), ("many", ["-m", *start])):
+        files[name] = tmp_path / f"{name}.parquet"
+        command = [sys.executable, *before, *predict, files[name]]
+        done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("written ") == 1  # of the first process alone
+    assert files["many"].read_bytes() == files["one"].read_bytes()
+    assert not (tmp_path / "many.parquet.parts").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on(model, screen, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    requests = tmp_path / "requests.csv"
+    requests.write_text("perturbation,n_cells\n" + "A,200\n" * 80)
+    out = tmp_path / "all.parquet"
+    command = [sys.executable, "-m", "perturbdiff", "predict", tmp_path / "model", "--controls", screen]
+    command = [str(word) for word in [*command, "--requests", requests, "--out", out]]
+    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder = tmp_path / "all.parquet.parts"
+    while running.poll() is None and len(list(folder.glob("part-*"))) < 5:
+        time.sleep(0.01)
+    running.send_signal(signal.SIGKILL)
+    assert running.wait() == -signal.SIGKILL
+    n_done = len(list(folder.glob("part-*")))
+    assert 5 <= n_done < 80
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"requests    80, {n_done} of them done before" in done.stdout
+    assert read_predicted(out).n_obs == 80 * 200
+    assert [path.name for path in tmp_path.glob("all*")] == ["all.parquet"]

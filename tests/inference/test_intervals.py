@@ -1,0 +1,205 @@
+"""Intervals that cover what they say, on conditions they were not made from."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from anndata import AnnData
+from scipy import sparse
+
+from perturbdiff.inference.intervals import (
+    Calibration,
+    calibrate,
+    fit_calibration,
+    median_width,
+    population_summary,
+    read_calibration,
+)
+from tests.screens import counts_screen, log1p_cp10k, read
+from tests.untrained import untrained
+
+CALIBRATION = Calibration(level=0.9, factor=2.0, floor=0.3, coverage=0.88, n_conditions=4)
+
+
+def predicted_of(values, populations):
+    """An AnnData as predict returns it; values (cells, G)."""
+    obs = pd.DataFrame({"population": populations}, index=[f"c{i}" for i in range(len(values))])
+    var = pd.DataFrame(index=[f"g{i}" for i in range(values.shape[1])])
+    return AnnData(sparse.csr_matrix(values.astype(np.float32)), obs=obs, var=var)
+
+
+def gaussian(rng, n_conditions, n_genes, n_populations, own_sd, scale=1.0):
+    """Measured means, and predictions whose populations scatter around the same truth; spread differs by gene."""
+    sd = rng.lognormal(-1.5, 0.7, (n_conditions, n_genes))
+    truth = rng.normal(5, 1, (n_conditions, n_genes))
+    measured = truth + own_sd * scale * sd * rng.normal(size=sd.shape)
+    drawn = truth[:, None] + sd[:, None] * rng.normal(size=(n_conditions, n_populations, n_genes))
+    return measured, drawn.mean(axis=1), drawn.std(axis=1, ddof=1)
+
+
+def test_the_summary_is_that_of_a_double_loop():
+    rng = np.random.default_rng(0)
+    values = rng.random((12, 4)).astype(np.float32)
+    values[:, 2] = 0
+    populations = np.array([0, 1, 2] * 4)
+    control = np.array([0.1, 0.2, 0.0, 0.4])
+    table = population_summary(predicted_of(values, populations), control, CALIBRATION)
+    for gene in range(4):
+        means = [np.mean([float(values[c, gene]) for c in range(12) if populations[c] == k]) for k in range(3)]
+        centre = sum(means) / 3
+        spread = math.sqrt(sum((m - centre) ** 2 for m in means) / 2)
+        half = 2.0 * math.sqrt(spread**2 + 0.3**2)
+        row = table.iloc[gene]
+        assert row["gene"] == f"g{gene}"
+        got = row[["mean", "control_mean", "delta", "spread", "lower", "upper"]].astype(float)
+        expected = [centre, control[gene], centre - control[gene], spread, max(centre - half, 0), centre + half]
+        np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_one_population_and_no_calibration_say_nothing_of_uncertainty():
+    values = np.random.default_rng(0).random((6, 3))
+    alone = population_summary(predicted_of(values, [0] * 6), None, CALIBRATION)
+    assert alone[["spread", "lower", "upper", "control_mean", "delta"]].isna().all(axis=None)
+    uncalibrated = population_summary(predicted_of(values, [0, 1] * 3), np.zeros(3))
+    assert uncalibrated["spread"].notna().all()
+    assert uncalibrated[["lower", "upper"]].isna().all(axis=None)
+    assert math.isnan(median_width(alone))
+    assert math.isnan(median_width(uncalibrated))
+
+
+def test_the_width_is_that_of_expressed_genes():
+    table = pd.DataFrame(
+        {"mean": [1.0, 0, 0, 2], "control_mean": [1.0, 0, 0.1, 0], "lower": [0.0] * 4, "upper": [1, 99, 2, 5]}
+    )
+    assert median_width(table) == 2.0  # of 1, 2 and 5
+
+
+@pytest.mark.parametrize("own_sd", [0.5, 1.0, 3.0])
+def test_intervals_cover_fresh_conditions_as_often_as_they_say(own_sd):
+    # All pairs are independent here. 40 x 200 calibration pairs and 100 x 200 fresh ones: the standard error of the
+    # coverage is sqrt(0.09 / 8000 + 0.09 / 20000) = 0.004; four of them are 0.016.
+    rng = np.random.default_rng(1)
+    measured, mean, spread = gaussian(rng, 40, 200, 5, own_sd)
+    found = fit_calibration(measured, mean, spread, np.ones(mean.shape, dtype=bool))
+    measured, mean, spread = gaussian(rng, 100, 200, 5, own_sd)
+    covered = (np.abs(measured - mean) <= found.half_width(spread)).mean()
+    assert abs(covered - 0.9) < 0.016
+    assert abs(found.coverage - 0.9) < 0.016
+    assert found.n_conditions == 40
+
+
+def test_coverage_is_measured_on_conditions_left_out_not_on_its_own():
+    # One condition errs ten times as much: nothing that the others say covers it, and its own genes would.
+    rng = np.random.default_rng(2)
+    measured, mean, spread = gaussian(rng, 3, 400, 4, 1.0)
+    measured[2] = mean[2] + 50
+    used = np.ones(mean.shape, dtype=bool)
+    found = fit_calibration(measured, mean, spread, used)
+    inside = np.abs(measured - mean) <= found.half_width(spread)
+    assert inside.mean() >= 0.9
+    assert found.coverage == pytest.approx((1.0 + 1.0 + 0.0) / 3)
+
+
+def test_the_factor_is_the_conformal_quantile_with_its_correction():
+    error = np.arange(1, 20, dtype=float).reshape(1, -1).repeat(2, axis=0)  # 38 pairs, each score twice
+    found = fit_calibration(error, np.zeros((2, 19)), np.zeros((2, 19)), np.ones((2, 19), dtype=bool))
+    assert found.floor == 1e-6
+    assert found.factor * found.floor == pytest.approx(18.0)  # the ceil(39 * 0.9) = 36th smallest
+
+
+def test_the_floor_is_the_median_spread_of_the_used_genes():
+    rng = np.random.default_rng(4)
+    measured, mean, spread = gaussian(rng, 3, 50, 3, 1.0)
+    used = rng.random(mean.shape) < 0.5
+    pairs = sorted(spread[c, g] for c in range(3) for g in range(50) if used[c, g])
+    n = len(pairs)
+    middle = (pairs[(n - 1) // 2] + pairs[n // 2]) / 2
+    assert fit_calibration(measured, mean, spread, used).floor == pytest.approx(middle)
+
+
+def test_genes_that_are_not_used_change_nothing():
+    rng = np.random.default_rng(3)
+    measured, mean, spread = gaussian(rng, 4, 60, 5, 1.0)
+    used = np.ones(mean.shape, dtype=bool)
+    plain = fit_calibration(measured, mean, spread, used)
+    zeros = np.zeros((4, 500))
+    padded = [np.hstack([values, zeros]) for values in (measured, mean, spread)]
+    assert fit_calibration(*padded, np.hstack([used, zeros.astype(bool)])) == plain
+    empty = np.vstack([used, np.zeros((1, 60), dtype=bool)])  # a condition without an expressed gene
+    assert fit_calibration(*(np.vstack([v, v[:1]]) for v in (measured, mean, spread)), empty) == plain
+
+
+@pytest.mark.parametrize(
+    ("n_conditions", "n_genes", "level", "message"),
+    [(1, 50, 0.9, "1 conditions are too few"), (2, 2, 0.9, "too few for intervals"),
+     (3, 50, 1.0, "level \\(1.0\\)"), (3, 50, math.nan, "level \\(nan\\)")],
+)  # fmt: skip
+def test_too_little_to_calibrate_on_is_refused(n_conditions, n_genes, level, message):
+    values = np.ones((n_conditions, n_genes))
+    with pytest.raises(ValueError, match=message):
+        fit_calibration(values, values, values, values > 0, level)
+
+
+def test_spreads_of_one_population_are_refused():
+    values = np.ones((3, 40))
+    with pytest.raises(ValueError, match="not finite"):
+        fit_calibration(values, values, values * np.nan, values > 0)
+
+
+def test_a_calibration_is_read_as_it_was_stored():
+    assert read_calibration({}) is None
+    assert read_calibration({"calibration": vars(CALIBRATION)}) == CALIBRATION
+
+
+BAD = [
+    "yes", [], {}, {**vars(CALIBRATION), "more": 1}, {k: v for k, v in vars(CALIBRATION).items() if k != "floor"},
+    *({**vars(CALIBRATION), name: value}
+      for name in vars(CALIBRATION) for value in (-1, math.nan, math.inf, "1", None, True, [])),
+    {**vars(CALIBRATION), "level": 1.5}, {**vars(CALIBRATION), "n_conditions": 2.5},
+    {**vars(CALIBRATION), "coverage": 1.5}, {**vars(CALIBRATION), "factor": 0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("said", BAD, ids=str)
+def test_a_calibration_that_cannot_be_is_refused(said):
+    with pytest.raises(ValueError, match="calibrat"):
+        read_calibration({"calibration": said})
+
+
+@pytest.mark.parametrize("match", ["batch", "cell_type"])
+def test_a_model_is_calibrated_on_its_held_out_conditions(match):
+    model, adata = untrained(std=0.1), counts_screen(n=6)
+    if match == "cell_type":  # controls in a batch of their own
+        adata.obs["batch"] = np.where(adata.obs["perturbation"] == "control", "c", adata.obs["batch"])
+    screen = read(adata)
+    held_out = (screen.obs["perturbation"] == "A+B").to_numpy()
+    found = calibrate(model, screen, held_out, match, n_populations=3, seed=2)
+    assert found.n_conditions == 4
+    assert read_calibration(model.training) == found
+    log1p = pd.DataFrame(log1p_cp10k(adata.X), index=adata.obs_names)
+    control = adata.obs["perturbation"] == "control"
+    measured, mean, spread = [], [], []
+    for cell_type in ("NK", "T"):
+        for batch in ("b1", "b2"):
+            here = (adata.obs["cell_type"] == cell_type) & ((adata.obs["batch"] == batch) | (match == "cell_type"))
+            own = screen.obs.index[screen.obs.index.isin(adata.obs_names[control & here])]  # in the screen's order
+            condition = (adata.obs["cell_type"] == cell_type) & (adata.obs["batch"] == batch)
+            real = log1p[(condition & (adata.obs["perturbation"] == "A+B")).to_numpy()]
+            predicted = model.predict(adata[own].copy(), "A+B", cell_type, batch, len(real), 3, seed=2)
+            table = population_summary(predicted)
+            measured.append(real.mean(0))
+            mean.append(table["mean"])
+            spread.append(table["spread"])
+    expected = fit_calibration(*map(np.array, (measured, mean, spread)), np.ones((4, 12), dtype=bool))
+    assert vars(found) == pytest.approx(vars(expected), rel=1e-4)
+
+
+def test_calibrating_needs_populations_and_conditions():
+    model, screen = untrained(), read(counts_screen())
+    everything = ~screen.is_control
+    with pytest.raises(ValueError, match=r"n_populations \(1\)"):
+        calibrate(model, screen, everything, "batch", n_populations=1)
+    with pytest.raises(ValueError, match="0 conditions are too few to calibrate on"):
+        calibrate(model, screen, screen.is_control, "batch")
+    assert "calibration" not in model.training

@@ -1,0 +1,480 @@
+"""Properties of the denoiser that hold for any weights: symmetries, masks, options, gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from perturbdiff.config import DenoiserConfig
+from perturbdiff.data.vocab import NULL, Labels
+from perturbdiff.nn.conditioning import VocabSizes
+from perturbdiff.nn.denoiser import Denoiser
+
+SIZES = VocabSizes(perturbations=5, cell_types=3, batches=4)
+N_GENES = 9
+ATTENTIONS = ["paired", "joint"]
+OUTPUTS = ["direct", "control_residual"]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def build(n_genes: int = N_GENES, sizes: VocabSizes | None = SIZES, **settings: object) -> Denoiser:
+    """A small denoiser as it is initialised."""
+    settings = {"width": 12, "depth": 2, "n_heads": 3, "out_activation": "none", **settings}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Denoiser(DenoiserConfig(**settings), n_genes, sizes)
+
+
+def build_random(n_genes: int = N_GENES, sizes: VocabSizes | None = SIZES, **settings: object) -> Denoiser:
+    """As trained: no gate and no head is zero."""
+    denoiser = build(n_genes, sizes, **settings)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in denoiser.parameters():
+        nn.init.normal_(parameter, std=0.3, generator=generator)
+    return denoiser.eval()
+
+
+def labels(n_sets: int) -> Labels:
+    number = torch.arange(n_sets)
+    return Labels(torch.stack([number % 5, (number + 1) % 5], 1), number % 3, number % 4)
+
+
+def inputs(
+    n_sets: int = 3, n_cells: int = 5, n_controls: int = 5, n_genes: int = N_GENES
+) -> dict[str, Tensor | Labels]:
+    return {
+        "x_t": normal(n_sets, n_cells, n_genes),
+        "t": torch.tensor([3, 400, 999])[:n_sets],
+        "control": normal(n_sets, n_controls, n_genes, seed=1),
+        "cond": labels(n_sets),
+        "self_cond": normal(n_sets, n_cells, n_genes, seed=2),
+    }
+
+
+def replaced(given: dict[str, Tensor | Labels], **new: object) -> dict[str, object]:
+    return {**given, **new}
+
+
+def prefix_mask(sizes: list[int], places: int) -> Tensor:
+    return torch.arange(places)[None] < torch.tensor(sizes)[:, None]
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def assert_different(actual: Tensor, expected: Tensor) -> None:
+    assert (actual - expected).abs().max() > 1e-2
+
+
+# Symmetries.
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("parallel_block", [True, False])
+def test_paired_cells_and_controls_permuted_together_permute_the_output(output, parallel_block):
+    denoiser, given = build_random(output=output, parallel_block=parallel_block), inputs()
+    order = torch.tensor([3, 0, 4, 1, 2])
+    permuted = {name: given[name][:, order] for name in ("x_t", "control", "self_cond")}
+    assert_same(denoiser(**replaced(given, **permuted)), denoiser(**given)[:, order])
+    # Cells and controls are pairs: controls permuted alone are other pairs.
+    assert_different(denoiser(**replaced(given, control=permuted["control"])), denoiser(**given))
+
+
+@pytest.mark.parametrize("n_controls", [5, 7])
+@pytest.mark.parametrize("parallel_block", [True, False])
+def test_joint_output_permutes_with_the_cells_and_ignores_the_order_of_controls(n_controls, parallel_block):
+    denoiser = build_random(attention="joint", output="direct", parallel_block=parallel_block)
+    given, order = inputs(n_controls=n_controls), torch.tensor([3, 0, 4, 1, 2])
+    cells = {name: given[name][:, order] for name in ("x_t", "self_cond")}
+    assert_same(denoiser(**replaced(given, **cells)), denoiser(**given)[:, order])
+    assert_same(denoiser(**replaced(given, control=given["control"].flip(1))), denoiser(**given))
+    assert_different(denoiser(**replaced(given, control=normal(3, n_controls, N_GENES, seed=9))), denoiser(**given))
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_sets_do_not_see_each_other(attention):
+    denoiser, given = build_random(attention=attention), inputs()
+    together = denoiser(**given)
+    for b in range(3):
+        one = slice(b, b + 1)
+        alone = {name: v.select(one) if isinstance(v, Labels) else v[one] for name, v in given.items()}
+        assert_same(denoiser(**alone), together[one])
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("changed", ["x_t", "t", "control", "cond", "self_cond"])
+def test_every_input_changes_the_output(attention, changed):
+    denoiser, given = build_random(attention=attention, output="direct"), inputs()
+    other = {
+        "x_t": given["x_t"].flip(-1),
+        "t": torch.tensor([500, 999, 3]),
+        "control": given["control"].flip(-1),
+        "cond": labels(3).select(torch.tensor([1, 2, 0])),
+        "self_cond": given["self_cond"].flip(-1),
+    }
+    assert_different(denoiser(**replaced(given, **{changed: other[changed]})), denoiser(**given))
+
+
+def test_cells_of_a_set_see_each_other():
+    for attention in ATTENTIONS:
+        denoiser, given = build_random(attention=attention), inputs()
+        other = given["x_t"].clone()
+        other[:, 0] += 2
+        assert_different(denoiser(**replaced(given, x_t=other))[:, 1:], denoiser(**given)[:, 1:])
+
+
+def test_sequential_and_parallel_blocks_differ():
+    given = inputs()
+    one, other = build_random(parallel_block=True), build_random(parallel_block=False)
+    assert one.state_dict().keys() == other.state_dict().keys()
+    assert_different(one(**given), other(**given))
+
+
+# Masks.
+
+
+def padded_case(attention: str) -> tuple[dict[str, Tensor | Labels], Tensor, Tensor]:
+    """Cells, and controls which in joint attention are more and masked otherwise."""
+    if attention == "paired":
+        mask = prefix_mask([5, 3, 1], 5)
+        return inputs(), mask, mask
+    return inputs(n_controls=7), prefix_mask([5, 3, 1], 5), prefix_mask([2, 7, 4], 7)
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_padding_never_changes_the_output_of_real_cells(attention, output):
+    denoiser = build_random(attention=attention, output=output)
+    given, mask, control_mask = padded_case(attention)
+    expected = denoiser(**given, mask=mask, control_mask=control_mask)
+    junk = {
+        "x_t": torch.where(mask[..., None], given["x_t"], 50 * normal(3, 5, N_GENES, seed=5)),
+        "self_cond": torch.where(mask[..., None], given["self_cond"], -50.0),
+        "control": torch.where(control_mask[..., None], given["control"], 50.0),
+    }
+    for changed in (*({name: value} for name, value in junk.items()), junk):
+        output_there = denoiser(**replaced(given, **changed), mask=mask, control_mask=control_mask)
+        assert_same(output_there[mask], expected[mask])
+    # Without the masks the same padding does change it.
+    assert_different(denoiser(**replaced(given, **junk))[mask], denoiser(**given)[mask])
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_a_padded_set_gives_what_its_real_cells_give_alone(attention, output):
+    denoiser = build_random(attention=attention, output=output)
+    given, mask, control_mask = padded_case(attention)
+    padded = denoiser(**given, mask=mask, control_mask=control_mask)
+    for b in range(3):
+        alone = denoiser(
+            given["x_t"][b : b + 1, mask[b]],
+            given["t"][b : b + 1],
+            given["control"][b : b + 1, control_mask[b]],
+            given["cond"].select(slice(b, b + 1)),
+            given["self_cond"][b : b + 1, mask[b]],
+        )
+        assert_same(padded[b, mask[b]], alone[0])
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("n_controls", [5, 4])
+def test_joint_real_cells_never_see_padding_controls_wherever_they_stand(output, n_controls):
+    denoiser, given = build_random(attention="joint", output=output), inputs(n_controls=n_controls)
+    control_mask = torch.tensor([[0, 1, 1, 0, 1], [1, 0, 0, 0, 0], [1, 1, 0, 1, 1]], dtype=torch.bool)[:, :n_controls]
+    expected = denoiser(**given, control_mask=control_mask)
+    other = torch.where(control_mask[..., None], given["control"], 50.0)
+    assert_same(denoiser(**replaced(given, control=other), control_mask=control_mask), expected)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_full_masks_are_the_same_as_none(attention):
+    denoiser, given = build_random(attention=attention), inputs()
+    full = torch.ones(3, 5, dtype=torch.bool)
+    assert_same(denoiser(**given, mask=full, control_mask=full), denoiser(**given))
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("empty", ["cells", "controls", "both"])
+def test_empty_sets_give_finite_output_and_gradients(attention, output, empty):
+    denoiser, given = build_random(attention=attention, output=output), inputs()
+    mask = prefix_mask([0 if empty != "controls" else 5, 5, 2], 5)
+    control_mask = prefix_mask([0 if empty != "cells" else 5, 5, 2], 5)
+    out = denoiser(**given, mask=mask, control_mask=control_mask)
+    out.square().sum().backward()
+    assert out.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in denoiser.parameters() if parameter.grad is not None)
+
+
+# Options.
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("parallel_block", [True, False])
+@pytest.mark.parametrize("depth", [1, 3])
+def test_control_residual_starts_at_relu_of_control(attention, parallel_block, depth):
+    denoiser = build(attention=attention, parallel_block=parallel_block, depth=depth, out_activation="relu")
+    given = inputs()
+    assert (given["control"] < 0).any()
+    assert torch.equal(denoiser(**given), given["control"].relu())
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_a_residual_on_no_control_learns_from_the_start(attention):
+    # Marginal sets have controls of zeros: where a ReLU passes no gradient at exactly 0, they would teach nothing.
+    denoiser, given = build(attention=attention, out_activation="relu"), inputs()
+    out = denoiser(**replaced(given, control=torch.zeros_like(given["control"])))
+    assert not out.any()
+    (out * normal(3, 5, N_GENES, seed=4)).sum().backward()
+    assert (denoiser.head.weight.grad != 0).all()
+    assert (denoiser.head.bias.grad != 0).all()
+
+
+def test_joint_control_residual_takes_another_number_of_controls_in_turn():
+    denoiser = build(attention="joint")
+    given = inputs(n_controls=3)
+    assert torch.equal(denoiser(**given), given["control"][:, [0, 1, 2, 0, 1]])
+    # Only real controls, wherever they stand.
+    some = torch.tensor([[True, True, False], [False, False, True], [True, False, True]])
+    out = denoiser(**given, control_mask=some)
+    for b, places in enumerate([[0, 1, 0, 1, 0], [2] * 5, [0, 2, 0, 2, 0]]):
+        assert torch.equal(out[b], given["control"][b, places])
+    given = inputs(n_controls=8)
+    assert torch.equal(denoiser(**given), given["control"][:, :5])
+
+
+def test_control_weight_is_the_part_of_the_controls_that_cells_start_from():
+    given = inputs()
+    denoiser = build(control_weight=0.75, out_activation="none")
+    torch.testing.assert_close(denoiser(**given), 0.75 * given["control"])
+    with pytest.raises(ValueError, match=r"control_weight \(1\.5\) must be between 0 and 1"):
+        build(control_weight=1.5)
+
+
+def test_mean_effect_starts_at_nothing_and_shifts_all_cells_of_a_set_alike():
+    given = inputs()
+    plain, effect = build_random(), build_random(mean_effect=True)
+    effect.load_state_dict(plain.state_dict() | {"effect.weight": torch.zeros(N_GENES, 12)})
+    assert torch.equal(effect(**given), plain(**given))
+    nn.init.normal_(effect.effect.weight, generator=torch.Generator().manual_seed(0))
+    shift = effect(**given) - plain(**given)
+    expected = effect.conditioning.of_perturbations(given["cond"]) @ effect.effect.weight.T
+    assert_same(shift, expected[:, None].expand_as(shift))
+    hidden = dataclasses.replace(given["cond"], hidden=torch.tensor([True, False, True]))
+    shift = effect(**replaced(given, cond=hidden)) - plain(**replaced(given, cond=hidden))
+    assert_same(shift, expected[:, None] * torch.tensor([0.0, 1.0, 0.0])[:, None, None].expand_as(shift))
+    assert torch.equal(effect(**replaced(given, cond=None)), plain(**replaced(given, cond=None)))
+
+
+def test_direct_output_does_not_start_at_zero_or_at_control():
+    denoiser, given = build(output="direct", out_activation="relu"), inputs()
+    out = denoiser(**given)
+    assert (out > 0).float().mean() > 0.1
+    assert_different(out, given["control"].relu())
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_activations_are_those_of_their_names(output):
+    given = inputs()
+    raw = build_random(output=output, out_activation="none")(**given)
+    assert (raw < -0.1).any()
+    assert (raw > 0.1).any()
+    expected = {"relu": raw.clamp_min(0), "softplus": (1 + raw.double().exp()).log().float()}
+    for name, value in expected.items():
+        torch.testing.assert_close(build_random(output=output, out_activation=name)(**given), value)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_no_self_conditioning_is_the_same_as_zeros(attention):
+    denoiser, given = build_random(attention=attention), inputs()
+    zeros = torch.zeros_like(given["x_t"])
+    assert_same(denoiser(**replaced(given, self_cond=None)), denoiser(**replaced(given, self_cond=zeros)))
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize(("n_cells", "n_genes"), [(5, 1), (1, 9), (1, 1)])
+def test_one_gene_and_one_cell_work(attention, output, n_cells, n_genes):
+    denoiser = build_random(n_genes, attention=attention, output=output, depth=1)
+    given = inputs(n_cells=n_cells, n_controls=n_cells, n_genes=n_genes)
+    out = denoiser(**given)
+    assert out.shape == (3, n_cells, n_genes)
+    assert out.isfinite().all()
+    assert_different(denoiser(**replaced(given, x_t=given["x_t"] + 3)), out)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_depth_counts_the_blocks_and_each_matters(attention):
+    given = inputs()
+    denoiser = build_random(attention=attention, depth=3)
+    assert len(denoiser.blocks) == 3
+    whole = denoiser(**given)
+    for i in range(3):
+        kept = nn.ModuleList(block for j, block in enumerate(denoiser.blocks) if j != i)
+        blocks, denoiser.blocks = denoiser.blocks, kept
+        assert_different(denoiser(**given), whole)
+        denoiser.blocks = blocks
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_modulation_once_a_set_equals_modulation_of_each_cell(attention, output):
+    denoiser = build_random(sizes=None, conditioning="reference", attention=attention, output=output)
+    given, cov = inputs(), normal(3, 1, N_GENES, seed=7)
+    once = denoiser(**replaced(given, cond=cov))
+    assert_same(denoiser(**replaced(given, cond=cov.expand(3, 5, N_GENES).contiguous())), once)
+    assert_different(denoiser(**replaced(given, cond=cov + 1)), once)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_bf16_autocast_is_close_to_float32(attention):
+    denoiser, given = build_random(attention=attention), inputs()
+    mask = prefix_mask([5, 3, 1], 5)
+    expected = denoiser(**given, mask=mask, control_mask=mask)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = denoiser(**given, mask=mask, control_mask=mask)
+    error = (out.float() - expected).square().mean().sqrt() / expected.std()
+    assert 0 < error < 0.03  # bf16 keeps 8 bits
+
+
+# Conditions.
+
+
+@pytest.mark.parametrize("conditioning", ["labels", "reference"])
+def test_hidden_sets_are_the_same_as_no_condition(conditioning):
+    denoiser, given = build_random(conditioning=conditioning, covariate_dim=4), inputs()
+    one = labels(3)
+    perturbation = one.perturbation[:, :1]
+    hidden = Labels(perturbation, one.cell_type, one.batch, torch.tensor([True, False, True]))
+    shown = Labels(perturbation, one.cell_type, one.batch)
+    out, null = denoiser(**replaced(given, cond=hidden)), denoiser(**replaced(given, cond=None))
+    assert_same(out[[0, 2]], null[[0, 2]])
+    assert_same(out[1], denoiser(**replaced(given, cond=shown))[1])
+    assert_different(out[1], null[1])
+
+
+def test_a_set_without_any_label_differs_from_a_hidden_one():
+    # "Nothing is known of it" is a row of each table; "unconditional" is a vector of its own.
+    denoiser, given = build_random(), inputs()
+    nothing = Labels(torch.full((3, 1), NULL), torch.full((3,), NULL), torch.full((3,), NULL))
+    assert_different(denoiser(**replaced(given, cond=nothing)), denoiser(**replaced(given, cond=None)))
+
+
+def test_both_streams_of_joint_attention_attend_to_both():
+    denoiser = build_random(attention="joint", output="direct", depth=2)
+    given = inputs(n_controls=4)
+    # With no real control the cells see only themselves, with no real cell they see only controls.
+    everything = denoiser(**given)
+    no_control = denoiser(**given, control_mask=torch.zeros(3, 4, dtype=torch.bool))
+    assert_different(no_control, everything)
+    other = denoiser(**replaced(given, control=given["control"] + 9), control_mask=torch.zeros(3, 4, dtype=torch.bool))
+    assert_same(other, no_control)
+
+
+# Gradients.
+
+
+@pytest.mark.parametrize(
+    ("conditioning", "perturbation_encoding", "batch_encoding"),
+    [("labels", "onehot", "onehot"), *(("reference", p, b) for p, b in product(["onehot", "none"], repeat=2))],
+)
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("depth", [1, 2])
+def test_every_parameter_is_used_and_gets_a_gradient(
+    attention, output, conditioning, perturbation_encoding, batch_encoding, depth
+):
+    # DDP waits for all gradients: a parameter without one stops it.
+    settings = {
+        "attention": attention,
+        "output": output,
+        "depth": depth,
+        "conditioning": conditioning,
+        "perturbation_encoding": perturbation_encoding,
+        "batch_encoding": batch_encoding,
+        "covariate_dim": 4,
+    }
+    given, one = inputs(), labels(3)
+    perturbation = torch.tensor([[1, 2], [-1, -1], [2, -1]])[:, : 2 if conditioning == "labels" else 1]
+    hidden = Labels(perturbation, one.cell_type, one.batch, torch.tensor([False, False, True]))
+    weights = normal(3, 5, N_GENES, seed=4)
+    for denoiser in (build(**settings), build_random(**settings)):
+        (denoiser(**replaced(given, cond=hidden)) * weights).sum().backward()
+        assert [name for name, p in denoiser.named_parameters() if p.grad is None] == []
+    assert [name for name, p in denoiser.named_parameters() if not p.grad.any()] == []
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("conditioning", ["labels", "reference"])
+def test_no_row_of_a_weight_is_computed_in_vain(attention, conditioning):
+    denoiser = build_random(attention=attention, conditioning=conditioning, covariate_dim=4)
+    one = labels(3)
+    cond = Labels(
+        one.perturbation[:, : 2 if conditioning == "labels" else 1],
+        one.cell_type,
+        one.batch,
+        torch.tensor([False, False, True]),
+    )
+    (denoiser(**replaced(inputs(), cond=cond)) * normal(3, 5, N_GENES, seed=4)).sum().backward()
+    idle = {}
+    for name, parameter in denoiser.named_parameters():
+        rows = (parameter.grad.reshape(len(parameter), -1) == 0).all(1).nonzero()[:, 0].tolist()
+        if rows and not isinstance(denoiser.get_submodule(name.rpartition(".")[0]), nn.Embedding):
+            idle[name] = rows
+    # The last paired block projects controls and cells with one matrix; nothing reads the controls' half.
+    proj = "blocks.1.attention.attention.proj"
+    controls = list(range(12, 24))
+    assert idle == ({f"{proj}.weight": controls, f"{proj}.bias": controls} if attention == "paired" else {})
+
+
+def test_all_parameters_are_used_where_no_set_drew_hiding_or_self_conditioning():
+    denoiser, given, one = build(), inputs(), labels(3)
+    shown = Labels(one.perturbation, one.cell_type, one.batch, torch.zeros(3, dtype=torch.bool))
+    denoiser(**replaced(given, cond=shown, self_cond=torch.zeros_like(given["x_t"]))).sum().backward()
+    assert [name for name, p in denoiser.named_parameters() if p.grad is None] == []
+
+
+def test_gates_start_closed():
+    # adaLN-Zero: at the start a block passes its input on, so depth does not matter.
+    given = inputs()
+    denoiser = build(output="direct", depth=3)
+    whole = denoiser(**given)
+    denoiser.blocks = denoiser.blocks[2:]
+    assert torch.equal(denoiser(**given), whole)
+
+
+# Errors.
+
+
+def test_paired_attention_refuses_another_number_of_controls():
+    with pytest.raises(ValueError, match=r"got 4 controls for 5 cells a set; use denoiser.attention=joint"):
+        build()(**inputs(n_controls=4))
+
+
+def test_label_conditioning_refuses_a_covariate_embedding():
+    with pytest.raises(ValueError, match=r"only denoiser.conditioning=reference takes one"):
+        build()(**replaced(inputs(), cond=normal(3, 1, N_GENES)))
+
+
+def test_label_conditioning_needs_the_vocabulary_sizes():
+    with pytest.raises(ValueError, match=r"denoiser.conditioning=labels needs the vocabulary sizes"):
+        build(sizes=None)
+
+
+@pytest.mark.parametrize(("attention", "n_heads"), [("paired", 5), ("joint", 8)])
+def test_heads_that_do_not_divide_the_width_are_refused(attention, n_heads):
+    with pytest.raises(ValueError, match=rf"denoiser.n_heads \({n_heads}\) must divide"):
+        build(attention=attention, n_heads=n_heads)
+
+
+def test_heads_that_divide_the_paired_width_alone_work():
+    out = build_random(attention="paired", n_heads=8)(**inputs())  # 24 = 2 x 12
+    assert out.isfinite().all()

@@ -1,0 +1,154 @@
+"""Pieces of the denoiser against their formulas, written out in numpy."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from perturbdiff.nn.layers import MLP, Attention, KeysValues, Modulation, TimeEmbedding, attend, modulate, norm
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5, generator=generator)
+    return module
+
+
+def array(x: Tensor) -> np.ndarray:
+    return x.detach().double().numpy()
+
+
+def linear(x: np.ndarray, layer: nn.Linear) -> np.ndarray:
+    return x @ array(layer.weight).T + array(layer.bias)
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+def rms_norm(x: np.ndarray, weight: Tensor) -> np.ndarray:
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * array(weight)
+
+
+def softmax_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """One head of one set, token by token."""
+    rows = []
+    for one in q:
+        score = np.exp([one @ other / math.sqrt(len(one)) for other in k])
+        rows.append(score / score.sum() @ v)
+    return np.array(rows)
+
+
+def test_time_embedding_is_cosines_then_sines_then_an_mlp():
+    embedding = randomized(TimeEmbedding(12))
+    t = torch.tensor([0, 1, 450, 999])
+    frequencies = [10_000 ** (-i / 128) for i in range(128)]
+    waves = np.array([[math.cos(s * f) for f in frequencies] + [math.sin(s * f) for f in frequencies] for s in t])
+    expected = linear(silu(linear(waves, embedding.mlp[0])), embedding.mlp[2])
+    assert embedding(t).shape == (4, 1, 12)
+    np.testing.assert_allclose(array(embedding(t))[:, 0], expected, atol=1e-3)
+
+
+def test_all_timesteps_have_their_own_embedding():
+    embedded = randomized(TimeEmbedding(16))(torch.arange(1000))[:, 0]
+    distances = torch.cdist(embedded, embedded) + torch.eye(1000) * 1e6
+    assert distances.min() > 1e-3
+
+
+@pytest.mark.parametrize("n", [2, 6])
+def test_modulation_is_a_linear_layer_of_the_silu_cut_in_n(n):
+    modulation, c = randomized(Modulation(5, n)), normal(3, 1, 5)
+    expected = linear(silu(array(c)), modulation.linear)
+    vectors = modulation(c)
+    assert len(vectors) == n
+    for i, vector in enumerate(vectors):
+        np.testing.assert_allclose(array(vector), expected[..., 5 * i : 5 * i + 5], atol=1e-5)
+
+
+def test_norm_gives_mean_0_and_variance_1_over_the_width():
+    x = 3 + 2 * normal(4, 6, 32)
+    expected = (array(x) - array(x).mean(-1, keepdims=True)) / array(x).std(-1, keepdims=True)
+    np.testing.assert_allclose(array(norm(x)), expected, atol=1e-5)
+    assert not norm(torch.full((1, 2, 8), 5.0)).any()
+
+
+def test_modulate_scales_by_one_plus_scale_and_shifts():
+    x, shift, scale = normal(2, 3, 4), normal(2, 1, 4, seed=1), normal(2, 1, 4, seed=2)
+    np.testing.assert_allclose(
+        array(modulate(x, shift, scale)), array(x) * (1 + array(scale)) + array(shift), atol=1e-6
+    )
+    assert torch.equal(modulate(x, torch.zeros(1), torch.zeros(1)), x)
+
+
+def test_mlp_is_two_layers_around_a_tanh_gelu():
+    mlp, x = randomized(MLP(6, 4.0)), normal(2, 3, 6)
+    hidden = linear(array(x), mlp.fc1)
+    gelu = 0.5 * hidden * (1 + np.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
+    assert hidden.shape[-1] == 24
+    np.testing.assert_allclose(array(mlp(x)), linear(gelu, mlp.fc2), atol=1e-4)
+
+
+@pytest.mark.parametrize(("width", "hidden"), [(7, 61), (7, 122), (13, 115), (512, 1382)])
+def test_mlp_has_the_hidden_width_its_ratio_came_from(width, hidden):
+    assert MLP(width, hidden / width).fc1.out_features == hidden
+
+
+@pytest.mark.parametrize("n_heads", [1, 2, 4])
+def test_attention_equals_the_loop_over_queries_and_keys(n_heads):
+    attention, x = randomized(Attention(8, n_heads)), normal(3, 5, 8)
+    qkv = linear(array(x), attention.qkv).reshape(3, 5, 3, n_heads, 8 // n_heads)
+    out = np.empty((3, 5, n_heads, 8 // n_heads))
+    for b in range(3):
+        for head in range(n_heads):
+            q, k, v = (qkv[b, :, i, head] for i in range(3))
+            q, k = rms_norm(q, attention.q_norm.weight), rms_norm(k, attention.k_norm.weight)
+            out[b, :, head] = softmax_attention(q, k, v)
+    expected = linear(out.reshape(3, 5, 8), attention.proj)
+    np.testing.assert_allclose(array(attention(x, None)), expected, atol=1e-4)
+
+
+def test_keys_values_are_the_second_and_third_part_of_attention():
+    whole, part, x = randomized(Attention(8, 2)), KeysValues(8, 2), normal(2, 5, 8)
+    with torch.no_grad():
+        part.kv.weight.copy_(whole.qkv.weight[8:])
+        part.kv.bias.copy_(whole.qkv.bias[8:])
+        part.k_norm.weight.copy_(whole.k_norm.weight)
+    for one, other in zip(part.heads(x), whole.heads(x)[1:], strict=True):
+        assert one.shape == (2, 2, 5, 4)
+        torch.testing.assert_close(one, other)
+
+
+def test_masked_attention_equals_attention_to_the_real_cells_alone():
+    q, k, v = normal(3, 2, 4, 6), normal(3, 2, 7, 6, seed=1), normal(3, 2, 7, 6, seed=2)
+    mask = torch.tensor([[1, 0, 1, 1, 0, 0, 1], [0, 0, 0, 0, 1, 0, 0], [1] * 7], dtype=torch.bool)
+    out = attend(q, k, v, mask)
+    assert out.shape == (3, 4, 12)
+    for b in range(3):
+        for head in range(2):
+            expected = softmax_attention(array(q[b, head]), array(k[b, head, mask[b]]), array(v[b, head, mask[b]]))
+            np.testing.assert_allclose(array(out[b])[:, 6 * head : 6 * head + 6], expected, atol=1e-5)
+
+
+def test_an_empty_set_attends_to_all_its_places_with_finite_gradients():
+    x = normal(2, 5, 8).requires_grad_()
+    attention = randomized(Attention(8, 2))
+    mask = torch.tensor([[False] * 5, [True] * 4 + [False]])
+    out = attention(x, mask)
+    out.sum().backward()
+    torch.testing.assert_close(out[0], attention(x, None)[0])
+    assert x.grad.isfinite().all()
+
+
+def test_attention_gradients_pass_gradcheck():
+    q, k, v = (normal(2, 1, 3, 4, seed=i).double().requires_grad_() for i in range(3))
+    mask = torch.tensor([[True, False, True], [True, True, True]])
+    assert torch.autograd.gradcheck(lambda *qkv: attend(*qkv, mask), (q, k, v))

@@ -1,0 +1,270 @@
+import threading
+from dataclasses import replace
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from anndata.io import write_elem
+from scipy import sparse
+
+import perturbdiff.diffusion.generate as prediction
+from perturbdiff import PerturbDiff
+from perturbdiff.config import ObsColumns
+from perturbdiff.data.screen import control_cells
+from perturbdiff.training.loop import train
+from tests.simulated import SIMULATION, tiny_config, write_screen
+
+
+@pytest.fixture(scope="module")
+def screen(tmp_path_factory):
+    return write_screen(tmp_path_factory.mktemp("screen"))
+
+
+@pytest.fixture(scope="module")
+def model(screen, tmp_path_factory):
+    # Enough steps that the condition matters.
+    config = tiny_config(screen, tmp_path_factory.mktemp("run"), "training.n_steps=40", "optim.lr=0.01")
+    return PerturbDiff.from_pretrained(train(config).folder / "model", device="cpu")
+
+
+@pytest.fixture
+def controls(screen):
+    return control_cells(screen, ObsColumns(), None, None)
+
+
+def dense(predicted):
+    return predicted.X.toarray()
+
+
+def test_predictions_say_where_they_come_from(model, controls):
+    predicted = model.predict(controls, "pert_1", seed=3)
+    assert predicted.n_obs == controls.n_obs
+    assert tuple(predicted.var_names) == model.genes.names
+    assert set(predicted.obs["perturbation"]) == {"pert_1"}
+    assert sorted(predicted.obs["source_control"]) == sorted(controls.obs_names)
+    source = controls.obs.loc[predicted.obs["source_control"]]
+    for column in ("cell_type", "batch"):
+        assert list(predicted.obs[column].astype(str)) == list(source[column].astype(str))
+    said = predicted.uns["perturbdiff"]
+    assert (said["sampler"], said["n_steps"], said["seed"], said["x_kind"]) == ("ddim", 3, 3, "log1p")
+    assert said["n_genes_matched"] == SIMULATION.n_genes
+    assert list(said["unseen"]) == []
+
+
+def test_values_are_log1p_finite_and_not_negative(model, controls):
+    X = dense(model.predict(controls, "pert_1"))
+    assert np.isfinite(X).all()
+    assert X.min() >= 0
+    assert 0 < X.max() < 15
+
+
+def test_predictions_survive_a_file(model, controls, tmp_path):
+    predicted = model.predict(controls, "pert_1", n_cells=5)
+    predicted.write_h5ad(tmp_path / "p.h5ad")
+    again = anndata.read_h5ad(tmp_path / "p.h5ad")
+    np.testing.assert_array_equal(dense(again), dense(predicted))
+    assert again.uns["perturbdiff"]["model"] == "model"
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_the_same_seed_gives_the_same_cells_and_another_seed_others(model, controls, sampler):
+    first, again, other = (model.predict(controls, "pert_1", sampler=sampler, seed=s) for s in (1, 1, 2))
+    np.testing.assert_array_equal(dense(first), dense(again))
+    assert not np.array_equal(dense(first), dense(other))
+
+
+def test_the_result_does_not_depend_on_the_chunks(model, controls, monkeypatch):
+    whole = model.predict(controls, "pert_2", guidance_scale=0.5)
+    monkeypatch.setattr(prediction, "MAX_VALUES_PER_CHUNK", 1)  # one set at a time
+    chunked = model.predict(controls, "pert_2", guidance_scale=0.5)
+    np.testing.assert_allclose(dense(chunked), dense(whole), rtol=1e-4, atol=1e-4)
+    assert list(chunked.obs["source_control"]) == list(whole.obs["source_control"])
+
+
+def test_the_global_random_state_is_not_moved(model, controls):
+    before = torch.get_rng_state()
+    model.predict(controls, "pert_1", n_cells=3, sampler="ddpm")
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_perturbation_matters(model, controls):
+    one, two = (dense(model.predict(controls, p)).mean(0) for p in ("pert_1", "pert_2"))
+    assert np.abs(one - two).max() > 0.01
+
+
+def test_guidance_moves_the_prediction_away_from_the_unconditional_one(model, controls):
+    plain, guided = (dense(model.predict(controls, "pert_1", guidance_scale=w)) for w in (0.0, 2.0))
+    assert np.abs(plain - guided).max() > 1e-3
+
+
+def test_populations_are_distinct_draws_of_all_controls(model, controls):
+    predicted = model.predict(controls, "pert_1", n_populations=3)
+    assert predicted.n_obs == 3 * controls.n_obs
+    cells = [dense(predicted[predicted.obs["population"] == k]) for k in range(3)]
+    assert not np.array_equal(cells[0], cells[1])
+    assert not np.array_equal(cells[1], cells[2])
+
+
+@pytest.mark.parametrize("n_cells", [1, 7, 120, 250])
+def test_any_number_of_cells_reusing_controls_only_when_they_run_out(model, controls, n_cells):
+    predicted = model.predict(controls, "pert_1", n_cells=n_cells)
+    assert predicted.n_obs == n_cells
+    uses = predicted.obs["source_control"].value_counts()
+    assert uses.max() == -(-n_cells // controls.n_obs)
+
+
+def test_dense_and_sparse_controls_in_any_gene_order_give_the_same_cells(model, controls):
+    expected = dense(model.predict(controls, "pert_1"))
+    shuffled = controls[:, np.random.default_rng(0).permutation(controls.n_vars)].copy()
+    shuffled.X = shuffled.X.toarray()
+    np.testing.assert_allclose(dense(model.predict(shuffled, "pert_1")), expected, atol=1e-5)
+
+
+def test_controls_are_not_changed(model, controls):
+    controls.X = sparse.csr_matrix(controls.X.toarray())
+    controls.X.data[0] = 0  # a stored zero, which reading drops from its own copy
+    before = controls.copy()
+    model.predict(controls, "pert_1", n_cells=3)
+    assert controls.X.nnz == before.X.nnz
+    np.testing.assert_array_equal(controls.X.toarray(), before.X.toarray())
+    pd.testing.assert_frame_equal(controls.obs, before.obs)
+
+
+def test_log1p_controls_give_what_their_counts_give(model, controls, monkeypatch):
+    # One count of a cell is known exactly from counts alone.
+    monkeypatch.setattr(model.config, "sampling", replace(model.config.sampling, whole_counts=False))
+    counts = controls.X.toarray().astype(np.float64)
+    logged = anndata.AnnData(
+        np.log1p(1e4 * counts / counts.sum(1, keepdims=True)).astype(np.float32), controls.obs, controls.var
+    )
+    np.testing.assert_allclose(
+        dense(model.predict(logged, "pert_1")), dense(model.predict(controls, "pert_1")), atol=1e-4
+    )
+
+
+def test_no_predicted_value_is_under_one_count_of_its_control(model, controls):
+    predicted = model.predict(controls, "pert_1")
+    depth = controls.X.toarray().sum(1)[controls.obs_names.get_indexer(predicted.obs["source_control"])]
+    one = np.log1p(model.preprocessing.target_sum / depth)[:, None]
+    X = dense(predicted)
+    assert ((X == 0) | (one * (1 - 1e-5) <= X)).all()
+
+
+def test_unknown_context_labels_become_null_and_are_reported(model, controls):
+    predicted = model.predict(controls, "pert_1", cell_type="martian", n_cells=4)
+    assert list(predicted.uns["perturbdiff"]["unseen"]) == ["cell_type martian"]
+    assert set(predicted.obs["cell_type"]) == {"martian"}
+    bare = controls.copy()
+    bare.obs = bare.obs[[]]
+    without = model.predict(bare, "pert_1", n_cells=4)
+    assert list(without.uns["perturbdiff"]["unseen"]) == ["cell_type unknown", "batch unknown"]
+
+
+def test_a_combination_of_known_perturbations_is_predicted(model, controls):
+    pair = model.predict(controls, "pert_1+pert_2", n_cells=40)
+    single = model.predict(controls, "pert_1", n_cells=40)
+    assert np.abs(dense(pair).mean(0) - dense(single).mean(0)).max() > 1e-3
+    assert set(pair.obs["perturbation"]) == {"pert_1+pert_2"}
+
+
+def test_unknown_perturbation_lists_the_nearest(model, controls):
+    with pytest.raises(KeyError, match=r"'prt_1'.*did you mean pert_1"):
+        model.predict(controls, "prt_1")
+    with pytest.raises(KeyError, match="'pert_9'"):
+        model.predict(controls, "pert_1+pert_9")
+
+
+def test_missing_genes_are_zeros_up_to_the_allowed_overlap(model, controls):
+    most = controls[:, :30].copy()
+    assert model.predict(most, "pert_1", n_cells=3).uns["perturbdiff"]["n_genes_matched"] == 30
+    few = controls[:, :10].copy()
+    with pytest.raises(ValueError, match=r"only 10 of the model's 40 genes \(25%\)"):
+        model.predict(few, "pert_1")
+    assert model.predict(few, "pert_1", n_cells=3, min_gene_overlap=0.2).n_vars == 40
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"n_cells": 0}, "n_cells"),
+        ({"n_cells": 10**14}, "at most"),
+        ({"n_populations": 0}, "n_populations"),
+        ({"steps": 0}, "n_steps"),
+        ({"steps": 1001}, "n_steps"),
+        ({"sampler": "magic"}, "sampler"),
+        ({"guidance_scale": -1.0}, "guidance_scale"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(model, controls, argument, message):
+    with pytest.raises(ValueError, match=message):
+        model.predict(controls, "pert_1", **argument)
+
+
+def test_controls_with_bad_values_or_no_cells_are_refused(model, controls):
+    bad = controls.copy()
+    bad.X = bad.X.toarray().astype(np.float32)
+    bad.X[0, 0] = np.nan
+    with pytest.raises(ValueError, match=r"gene_00.*nan"):
+        model.predict(bad, "pert_1")
+    with pytest.raises(ValueError, match="no cells"):
+        model.predict(controls[:0].copy(), "pert_1")
+
+
+def test_one_cell_and_one_step_are_enough(model, controls):
+    predicted = model.predict(controls[:1].copy(), "pert_1", steps=1)
+    assert predicted.shape == (1, 40)
+
+
+def test_a_folder_that_is_away_between_two_renames_is_waited_for(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "model").rename(tmp_path / ".model-new")
+    back = threading.Timer(0.3, (tmp_path / ".model-new").rename, [tmp_path / "model"])
+    back.start()
+    assert PerturbDiff.from_pretrained(tmp_path / "model", device="cpu").genes == model.genes
+    back.join()
+
+
+def test_a_folder_replaced_while_its_weights_are_opened_is_read_again(model, tmp_path, monkeypatch):
+    """safetensors opens a file by name twice, the second time in torch, which raises RuntimeError if it has gone."""
+    model.save_pretrained(tmp_path / "model")
+    open_storage, left = torch.UntypedStorage.from_file, [3]
+
+    def replaced_just_before(*args, **kwargs):
+        if left[0]:
+            left[0] -= 1
+            (tmp_path / "model").rename(tmp_path / f"moved_{left[0]}")
+            try:
+                return open_storage(*args, **kwargs)
+            finally:
+                model.save_pretrained(tmp_path / "model")
+        return open_storage(*args, **kwargs)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", replaced_just_before)
+    loaded = PerturbDiff.from_pretrained(tmp_path / "model", device="cpu")
+    assert left == [0]
+    for name, tensor in model.denoiser.state_dict().items():
+        assert torch.equal(loaded.denoiser.state_dict()[name], tensor.cpu()), name
+
+
+def test_control_cells_of_a_screen_are_found_by_label(screen):
+    chosen = control_cells(screen, ObsColumns(), "type_1", "batch_0")
+    assert set(chosen.obs["perturbation"]) == {"control"}
+    assert set(chosen.obs["cell_type"]) == {"type_1"}
+    assert set(chosen.obs["batch"]) == {"batch_0"}
+    assert chosen.n_obs == SIMULATION.control_cells_per_context
+    with pytest.raises(ValueError, match=r"no control cell with cell_type 'type_7'.*type_"):
+        control_cells(screen, ObsColumns(), "type_7", None)
+
+
+def test_controls_whose_x_has_other_rows_than_obs_are_refused(screen, tmp_path):
+    adata = anndata.read_h5ad(screen)
+    path = tmp_path / "cut.h5ad"
+    adata.write_h5ad(path)
+    with h5py.File(path, "r+") as file:
+        del file["X"]
+        write_elem(file, "X", sparse.csr_matrix(adata.X)[:-5])
+    with pytest.raises(ValueError, match="cells by genes"):
+        control_cells(path, ObsColumns(), None, None)

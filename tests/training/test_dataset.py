@@ -1,0 +1,181 @@
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from scipy import sparse
+
+from perturbdiff.atlas.build.run import build
+from perturbdiff.config import AtlasConfig, BuildConfig, SourceConfig, SplitConfig
+from perturbdiff.data.expression import highly_variable_genes
+from perturbdiff.data.vocab import GeneVocab
+from perturbdiff.training.dataset import TrainingSet
+from tests.screens import config_for, counts_screen, log1p_cp10k, read, screen_with_cells, written
+
+
+def training_set(adata, *words, hold_out=(), validation=(), fraction=0.0):
+    split = SplitConfig(list(hold_out), list(validation), fraction)
+    return TrainingSet.of(read(adata), config_for("memory", "unused", *words, split=split))
+
+
+def spoiled(adata, chosen):
+    """The same cells with absurd expression in those where `chosen`: ten genes at 60,000, the rest 0."""
+    X = adata.X.toarray()
+    rng = np.random.default_rng(1)
+    X[chosen] = 0
+    X[np.ix_(chosen, rng.choice(adata.n_vars, 10, replace=False))] = rng.integers(1, 60_000, (chosen.sum(), 10))
+    spoiled = adata.copy()
+    spoiled.X = sparse.csr_matrix(X)
+    return spoiled
+
+
+@pytest.fixture
+def adata():
+    return counts_screen(n_genes=80, n=10)
+
+
+def held_out(adata):
+    obs = adata.obs
+    return ((obs["perturbation"] == "A") & (obs["cell_type"] == "NK")).to_numpy()
+
+
+def test_genes_are_chosen_on_training_cells(adata):
+    data = training_set(adata, "data.n_hvg=15", hold_out=["A:NK"])
+    train = ~held_out(adata)
+    expected = highly_variable_genes(sparse.csr_matrix(log1p_cp10k(adata.X[train])), 15)
+    assert data.cells.genes.names == tuple(adata.var_names[expected])
+    assert len(expected) == 15
+
+
+def test_genes_of_a_checkpoint_are_kept_beside_the_variable_ones(adata):
+    plain = training_set(adata, "data.n_hvg=15")
+    known = GeneVocab((*[str(name) for name in adata.var_names[[70, 3, 41]]], "of another panel"))
+    config = config_for("memory", "unused", "data.n_hvg=15", split=SplitConfig([], [], 0.0))
+    data = TrainingSet.of(read(adata), config, known_genes=known)
+    kept = set(plain.cells.genes.names) | set(known.names[:3])
+    assert data.cells.genes.names == tuple(name for name in adata.var_names if name in kept)
+
+
+@pytest.mark.parametrize("part", ["hold_out", "validation"])
+def test_the_expression_of_held_out_cells_chooses_nothing(adata, part):
+    chosen = held_out(adata)
+    plain = training_set(adata, "data.n_hvg=15", **{part: ["A:NK"]})
+    changed = training_set(spoiled(adata, chosen), "data.n_hvg=15", **{part: ["A:NK"]})
+    assert changed.cells.genes == plain.cells.genes
+    assert changed.vocabularies == plain.vocabularies
+    assert changed.match == plain.match
+    rows = plain.train.index.rows
+    np.testing.assert_array_equal(changed.train.index.rows, rows)
+    for name in ("X", "library_size"):
+        own, other = (getattr(data.cells, name)[rows] for data in (plain, changed))
+        assert (own != other).sum() == 0
+    # The same change in training cells does change the choice, so that this test can fail.
+    everywhere = training_set(spoiled(adata, chosen), "data.n_hvg=15")
+    assert everywhere.cells.genes != training_set(adata, "data.n_hvg=15").cells.genes
+
+
+def test_library_sizes_are_of_all_genes_of_the_file(adata):
+    data = training_set(adata, "data.n_hvg=15")
+    totals = dict(zip(adata.obs_names, adata.X.sum(1).A1, strict=True))
+    np.testing.assert_array_equal(data.cells.library_size, [totals[name] for name in data.origin.obs.index])
+
+
+@pytest.mark.parametrize("word", ["data.n_hvg=null", "data.n_hvg=80", "data.n_hvg=2000"])
+def test_all_genes_stay_in_file_order_where_no_fewer_are_asked_for(adata, word):
+    assert training_set(adata, word).cells.genes.names == tuple(adata.var_names)
+
+
+def test_only_labels_that_training_gives_a_meaning_are_known():
+    adata = screen_with_cells(
+        [
+            *[("control", cell_type, "b1", 4) for cell_type in ("T", "NK", "B")],
+            ("A", "T", "b1", 4), ("B", "T", "b1", 4), ("A", "NK", "b1", 4), ("C", "T", "b1", 4),
+            ("A+D", "T", "b1", 4), ("E+F", "T", "b1", 4), ("control", "T", "b2", 4), ("A", "T", "b2", 4),
+        ]
+    )  # fmt: skip
+    known = training_set(adata, hold_out=["C", "A:NK", "E+F", "*:*:b2"]).vocabularies
+    assert known.perturbations.names == ("A", "B", "D")  # C, E and F were held out; A+D teaches A and D
+    assert known.cell_types.names == ("T",)  # NK was held out, B has controls only
+    assert known.batches.names == ("b1",)
+
+
+def test_labels_are_not_split_without_a_separator(adata):
+    assert training_set(adata, "data.combination_separator=null").vocabularies.perturbations.names == ("A", "A+B", "B")
+    assert training_set(adata).vocabularies.perturbations.names == ("A", "B")
+
+
+def test_labels_of_a_batch_that_gives_the_perturbation_away_are_left_out():
+    adata = screen_with_cells([("control", "T", "run1", 5), ("A", "T", "run2", 4)])
+    data = training_set(adata)
+    assert data.match == "cell_type"
+    assert data.vocabularies.batches.names == ()
+    assert (data.train.labels.batch == -1).all()
+    assert "cell type only" in data.summary()
+
+
+def test_controls_are_indexed_with_the_null_perturbation(adata):
+    index, labels = training_set(adata).train.index, training_set(adata).train.labels
+    for condition in range(len(index)):
+        ids = set(labels.perturbation[condition].tolist()) - {-1}
+        known = {"A": {0}, "B": {1}, "A+B": {0, 1}, "control": set()}
+        assert ids == known[index.labels(condition)[0]]
+
+
+def test_a_held_out_condition_without_controls_is_refused_before_training():
+    adata = screen_with_cells([("control", "T", "b", 3), ("A", "T", "b", 3), ("A", "NK", "b", 3)])
+    with pytest.raises(ValueError, match="cell type 'NK', batch 'b'; 3 cells\\) has no control cells"):
+        training_set(adata, hold_out=["A:NK"])
+
+
+def test_validating_a_perturbation_that_is_never_trained_is_refused(adata):
+    with pytest.raises(ValueError, match=r"split.validation cannot be scored: perturbation 'B' is not known"):
+        training_set(adata, hold_out=["A+B"], validation=["B"])
+
+
+def test_a_validation_that_is_wholly_held_out_is_refused(adata):
+    with pytest.raises(ValueError, match=r"split.validation \['A:NK'\] is held out"):
+        training_set(adata, hold_out=["A"], validation=["A:NK"])
+
+
+def test_the_summary_gives_the_numbers(adata):
+    text = training_set(adata, "data.n_hvg=15", hold_out=["A:NK"], validation=["B:T:b1"]).summary()
+    assert "genes       15 in the model" in text
+    assert "90 perturbed cells to train on, 10 to validate, 20 held out" in text
+    assert "2 perturbations, 2 cell types, 2 batches" in text
+    assert "matched by cell type and batch" in text
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("seed", range(3))
+def test_a_screen_and_the_atlas_built_from_it_have_one_index_and_deal_the_same_cells(tmp_path, seed):
+    adata = counts_screen(n_genes=9, n=11 + seed, seed=seed)
+    path = written(adata, tmp_path / "screen.h5ad")
+    build(BuildConfig(str(tmp_path / "atlas"), [SourceConfig(str(path))]), workers=1, shard_bytes=1000)
+    split = SplitConfig(["A:NK"], [], 0.2)
+    of_screen = TrainingSet.of(read(adata), config_for("memory", "unused", split=split))
+    config = config_for("memory", "unused", split=split)
+    config.data.screen, config.data.atlases = None, [AtlasConfig(str(tmp_path / "atlas"))]
+    of_atlas = TrainingSet.of_atlases(config)
+    names = np.concatenate([pq.read_table(p)["cell"].to_numpy() for p in sorted((tmp_path / "atlas/data").iterdir())])
+    assert len(list((tmp_path / "atlas/data").iterdir())) > 1
+    assert of_atlas.vocabularies == of_screen.vocabularies
+    for part in ("train", "validation"):
+        own, other = getattr(of_screen, part), getattr(of_atlas, part)
+        conditions = [
+            [(cells.index.labels(c), int(cells.index.n_cells[c])) for c in range(len(cells.index))]
+            for cells in (own, other)
+        ]
+        assert conditions[0] == conditions[1]
+        samplers = own.sampler(config), other.sampler(config)
+        for epoch in range(2):
+            for step in range(samplers[0].steps_per_epoch):
+                sets = zip(samplers[0].batch(epoch, step), samplers[1].batch(epoch, step), strict=True)
+                for of_cells, of_rows in sets:
+                    assert of_cells.key == of_rows.key
+                    for rows in ("rows", "control_rows"):
+                        found = of_screen.origin.obs.index[getattr(of_cells, rows)]
+                        assert found.tolist() == names[getattr(of_rows, rows)].tolist()
