@@ -4,7 +4,7 @@
 import anndata
 import pandas as pd
 import pytest
-from tests.test_cli import assert_says, here, refused  # noqa: F401 (fixtures)
+from tests.cli.test_main import assert_says, here, refused  # noqa: F401 (fixtures)
 
 from perturbdiff.cli.main import main
 from perturbdiff.data.features import read_table

@@ -10,7 +10,7 @@ from perturbdiff.model import PerturbDiff
 from perturbdiff.training.demo import run_demo
 from tests.simulated import tiny_config, write_screen
 
-REAL_DATA = Path(os.environ.get("PERTURBDIFF_REAL_DATA", Path(__file__).parents[1] / "../shared/data"))
+REAL_DATA = Path(os.environ.get("PERTURBDIFF_REAL_DATA", Path(__file__).parents[2] / "../shared/data"))
 
 
 def test_the_demo_leaves_what_it_says_and_runs_again_to_the_same_scores(tmp_path):
