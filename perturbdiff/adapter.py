@@ -163,11 +163,11 @@ def load_adapter(path_or_repo_id: str | Path, base: str | Path | None = None, de
     ValueError
         A file was truncated or changed or does not fit; the base is another model than the adapter was trained on.
     """
-    source = find_model(*name_and_revision(str(path_or_repo_id)))
+    source = find_model(path_or_repo_id)
     said = read_adapter(source.folder)
     tensors = _tensors(source, said)
     where = str(base) if base is not None else _where(said.base)
-    found = find_model(*name_and_revision(where))
+    found = find_model(where)
     files = read_settings(found.folder)
     if files.sha256 != said.base.sha256:
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 import torch
-from anndata import AnnData
+from anndata import AnnData, concat
 from torch import Tensor
 
 from perturbdiff._version import __version__
@@ -21,9 +22,9 @@ from perturbdiff.config import ModelConfig, Preprocessing, SamplingConfig, as_di
 from perturbdiff.data.features import FeatureTable
 from perturbdiff.data.rng import torch_generator
 from perturbdiff.data.screen import expression_of
-from perturbdiff.data.vocab import GeneVocab, LabelVocab, Vocabularies
+from perturbdiff.data.vocab import GeneVocab, LabelVocab, Vocabularies, nearest
 from perturbdiff.diffusion.generate import Context, choose_controls, deal_sets, denoise_sets
-from perturbdiff.files import progress
+from perturbdiff.files import few, progress
 from perturbdiff.hub.card import eval_results_files, write_card
 from perturbdiff.hub.card_check import check_card
 from perturbdiff.hub.download import ModelSource, find_model, max_tensor_bytes
@@ -141,7 +142,7 @@ class PerturbDiff:
         source = _found(path_or_repo_id, revision, subfolder, cache_dir, local_files_only, token)
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if source.repo is not None:
-            return cls._read(source, golden_check)._to(where, dtype)
+            return cls._read(source, golden_check).to(where, dtype)
         for _ in range(READ_AGAIN):
             _wait_while_replaced(source.folder)
             identity = folder_identity(source.folder)
@@ -153,7 +154,7 @@ class PerturbDiff:
                     raise
             else:
                 if folder_identity(source.folder) == identity:  # or its files may be of two models
-                    return model._to(where, dtype)
+                    return model.to(where, dtype)
         raise ValueError(f"{source.folder} is replaced again and again while it is read; open it when that has ended.")
 
     @classmethod
@@ -187,12 +188,6 @@ class PerturbDiff:
         if golden_check:
             check_golden(source.folder, denoiser.eval())
         return cls(denoiser, **vars(said), name=source.name)
-
-    def _to(self, device: str | torch.device, dtype: torch.dtype | None) -> PerturbDiff:
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"dtype ({dtype}) must be a floating point type, as torch.bfloat16.")
-        self.denoiser.to(device=device, dtype=dtype)
-        return self
 
     def save_pretrained(self, path: str | Path, max_shard_size: int | str = "5GB") -> None:
         """Write a model folder, whole or not at all; replaces an older one of that name.
@@ -258,6 +253,91 @@ class PerturbDiff:
     def predict(
         self,
         controls: AnnData,
+        *,
+        perturbation: str | Sequence[str],
+        cell_type: str | None = None,
+        batch: str | None = None,
+        layer: str | None = None,
+        n_cells: int | None = None,
+        n_populations: int = 1,
+        guidance_scale: float | None = None,
+        steps: int | None = None,
+        sampler: str | None = None,
+        seed: int = 0,
+        min_gene_overlap: float = 0.5,
+    ) -> AnnData:
+        """Predict cells under a perturbation from control cells.
+
+        Parameters
+        ----------
+        controls
+            Unperturbed cells, X raw counts or log1p values; genes are matched by name. Cells that their obs columns
+            call perturbed are refused. `perturbdiff.data.screen.control_cells` takes those of an .h5ad.
+        perturbation
+            A known perturbation, or several joined with the model's separator ("A+B"); with a dose where the model was
+            trained with doses ("A@0.5"). One that no training cell received is predicted from its features. Of a list,
+            each is predicted by itself from the same controls, one after the other in the result.
+        cell_type, batch
+            Predict for this context: control cells with another label are left out; where `controls` have no such
+            column, all of them are taken for cells of it. By default each cell's own labels are its context. A label
+            that training has not seen with a perturbation is predicted as an average one, with a warning.
+        layer
+            Expression from `controls.layers[layer]` in place of X.
+        n_cells
+            Cells to predict in each population; one for each control cell by default. Fewer start from controls
+            whose mean is that of all.
+        n_populations
+            Independent draws of the response distribution.
+        guidance_scale, steps, sampler
+            w of (1 + w) cond - w uncond; denoiser calls; "ddim" or "ddpm". The model's own defaults if None.
+        seed
+            Same seed and arguments, same cells.
+        min_gene_overlap
+            Fewer of the model's genes in `controls` than this part are an error.
+
+        Returns
+        -------
+        AnnData with X (cells, genes) log1p values as CSR, the model's gene names, obs `perturbation`, `cell_type`,
+        `batch`, `source_control` (the control cell it was started from), `population`, and uns["perturbdiff"] with
+        model, sampler, steps, guidance, seed and what was unseen.
+
+        Raises
+        ------
+        TypeError
+            `controls` is no AnnData.
+        KeyError
+            An unknown perturbation or layer, with the nearest known ones.
+        ValueError
+            Cells that are no controls; X is neither counts nor log1p; too few genes match; no cells, or none of the
+            cell type or batch; a sampling setting that cannot be.
+        """
+        cells = self._controls_of(controls, layer, cell_type, batch)
+        wanted = [perturbation] if isinstance(perturbation, str) else list(perturbation)
+        if not wanted:
+            raise ValueError("perturbation ([]) must name at least one; known: model.perturbations.")
+        self.vocabularies.encode([(name, None, None) for name in wanted])  # unknown ones fail before the work
+        total = (n_cells or cells.n_obs) * n_populations * len(wanted)
+        _refuse_too_many(total)
+        settings = (cell_type, batch, n_cells, n_populations, guidance_scale, steps, sampler, seed, min_gene_overlap)
+        with progress(total, "predict", "cell") as bar:
+            made = [self.generate(cells, name, *settings, bar=bar) for name in wanted]
+        for i, part in enumerate(made):
+            part.obs_names = [f"predicted_{i * part.n_obs + k}" for k in range(part.n_obs)]
+        predicted = made[0] if len(made) == 1 else concat(made, merge="same", uns_merge="first")
+        unseen = list(dict.fromkeys(label for part in made for label in part.uns["perturbdiff"]["unseen"]))
+        predicted.uns["perturbdiff"]["unseen"] = unseen
+        if unseen:
+            warnings.warn(
+                f"not seen in training: {few(unseen)}; predicted from features or control cells alone. Known are "
+                "model.perturbations and model.cell_types.",
+                UserWarning,
+                stacklevel=2,
+            )
+        return predicted
+
+    def generate(
+        self,
+        controls: AnnData,
         perturbation: str,
         cell_type: str | None = None,
         batch: str | None = None,
@@ -270,54 +350,16 @@ class PerturbDiff:
         min_gene_overlap: float = 0.5,
         bar: tqdm[Any] | None = None,
     ) -> AnnData:
-        """Predict cells under a perturbation from control cells.
+        """`predict` from exactly these cells, whatever their labels say, without a warning; for those who chose them.
 
-        Parameters
-        ----------
-        controls
-            Unperturbed cells, X raw counts or log1p values; genes are matched by name. All cells are used as controls.
-        perturbation
-            A known perturbation, or several joined with the model's separator ("A+B"); with a dose where the model was
-            trained with doses ("A@0.5"). One that no training cell received is predicted from its features.
-        cell_type, batch
-            Condition on these; by default on each control cell's own obs columns. A label that training has not seen
-            with a perturbation is the null label, and `uns` says so.
-        n_cells
-            Cells to predict in each population; one for each control cell by default. Fewer start from controls
-            whose mean is that of all.
-        n_populations
-            Independent draws of the response distribution.
-        guidance_scale, steps, sampler
-            w of (1 + w) cond - w uncond; denoiser calls; "ddim" or "ddpm". The model's own defaults if None.
-        seed
-            Same seed and arguments, same cells.
-        min_gene_overlap
-            Fewer of the model's genes in `controls` than this part are an error.
-        bar
-            Progress bar to move, of who makes many predictions; one of its own by default.
-
-        Returns
-        -------
-        AnnData with X (cells, genes) log1p values as CSR, the model's gene names, obs `perturbation`, `cell_type`,
-        `batch`, `source_control` (the control cell it was started from), `population`, and uns["perturbdiff"] with
-        model, sampler, steps, guidance, seed and what was unseen.
-
-        Raises
-        ------
-        KeyError
-            An unknown perturbation, with the nearest known ones.
-        ValueError
-            X is neither counts nor log1p; too few genes match; no cells; a sampling setting that cannot be.
+        `bar` is a progress bar to move, of who makes many predictions. Otherwise as `predict`.
         """
         sampling = self._sampling(guidance_scale, steps, sampler)
         if n_cells is not None and n_cells < 1:
             raise ValueError(f"n_cells ({n_cells}) must be at least 1.")
         if n_populations < 1:
             raise ValueError(f"n_populations ({n_populations}) must be at least 1.")
-        if (n_all := (n_cells or controls.n_obs) * n_populations) > MAX_PREDICTED_CELLS:
-            raise ValueError(
-                f"{n_all:,} cells asked for; one call predicts at most {MAX_PREDICTED_CELLS:,}: use several."
-            )
+        _refuse_too_many((n_cells or controls.n_obs) * n_populations)
         if controls.n_obs == 0:
             raise ValueError("controls has no cells; give the control cells of the context to predict.")
         self.vocabularies.encode([(perturbation, None, None)])  # an unknown perturbation fails before the work
@@ -401,6 +443,33 @@ class PerturbDiff:
         return new
 
     @property
+    def perturbations(self) -> tuple[str, ...]:
+        """Names of the perturbations it can predict, alone or combined."""
+        return self.vocabularies.perturbations.names
+
+    @property
+    def cell_types(self) -> tuple[str, ...]:
+        """Names of the cell types that training saw perturbed."""
+        return self.vocabularies.cell_types.names
+
+    @property
+    def gene_names(self) -> tuple[str, ...]:
+        """Names of its genes, in the order of the columns of what it predicts."""
+        return self.genes.names
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.denoiser.parameters()).device
+
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> PerturbDiff:
+        """Move the weights to a device, or to another floating point type; returns the model itself."""
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype ({dtype}) must be a floating point type, as torch.bfloat16.")
+        self.denoiser.to(device=device, dtype=dtype)
+        return self
+
+    @property
     def n_parameters(self) -> int:
         return sum(tensor.numel() for tensor in self.denoiser.state_dict().values())
 
@@ -417,6 +486,38 @@ class PerturbDiff:
         sampling = from_dict(SamplingConfig, {**as_dict(self.config.sampling), **chosen})
         check_sampling(sampling, self.config.diffusion)
         return sampling
+
+    def _controls_of(self, controls: AnnData, layer: str | None, cell_type: str | None, batch: str | None) -> AnnData:
+        """The cells to start from: X of the layer, those of the context; refuses perturbed ones."""
+        if not isinstance(controls, AnnData):
+            raise TypeError(
+                f"controls ({type(controls).__name__}) must be an AnnData of control cells; read a file with "
+                "perturbdiff.data.screen.control_cells(path, model.config.obs), or anndata.read_h5ad(path)."
+            )
+        if layer is not None:
+            if layer not in controls.layers:
+                raise KeyError(
+                    f"layer {layer!r} is not in controls.layers; {nearest(layer, map(str, controls.layers))}."
+                )
+            controls = AnnData(controls.layers[layer], obs=controls.obs, var=controls.var)
+        names = self.config.obs
+        if names.perturbation in controls.obs:
+            labels = controls.obs[names.perturbation].astype(str)
+            if (other := labels != names.control_label).any():
+                raise ValueError(
+                    f"{int(other.sum()):,} of {len(labels):,} cells are no controls: obs column {names.perturbation!r} "
+                    f"calls them {few(sorted(set(labels[other])))}. Give adata[adata.obs[{names.perturbation!r}] == "
+                    f"{names.control_label!r}]."
+                )
+        chosen = np.ones(controls.n_obs, dtype=bool)
+        for value, column in ((cell_type, names.cell_type), (batch, names.batch)):
+            if value is not None and column in controls.obs and controls.n_obs:
+                labels = controls.obs[column].astype(str)
+                if not (chosen & (labels == value)).any():
+                    there = nearest(value, set(labels[chosen]))
+                    raise ValueError(f"no control cell has {column} {value!r}; {there}.")
+                chosen &= (labels == value).to_numpy()
+        return controls if chosen.all() else controls[chosen].copy()
 
     def _contexts(self, obs: pd.DataFrame, cell_type: str | None, batch: str | None) -> list[Context]:
         # (cell type, batch) of each control cell; None where nobody says.
@@ -458,6 +559,13 @@ class PerturbDiff:
             "cell_type": torch.tensor([sizes.cell_types - 1, -1]),
             "batch": torch.tensor([-1, sizes.batches - 1]),
         }
+
+
+def _refuse_too_many(n_cells: int) -> None:
+    if n_cells > MAX_PREDICTED_CELLS:
+        raise ValueError(
+            f"{n_cells:,} cells asked for; one call predicts at most {MAX_PREDICTED_CELLS:,}: use several."
+        )
 
 
 def _found(path_or_repo_id: str | Path, *how: Any) -> ModelSource:

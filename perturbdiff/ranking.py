@@ -106,7 +106,7 @@ def rank_perturbations(
     scores = np.empty((len(labels), n_populations))
     with progress(len(labels) * n_cells * n_populations, "rank", "cell") as bar:
         for row, label in enumerate(labels):
-            predicted = model.predict(
+            predicted = model.generate(
                 controls, label, cell_type, batch, n_cells, n_populations, guidance_scale, steps, sampler, seed,
                 min_gene_overlap, bar,
             )  # fmt: skip

@@ -40,7 +40,7 @@ def dense(predicted):
 
 
 def test_predictions_say_where_they_come_from(model, controls):
-    predicted = model.predict(controls, "pert_1", seed=3)
+    predicted = model.predict(controls, perturbation="pert_1", seed=3)
     assert predicted.n_obs == controls.n_obs
     assert tuple(predicted.var_names) == model.genes.names
     assert set(predicted.obs["perturbation"]) == {"pert_1"}
@@ -55,14 +55,14 @@ def test_predictions_say_where_they_come_from(model, controls):
 
 
 def test_values_are_log1p_finite_and_not_negative(model, controls):
-    X = dense(model.predict(controls, "pert_1"))
+    X = dense(model.predict(controls, perturbation="pert_1"))
     assert np.isfinite(X).all()
     assert X.min() >= 0
     assert 0 < X.max() < 15
 
 
 def test_predictions_survive_a_file(model, controls, tmp_path):
-    predicted = model.predict(controls, "pert_1", n_cells=5)
+    predicted = model.predict(controls, perturbation="pert_1", n_cells=5)
     predicted.write_h5ad(tmp_path / "p.h5ad")
     again = anndata.read_h5ad(tmp_path / "p.h5ad")
     np.testing.assert_array_equal(dense(again), dense(predicted))
@@ -71,37 +71,37 @@ def test_predictions_survive_a_file(model, controls, tmp_path):
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_the_same_seed_gives_the_same_cells_and_another_seed_others(model, controls, sampler):
-    first, again, other = (model.predict(controls, "pert_1", sampler=sampler, seed=s) for s in (1, 1, 2))
+    first, again, other = (model.predict(controls, perturbation="pert_1", sampler=sampler, seed=s) for s in (1, 1, 2))
     np.testing.assert_array_equal(dense(first), dense(again))
     assert not np.array_equal(dense(first), dense(other))
 
 
 def test_the_result_does_not_depend_on_the_chunks(model, controls, monkeypatch):
-    whole = model.predict(controls, "pert_2", guidance_scale=0.5)
+    whole = model.predict(controls, perturbation="pert_2", guidance_scale=0.5)
     monkeypatch.setattr(prediction, "MAX_VALUES_PER_CHUNK", 1)  # one set at a time
-    chunked = model.predict(controls, "pert_2", guidance_scale=0.5)
+    chunked = model.predict(controls, perturbation="pert_2", guidance_scale=0.5)
     np.testing.assert_allclose(dense(chunked), dense(whole), rtol=1e-4, atol=1e-4)
     assert list(chunked.obs["source_control"]) == list(whole.obs["source_control"])
 
 
 def test_the_global_random_state_is_not_moved(model, controls):
     before = torch.get_rng_state()
-    model.predict(controls, "pert_1", n_cells=3, sampler="ddpm")
+    model.predict(controls, perturbation="pert_1", n_cells=3, sampler="ddpm")
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_the_perturbation_matters(model, controls):
-    one, two = (dense(model.predict(controls, p)).mean(0) for p in ("pert_1", "pert_2"))
+    one, two = (dense(model.predict(controls, perturbation=p)).mean(0) for p in ("pert_1", "pert_2"))
     assert np.abs(one - two).max() > 0.01
 
 
 def test_guidance_moves_the_prediction_away_from_the_unconditional_one(model, controls):
-    plain, guided = (dense(model.predict(controls, "pert_1", guidance_scale=w)) for w in (0.0, 2.0))
+    plain, guided = (dense(model.predict(controls, perturbation="pert_1", guidance_scale=w)) for w in (0.0, 2.0))
     assert np.abs(plain - guided).max() > 1e-3
 
 
 def test_populations_are_distinct_draws_of_all_controls(model, controls):
-    predicted = model.predict(controls, "pert_1", n_populations=3)
+    predicted = model.predict(controls, perturbation="pert_1", n_populations=3)
     assert predicted.n_obs == 3 * controls.n_obs
     cells = [dense(predicted[predicted.obs["population"] == k]) for k in range(3)]
     assert not np.array_equal(cells[0], cells[1])
@@ -110,24 +110,24 @@ def test_populations_are_distinct_draws_of_all_controls(model, controls):
 
 @pytest.mark.parametrize("n_cells", [1, 7, 120, 250])
 def test_any_number_of_cells_reusing_controls_only_when_they_run_out(model, controls, n_cells):
-    predicted = model.predict(controls, "pert_1", n_cells=n_cells)
+    predicted = model.predict(controls, perturbation="pert_1", n_cells=n_cells)
     assert predicted.n_obs == n_cells
     uses = predicted.obs["source_control"].value_counts()
     assert uses.max() == -(-n_cells // controls.n_obs)
 
 
 def test_dense_and_sparse_controls_in_any_gene_order_give_the_same_cells(model, controls):
-    expected = dense(model.predict(controls, "pert_1"))
+    expected = dense(model.predict(controls, perturbation="pert_1"))
     shuffled = controls[:, np.random.default_rng(0).permutation(controls.n_vars)].copy()
     shuffled.X = shuffled.X.toarray()
-    np.testing.assert_allclose(dense(model.predict(shuffled, "pert_1")), expected, atol=1e-5)
+    np.testing.assert_allclose(dense(model.predict(shuffled, perturbation="pert_1")), expected, atol=1e-5)
 
 
 def test_controls_are_not_changed(model, controls):
     controls.X = sparse.csr_matrix(controls.X.toarray())
     controls.X.data[0] = 0  # a stored zero, which reading drops from its own copy
     before = controls.copy()
-    model.predict(controls, "pert_1", n_cells=3)
+    model.predict(controls, perturbation="pert_1", n_cells=3)
     assert controls.X.nnz == before.X.nnz
     np.testing.assert_array_equal(controls.X.toarray(), before.X.toarray())
     pd.testing.assert_frame_equal(controls.obs, before.obs)
@@ -141,49 +141,107 @@ def test_log1p_controls_give_what_their_counts_give(model, controls, monkeypatch
         np.log1p(1e4 * counts / counts.sum(1, keepdims=True)).astype(np.float32), controls.obs, controls.var
     )
     np.testing.assert_allclose(
-        dense(model.predict(logged, "pert_1")), dense(model.predict(controls, "pert_1")), atol=1e-4
+        dense(model.predict(logged, perturbation="pert_1")),
+        dense(model.predict(controls, perturbation="pert_1")),
+        atol=1e-4,
     )
 
 
 def test_no_predicted_value_is_under_one_count_of_its_control(model, controls):
-    predicted = model.predict(controls, "pert_1")
+    predicted = model.predict(controls, perturbation="pert_1")
     depth = controls.X.toarray().sum(1)[controls.obs_names.get_indexer(predicted.obs["source_control"])]
     one = np.log1p(model.preprocessing.target_sum / depth)[:, None]
     X = dense(predicted)
     assert ((X == 0) | (one * (1 - 1e-5) <= X)).all()
 
 
-def test_unknown_context_labels_become_null_and_are_reported(model, controls):
-    predicted = model.predict(controls, "pert_1", cell_type="martian", n_cells=4)
-    assert list(predicted.uns["perturbdiff"]["unseen"]) == ["cell_type martian"]
-    assert set(predicted.obs["cell_type"]) == {"martian"}
+def test_unseen_context_labels_become_null_and_are_said_once(model, controls):
     bare = controls.copy()
     bare.obs = bare.obs[[]]
-    without = model.predict(bare, "pert_1", n_cells=4)
+    with pytest.warns(UserWarning, match="not seen in training: cell_type martian, batch unknown") as said:
+        predicted = model.predict(bare, perturbation=["pert_1", "pert_2"], cell_type="martian", n_cells=4)
+    assert len(said) == 1
+    assert list(predicted.uns["perturbdiff"]["unseen"]) == ["cell_type martian", "batch unknown"]
+    assert set(predicted.obs["cell_type"]) == {"martian"}
+    without = model.predict(bare, perturbation="pert_1", n_cells=4)
     assert list(without.uns["perturbdiff"]["unseen"]) == ["cell_type unknown", "batch unknown"]
 
 
+def test_control_cells_of_the_context_are_chosen_and_others_refused(model, controls):
+    own = controls[(controls.obs["cell_type"] == "type_1").to_numpy()].copy()
+    chosen, expected = (model.predict(c, perturbation="pert_1", cell_type="type_1") for c in (controls, own))
+    assert set(chosen.obs["source_control"]) == set(own.obs_names)
+    np.testing.assert_array_equal(dense(chosen), dense(expected))
+    with pytest.raises(ValueError, match=r"no control cell has cell_type 'type_11'; did you mean type_1"):
+        model.predict(controls, perturbation="pert_1", cell_type="type_11")
+    mixed = controls.copy()
+    mixed.obs["perturbation"] = ["pert_2", *["control"] * (controls.n_obs - 1)]
+    with pytest.raises(ValueError, match=rf"1 of {controls.n_obs} cells are no controls.*pert_2.*== 'control'"):
+        model.predict(mixed, perturbation="pert_1")
+
+
+def test_a_list_of_perturbations_is_predicted_one_after_the_other(model, controls):
+    both = model.predict(controls, perturbation=["pert_1", "pert_2"], n_cells=5, seed=4)
+    for i, name in enumerate(("pert_1", "pert_2")):
+        alone = model.predict(controls, perturbation=name, n_cells=5, seed=4)
+        part = both[i * 5 : (i + 1) * 5]
+        np.testing.assert_array_equal(dense(part), dense(alone))
+        assert list(part.obs["perturbation"]) == [name] * 5
+        assert part.uns["perturbdiff"].keys() == alone.uns["perturbdiff"].keys()
+    assert both.obs_names.is_unique
+    with pytest.raises(ValueError, match="at least one"):
+        model.predict(controls, perturbation=[])
+
+
+def test_a_layer_stands_in_for_x(model, controls):
+    layered = controls.copy()
+    layered.layers["counts"], layered.X = layered.X.copy(), -layered.X
+    expected = model.predict(controls, perturbation="pert_1", n_cells=5)
+    np.testing.assert_array_equal(
+        dense(model.predict(layered, perturbation="pert_1", n_cells=5, layer="counts")), dense(expected)
+    )
+    with pytest.raises(KeyError, match=r"layer 'count' is not in controls.layers; did you mean counts"):
+        model.predict(layered, perturbation="pert_1", layer="count")
+
+
+@pytest.mark.parametrize("controls", ["controls.h5ad", np.zeros((3, 40)), None])
+def test_what_is_no_anndata_is_a_type_error_that_says_what_to_give(model, controls):
+    with pytest.raises(TypeError, match=r"must be an AnnData of control cells; read a file with"):
+        model.predict(controls, perturbation="pert_1")
+
+
+def test_a_model_says_what_it_knows_and_where_it_is(model):
+    assert model.perturbations == model.vocabularies.perturbations.names
+    assert model.cell_types == model.vocabularies.cell_types.names
+    assert model.gene_names == model.genes.names
+    assert model.device == torch.device("cpu")
+    assert model.to(dtype=torch.float64).denoiser.embed_t is model.denoiser.embed_t
+    assert model.to(dtype=torch.float32) is model
+    with pytest.raises(ValueError, match="floating point"):
+        model.to(dtype=torch.int64)
+
+
 def test_a_combination_of_known_perturbations_is_predicted(model, controls):
-    pair = model.predict(controls, "pert_1+pert_2", n_cells=40)
-    single = model.predict(controls, "pert_1", n_cells=40)
+    pair = model.predict(controls, perturbation="pert_1+pert_2", n_cells=40)
+    single = model.predict(controls, perturbation="pert_1", n_cells=40)
     assert np.abs(dense(pair).mean(0) - dense(single).mean(0)).max() > 1e-3
     assert set(pair.obs["perturbation"]) == {"pert_1+pert_2"}
 
 
 def test_unknown_perturbation_lists_the_nearest(model, controls):
     with pytest.raises(KeyError, match=r"'prt_1'.*did you mean pert_1"):
-        model.predict(controls, "prt_1")
+        model.predict(controls, perturbation="prt_1")
     with pytest.raises(KeyError, match="'pert_9'"):
-        model.predict(controls, "pert_1+pert_9")
+        model.predict(controls, perturbation="pert_1+pert_9")
 
 
 def test_missing_genes_are_zeros_up_to_the_allowed_overlap(model, controls):
     most = controls[:, :30].copy()
-    assert model.predict(most, "pert_1", n_cells=3).uns["perturbdiff"]["n_genes_matched"] == 30
+    assert model.predict(most, perturbation="pert_1", n_cells=3).uns["perturbdiff"]["n_genes_matched"] == 30
     few = controls[:, :10].copy()
     with pytest.raises(ValueError, match=r"only 10 of the model's 40 genes \(25%\)"):
-        model.predict(few, "pert_1")
-    assert model.predict(few, "pert_1", n_cells=3, min_gene_overlap=0.2).n_vars == 40
+        model.predict(few, perturbation="pert_1")
+    assert model.predict(few, perturbation="pert_1", n_cells=3, min_gene_overlap=0.2).n_vars == 40
 
 
 @pytest.mark.parametrize(
@@ -200,7 +258,7 @@ def test_missing_genes_are_zeros_up_to_the_allowed_overlap(model, controls):
 )
 def test_arguments_out_of_range_are_refused(model, controls, argument, message):
     with pytest.raises(ValueError, match=message):
-        model.predict(controls, "pert_1", **argument)
+        model.predict(controls, perturbation="pert_1", **argument)
 
 
 def test_controls_with_bad_values_or_no_cells_are_refused(model, controls):
@@ -208,13 +266,13 @@ def test_controls_with_bad_values_or_no_cells_are_refused(model, controls):
     bad.X = bad.X.toarray().astype(np.float32)
     bad.X[0, 0] = np.nan
     with pytest.raises(ValueError, match=r"gene_00.*nan"):
-        model.predict(bad, "pert_1")
+        model.predict(bad, perturbation="pert_1")
     with pytest.raises(ValueError, match="no cells"):
-        model.predict(controls[:0].copy(), "pert_1")
+        model.predict(controls[:0].copy(), perturbation="pert_1")
 
 
 def test_one_cell_and_one_step_are_enough(model, controls):
-    predicted = model.predict(controls[:1].copy(), "pert_1", steps=1)
+    predicted = model.predict(controls[:1].copy(), perturbation="pert_1", steps=1)
     assert predicted.shape == (1, 40)
 
 

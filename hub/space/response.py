@@ -115,7 +115,7 @@ def predict_response(
             f"most {MAX_PREDICTED:,} at a time."
         )
     cells = controls.of(cell_type)
-    predicted = model.predict(
+    predicted = model.generate(
         cells,
         perturbation=(separator or "").join(perturbations),
         cell_type=cell_type,

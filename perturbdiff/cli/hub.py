@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perturbdiff.cli.command import add_command, add_target, name_and_revision, print_publication
+from perturbdiff.cli.command import add_command, add_target, print_publication
 
 if TYPE_CHECKING:
     from perturbdiff.hub.download import ModelSource
@@ -183,7 +183,7 @@ def _info(arguments: argparse.Namespace) -> None:
 def _verify(arguments: argparse.Namespace) -> None:
     from perturbdiff.model import PerturbDiff
 
-    model = PerturbDiff.from_pretrained(*name_and_revision(arguments.model), device="cpu")
+    model = PerturbDiff.from_pretrained(arguments.model, device="cpu")
     print(f"verified    {arguments.model}: {model.n_parameters:,} parameters; every hash, the card, the golden output")
 
 
@@ -230,4 +230,4 @@ def _merge(arguments: argparse.Namespace) -> None:
 def _find(text: str) -> ModelSource:
     from perturbdiff.hub.download import find_model
 
-    return find_model(*name_and_revision(text))
+    return find_model(text)

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perturbdiff.cli.command import SETTINGS, add_command, add_settings, name_and_revision
+from perturbdiff.cli.command import SETTINGS, add_command, add_settings
 
 if TYPE_CHECKING:
     from perturbdiff.inference.answers import Answers
@@ -96,7 +96,7 @@ def load_model(name: str, features: list[str]) -> PerturbDiff:
     from perturbdiff.training.dataset import read_features
 
     device = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ and torch.cuda.is_available() else None
-    model = PerturbDiff.from_pretrained(*name_and_revision(name), device=device)
+    model = PerturbDiff.from_pretrained(name, device=device)
     new = model.describe([read_features(path) for path in features]) if features else []
     if new:
         print(f"features    {len(new):,} more perturbations known by {', '.join(features)}")
@@ -121,7 +121,7 @@ def _predict_one(arguments: argparse.Namespace) -> None:
     model = load_model(arguments.model, arguments.features)
     calibration = read_calibration(model.training)
     controls = control_cells(arguments.controls, model.config.obs, arguments.cell_type, arguments.batch)
-    predicted = model.predict(
+    predicted = model.generate(
         controls,
         perturbation=arguments.perturbation,
         cell_type=arguments.cell_type,

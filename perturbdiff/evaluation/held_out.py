@@ -58,7 +58,7 @@ def predict_held_out(model: PerturbDiff, screen: Screen, split: Split, match: Co
                 obs=screen.obs.iloc[context],
                 var=pd.DataFrame(index=pd.Index(screen.expression.genes.names)),
             )
-            predicted = model.predict(cells, perturbation, cell_type, batch, n_cells=len(rows), seed=seed, bar=bar)
+            predicted = model.generate(cells, perturbation, cell_type, batch, n_cells=len(rows), seed=seed, bar=bar)
             predicted.obs_names = pd.Index([f"predicted_{n_cells + i}" for i in range(len(rows))])
             n_cells += len(rows)
             predictions.append(predicted)

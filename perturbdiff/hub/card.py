@@ -186,7 +186,7 @@ def _how_to_load(perturbations: list[str], name: str) -> str:
     after = ""
     if perturbations:
         short = [p for p in perturbations[:1000] if len(p) <= 200]
-        first = _literal(short[0]) if short else "model.vocabularies.perturbations.names[0]"
+        first = _literal(short[0]) if short else "model.perturbations[0]"
         lines = ["import anndata", *lines]
         lines.append('controls = anndata.read_h5ad("controls.h5ad")  # control cells of the context to predict')
         lines.append(f"predicted = model.predict(controls, perturbation={first})")

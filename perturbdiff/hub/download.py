@@ -26,7 +26,7 @@ from perturbdiff.hub.model_folder import (
 )
 from perturbdiff.hub.registry import find_checkpoint
 from perturbdiff.hub.settings import parse_settings
-from perturbdiff.hub_client import REPO_ID, hub_errors
+from perturbdiff.hub_client import REPO_ID, hub_errors, name_and_revision
 
 LIBRARY = "perturbdiff"  # as the front matter of our cards has it
 MAX_OVERHEAD = 1 << 26  # bytes of tensor files beyond eight a value: headers, and the golden check
@@ -103,6 +103,8 @@ def find_model(
 ) -> ModelSource:
     """Find a model folder: a folder here, else a registered name, else a repo of the Hub (`revision` at one commit).
 
+    owner/name@v1 is a repo at a revision; the folder of a run stands for its model/.
+
     Raises
     ------
     FileNotFoundError, ValueError
@@ -110,7 +112,10 @@ def find_model(
     OSError
         As `hub_errors`.
     """
-    name, sha256 = str(path_or_repo_id), None
+    (name, inline), sha256 = name_and_revision(str(path_or_repo_id)), None
+    if inline is not None and revision is not None:
+        raise ValueError(f"{path_or_repo_id} names a revision already; leave revision={revision!r} out.")
+    revision = revision or inline
     inner = PurePosixPath(subfolder or "")
     if inner.is_absolute() or ".." in inner.parts or re.search(r"[*?\[\\]", str(inner)):
         raise ValueError(f"subfolder ({subfolder!r}) must be a plain path inside of the repo.")
@@ -124,6 +129,8 @@ def find_model(
     if (folder := Path(name)).is_dir():
         if revision is not None:
             raise ValueError(f"{name} is a folder and has no revision {revision!r}; leave the revision out.")
+        if not subfolder and not (folder / CONFIG).is_file() and (folder / "model" / CONFIG).is_file():
+            folder /= "model"  # of a run
         return ModelSource((folder / inner).resolve().name, folder / inner, sha256=sha256)
     prefix = f"{inner}/" if subfolder else ""
     small = [prefix + file for file in SMALL_FILES]

@@ -144,7 +144,7 @@ def predict_requests(
 def _predict(
     model: PerturbDiff, controls: AnnData, request: Request, number: int, how: Mapping[str, Any], bar: Any
 ) -> AnnData:
-    predicted = model.predict(
+    predicted = model.generate(
         controls,
         request.perturbation,
         request.cell_type,

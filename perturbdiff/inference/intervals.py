@@ -203,7 +203,7 @@ def calibrate(
                 obs=screen.obs.iloc[own],
                 var=pd.DataFrame(index=pd.Index(screen.expression.genes.names)),
             )
-            predicted = model.predict(
+            predicted = model.generate(
                 controls, perturbation, cell_type, batch, n_cells=n, n_populations=n_populations, seed=seed, bar=bar
             )
             measured, control = (gene_means(in_model.log1p(of)) for of in (index.cells(condition), own))

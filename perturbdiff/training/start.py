@@ -127,7 +127,7 @@ def find_checkpoint(config: Config, out: Path, resuming: bool) -> Checkpoint | N
 
 def checkpoint_settings(init_from: str) -> tuple[Base, ModelSettings]:
     """Name and settings of a checkpoint; its tensors are not looked at. Raises as `find_model`, `read_settings`."""
-    source = find_model(*name_and_revision(init_from))
+    source = find_model(init_from)
     files = read_settings(source.folder)
     source.check_identity(files)
     return Base(source.name, source.commit, files.sha256), parse_settings(source.folder, files)

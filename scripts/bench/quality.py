@@ -110,7 +110,7 @@ def predictions(model: PerturbDiff, real: anndata.AnnData, seed: int) -> Iterato
     control = (obs["perturbation"] == "control").to_numpy()
     for (perturbation, cell_type, batch), group in obs[~control].groupby(["perturbation", "cell_type", "batch"]):
         context = (obs["cell_type"] == cell_type).to_numpy() & (obs["batch"] == batch).to_numpy()
-        made = model.predict(real[control & context].copy(), perturbation, n_cells=len(group), seed=seed)
+        made = model.predict(real[control & context].copy(), perturbation=perturbation, n_cells=len(group), seed=seed)
         labels = {"perturbation": perturbation, "cell_type": cell_type, "batch": batch}
         made.obs = pd.DataFrame(labels, index=made.obs_names)
         yield made

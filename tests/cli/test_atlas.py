@@ -7,9 +7,9 @@ import sys
 import datasets
 import numpy as np
 import pytest
-from tests.cli.test_main import TINY, assert_says, contents, here, only_line, refused  # noqa: F401 (fixtures)
 
 from perturbdiff.cli.main import main
+from tests.cli.test_main import TINY, assert_says, contents, here, only_line, refused  # noqa: F401 (fixtures)
 from tests.screens import counts_screen, log1p_cp10k, written
 
 

@@ -4,10 +4,10 @@
 import anndata
 import pandas as pd
 import pytest
-from tests.cli.test_main import assert_says, here, refused  # noqa: F401 (fixtures)
 
 from perturbdiff.cli.main import main
 from perturbdiff.data.features import read_table
+from tests.cli.test_main import assert_says, here, refused  # noqa: F401 (fixtures)
 from tests.screens import counts_screen, written
 from tests.simulated import TINY, write_screen
 

@@ -4,12 +4,12 @@
 import anndata
 import pandas as pd
 import pytest
-from tests.cli.test_main import assert_says, here, refused  # noqa: F401 (fixtures)
 
 from perturbdiff.cli.main import main
 from perturbdiff.inference.intervals import read_calibration
 from perturbdiff.inference.output import read_predicted
 from perturbdiff.model import PerturbDiff
+from tests.cli.test_main import assert_says, here, refused  # noqa: F401 (fixtures)
 from tests.screens import counts_screen, read, written
 from tests.untrained import untrained
 

@@ -285,12 +285,12 @@ def test_weights_of_another_type_predict_nearly_the_same(folder, tmp_path):
     controls = control_cells(screen, PerturbDiff.from_pretrained(folder).config.obs, None, None)
     as_float, as_bfloat = (
         PerturbDiff.from_pretrained(folder, device="cpu", dtype=dtype)
-        .predict(controls, "pert_1", n_cells=30)
+        .predict(controls, perturbation="pert_1", n_cells=30)
         .X.toarray()
         for dtype in (None, torch.bfloat16)
     )
     double = PerturbDiff.from_pretrained(folder, device="cpu", dtype=torch.float64)
-    as_double = double.predict(controls, "pert_1", n_cells=30).X.toarray()
+    as_double = double.predict(controls, perturbation="pert_1", n_cells=30).X.toarray()
     assert 0 < abs(as_float - as_bfloat).max() < 0.2
     assert abs(as_float - as_double).max() < 1e-3
     with pytest.raises(ValueError, match="floating point"):

@@ -99,7 +99,7 @@ def test_a_pushed_model_predicts_the_same_from_the_hub(hub, model, sharded, scre
     large = {request.path for request in hub.log if request.operation == "put"}
     assert len(large) == len([path for path in pushed if path.endswith(".safetensors")])
     controls = control_cells(screen, ObsColumns(), None, None)
-    here, there = (load(where).predict(controls, "pert_1", seed=3) for where in (folder, NAME))
+    here, there = (load(where).predict(controls, perturbation="pert_1", seed=3) for where in (folder, NAME))
     assert (here.X != there.X).nnz == 0
     assert there.uns["perturbdiff"]["model"] == NAME
 

@@ -186,7 +186,7 @@ def test_a_model_is_calibrated_on_its_held_out_conditions(match):
             own = screen.obs.index[screen.obs.index.isin(adata.obs_names[control & here])]  # in the screen's order
             condition = (adata.obs["cell_type"] == cell_type) & (adata.obs["batch"] == batch)
             real = log1p[(condition & (adata.obs["perturbation"] == "A+B")).to_numpy()]
-            predicted = model.predict(adata[own].copy(), "A+B", cell_type, batch, len(real), 3, seed=2)
+            predicted = model.generate(adata[own].copy(), "A+B", cell_type, batch, len(real), 3, seed=2)
             table = population_summary(predicted)
             measured.append(real.mean(0))
             mean.append(table["mean"])

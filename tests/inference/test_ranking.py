@@ -31,7 +31,7 @@ def controls():
 
 def signature_by_hand(model, controls, name, up, down, n_cells, n_populations, seed):
     """Scores of each population, from a prediction of its own, by loops."""
-    predicted = model.predict(controls, name, n_cells=n_cells, n_populations=n_populations, seed=seed)
+    predicted = model.predict(controls, perturbation=name, n_cells=n_cells, n_populations=n_populations, seed=seed)
     control = pd.DataFrame(log1p_cp10k(controls.X), index=controls.obs_names, columns=controls.var_names)
     sd = control.std(ddof=0)
     floor = 0.5 * np.median(sd[sd > 0])
@@ -71,7 +71,7 @@ def distance(x, y):
 
 def test_a_reference_score_is_the_part_of_the_distance_that_goes_away(controls):
     model = untrained(perturbations=NAMES, std=0.1)
-    reference = model.predict(controls, "C", n_cells=20, seed=9)  # log1p values
+    reference = model.predict(controls, perturbation="C", n_cells=20, seed=9)  # log1p values
     reference = reference[:, [f"gene_{g}" for g in (3, 0, 1, 2, 5, 6, 7, 8, 9)]].copy()
     table = rank_perturbations(model, controls, towards=reference, n_cells=9, n_populations=2, seed=4)
     wanted = reference.X.toarray().astype(float)
@@ -79,7 +79,7 @@ def test_a_reference_score_is_the_part_of_the_distance_that_goes_away(controls):
     apart = distance(log1p_cp10k(controls.X)[:, columns], wanted)
     by_hand = {}
     for name in NAMES:
-        predicted = model.predict(controls, name, n_cells=9, n_populations=2, seed=4)
+        predicted = model.predict(controls, perturbation=name, n_cells=9, n_populations=2, seed=4)
         cells = predicted.X.toarray().astype(float)[:, columns]
         scores = [1 - distance(cells[predicted.obs["population"] == k], wanted) / apart for k in (0, 1)]
         by_hand[name] = np.mean(scores)
@@ -92,7 +92,7 @@ def test_no_change_scores_nothing(controls):
     for name, parameter in model.denoiser.named_parameters():
         if name.startswith("head."):
             torch.nn.init.zeros_(parameter)
-    predicted = model.predict(controls, "A")
+    predicted = model.predict(controls, perturbation="A")
     start = pd.DataFrame(log1p_cp10k(controls.X), index=controls.obs_names).loc[predicted.obs["source_control"]]
     np.testing.assert_allclose(predicted.X.toarray(), start, atol=2e-3)  # the model predicts no change
     table = rank_perturbations(model, controls, UP, DOWN, n_cells=7, n_populations=3)

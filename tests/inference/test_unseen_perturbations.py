@@ -54,11 +54,15 @@ def cells(predicted):
 
 def test_a_perturbation_with_features_alone_is_predicted_and_said_to_be_unseen(model, controls):
     assert model.vocabularies.labelled == ("pert_0", "pert_1", "pert_2")
-    new, known = model.predict(controls, NEW), model.predict(controls, "pert_1")
+    new, known = model.predict(controls, perturbation=NEW), model.predict(controls, perturbation="pert_1")
     assert list(new.uns["perturbdiff"]["unseen"]) == [f"perturbation {NEW}"]
     assert list(known.uns["perturbdiff"]["unseen"]) == []
     gene = model.genes.names[3]  # known by its loadings
-    for other in (known, model.predict(controls, gene), model.predict(controls, f"{NEW}+pert_1")):
+    for other in (
+        known,
+        model.predict(controls, perturbation=gene),
+        model.predict(controls, perturbation=f"{NEW}+pert_1"),
+    ):
         assert np.abs(cells(new).mean(0) - cells(other).mean(0)).max() > 1e-3
 
 
@@ -67,7 +71,9 @@ def test_features_survive_saving_and_lie_in_a_file_of_their_own(model, controls,
     again = PerturbDiff.from_pretrained(tmp_path / "model", device="cpu")
     assert (tmp_path / "model" / "features.safetensors").is_file()
     assert again.vocabularies == model.vocabularies
-    np.testing.assert_array_equal(cells(again.predict(controls, NEW)), cells(model.predict(controls, NEW)))
+    np.testing.assert_array_equal(
+        cells(again.predict(controls, perturbation=NEW)), cells(model.predict(controls, perturbation=NEW))
+    )
 
 
 def test_a_perturbation_described_later_is_predicted_as_one_described_at_training(config, controls, table):
@@ -76,8 +82,8 @@ def test_a_perturbation_described_later_is_predicted_as_one_described_at_trainin
     later = FeatureTable("esm2", ("twin",), features.loc[[NEW]].to_numpy(np.float32))
     assert model.describe([later]) == ["twin"]
     np.testing.assert_allclose(
-        cells(model.predict(controls, "twin", n_cells=20)).mean(0),
-        cells(model.predict(controls, NEW, n_cells=20)).mean(0),
+        cells(model.predict(controls, perturbation="twin", n_cells=20)).mean(0),
+        cells(model.predict(controls, perturbation=NEW, n_cells=20)).mean(0),
         atol=1e-4,
     )
     assert model.describe([later]) == []
@@ -88,7 +94,7 @@ def test_a_perturbation_described_later_is_predicted_as_one_described_at_trainin
 
 def test_what_has_neither_row_nor_features_is_an_error(model, controls):
     with pytest.raises(KeyError, match="'pert_7' is not known to this model; did you mean"):
-        model.predict(controls, "pert_7")
+        model.predict(controls, perturbation="pert_7")
 
 
 def test_loadings_are_of_training_cells_and_the_models_genes(screen, config):
@@ -137,16 +143,16 @@ def test_a_dose_between_known_ones_acts_between_them(tmp_path):
     base = np.log1p(1e4 * controls.X.toarray() / controls.X.sum(1)).mean(0)
     for drug in ("pert_0", "pert_1"):
         low, middle, high = (
-            np.linalg.norm(cells(model.predict(controls, f"{drug}@{dose}", n_cells=80)).mean(0) - base)
+            np.linalg.norm(cells(model.predict(controls, perturbation=f"{drug}@{dose}", n_cells=80)).mean(0) - base)
             for dose in (0.1, 0.4, 1.6)
         )
         assert low < middle < high
         own = measured[(measured.obs["perturbation"] == drug) & (measured.obs["dose"] == 0.4)].X.toarray()
         effect = np.log1p(1e4 * own / own.sum(1, keepdims=True)).mean(0) - base
-        predicted = cells(model.predict(controls, f"{drug}@0.4", n_cells=80)).mean(0) - base
+        predicted = cells(model.predict(controls, perturbation=f"{drug}@0.4", n_cells=80)).mean(0) - base
         assert np.corrcoef(effect, predicted)[0, 1] > 0.5
     with pytest.raises(ValueError, match="has no dose"):
-        model.predict(controls, "pert_0")
+        model.predict(controls, perturbation="pert_0")
 
 
 def test_resuming_a_run_with_features_changes_no_bit(screen, table, tmp_path):

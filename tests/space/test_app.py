@@ -100,7 +100,7 @@ def test_what_is_predicted_in_the_browser_is_what_the_model_predicts(app, visit,
     choose(page, "#cell-type", "type_0")
     predicted = predict(page)
     controls = control_cells(screen, model.config.obs, "type_0", None)
-    assert_same_cells(predicted, model.predict(controls, "pert_1", cell_type="type_0", n_cells=250))
+    assert_same_cells(predicted, model.predict(controls, perturbation="pert_1", cell_type="type_0", n_cells=250))
     expect(page.locator("#said")).to_contain_text("250 cells under pert_1 from 60 type_0 control cells. 40 of 40 genes")
     expect(page.locator("#table tbody tr")).to_have_count(40)
     X = controls.X.toarray()
@@ -125,7 +125,7 @@ def test_a_combination_with_settings(app, visit, model, screen):
     predicted = predict(page, "guidance 1.5, seed 7")
     controls = control_cells(screen, model.config.obs, None, None)
     expected = model.predict(
-        controls, "pert_0+pert_1", n_cells=30, n_populations=2, guidance_scale=1.5, steps=2, seed=7
+        controls, perturbation="pert_0+pert_1", n_cells=30, n_populations=2, guidance_scale=1.5, steps=2, seed=7
     )
     assert_same_cells(predicted, expected)
     expect(page.locator("#said")).to_contain_text("30 cells in each of 2 populations under pert_0+pert_1 from 120")
@@ -156,7 +156,7 @@ def test_uploaded_controls_are_used_and_their_file_is_removed(app, visit, model,
     choose(page, "#perturbation", "pert_0")
     predicted = predict(page)
     controls = control_cells(mine, model.config.obs, "a new type", None)
-    assert_same_cells(predicted, model.predict(controls, "pert_0", cell_type="a new type", n_cells=250))
+    assert_same_cells(predicted, model.predict(controls, perturbation="pert_0", cell_type="a new type", n_cells=250))
     expect(page.locator("#said")).to_contain_text("Not seen in training: cell_type a new type")
     page.get_by_label("bundled.h5ad").check()
     expect(page.locator("#about")).to_contain_text("bundled.h5ad: 120 control cells")
