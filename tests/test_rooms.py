@@ -142,8 +142,11 @@ def test_help_does_not_wait_for_heavy_libraries(argv):
     assert run.returncode == 0, run.stderr
 
 
-def test_the_class_is_there_when_it_is_asked_for():
-    assert perturbdiff.PerturbDiff.__name__ == "PerturbDiff"
+def test_the_package_has_what_its_list_says_and_nothing_else():
+    assert dir(perturbdiff) == sorted(perturbdiff.__all__)
+    for name in perturbdiff.__all__:
+        assert getattr(perturbdiff, name).__doc__, name
+        assert name in perturbdiff.__doc__ or name == "__version__"
     with pytest.raises(AttributeError, match="no attribute 'PerturbDif'"):
         perturbdiff.PerturbDif  # noqa: B018
 

@@ -16,6 +16,7 @@ from perturbdiff.cli.rank import add_rank_command
 
 if TYPE_CHECKING:
     from perturbdiff.config import Config
+    from perturbdiff.training.run import Run
 
 SELECTORS = """
 hold-out selectors:
@@ -61,6 +62,7 @@ def add_run_commands(commands: Any) -> None:
     train = add_command(
         commands, "train", _train, "train on a screen or on atlases from scratch",
         "Trains on an .h5ad and writes a run folder: config.yaml, split.json, metrics.jsonl, states/ and model/.\n"
+        "What is held out is predicted and scored beside baselines.\n"
         "Ctrl-C, SIGTERM and SIGUSR1 save and stop; the same command goes on where it stopped.",
         "examples:\n  perturbdiff train --screen kang.h5ad --hold-out IFN-beta:CD4T --out runs/kang\n"
         "  perturbdiff train --screen kang.h5ad --out runs/ref --recipe recipes/train/reference.yaml\n"
@@ -70,6 +72,7 @@ def add_run_commands(commands: Any) -> None:
     )  # fmt: skip
     _origin(train)
     _hold_out(train)
+    _no_score(train)
     train.add_argument("--out", required=True, metavar="DIR", help="run folder")
     _recipe(train)
     add_settings(train)
@@ -133,6 +136,7 @@ def _finetune_command(commands: Any) -> None:
         "--init-from", metavar="MODEL", help="model folder, name or owner/name[@REVISION] (default: the recipe's)"
     )
     _hold_out(finetune)
+    _no_score(finetune)
     finetune.add_argument("--out", default="runs/finetune", metavar="DIR", help="run folder (default: %(default)s)")
     finetune.add_argument("--dry-run", action="store_true", help="say what was found and would be done, and end")
     _recipe(finetune)
@@ -187,23 +191,19 @@ def _hold_out(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _no_score(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--no-score", action="store_true", help="end after the training")
+
+
 def _recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", metavar="FILE.yaml", help="settings file; key=value words win over it")
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from perturbdiff.training.demo import HELD_OUT_OF_SIMULATION, run_demo, simulated_screen
+    from perturbdiff.training.run import demo
 
-    simulated = arguments.screen is None
-    hold_out = arguments.hold_out or (HELD_OUT_OF_SIMULATION if simulated else [])
-    screen = Path(arguments.out) / "screen.h5ad" if simulated else arguments.screen
-    config = _config(arguments, screen, hold_out)
-    if simulated:
-        simulated_screen(Path(arguments.out))
-    result = run_demo(config)
-    if result is not None:
-        print(f"\n{result.report.table()}\n\nwritten:")
-        print("\n".join(f"  {path}" for path in result.written))
+    words = {"hold_out": arguments.hold_out or (), "recipe": arguments.recipe, "overrides": arguments.settings}
+    _print_run(demo(arguments.screen, arguments.out, **words))
 
 
 def _screen_info(arguments: argparse.Namespace) -> None:
@@ -214,38 +214,46 @@ def _screen_info(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    _run_training(_config(arguments, arguments.screen, arguments.hold_out))
+    from perturbdiff.training.run import train
+
+    _print_run(train(**_training_of(arguments)))
 
 
 def _pretrain(arguments: argparse.Namespace) -> None:
-    from perturbdiff.config import load_config
+    from perturbdiff.training.run import train
 
-    given = {} if arguments.out is None else {"out": arguments.out}
-    _run_training(load_config(arguments.recipe, arguments.settings, given))
-
-
-def _run_training(config: Config) -> None:
-    from perturbdiff.training.loop import train
-
-    result = train(config)
-    if result.stopped_by is None and rank() == 0:
-        print(f"model       {result.folder / 'model'} (step {result.step})")
+    _print_run(train(None, arguments.out, recipe=arguments.recipe, overrides=arguments.settings, score=False))
 
 
 def _finetune(arguments: argparse.Namespace) -> None:
-    from perturbdiff.training.finetune import finetune_config, preview, run_finetuning
+    from perturbdiff.training.run import finetune, preview
 
-    given = _given(arguments, arguments.screen, arguments.hold_out or [])
-    config = finetune_config(arguments.init_from, arguments.recipe, arguments.settings, given)
-    if arguments.dry_run:
-        if rank() == 0:
-            print(preview(config))
+    words = {**_training_of(arguments), "init_from": arguments.init_from}
+    if not arguments.dry_run:
+        _print_run(finetune(**words))
+    elif rank() == 0:
+        print(preview(**words))
+
+
+def _training_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "screen": arguments.screen,
+        "out": arguments.out,
+        "atlases": arguments.atlas or (),
+        "hold_out": arguments.hold_out or (),
+        "recipe": arguments.recipe,
+        "overrides": arguments.settings,
+        "score": not arguments.no_score,
+    }
+
+
+def _print_run(run: Run) -> None:
+    if run.stopped_by is not None or rank() != 0:
         return
-    result = run_finetuning(config)
-    if result.stopped_by is None and rank() == 0:
-        if result.report is not None:
-            print(f"\n{result.report.table()}")
-        print("\nwritten:\n" + "\n".join(f"  {path}" for path in result.written))
+    if run.report is not None:
+        print(f"\n{run.report.table()}")
+    print(f"\nmodel       {run.folder / 'model'} (step {run.step})\nwritten:")
+    print("\n".join(f"  {path}" for path in run.written))
 
 
 def _plan(arguments: argparse.Namespace) -> None:

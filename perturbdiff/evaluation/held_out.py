@@ -19,14 +19,14 @@ from perturbdiff.model import PerturbDiff
 
 
 @dataclass(frozen=True)
-class DemoResult:
-    """What a finished demo leaves behind."""
+class Scored:
+    """Scores of a run's held-out conditions, and the files of its folder."""
 
     report: Report
     written: list[Path]
 
 
-def score_held_out(config: Config, screen: Screen) -> DemoResult:
+def score_held_out(config: Config, screen: Screen) -> Scored:
     """Predict the held-out conditions of a finished run and score them, for its folder and its model's card."""
     out = Path(config.out)
     model = PerturbDiff.from_pretrained(out / "model")
@@ -40,7 +40,7 @@ def score_held_out(config: Config, screen: Screen) -> DemoResult:
     model.evaluation = report.as_json()
     model.save_pretrained(out / "model")  # scores and card; the weights stay as they are
     names = ("config.yaml", "split.json", "metrics.jsonl", "model", "predicted.h5ad")
-    return DemoResult(report, [*(out / name for name in names), *report.save(out)])
+    return Scored(report, [*(out / name for name in names), *report.save(out)])
 
 
 def predict_held_out(model: PerturbDiff, screen: Screen, split: Split, match: ControlMatch, seed: int) -> AnnData:

@@ -26,9 +26,9 @@ from perturbdiff.config import load_build_config, load_config
 from perturbdiff.data.expression import highly_variable_genes
 from perturbdiff.data.screen import Screen, write_h5ad
 from perturbdiff.model import PerturbDiff
-from perturbdiff.training.demo import run_demo
-from perturbdiff.training.finetune import finetune
 from perturbdiff.training.loop import train
+from perturbdiff.training.run import finetune
+from perturbdiff.training.run import train as train_and_score
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 FROM_SCRATCH, FINE_TUNING = RECIPES / "train" / "cross_cell_type.yaml", RECIPES / "finetune" / "few_shot.yaml"
@@ -68,11 +68,13 @@ def main() -> None:
             for start in ("random weights", "pretrained"):
                 out, started = folder / f"{start.split()[0]}_{percent:g}", time.process_time()
                 if start == "pretrained":
-                    scores = finetune(screen, pretrained, out, [HELD_OUT], FINE_TUNING, words).report
+                    scores = finetune(
+                        screen, pretrained, out, hold_out=[HELD_OUT], recipe=FINE_TUNING, overrides=words
+                    ).report
                 else:
-                    given = {"out": str(out), "data": {"screen": str(screen)}, "split": {"hold_out": [HELD_OUT]}}
-                    result = run_demo(load_config(FROM_SCRATCH, words, given))
-                    scores = None if result is None else result.report
+                    scores = train_and_score(
+                        screen, out, hold_out=[HELD_OUT], recipe=FROM_SCRATCH, overrides=words
+                    ).report
                 assert scores is not None, "no signal stops a benchmark"
                 mean = scores.means().loc["PerturbDiff"]
                 said = {name: round(float(mean[name]), 4) for name in SHOWN}

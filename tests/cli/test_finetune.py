@@ -129,7 +129,7 @@ def test_an_atlas_is_tuned_on(screen, checkpoint, tmp_path, capsys):
 def test_python_gives_the_run_of_the_command_from_memory(screen, checkpoint, tmp_path):
     finetune(screen, checkpoint, tmp_path / "command", "--hold-out", "pert_0:type_0")
     adata = anndata.read_h5ad(screen)
-    result = perturbdiff.finetune(adata, checkpoint, tmp_path / "call", ["pert_0:type_0"], settings=FEW)
+    result = perturbdiff.finetune(adata, checkpoint, tmp_path / "call", hold_out=["pert_0:type_0"], overrides=FEW)
     of_command = PerturbDiff.from_pretrained(tmp_path / "command" / "model")
     assert all(torch.equal(t, weights(of_command)[name]) for name, t in weights(result.model).items())
     assert result.report.n_conditions == 2

@@ -14,7 +14,7 @@ from perturbdiff.evaluation.held_out import predict_held_out
 from perturbdiff.evaluation.metrics import METRICS, score_condition
 from perturbdiff.evaluation.report import CEILING, MODEL, Report, _training_effects, evaluate, evaluate_file
 from perturbdiff.model import PerturbDiff
-from perturbdiff.training.demo import run_demo
+from perturbdiff.training import run as training_run
 from perturbdiff.training.loop import train
 from tests.simulated import tiny_config, write_screen
 
@@ -209,7 +209,7 @@ def test_the_measured_cells_are_normalised_as_the_predictions_were(run, tmp_path
 
 
 def test_the_scores_of_a_demo_name_its_screen_and_split(run, tmp_path):
-    run_demo(replace(run, out=str(tmp_path)))
+    training_run.run(replace(run, out=str(tmp_path)))
     split = json.loads((tmp_path / "split.json").read_text())
     saved = json.loads((tmp_path / "scores.json").read_text())
     assert saved["split"] == {"hold_out": split["hold_out"], "sha256": split["sha256"]}

@@ -5,8 +5,8 @@ from pathlib import Path
 import anndata
 import pytest
 
-from perturbdiff.training.finetune import finetune
 from perturbdiff.training.loop import train
+from perturbdiff.training.run import finetune
 from tests.simulated import tiny_config, write_screen
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "finetune").glob("*.yaml"))
@@ -42,7 +42,12 @@ def test_every_recipe_states_hardware_and_use_and_runs(path, folder, tmp_path):
     gene = str(anndata.read_h5ad(folder / "screen.h5ad").var_names[2])
     held_out = gene if unseen else f"{gene}:type_0"
     result = finetune(
-        folder / "screen.h5ad", folder / "run" / "model", tmp_path / "run", [held_out], recipe=path, settings=SMALL
+        folder / "screen.h5ad",
+        folder / "run" / "model",
+        tmp_path / "run",
+        hold_out=[held_out],
+        recipe=path,
+        overrides=SMALL,
     )
     assert result.report.n_conditions == (4 if unseen else 2)
     assert (tmp_path / "run" / "adapter").is_dir() == (path.stem == "lora")

@@ -1,0 +1,243 @@
+"""From a screen to a model with its scores, in one call: train from scratch, or adapt a checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anndata import AnnData
+
+from perturbdiff.config import Config, load_config
+from perturbdiff.data.screen import Screen
+from perturbdiff.data.simulate import SimulationConfig, simulate
+from perturbdiff.evaluation.held_out import score_held_out
+from perturbdiff.evaluation.report import Report
+from perturbdiff.model import PerturbDiff
+from perturbdiff.training import loop
+from perturbdiff.training.dataset import TrainingSet
+from perturbdiff.training.start import prepare, settings_of
+from perturbdiff.training.state import saved_states
+
+IN_MEMORY = "screen in memory"  # in place of a path
+HELD_OUT_OF_SIMULATION = ("pert_0:type_0", "pert_3:type_2")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training leaves behind.
+
+    folder
+        The run folder; the model is in its model/.
+    report
+        Scores of the held-out conditions beside baselines; None where nothing was held out, the data are atlases, or
+        this is not the first of several processes.
+    stopped_by
+        None when training is complete; else the signal that stopped it, and the same call goes on.
+    """
+
+    model: PerturbDiff
+    folder: Path
+    step: int
+    report: Report | None
+    written: tuple[Path, ...]
+    stopped_by: str | None
+
+
+def train(
+    screen: str | Path | AnnData | None = None,
+    out: str | Path | None = None,
+    *,
+    atlases: Sequence[str | Path] = (),
+    hold_out: Sequence[str] = (),
+    recipe: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    score: bool = True,
+    **settings: Any,
+) -> Run:
+    """Train on a screen or on atlases from scratch; predict and score what is held out of a screen.
+
+    Parameters
+    ----------
+    screen
+        Path of an .h5ad, or its AnnData.
+    out
+        Run folder; by default the recipe's. The same call goes on with a run that was stopped.
+    atlases
+        Folders or repo ids, instead of a screen.
+    hold_out
+        Conditions never trained on, as "PERTURBATION:CELL_TYPE" or "batch=NAME".
+    recipe
+        Name of one that ships with the package (`perturbdiff recipes`), or path of a yaml file.
+    overrides
+        Words of the command line, as "training.n_steps=1000".
+    score
+        False ends after the training.
+    **settings
+        Sections or single settings, as training={"n_steps": 1000} or **{"training.n_steps": 1000}; `perturbdiff
+        settings` lists all. They win over the recipe, and overrides over them.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError, KeyError, OSError
+        Bad settings or data; a held-out perturbation that nothing is known of; as `training.loop.train`.
+    """
+    config = load_config(recipe, overrides, _given(screen, out, atlases, hold_out, settings))
+    return run(config, screen if isinstance(screen, AnnData) else None, score)
+
+
+def finetune(
+    screen: str | Path | AnnData | None = None,
+    init_from: str | Path | None = None,
+    out: str | Path | None = None,
+    *,
+    atlases: Sequence[str | Path] = (),
+    hold_out: Sequence[str] = (),
+    recipe: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    score: bool = True,
+    **settings: Any,
+) -> Run:
+    """Adapt a checkpoint to a screen's genes and labels and train it on; predict and score what is held out.
+
+    Parameters
+    ----------
+    init_from
+        Model folder, registered name or owner/name[@REVISION]; None where the recipe names it. What the recipe and the
+        settings do not say of architecture, preprocessing, diffusion and sampling is as in that model.
+
+    Otherwise as `train`.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError, KeyError, OSError
+        No such model; too few genes are shared; settings contradict the checkpoint; as `train`.
+    """
+    given = _given(screen, out, atlases, hold_out, settings)
+    config = finetune_config(init_from, recipe, overrides, given)
+    return run(config, screen if isinstance(screen, AnnData) else None, score)
+
+
+def finetune_config(
+    init_from: str | Path | None, recipe: str | Path | None, overrides: Sequence[str], given: Mapping[str, Any]
+) -> Config:
+    """Settings of a fine-tuning: defaults, then the checkpoint's, then as `load_config`. Raises as it."""
+    start = str(init_from) if init_from is not None else load_config(recipe, overrides, given).adapt.init_from
+    if start is None:
+        raise ValueError("there is nothing to start from; give --init-from MODEL, or adapt.init_from in the recipe.")
+    given = {**given, "adapt": {**given.get("adapt", {}), "init_from": start}}
+    return load_config(recipe, overrides, given, base=settings_of(start))
+
+
+def preview(
+    screen: str | Path | None,
+    init_from: str | Path | None,
+    out: str | Path | None,
+    *,
+    overrides: Sequence[str] = (),
+    recipe: str | Path | None = None,
+    atlases: Sequence[str | Path] = (),
+    hold_out: Sequence[str] = (),
+    **settings: Any,
+) -> str:
+    """What `finetune` finds and would do: data, split, genes and labels matched. Writes nothing; raises as it."""
+    settings.pop("score", None)
+    config = finetune_config(init_from, recipe, overrides, _given(screen, out, atlases, hold_out, settings))
+    start = prepare(config, None, Path(config.out), resuming=bool(saved_states(Path(config.out) / "states")))
+    n_train = sum(p.numel() for p in start.denoiser.parameters() if p.requires_grad)
+    n_all = sum(p.numel() for p in start.denoiser.parameters())
+    sampler = start.data.train.sampler(config)
+    steps = config.training.n_steps
+    return (
+        f"{start.data.summary()}\n{start.summary}\n"
+        f"denoiser    {n_all:,} parameters, of which {n_train:,} train\n"
+        f"training    {steps:,} steps of {sampler.sets_per_batch} sets of {sampler.set_size} cells, "
+        f"{steps / sampler.steps_per_epoch:.1f} epochs"
+    )
+
+
+def demo(
+    screen: str | Path | None = None,
+    out: str | Path = "runs/demo",
+    *,
+    hold_out: Sequence[str] = (),
+    recipe: str | Path | None = None,
+    overrides: Sequence[str] = (),
+) -> Run:
+    """`train` on a screen that is simulated where none is given; something must be held out. Raises as `train`."""
+    if screen is None:
+        screen, hold_out = simulated_screen(Path(out)), hold_out or HELD_OUT_OF_SIMULATION
+    config = load_config(recipe, overrides, _given(screen, out, (), hold_out, {}))
+    if not config.split.hold_out:
+        raise ValueError("nothing is held out; give --hold-out, for example PERTURBATION:CELL_TYPE or batch=NAME.")
+    return run(config)
+
+
+def simulated_screen(out: Path) -> Path:
+    """The demo's own screen, written to `out`/screen.h5ad unless it is there."""
+    path = out / "screen.h5ad"
+    if not path.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        simulate(SimulationConfig(), path)
+    return path
+
+
+def run(config: Config, adata: AnnData | None = None, score: bool = True) -> Run:
+    """Train by these settings, then score what is held out of the screen; `adata` is the screen, if it is in memory."""
+    screen = None
+    if adata is not None:
+        screen = Screen.from_parts(adata.X, adata.obs, adata.var, config.data, IN_MEMORY)
+    elif config.data.screen is not None:
+        screen = Screen.read(config.data.screen, config.data)
+    score = score and screen is not None and bool(config.split.hold_out)
+    result = loop.train(config, screen, check=_refuse_unpredictable if score else None)
+    folder, written = result.folder, [result.folder / "model"]
+    if not score or screen is None or result.stopped_by is not None or os.environ.get("RANK", "0") != "0":
+        return Run(result.model, folder, result.step, None, tuple(written), result.stopped_by)
+    scored = score_held_out(config, screen)
+    model = PerturbDiff.from_pretrained(folder / "model")
+    return Run(model, folder, result.step, scored.report, tuple(scored.written), None)
+
+
+def _given(
+    screen: str | Path | AnnData | None,
+    out: str | Path | None,
+    atlases: Sequence[str | Path],
+    hold_out: Sequence[str],
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    if screen is not None and not isinstance(screen, str | Path | AnnData):
+        raise TypeError(f"screen ({type(screen).__name__}) must be an AnnData or the path of an .h5ad.")
+    given: dict[str, Any] = {}
+    for key, value in settings.items():  # training={"n_steps": 9} or "training.n_steps": 9
+        section, _, name = key.partition(".")
+        if name or isinstance(value, Mapping):
+            given.setdefault(section, {}).update({name: value} if name else value)
+        else:
+            given[section] = value
+    data = given.setdefault("data", {})
+    if out is not None:
+        given["out"] = str(out)
+    if screen is not None:
+        data["screen"] = IN_MEMORY if isinstance(screen, AnnData) else str(screen)
+    if atlases:
+        data["atlases"] = [{"path": str(path)} for path in atlases]
+    if hold_out:
+        given.setdefault("split", {})["hold_out"] = [hold_out] if isinstance(hold_out, str) else list(hold_out)
+    return given
+
+
+def _refuse_unpredictable(data: TrainingSet) -> None:
+    # Before the training, not after it: labels alone say nothing of a perturbation that no trained cell received.
+    held_out = set(data.origin.obs["perturbation"][data.split.test & ~data.origin.is_control])
+    for perturbation in sorted(held_out):
+        try:
+            data.vocabularies.encode([(perturbation, None, None)])
+        except KeyError as error:
+            raise ValueError(
+                f"perturbation {perturbation!r} is held out in every context, and a model of labels cannot predict "
+                f"what it never saw; hold out contexts instead, for example {perturbation}:CELL_TYPE or batch=NAME, or "
+                "give features of perturbations (data.perturbation_features)."
+            ) from error
