@@ -359,7 +359,7 @@ def test_an_existing_output_is_refused_before_the_work_and_replaced_only_on_requ
 
 HASHED = [
     "batches.json", "cell_types.json", "checks/golden.safetensors", "genes.json", "model.safetensors",
-    "perturbations.json", "preprocessing.json", "training.json",
+    "perturbations.json", "evaluation.json", "preprocessing.json", "training.json",
 ]  # fmt: skip
 
 
@@ -444,8 +444,15 @@ def test_a_config_json_that_is_no_settings_is_refused(refused, folder, screen, c
 def test_what_is_no_model_folder_is_refused_with_what_it_holds(refused, here, run, screen):
     line = refused(*predict(here / "nowhere", screen))
     assert_says(line, "nowhere/model' does not exist", "give a folder made by save_pretrained")
-    line = refused("predict", run, "--controls", screen, "--perturbation", "A", "--out", "p.h5ad")
-    assert_says(line, "is not a model folder: it has no config.json", "'model'")
+    line = refused("predict", run / "states", "--controls", screen, "--perturbation", "A", "--out", "p.h5ad")
+    assert_says(line, "is not a model folder: it has no config.json", "step_")
+
+
+def test_the_folder_of_a_run_stands_for_its_model(here, run, screen):
+    for i, model in enumerate((run, run / "model")):
+        main(["predict", str(model), "--controls", str(screen), "--perturbation", "A", "--out", f"{i}.h5ad"])
+    one, other = (anndata.read_h5ad(f"{i}.h5ad") for i in range(2))
+    np.testing.assert_array_equal(one.X.toarray(), other.X.toarray())
 
 
 # ---------------------------------------------------------------- evaluate
