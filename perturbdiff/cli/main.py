@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from perturbdiff._version import __version__
+from perturbdiff.cli.app import add_app_command
 from perturbdiff.cli.atlas import add_atlas_commands
 from perturbdiff.cli.hub import add_hub_commands
 from perturbdiff.cli.runs import add_run_commands, rank
@@ -66,4 +67,5 @@ def _parser() -> argparse.ArgumentParser:
     add_run_commands(commands)
     add_atlas_commands(commands)
     add_hub_commands(commands)
+    add_app_command(commands)
     return parser

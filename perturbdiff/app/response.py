@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from anndata import AnnData
-from controls import MIN_GENE_OVERLAP, Controls
 from scipy import sparse
 
-from perturbdiff import PerturbDiff
+from perturbdiff.app.controls import MIN_GENE_OVERLAP, Controls
 from perturbdiff.data.screen import expression_of
+from perturbdiff.model import PerturbDiff
 
 MAX_PREDICTED = 10_000  # cells of one prediction over all populations
 

@@ -12,8 +12,8 @@ import h5py
 import numpy as np
 from anndata import AnnData
 
-from perturbdiff import PerturbDiff
 from perturbdiff.data.screen import control_cells, expression_of, genes_of
+from perturbdiff.model import PerturbDiff
 
 PARTS = ("X", "obs", "var")  # what is read of an .h5ad
 MIN_GENE_OVERLAP = 0.5  # of the model's genes

@@ -1,5 +1,6 @@
 """The app as a person uses it: a real process, a real browser."""
 
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import pytest
 from playwright.sync_api import expect, sync_playwright
 
 from perturbdiff.data.screen import control_cells
-from tests.space.conftest import APP, CHROMIUM, HOSTILE, App
+from tests.app.conftest import CHROMIUM, HOSTILE, App
+from tests.screens import ROOT
 
 pytestmark = pytest.mark.slow
 DESKTOP, PHONE = (1280, 900), (390, 844)
@@ -228,7 +230,7 @@ def test_a_phone_shows_one_column_without_scrolling_sideways(app, visit):
 
 @pytest.fixture
 def bare_app(chromium, model_folder, tmp_path):
-    app = App(tmp_path, "--model", str(model_folder))
+    app = App(tmp_path, str(model_folder))
     yield app
     app.stop()
 
@@ -246,17 +248,30 @@ def test_without_controls_of_its_own_the_app_asks_for_some(bare_app, visit, scre
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "app: error: no model: give --model or the variable MODEL"),
-        (["--model", "no/such/folder/here"], "no/such/folder/here"),
-        (["--model", "MODEL", "--controls", "missing.h5ad"], "missing.h5ad"),
+        (["no/such/folder/here"], "no/such/folder/here"),
+        (["MODEL", "--controls", "missing.h5ad"], "missing.h5ad"),
     ],
-    ids=["no model", "missing model", "missing controls"],
+    ids=["missing model", "missing controls"],
 )
-def test_an_app_that_cannot_start_says_why_in_one_line(words, message, model_folder, tmp_path, monkeypatch):
-    monkeypatch.delenv("MODEL", raising=False)
+def test_an_app_that_cannot_start_says_why_in_one_line(words, message, model_folder, tmp_path):
     words = [str(model_folder) if word == "MODEL" else word for word in words]
-    run = subprocess.run([sys.executable, APP, *words], capture_output=True, text=True, cwd=tmp_path)
+    run = subprocess.run(
+        [sys.executable, "-m", "perturbdiff", "app", *words], capture_output=True, text=True, cwd=tmp_path
+    )
     assert run.returncode == 2
     assert message in run.stderr
-    assert run.stderr.startswith("app: error: ")
+    assert run.stderr.startswith("perturbdiff: error: ")
     assert run.stderr.count("\n") == 1
+
+
+def test_a_space_serves_what_its_variables_name(model_folder, tmp_path):
+    start = [sys.executable, str(ROOT / "hub" / "space" / "app.py")]
+    bare = {name: value for name, value in os.environ.items() if name not in ("MODEL", "CONTROLS")}
+    run = subprocess.run(start, capture_output=True, text=True, cwd=tmp_path, env=bare)
+    assert (run.returncode, run.stderr) == (
+        1, "app: error: no model; give the variable MODEL a model folder, a repo id or a known name.\n"
+    )  # fmt: skip
+    wrong = {**bare, "MODEL": str(model_folder), "CONTROLS": "missing.h5ad"}
+    run = subprocess.run(start, capture_output=True, text=True, cwd=tmp_path, env=wrong)
+    assert run.returncode == 2
+    assert "missing.h5ad" in run.stderr

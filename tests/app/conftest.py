@@ -16,10 +16,8 @@ import pytest
 
 from perturbdiff import PerturbDiff
 from perturbdiff.training.loop import train
+from tests.screens import ROOT
 from tests.simulated import tiny_config, write_screen
-
-APP = Path(__file__).parents[2] / "hub" / "space" / "app.py"
-sys.path.insert(0, str(APP.parent))  # the files of the app import each other as on a Space
 
 HOSTILE = '<img src=x onerror="alert(1)">{{1}}${alert(2)}$_a$'
 CHROMIUM = [
@@ -70,10 +68,10 @@ class App:
         self.address = f"http://127.0.0.1:{port}/"
         self.files, self.log = folder / "files", folder / "log"
         self.files.mkdir()
-        environment = {**os.environ, "TMPDIR": str(self.files), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.files), "OMP_NUM_THREADS": "1"}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(APP), "--port", str(port), *words],
+                [sys.executable, "-m", "perturbdiff", "app", *words, "--port", str(port)],
                 env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=log, text=True,
             )  # fmt: skip
         line = self.process.stdout.readline()
@@ -97,7 +95,7 @@ class App:
 @pytest.fixture(scope="module")
 def app(chromium: str, model_folder: Path, screen: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
     """The app with controls of its own; its log must stay free of errors."""
-    words = ("--model", str(model_folder), "--controls", str(screen), "--max-cells", "1000", "--max-upload", "1")
+    words = (str(model_folder), "--controls", str(screen), "--max-cells", "1000", "--max-upload", "1")
     app = App(tmp_path_factory.mktemp("app"), *words)
     try:
         yield app

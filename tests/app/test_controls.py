@@ -7,8 +7,8 @@ import anndata
 import h5py
 import numpy as np
 import pytest
-from controls import Limits, read_controls, remove_old_files
 
+from perturbdiff.app.controls import Limits, read_controls, remove_old_files
 from perturbdiff.data.screen import control_cells
 
 

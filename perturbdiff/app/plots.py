@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from response import Response
 from scipy import sparse
+
+from perturbdiff.app.response import Response
 
 CONTROL, PREDICTED, DOWN = "#94a3b8", "#0e7490", "#b45309"
 TEXT, FAINT = "#334155", "#e2e8f0"

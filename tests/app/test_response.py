@@ -6,9 +6,10 @@ from xml.etree import ElementTree
 import anndata
 import numpy as np
 import pytest
-from controls import Limits, read_controls
-from plots import distribution, mean_changes, short
-from response import predict_response
+
+from perturbdiff.app.controls import Limits, read_controls
+from perturbdiff.app.plots import distribution, mean_changes, short
+from perturbdiff.app.response import predict_response
 
 
 @pytest.fixture(scope="module")
