@@ -45,7 +45,7 @@ class DataConfig:
     screen: Optional[str] = None  # path of the .h5ad; or
     atlases: list[AtlasConfig] = field(default_factory=list)  # with one gene space, mixed by weight
     streamed: bool = False  # atlases: read whole shards as they come instead of a memory-mapped cache on disk
-    stream_lanes: Optional[int] = None  # shards open at once over all processes; null: one a process at the start
+    n_streams: Optional[int] = None  # shards open at once over all processes; null: one a process at the start
     perturbation_col: str = "perturbation"  # obs columns
     cell_type_col: str = "cell_type"
     batch_col: str = "batch"
@@ -496,10 +496,10 @@ def _check_data(data: DataConfig) -> None:
         weight is not None and weight > 0 for weight in weights
     ):
         raise ValueError(f"data.atlases weights {weights} must be given to all atlases, greater than 0, or to none.")
-    if data.stream_lanes is not None and (data.stream_lanes < 1 or data.sets_per_batch % data.stream_lanes):
+    if data.n_streams is not None and (data.n_streams < 1 or data.sets_per_batch % data.n_streams):
         raise ValueError(
-            f"data.stream_lanes ({data.stream_lanes}) must divide data.sets_per_batch ({data.sets_per_batch}): each "
-            "lane gives as many sets a step."
+            f"data.n_streams ({data.n_streams}) must divide data.sets_per_batch ({data.sets_per_batch}): each "
+            "stream gives as many sets a step."
         )
 
 

@@ -40,11 +40,11 @@ class AtlasCells:
         value_column: str,
         file_genes: GeneVocab,
         genes: GeneVocab,
-        how: Preprocessing,
+        preprocessing: Preprocessing,
         describe: Callable[[int], str],
     ) -> None:
         self.genes = genes
-        self.preprocessing = how
+        self.preprocessing = preprocessing
         self._n_file_genes = len(file_genes)
         self._column = None if genes.names == file_genes.names else _columns(file_genes, genes)
         self._describe = describe
@@ -114,10 +114,10 @@ class AtlasCells:
         """An index beyond the vocabulary would be written outside of the batch."""
         if not len(cells.genes) or cells.genes.max() < self._n_file_genes:
             return
-        place = int((cells.genes >= self._n_file_genes).argmax())
-        row = int(rows[np.searchsorted(cells.indptr, place, side="right") - 1])
+        position = int((cells.genes >= self._n_file_genes).argmax())
+        row = int(rows[np.searchsorted(cells.indptr, position, side="right") - 1])
         raise ValueError(
-            f"{self._describe(row)} has gene index {cells.genes[place]}, but there are {self._n_file_genes} genes; "
+            f"{self._describe(row)} has gene index {cells.genes[position]}, but there are {self._n_file_genes} genes; "
             "build or get the atlas again."
         )
 
@@ -130,15 +130,15 @@ def _list_buffers(lists: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _columns(file_genes: GeneVocab, genes: GeneVocab) -> np.ndarray:
-    """(G of the file,) place of each of the file's genes among `genes`; len(genes) for one that is not wanted."""
-    place = {name: i for i, name in enumerate(genes.names)}
-    if missing := sorted(place.keys() - set(file_genes.names)):
+    """(G of the file,) position of each of the file's genes among `genes`; len(genes) for one that is not wanted."""
+    position = {name: i for i, name in enumerate(genes.names)}
+    if missing := sorted(position.keys() - set(file_genes.names)):
         raise ValueError(
             f"the atlas lacks {len(missing)} of the {len(genes)} wanted genes, for example {', '.join(missing[:5])}; "
             "ask for genes that it has."
         )
     dtype = np.uint16 if len(genes) < 1 << 16 else np.uint32
-    return np.array([place.get(name, len(genes)) for name in file_genes.names], dtype=dtype)
+    return np.array([position.get(name, len(genes)) for name in file_genes.names], dtype=dtype)
 
 
 def _renumbered(cells: CellRows, column: np.ndarray, n_genes: int) -> CellRows:

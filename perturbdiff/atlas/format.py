@@ -276,8 +276,8 @@ def read_conditions(folder: Path, info: AtlasInfo) -> pa.Table:
     path = folder / CONDITIONS
     table = _read_table(path, CONDITIONS_SCHEMA, info.n_conditions)
     shard, n_cells, first_row = table["shard"].chunk(0), table["n_cells"].to_numpy(), table["first_row"].to_numpy()
-    place = {s.file: i for i, s in enumerate(info.shards)}
-    if foreign := [name for name in shard.dictionary.to_pylist() if name not in place]:
+    position = {s.file: i for i, s in enumerate(info.shards)}
+    if foreign := [name for name in shard.dictionary.to_pylist() if name not in position]:
         raise ValueError(f"{path} has cells in {foreign[0][:80]!r}, which is no shard of {MANIFEST}. {AGAIN}")
 
     def refuse(wrong: np.ndarray, rule: str) -> None:
@@ -303,7 +303,7 @@ def read_conditions(folder: Path, info: AtlasInfo) -> pa.Table:
 
     shard_sizes = np.array([s.n_cells for s in info.shards], dtype=np.int64)
     shard_first = np.cumsum(shard_sizes) - shard_sizes
-    of = np.array([place[name] for name in shard.dictionary.to_pylist()], dtype=np.int64)[shard.indices.to_numpy()]
+    of = np.array([position[name] for name in shard.dictionary.to_pylist()], dtype=np.int64)[shard.indices.to_numpy()]
     refuse((n_cells < 1) | (n_cells > info.n_cells), f"n_cells must be 1 to {info.n_cells}")
     refuse((first_row < 0) | (first_row >= shard_sizes[of]), "first_row must be a row of the shard")
     # No sum of int64 wraps round unseen: it would turn negative first, and no first row is.

@@ -177,7 +177,7 @@ class Atlas:
         return check_file(self._local(), self.info.shards[i].file, self.digests)
 
     def arrow_cells(
-        self, genes: GeneVocab | None, how: Preprocessing, cache_dir: str | Path | None = None
+        self, genes: GeneVocab | None, preprocessing: Preprocessing, cache_dir: str | Path | None = None
     ) -> AtlasCells:
         """All cells, memory-mapped from the Arrow cache of `datasets`, which is made first where it is not there.
 
@@ -194,13 +194,13 @@ class Atlas:
         Raises
         ------
         FileNotFoundError, ValueError
-            As `check_shard`; a shard that cannot be read; `genes` or `how` do not fit.
+            As `check_shard`; a shard that cannot be read; `genes` or `preprocessing` do not fit.
         OSError
             No room for the cache.
         """
         import datasets
 
-        self._check_kind(how)
+        self._check_kind(preprocessing)
         columns = ["library_size", "genes", self.info.value_column]
         with _quiet_datasets():
             builders = [
@@ -227,15 +227,15 @@ class Atlas:
                 builder.download_and_prepare()  # only takes note of what is there, perhaps made by another process
             tables = [builder.as_dataset("train").data.table for builder in builders]
         wanted = self.genes if genes is None else genes
-        return AtlasCells(tables, self.info.value_column, self.genes, wanted, how, self.describe)
+        return AtlasCells(tables, self.info.value_column, self.genes, wanted, preprocessing, self.describe)
 
-    def shard_cells(self, table: pa.Table, i: int, how: Preprocessing) -> AtlasCells:
+    def shard_cells(self, table: pa.Table, i: int, preprocessing: Preprocessing) -> AtlasCells:
         """Cells of shard `i` that were read into memory; rows count from 0 in the table."""
 
         def describe(row: int) -> str:
             return f"row {row} of what was read of {self.info.shards[i].file} of {self.name}"
 
-        return AtlasCells([table], self.info.value_column, self.genes, self.genes, how, describe)
+        return AtlasCells([table], self.info.value_column, self.genes, self.genes, preprocessing, describe)
 
     def _make_cache(self, i: int, builder: Any) -> None:
         from datasets.exceptions import DatasetGenerationError
@@ -288,8 +288,8 @@ class Atlas:
     def _verify_cells(self, batch: pa.RecordBatch, first: int) -> None:
         def refuse(wrong: np.ndarray, what: str, rows: np.ndarray | None = None) -> None:
             if wrong.any():
-                place = int(wrong.argmax())
-                row = place if rows is None else int(np.searchsorted(rows, place, side="right")) - 1
+                position = int(wrong.argmax())
+                row = position if rows is None else int(np.searchsorted(rows, position, side="right")) - 1
                 raise ValueError(f"{self.describe(first + row)} has {what}. {AGAIN}")
 
         ends = self._condition_ends
@@ -372,10 +372,11 @@ class Atlas:
                 if n_values * np.dtype(kind).itemsize > SHARD_BYTES:
                     raise ValueError(f"{path} holds {n_values:,} values, more than fit in a shard. {AGAIN}")
 
-    def _check_kind(self, how: Preprocessing) -> None:
-        if how.input_kind != self.info.input_kind:
+    def _check_kind(self, preprocessing: Preprocessing) -> None:
+        if preprocessing.input_kind != self.info.input_kind:
             raise ValueError(
-                f"{self.name} holds {self.info.input_kind}, but {how.input_kind} are wanted; build an atlas of those."
+                f"{self.name} holds {self.info.input_kind}, but {preprocessing.input_kind} are wanted; build an atlas "
+                "of those."
             )
 
     def _local(self) -> Path:

@@ -111,9 +111,9 @@ class StreamedCells:
     and kept while there is room.
     """
 
-    def __init__(self, atlases: Sequence[Atlas], how: Preprocessing, controls: np.ndarray) -> None:
+    def __init__(self, atlases: Sequence[Atlas], preprocessing: Preprocessing, controls: np.ndarray) -> None:
         """`controls` (n, 2): first row and end of each stretch of control cells."""
-        self._atlases, self._how, self._controls = atlases, how, controls
+        self._atlases, self._preprocessing, self._controls = atlases, preprocessing, controls
         self._shards = [(atlas, i) for atlas in atlases for i in range(len(atlas.info.shards))]
         ends = np.cumsum([0, *(atlas.info.shards[i].n_cells for atlas, i in self._shards)])
         self.borders, self._ends = ends[:-1], ends[1:]
@@ -129,7 +129,7 @@ class StreamedCells:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        return self._how
+        return self._preprocessing
 
     def open(self, shards: Sequence[int]) -> None:
         """Begin to read these shards, in this order, and drop all others."""
@@ -162,7 +162,7 @@ class StreamedCells:
 
     def _read(self, shard: int) -> AtlasCells:
         atlas, i = self._shards[shard]
-        return atlas.shard_cells(self._table(shard), i, self._how)
+        return atlas.shard_cells(self._table(shard), i, self._preprocessing)
 
     def _table(self, shard: int) -> pa.Table:
         if self._gone is not None:  # minutes were waited already; not again for each shard
@@ -183,7 +183,7 @@ class StreamedCells:
             # take() copies, so that the rest of the shard can go
             table = pa.concat_tables(parts).take(pa.array(np.arange(sum(len(part) for part in parts))))
             atlas, i = self._shards[shard]
-            self._kept[shard] = (atlas.shard_cells(table, i, self._how), stretches, table.nbytes)
+            self._kept[shard] = (atlas.shard_cells(table, i, self._preprocessing), stretches, table.nbytes)
             while len(self._kept) > 1 and sum(size for _, _, size in self._kept.values()) > CONTROL_BYTES:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(shard)

@@ -21,17 +21,17 @@ from perturbdiff.data.vocab import Labels
 
 @dataclass(frozen=True)
 class SparseCells:
-    """Cells of B sets in CSR form, at their places among the B * S.
+    """Cells of B sets in CSR form, at their positions among the B * S.
 
-    place
-        (n,) int64 place b * S + s of each cell.
+    position
+        (n,) int64 position b * S + s of each cell.
     indptr, genes, values
         CSR over the n cells; values are counts (uint16, uint32) or log1p values (float32).
     library_size
         (n,) float32.
     """
 
-    place: Tensor
+    position: Tensor
     indptr: Tensor
     genes: Tensor
     values: Tensor
@@ -40,46 +40,46 @@ class SparseCells:
     def to(self, device: torch.device | str) -> SparseCells:
         return SparseCells(*(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__))
 
-    def dense(self, n_sets: int, set_size: int, n_genes: int, how: Preprocessing) -> Tensor:
-        """(B, S, G) float32 in model units, log1p(count * target_sum / library_size) / scale; empty places are 0."""
+    def dense(self, n_sets: int, set_size: int, n_genes: int, preprocessing: Preprocessing) -> Tensor:
+        """(B, S, G) float32 in model units, log1p(count * target_sum / library_size) / scale; empty positions are 0."""
         per_cell = self.indptr.diff()
         values = self.values.float()
-        if how.input_kind == "counts":
-            factor = torch.where(self.library_size > 0, how.target_sum / self.library_size, 0.0)
+        if preprocessing.input_kind == "counts":
+            factor = torch.where(self.library_size > 0, preprocessing.target_sum / self.library_size, 0.0)
             values = torch.log1p(values * factor.repeat_interleave(per_cell))
         fill = self._filled_by_scipy if values.device.type == "cpu" else self._filled
-        return fill(values / how.scale, n_sets * set_size, n_genes).view(n_sets, set_size, n_genes)
+        return fill(values / preprocessing.scale, n_sets * set_size, n_genes).view(n_sets, set_size, n_genes)
 
-    def one_count(self, n_sets: int, set_size: int, how: Preprocessing) -> Tensor:
-        """(B, S) model units: the value of a single count in each cell, 0 at empty places and in empty cells.
+    def one_count(self, n_sets: int, set_size: int, preprocessing: Preprocessing) -> Tensor:
+        """(B, S) model units: the value of a single count in each cell, 0 at empty positions and in empty cells.
 
         Of log1p values, whose library sizes nobody knows, the smallest one that a cell has.
         """
-        if how.input_kind == "counts":
+        if preprocessing.input_kind == "counts":
             size = self.library_size
-            values = torch.where(size > 0, torch.log1p(how.target_sum / size.clamp_min(1e-30)), 0.0)
+            values = torch.where(size > 0, torch.log1p(preprocessing.target_sum / size.clamp_min(1e-30)), 0.0)
         else:
-            cell = torch.arange(len(self.place), device=self.place.device).repeat_interleave(self.indptr.diff())
+            cell = torch.arange(len(self.position), device=self.position.device).repeat_interleave(self.indptr.diff())
             stored = torch.where(self.values > 0, self.values.float(), torch.inf)
-            values = torch.full((len(self.place),), torch.inf, device=self.place.device)
+            values = torch.full((len(self.position),), torch.inf, device=self.position.device)
             values = values.scatter_reduce(0, cell, stored, "amin")
             values = torch.where(values.isfinite(), values, 0.0)
         flat = torch.zeros(n_sets * set_size, device=values.device)
-        flat[self.place] = values / how.scale
+        flat[self.position] = values / preprocessing.scale
         return flat.view(n_sets, set_size)
 
-    def _filled(self, values: Tensor, n_places: int, n_genes: int) -> Tensor:
-        flat = torch.zeros(n_places * n_genes, device=values.device)
-        start = (self.place * n_genes).repeat_interleave(self.indptr.diff())
+    def _filled(self, values: Tensor, n_positions: int, n_genes: int) -> Tensor:
+        flat = torch.zeros(n_positions * n_genes, device=values.device)
+        start = (self.position * n_genes).repeat_interleave(self.indptr.diff())
         flat[start + self.genes.long()] = values
         return flat
 
-    def _filled_by_scipy(self, values: Tensor, n_places: int, n_genes: int) -> Tensor:
+    def _filled_by_scipy(self, values: Tensor, n_positions: int, n_genes: int) -> Tensor:
         # On the CPU a third of the time: no index of each value, and numpy's memory comes in large pages.
-        ends = torch.zeros(n_places + 1, dtype=torch.int64)
-        ends[self.place + 1] = self.indptr.diff()
+        ends = torch.zeros(n_positions + 1, dtype=torch.int64)
+        ends[self.position + 1] = self.indptr.diff()
         csr = (values.numpy(), self.genes.numpy().astype(np.int64, copy=False), ends.cumsum(0).numpy())
-        return torch.from_numpy(sparse.csr_matrix(csr, shape=(n_places, n_genes)).toarray())
+        return torch.from_numpy(sparse.csr_matrix(csr, shape=(n_positions, n_genes)).toarray())
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class CellSetBatch:
     """B cell sets with their controls and conditions.
 
     mask
-        (B, S) True where there is a cell. Controls stand at the same places; marginal sets have none.
+        (B, S) True where there is a cell. Controls stand at the same positions; marginal sets have none.
     keys
         (epoch, set number) of each set.
     conditions
@@ -150,7 +150,7 @@ def make_batch(sets: Sequence[CellSet], set_size: int, cells: Cells, labels: Lab
 def _gather(cells: Cells, rows: Sequence[np.ndarray], where: Tensor) -> SparseCells:
     taken = cells.take(np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64))
     return SparseCells(
-        place=where.flatten().nonzero()[:, 0],
+        position=where.flatten().nonzero()[:, 0],
         indptr=torch.from_numpy(taken.indptr),
         genes=torch.from_numpy(taken.genes),
         values=torch.from_numpy(taken.values),

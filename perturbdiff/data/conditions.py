@@ -91,10 +91,10 @@ class ConditionIndex:
             return indexes[0]
         assert all(index.rows is None for index in indexes), "cells of an atlas lie in the order of its conditions"
         names = tuple(tuple(sorted({name for index in indexes for name in index.names[i]})) for i in range(3))
-        places = [{name: code for code, name in enumerate(known)} for known in names]
+        positions = [{name: code for code, name in enumerate(known)} for known in names]
         codes = [
             np.stack(
-                [np.array([places[i][n] for n in index.names[i]], np.int32)[index.codes[:, i]] for i in range(3)], 1
+                [np.array([positions[i][n] for n in index.names[i]], np.int32)[index.codes[:, i]] for i in range(3)], 1
             )
             for index in indexes
         ]
@@ -120,8 +120,8 @@ class ConditionIndex:
         pieces = np.searchsorted(borders, self.first + self.n_cells - 1, "right")
         pieces -= np.searchsorted(borders, self.first, "right") - 1  # shards a condition lies in
         whole = self.select(np.repeat(np.arange(len(self)), pieces))
-        place = np.arange(len(whole)) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # of a piece in its condition
-        shard = np.searchsorted(borders, whole.first, "right") - 1 + place
+        position = np.arange(len(whole)) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # of a piece in its condition
+        shard = np.searchsorted(borders, whole.first, "right") - 1 + position
         first = np.maximum(whole.first, borders[shard])
         ends = np.append(borders[1:], np.iinfo(np.int64).max)[shard]
         return replace(whole, first=first, n_cells=np.minimum(whole.first + whole.n_cells, ends) - first)
@@ -139,9 +139,9 @@ class ConditionIndex:
         """Rows of the screen or atlas."""
         return self.rows_at(self.first[condition] + np.arange(self.n_cells[condition]))
 
-    def rows_at(self, places: np.ndarray) -> np.ndarray:
-        """Rows of the screen or atlas of the indexed cells at `places`."""
-        return places if self.rows is None else self.rows[places]
+    def rows_at(self, positions: np.ndarray) -> np.ndarray:
+        """Rows of the screen or atlas of the indexed cells at `positions`."""
+        return positions if self.rows is None else self.rows[positions]
 
 
 @dataclass(frozen=True)
@@ -181,15 +181,15 @@ class Groups:
         """Conditions of a group."""
         return self.members[self.begin[group] : self.begin[group + 1]]
 
-    def rows(self, group: int, places: np.ndarray) -> np.ndarray:
-        """Rows of the screen or atlas of a group's cells at `places`."""
+    def rows(self, group: int, positions: np.ndarray) -> np.ndarray:
+        """Rows of the screen or atlas of a group's cells at `positions`."""
         begin, end = self.begin[group], self.begin[group + 1]
         if end - begin == 1:
-            return self.index.rows_at(self.index.first[self.members[begin]] + places)
-        member = begin + np.searchsorted(self.ends[begin:end], places, "right")
+            return self.index.rows_at(self.index.first[self.members[begin]] + positions)
+        member = begin + np.searchsorted(self.ends[begin:end], positions, "right")
         conditions = self.members[member]
         return self.index.rows_at(
-            self.index.first[conditions] + places - (self.ends[member] - self.index.n_cells[conditions])
+            self.index.first[conditions] + positions - (self.ends[member] - self.index.n_cells[conditions])
         )
 
 
@@ -223,14 +223,14 @@ class ControlPools:
         return self.groups.rows(pool, np.arange(self.groups.n_cells[pool]))
 
 
-def resolve_control_match(index: ConditionIndex, how: Literal["auto", "batch", "cell_type"]) -> ControlMatch:
+def resolve_control_match(index: ConditionIndex, preprocessing: Literal["auto", "batch", "cell_type"]) -> ControlMatch:
     """What `auto` means for all cells of a screen or atlas.
 
     It is `batch`, unless no perturbed condition at all has a control in its batch: perturbation and batch are then
     the same thing in this screen, so that batch says nothing and cell type decides.
     """
-    if how != "auto":
-        return how
+    if preprocessing != "auto":
+        return preprocessing
     control_batches = np.unique(index.codes[index.is_control, 2])
     perturbed_batches = np.unique(index.codes[~index.is_control, 2])
     return "cell_type" if len(perturbed_batches) and not np.isin(perturbed_batches, control_batches).any() else "batch"
@@ -289,9 +289,9 @@ def _codes(labels: Any) -> tuple[np.ndarray, tuple[str, ...]]:
     used = np.flatnonzero(np.bincount(codes, minlength=len(found)))
     names = [str(found[int(i)]) for i in used]
     order = sorted(range(len(used)), key=names.__getitem__)
-    places = np.zeros(len(found), np.int32)
-    places[used[order]] = np.arange(len(used))
-    return places[codes], tuple(names[i] for i in order)
+    positions = np.zeros(len(found), np.int32)
+    positions[used[order]] = np.arange(len(used))
+    return positions[codes], tuple(names[i] for i in order)
 
 
 def vocabularies_of(

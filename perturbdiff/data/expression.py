@@ -60,7 +60,7 @@ class Cells(Protocol):
 
 @dataclass(frozen=True)
 class ConcatenatedCells:
-    """Cells of several places under one numbering: the first part's rows, then the second's, ..."""
+    """Cells of several sources under one numbering: the first part's rows, then the second's, ..."""
 
     parts: tuple[Cells, ...]
     ends: np.ndarray  # rows up to and with each part
@@ -134,16 +134,16 @@ def input_kind(
         A NaN, infinite or negative value, scaled data, values that are neither, or one kind declared as the other;
         names gene and value.
     """
-    fraction: int | None = None  # place of the first fractional value
-    top: int | None = None  # place of the largest value
+    fraction: int | None = None  # position of the first fractional value
+    top: int | None = None  # position of the largest value
     for start in range(0, X.nnz, _CHUNK):
         values = X.data[start : start + _CHUNK]
         for wrong, what in ((~np.isfinite(values), "is not finite"), (values < 0, "is negative")):
             if wrong.any():
-                place = start + int(wrong.argmax())
+                position = start + int(wrong.argmax())
                 hint = " (z-scored or scaled data?)" if what == "is negative" else ""
                 raise ValueError(
-                    f"X of gene {_gene(X, genes, place)} holds {X.data[place]}, which {what}{hint}; "
+                    f"X of gene {_gene(X, genes, position)} holds {X.data[position]}, which {what}{hint}; "
                     "X must be raw counts or log1p values. Give the file before scaling, or its raw layer as X."
                 )
         if fraction is None and (fractional := values != np.rint(values)).any():
@@ -181,11 +181,13 @@ def gene_means(X: sparse.csr_matrix) -> np.ndarray:
     return np.asarray(X.mean(axis=0, dtype=np.float64)).ravel()
 
 
-def log1p_normalised(X: sparse.csr_matrix, library_size: np.ndarray, how: Preprocessing) -> sparse.csr_matrix:
+def log1p_normalised(X: sparse.csr_matrix, library_size: np.ndarray, preprocessing: Preprocessing) -> sparse.csr_matrix:
     """log1p(count * target_sum / library_size), float32; log1p input is returned as it is. No division by scale."""
-    if how.input_kind == "log1p":
+    if preprocessing.input_kind == "log1p":
         return X.astype(np.float32)
-    per_cell = np.divide(how.target_sum, library_size, out=np.zeros(len(library_size)), where=library_size > 0)
+    per_cell = np.divide(
+        preprocessing.target_sum, library_size, out=np.zeros(len(library_size)), where=library_size > 0
+    )
     values = np.log1p(X.data * np.repeat(per_cell, np.diff(X.indptr))).astype(np.float32)
     return sparse.csr_matrix((values, X.indices, X.indptr), shape=X.shape)
 
@@ -250,5 +252,5 @@ class GeneMoments:
         return np.sort(chosen)
 
 
-def _gene(X: sparse.csr_matrix, genes: Sequence[str], place: int) -> str:
-    return repr(genes[X.indices[place]])
+def _gene(X: sparse.csr_matrix, genes: Sequence[str], position: int) -> str:
+    return repr(genes[X.indices[position]])

@@ -29,8 +29,8 @@ SMALL = 1024  # permutations up to here are made whole
 ROUNDS = 8
 
 
-def permuted(n: int, places: np.ndarray, seed: int, purpose: str, *key: int) -> np.ndarray:
-    """What a keyed random permutation of 0..n-1 holds at `places`, (len(places),) int64.
+def permuted(n: int, positions: np.ndarray, seed: int, purpose: str, *key: int) -> np.ndarray:
+    """What a keyed random permutation of 0..n-1 holds at `positions`, (len(positions),) int64.
 
     A large one is evaluated only there: a set of a billion cells is found without shuffling a billion.
 
@@ -40,11 +40,11 @@ def permuted(n: int, places: np.ndarray, seed: int, purpose: str, *key: int) -> 
     "Ciphers with arbitrary finite domains"); its round function is the finaliser of SplitMix64.
     """
     if n <= SMALL:
-        return numpy_generator(seed, purpose, *key).permutation(n)[places]
+        return numpy_generator(seed, purpose, *key).permutation(n)[positions]
     half = np.uint64(((n - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << int(half)) - 1)
     keys = _sequence(seed, purpose, key).generate_state(ROUNDS, np.uint64)
-    values = np.asarray(places).astype(np.uint64)
+    values = np.asarray(positions).astype(np.uint64)
     outside = np.arange(len(values))
     while len(outside):
         left, right = values[outside] >> half, values[outside] & mask

@@ -20,27 +20,27 @@ RUNS_PER_SET = 16  # a set is this many runs of neighbouring cells: few enough f
 def draw_controls(pool: int, n: int, seed: int, *key: int, run: int = 1) -> np.ndarray:
     """Places of `n` controls in a pool of so many, without repeats while it lasts, then in further passes over it."""
     passes = [
-        shuffled_places(pool, 0, min(pool, n - start), run, seed, "controls", *key, start // pool)
+        shuffled_positions(pool, 0, min(pool, n - start), run, seed, "controls", *key, start // pool)
         for start in range(0, n, pool)
     ]
     return np.concatenate(passes) if passes else np.zeros(0, np.int64)
 
 
-def shuffled_places(n: int, start: int, stop: int, run: int, seed: int, purpose: str, *key: int) -> np.ndarray:
+def shuffled_positions(n: int, start: int, stop: int, run: int, seed: int, purpose: str, *key: int) -> np.ndarray:
     """Places `start` to `stop` of a keyed shuffle of 0..n-1 in which runs of `run` neighbours stay together.
 
     The runs start elsewhere for each key, so that the neighbours in a run change too.
     """
     n_runs = n // run
-    places = np.arange(start, stop)
+    positions = np.arange(start, stop)
     if n_runs > 1:
         slots = np.arange(start // run, min(-(-stop // run), n_runs))  # of the whole runs among them
         runs = permuted(n_runs, slots, seed, purpose, *key) if len(slots) else slots
-        whole = places < n_runs * run  # what is left over comes last
-        places[whole] = runs[places[whole] // run - start // run] * run + places[whole] % run
+        whole = positions < n_runs * run  # what is left over comes last
+        positions[whole] = runs[positions[whole] // run - start // run] * run + positions[whole] % run
     if run > 1:
-        places = (places + numpy_generator(seed, f"{purpose}, shift", *key).integers(n)) % n
-    return places
+        positions = (positions + numpy_generator(seed, f"{purpose}, shift", *key).integers(n)) % n
+    return positions
 
 
 @dataclass(frozen=True)
@@ -111,17 +111,17 @@ class _Sets:
         self.left_out = int(n_cells[n_cells < min_set_size].sum())
 
     def spans(self, sets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Group of each set, and the places of its cells in the shuffled group, from start to stop."""
+        """Group of each set, and the positions of its cells in the shuffled group, from start to stop."""
         group = np.searchsorted(self.ends, sets, "right")
         n_cells, per_group = self.groups.n_cells[group], self.per_group[group]
-        place = sets - (self.ends[group] - per_group)
-        start = place * self.set_size
+        position = sets - (self.ends[group] - per_group)
+        start = position * self.set_size
         rest = n_cells - (per_group - 1) * self.set_size  # cells of the last set
         # Where the last set would be too short, it and the one before share their cells evenly.
         shared = (rest < self.min_set_size) & (per_group > 1)
-        start = np.where(shared & (place == per_group - 1), n_cells - (rest + self.set_size) // 2, start)
-        stop = np.where(place == per_group - 1, n_cells, start + self.set_size)
-        stop = np.where(shared & (place == per_group - 2), n_cells - (rest + self.set_size) // 2, stop)
+        start = np.where(shared & (position == per_group - 1), n_cells - (rest + self.set_size) // 2, start)
+        stop = np.where(position == per_group - 1, n_cells, start + self.set_size)
+        stop = np.where(shared & (position == per_group - 2), n_cells - (rest + self.set_size) // 2, stop)
         return group, start, stop
 
     def make(self, epoch: int, numbers: np.ndarray, epochs: np.ndarray, sets: np.ndarray) -> list[CellSet]:
@@ -132,8 +132,8 @@ class _Sets:
     def _cell_set(self, key: tuple[int, int], epoch: int, group: int, start: int, stop: int) -> CellSet:
         groups, run = self.groups, max(1, self.set_size // RUNS_PER_SET)
         condition, n = int(groups.of(group)[0]), int(groups.n_cells[group])
-        places = shuffled_places(n, start, stop, run, self.seed, "cells of a condition", epoch, group)
-        rows = groups.rows(group, places)
+        positions = shuffled_positions(n, start, stop, run, self.seed, "cells of a condition", epoch, group)
+        rows = groups.rows(group, positions)
         if self.sources[groups.index.source[condition]].marginal:
             return CellSet(key, condition, rows, np.zeros(0, np.int64))
         pool = self.pools.of[condition]
@@ -144,7 +144,7 @@ class _Sets:
 class CellSetSampler:
     """Deals every perturbed cell exactly once per epoch.
 
-    Each epoch the cells of each condition are shuffled (`shuffled_places`) and cut into sets of at most `set_size`,
+    Each epoch the cells of each condition are shuffled (`shuffled_positions`) and cut into sets of at most `set_size`,
     the last one short; all sets are shuffled together and dealt, `sets_per_batch` a step over all ranks. A last set
     under `min_set_size` shares the cells of the one before it; conditions with fewer cells than that are left out.
 
@@ -187,24 +187,24 @@ class CellSetSampler:
         """Cells of conditions under the minimum set size."""
         return self._sets.left_out
 
-    def place(self, step: int) -> tuple[int, int]:
+    def position(self, step: int) -> tuple[int, int]:
         """Epoch and step of that epoch of the run's step `step`."""
         return divmod(step, self.steps_per_epoch)
 
     def batch(self, epoch: int, step: int, rank: int = 0, world_size: int = 1) -> list[CellSet]:
         """The sets of one rank in one step; the last step of an epoch has fewer, perhaps none on some ranks."""
-        return self.cell_sets(epoch, self._dealt(epoch, step, rank, world_size))
+        return self.cell_sets(epoch, self._assigned(epoch, step, rank, world_size))
 
     def n_cells(self, epoch: int, step: int) -> int:
         """Cells of a step over all ranks, without controls."""
-        _, sets = self._of_epoch(epoch, self._dealt(epoch, step))
+        _, sets = self._of_epoch(epoch, self._assigned(epoch, step))
         _, start, stop = self._sets.spans(sets)
         return int((stop - start).sum())
 
-    def _dealt(self, epoch: int, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
+    def _assigned(self, epoch: int, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
         first, end = step * self.sets_per_batch, (step + 1) * self.sets_per_batch
-        places = np.arange(first + rank, min(end, self.n_sets), world_size)
-        return permuted(self.n_sets, places, self.seed, "set order", epoch)
+        positions = np.arange(first + rank, min(end, self.n_sets), world_size)
+        return permuted(self.n_sets, positions, self.seed, "set order", epoch)
 
     def cell_sets(self, epoch: int, numbers: np.ndarray) -> list[CellSet]:
         """The sets with these numbers (0..n_sets-1) of an epoch."""
@@ -213,27 +213,28 @@ class CellSetSampler:
     def _of_epoch(self, epoch: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         # The source's own epoch, and the set, of each number.
         source = np.searchsorted(self._ends, numbers, "right")
-        dealt, n_sets = self._dealt_of_source[source], self._sets.per_source[source]
-        epochs, place = np.divmod(epoch * dealt + numbers - (self._ends[source] - dealt), n_sets)
-        for i, e in set(zip(source[dealt != n_sets].tolist(), epochs[dealt != n_sets].tolist(), strict=True)):
+        assigned, n_sets = self._dealt_of_source[source], self._sets.per_source[source]
+        epochs, position = np.divmod(epoch * assigned + numbers - (self._ends[source] - assigned), n_sets)
+        for i, e in set(zip(source[assigned != n_sets].tolist(), epochs[assigned != n_sets].tolist(), strict=True)):
             these = (source == i) & (epochs == e)  # a part of a source's epoch must not be the part that comes first
-            place[these] = permuted(int(n_sets[these][0]), place[these], self.seed, "order of a source", i, e)
-        return epochs, self._sets.first_of_source[source] + place
+            position[these] = permuted(int(n_sets[these][0]), position[these], self.seed, "order of a source", i, e)
+        return epochs, self._sets.first_of_source[source] + position
 
 
 class StreamedSampler:
     """As `CellSetSampler` for shards that are read one after the other.
 
-    Each epoch the shards are shuffled and dealt to `n_lanes` lanes, evenly by number of sets; a lane goes through its
-    shards, and through the sets of each in shuffled order. Each step takes `sets_per_batch / n_lanes` sets of each
-    lane. A rank has the lanes rank, rank + world size, ...: the sets of a step do not depend on the world size.
+    Each epoch the shards are shuffled and assigned to `n_streams` streams, evenly by number of sets; a stream goes
+    through its shards, and through the sets of each in shuffled order. Each step takes `sets_per_batch / n_streams`
+    sets of each. A rank has the streams rank, rank + world size, ...: the sets of a step do not depend on the world
+    size.
     Conditions are cut where a shard ends, and draw controls from their own shard where it has enough for a set. The
     index and pools are those of `index.cut(borders)`.
 
     Raises
     ------
     ValueError
-        `n_lanes` does not divide `sets_per_batch`, or weights are given.
+        `n_streams` does not divide `sets_per_batch`, or weights are given.
     """
 
     def __init__(
@@ -241,21 +242,21 @@ class StreamedSampler:
         index: ConditionIndex,
         pools: ControlPools,
         borders: np.ndarray,
-        n_lanes: int,
+        n_streams: int,
         set_size: int,
         sets_per_batch: int,
         seed: int,
         min_set_size: int = 1,
         sources: Sequence[SetSource] = (PERTURBED,),
     ) -> None:
-        if sets_per_batch % n_lanes:
+        if sets_per_batch % n_streams:
             raise ValueError(
-                f"data.sets_per_batch ({sets_per_batch}) must be a multiple of data.stream_lanes ({n_lanes})."
+                f"data.sets_per_batch ({sets_per_batch}) must be a multiple of data.n_streams ({n_streams})."
             )
         if any(source.weight is not None for source in sources):
             raise ValueError("data.streamed=true mixes atlases by their size; drop their weights or stream none.")
         self.index = index
-        self.set_size, self.sets_per_batch, self.seed, self.n_lanes = set_size, sets_per_batch, seed, n_lanes
+        self.set_size, self.sets_per_batch, self.seed, self.n_streams = set_size, sets_per_batch, seed, n_streams
         # Each shard is a source of its own: its sets follow one another and nothing is pooled over shards.
         by_shard = index.by_shard(borders)
         source_of_shard = np.zeros(len(borders), np.int32)
@@ -282,11 +283,11 @@ class StreamedSampler:
         return self._sets.left_out
 
     def n_steps(self, epoch: int) -> int:
-        """Steps of an epoch: until the lane with the most sets is through."""
-        longest = max((int(ends[-1]) for ends in self._lanes(epoch)[1] if len(ends)), default=0)
-        return -(-longest // (self.sets_per_batch // self.n_lanes))
+        """Steps of an epoch: until the stream with the most sets is through."""
+        longest = max((int(ends[-1]) for ends in self._streams(epoch)[1] if len(ends)), default=0)
+        return -(-longest // (self.sets_per_batch // self.n_streams))
 
-    def place(self, step: int) -> tuple[int, int]:
+    def position(self, step: int) -> tuple[int, int]:
         """Epoch and step of that epoch of the run's step `step`."""
         while self._first_steps[-1] <= step:
             self._first_steps.append(self._first_steps[-1] + self.n_steps(len(self._first_steps) - 1))
@@ -294,9 +295,9 @@ class StreamedSampler:
         return epoch, step - self._first_steps[epoch]
 
     def batch(self, epoch: int, step: int, rank: int = 0, world_size: int = 1) -> list[CellSet]:
-        """The sets of one rank in one step; fewer where one of its lanes is through."""
-        dealt = [self._dealt(epoch, step, lane) for lane in range(rank, self.n_lanes, world_size)]
-        sets = np.concatenate([np.zeros(0, np.int64), *dealt])  # a rank beyond the lanes has none
+        """The sets of one rank in one step; fewer where one of its streams is through."""
+        assigned = [self._assigned(epoch, step, stream) for stream in range(rank, self.n_streams, world_size)]
+        sets = np.concatenate([np.zeros(0, np.int64), *assigned])  # a rank beyond the streams has none
         return self._sets.make(epoch, sets, np.full(len(sets), epoch), sets)
 
     def n_cells(self, epoch: int, step: int) -> int:
@@ -306,59 +307,60 @@ class StreamedSampler:
         return int(self._step_cells[1][step : step + 1].sum())
 
     def _cells_of_steps(self, epoch: int) -> np.ndarray:
-        # Of all steps at once, lane by lane: a thousand lanes, step by step, would take longer than making batches.
+        # Of all steps at once, stream by stream: a thousand of them, step by step, would take longer than making
+        # batches.
         n_cells = np.zeros(self.n_steps(epoch), np.int64)
-        for lane, ends in enumerate(self._lanes(epoch)[1]):
+        for stream, ends in enumerate(self._streams(epoch)[1]):
             if len(ends):
-                places = np.arange(ends[-1])
-                _, start, stop = self._sets.spans(self._sets_of_lane(epoch, lane, places))
-                steps = places // (self.sets_per_batch // self.n_lanes)
+                positions = np.arange(ends[-1])
+                _, start, stop = self._sets.spans(self._sets_of_stream(epoch, stream, positions))
+                steps = positions // (self.sets_per_batch // self.n_streams)
                 n_cells[: steps[-1] + 1] += np.bincount(steps, stop - start).astype(np.int64)
         return n_cells
 
     def shards(self, epoch: int, step: int, rank: int = 0, world_size: int = 1) -> list[int]:
-        """The shards that a rank reads in a step, then those its lanes come to next, if need be in the next epoch."""
-        shards, ends = self._lanes(epoch)
-        place = step * (self.sets_per_batch // self.n_lanes)
+        """The shards that a rank reads in a step, then those its streams come to next, if need be in the next epoch."""
+        shards, ends = self._streams(epoch)
+        position = step * (self.sets_per_batch // self.n_streams)
         now, later = [], []
-        for lane in range(rank, self.n_lanes, world_size):
-            last = np.searchsorted(ends[lane], place + self.sets_per_batch // self.n_lanes - 1, "right")
-            at = int(np.searchsorted(ends[lane], place, "right"))
-            now += shards[lane][at : int(last) + 1]
-            later += shards[lane][int(last) + 1 : int(last) + 2] or self._lanes(epoch + 1)[0][lane][:1]
-        return list(dict.fromkeys(now + later))  # a lane may come to what another one reads now
+        for stream in range(rank, self.n_streams, world_size):
+            last = np.searchsorted(ends[stream], position + self.sets_per_batch // self.n_streams - 1, "right")
+            at = int(np.searchsorted(ends[stream], position, "right"))
+            now += shards[stream][at : int(last) + 1]
+            later += shards[stream][int(last) + 1 : int(last) + 2] or self._streams(epoch + 1)[0][stream][:1]
+        return list(dict.fromkeys(now + later))  # a stream may come to what another one reads now
 
-    def _dealt(self, epoch: int, step: int, lane: int) -> np.ndarray:
-        ends, n = self._lanes(epoch)[1][lane], self.sets_per_batch // self.n_lanes
-        n_lane = int(ends[-1]) if len(ends) else 0
-        return self._sets_of_lane(epoch, lane, np.arange(step * n, min((step + 1) * n, n_lane)))
+    def _assigned(self, epoch: int, step: int, stream: int) -> np.ndarray:
+        ends, n = self._streams(epoch)[1][stream], self.sets_per_batch // self.n_streams
+        n_stream = int(ends[-1]) if len(ends) else 0
+        return self._sets_of_stream(epoch, stream, np.arange(step * n, min((step + 1) * n, n_stream)))
 
-    def _sets_of_lane(self, epoch: int, lane: int, places: np.ndarray) -> np.ndarray:
-        shards, ends = self._lanes(epoch)
-        at = np.searchsorted(ends[lane], places, "right")
-        found = np.zeros(len(places), np.int64)
+    def _sets_of_stream(self, epoch: int, stream: int, positions: np.ndarray) -> np.ndarray:
+        shards, ends = self._streams(epoch)
+        at = np.searchsorted(ends[stream], positions, "right")
+        found = np.zeros(len(positions), np.int64)
         for i in np.unique(at):
-            shard = shards[lane][i]
+            shard = shards[stream][i]
             n_sets = int(self._sets.per_source[shard])
-            inside = places[at == i] - (int(ends[lane][i]) - n_sets)
+            inside = positions[at == i] - (int(ends[stream][i]) - n_sets)
             found[at == i] = self._sets.first_of_source[shard] + permuted(
                 n_sets, inside, self.seed, "set order of a shard", epoch, shard
             )
         return found
 
-    def _lanes(self, epoch: int) -> tuple[list[list[int]], list[np.ndarray]]:
-        # The shards of each lane and the sets up to and with each of them.
+    def _streams(self, epoch: int) -> tuple[list[list[int]], list[np.ndarray]]:
+        # The shards of each stream and the sets up to and with each of them.
         if epoch not in self._orders:
             self._orders = {near: order for near, order in self._orders.items() if abs(near - epoch) == 1}
             n_sets = self._sets.per_source
             order = permuted(len(n_sets), np.arange(len(n_sets)), self.seed, "shard order", epoch)
-            lanes: list[list[int]] = [[] for _ in range(self.n_lanes)]
-            filled = [(0, lane) for lane in range(self.n_lanes)]
+            streams: list[list[int]] = [[] for _ in range(self.n_streams)]
+            filled = [(0, stream) for stream in range(self.n_streams)]
             for shard in order[n_sets[order] > 0].tolist():
-                load, lane = heapq.heappop(filled)
-                lanes[lane].append(shard)
-                heapq.heappush(filled, (load + int(n_sets[shard]), lane))
-            self._orders[epoch] = (lanes, [np.cumsum(n_sets[shards]) for shards in lanes])
+                load, stream = heapq.heappop(filled)
+                streams[stream].append(shard)
+                heapq.heappush(filled, (load + int(n_sets[shard]), stream))
+            self._orders[epoch] = (streams, [np.cumsum(n_sets[shards]) for shards in streams])
         return self._orders[epoch]
 
 

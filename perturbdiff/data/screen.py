@@ -46,9 +46,9 @@ class Expression:
         """The columns of `genes`, in their order; -1 is a gene the file lacks (all zeros). Library sizes stay."""
         present = columns >= 0
         X = self.X[:, columns[present]]
-        if not present.all():  # the present columns go to their places in the wider matrix
-            places = np.flatnonzero(present).astype(np.int32)
-            X = sparse.csr_matrix((X.data, places[X.indices], X.indptr), (X.shape[0], len(columns)))
+        if not present.all():  # the present columns go to their positions in the wider matrix
+            positions = np.flatnonzero(present).astype(np.int32)
+            X = sparse.csr_matrix((X.data, positions[X.indices], X.indptr), (X.shape[0], len(columns)))
         X.sort_indices()
         return replace(self, X=X, genes=genes)
 
@@ -153,7 +153,7 @@ class Screen:
 
     def summary(self) -> str:
         """What was found, for a person, several lines."""
-        X, how = self.expression.X, self.expression.preprocessing
+        X, preprocessing = self.expression.X, self.expression.preprocessing
         control = self.is_control
         sizes = self.obs[~control].groupby(list(LABELS), observed=True).size()
         top = f"largest value {X.data.max():g}" if X.nnz else "all zeros"
@@ -161,11 +161,12 @@ class Screen:
             f"screen      {self.path}",
             f"cells       {len(self):,}: {(~control).sum():,} perturbed, {control.sum():,} {self.control_label!r}",
             f"genes       {len(self.expression.genes):,}",
-            f"X           {'raw counts' if how.input_kind == 'counts' else 'log1p values'}, "
+            f"X           {'raw counts' if preprocessing.input_kind == 'counts' else 'log1p values'}, "
             f"{X.nnz / max(X.shape[0] * X.shape[1], 1):.1%} not zero, {top}",
         ]
-        if how.input_kind == "counts":
-            source = f"obs column {how.library_size_col!r}" if how.library_size_col else "row sums of X"
+        if preprocessing.input_kind == "counts":
+            column = preprocessing.library_size_col
+            source = "row sums of X" if column is None else f"obs column {column!r}"
             lines.append(
                 f"library     median {np.median(self.expression.library_size):,.0f} counts a cell, from {source}"
             )
@@ -243,20 +244,20 @@ def read_expression(
     genes = genes_of(var)
     matrix = _cells_by_genes(X, len(obs), len(genes), path)
     kind = input_kind(matrix, genes.names, declared)  # type: ignore[arg-type]
-    how = Preprocessing(kind, config.target_sum or 1e4, config.scale, config.library_size_col)
+    preprocessing = Preprocessing(kind, config.target_sum or 1e4, config.scale, config.library_size_col)
     if kind == "log1p":
-        return Expression(matrix.astype(np.float32), genes, np.ones(len(obs), np.float32), how)
-    if how.library_size_col is None:
+        return Expression(matrix.astype(np.float32), genes, np.ones(len(obs), np.float32), preprocessing)
+    if preprocessing.library_size_col is None:
         library = library_sizes(matrix)
     else:
-        library = _library_column(obs, how.library_size_col, path)
+        library = _library_column(obs, preprocessing.library_size_col, path)
     largest = matrix.data.max(initial=0)
     if largest >= 2**32:
         raise ValueError(f"X of {path} holds a count of {largest:.0f}; counts must be under 2**32.")
-    return Expression(matrix.astype(np.uint16 if largest < 2**16 else np.uint32), genes, library, how)
+    return Expression(matrix.astype(np.uint16 if largest < 2**16 else np.uint32), genes, library, preprocessing)
 
 
-def expression_of(adata: AnnData, how: Preprocessing) -> Expression:
+def expression_of(adata: AnnData, preprocessing: Preprocessing) -> Expression:
     """Cells of an AnnData prepared as a model's training cells were.
 
     log1p values are taken as they are also where the model was trained on counts: they must then be
@@ -267,8 +268,8 @@ def expression_of(adata: AnnData, how: Preprocessing) -> Expression:
     ValueError
         X as in `expression.input_kind`; counts given to a model trained on log1p values, whose scale nobody knows.
     """
-    expression = read_expression(adata.X, adata.obs, adata.var, "auto", how, "the given AnnData")
-    if how.input_kind == "log1p" and expression.preprocessing.input_kind == "counts":
+    expression = read_expression(adata.X, adata.obs, adata.var, "auto", preprocessing, "the given AnnData")
+    if preprocessing.input_kind == "log1p" and expression.preprocessing.input_kind == "counts":
         raise ValueError(
             "X holds counts, but this model was trained on log1p values; normalise X as its training data were."
         )

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LabelVocab:
-    """Labels in a fixed order; a label's id is its place."""
+    """Labels in a fixed order; a label's id is its position."""
 
     kind: str  # "perturbation", "cell_type", "batch": for messages
     names: tuple[str, ...]
@@ -142,8 +142,8 @@ class GeneVocab:
 
 
 def _columns(wanted: Sequence[str], present: Sequence[str]) -> np.ndarray:
-    places = {name: i for i, name in enumerate(present) if name}  # "" is an Ensembl id that is missing
-    return np.array([places.get(name, -1) for name in wanted], dtype=np.int64)
+    positions = {name: i for i, name in enumerate(present) if name}  # "" is an Ensembl id that is missing
+    return np.array([positions.get(name, -1) for name in wanted], dtype=np.int64)
 
 
 def _refuse_duplicates(names: Sequence[str], what: str) -> None:

@@ -226,34 +226,34 @@ def extended(known: Vocabularies, data: Vocabularies) -> Vocabularies:
 class Sources:
     """Where the entries of an axis come from.
 
-    places
-        (n_wanted,) place of each among the known, -1 where it is new.
+    positions
+        (n_wanted,) position of each among the known, -1 where it is new.
     new
-        Of each group of new entries: their places among the wanted, and (len or 1, k) known places whose mean they
-        start as; k = 0 leaves them as in a fresh denoiser, known place -1 is the null row.
+        Of each group of new entries: their positions among the wanted, and (len or 1, k) known positions whose mean
+        they start as; k = 0 leaves them as in a fresh denoiser, known position -1 is the null row.
     """
 
-    places: np.ndarray
+    positions: np.ndarray
     new: tuple[tuple[np.ndarray, np.ndarray], ...]
 
 
 def _genes(known: GeneVocab, wanted: GeneVocab, rules: Rules) -> tuple[Sources, str]:
     alignment = wanted.align(known, 0.0)
-    places = alignment.columns
+    positions = alignment.columns
     if alignment.n_matched == 0 or alignment.overlap < MIN_SHARED:
-        missing = [name for name, place in zip(wanted.names, places, strict=True) if place < 0]
+        missing = [name for name, position in zip(wanted.names, positions, strict=True) if position < 0]
         raise ValueError(
             f"only {alignment.n_matched} of the {len(wanted):,} genes to train on are among the checkpoint's "
             f"{len(known):,} (at least {MIN_SHARED:.0%} must be); it lacks {few(missing)} and has "
             f"{few(list(known.names))}. Are both named by symbol, or by Ensembl id?"
         )
-    new, shared = np.flatnonzero(places < 0), np.flatnonzero(places >= 0)
-    mean = places[shared][None]
+    new, shared = np.flatnonzero(positions < 0), np.flatnonzero(positions >= 0)
+    mean = positions[shared][None]
     if rules.new_genes == "mean" or rules.expression is None or not len(new):
-        return Sources(places, ((new, mean),)), alignment.matched_by
+        return Sources(positions, ((new, mean),)), alignment.matched_by
     neighbours, defined = nearest_by_correlation(rules.expression, new, shared)
-    groups = (new[defined], places[neighbours[defined]]), (new[~defined], mean)
-    return Sources(places, groups), alignment.matched_by
+    groups = (new[defined], positions[neighbours[defined]]), (new[~defined], mean)
+    return Sources(positions, groups), alignment.matched_by
 
 
 def nearest_by_correlation(
@@ -276,27 +276,27 @@ def nearest_by_correlation(
 
 def _perturbations(known: Vocabularies, wanted: Vocabularies, described: np.ndarray) -> Sources:
     # Rows of perturbations; `described` (n_labelled,) are those with features that the checkpoint understands.
-    places = _places(known.labelled, wanted.labelled)
-    new = places < 0
+    positions = _positions(known.labelled, wanted.labelled)
+    new = positions < 0
     by_features, by_mean = np.flatnonzero(new & described), np.flatnonzero(new & ~described)
     mean = np.arange(len(known.labelled))[None]
-    return Sources(places, ((by_features, np.array([[-1]])), (by_mean, mean)))
+    return Sources(positions, ((by_features, np.array([[-1]])), (by_mean, mean)))
 
 
 def _contexts(known: LabelVocab, wanted: LabelVocab, rules: Rules) -> Sources:
-    places, profiles = _places(known.names, wanted.names), rules.profiles.get(known.kind, {})
-    told = [place for place, name in enumerate(known.names) if name in profiles]
+    positions, profiles = _positions(known.names, wanted.names), rules.profiles.get(known.kind, {})
+    told = [position for position, name in enumerate(known.names) if name in profiles]
     by_profile, nearest, by_mean = [], [], []
-    for i in np.flatnonzero(places < 0):
+    for i in np.flatnonzero(positions < 0):
         if rules.new_labels == "nearest" and told and wanted.names[i] in profiles:
             own = profiles[wanted.names[i]]
-            distances = [np.linalg.norm(profiles[known.names[place]] - own) for place in told]
+            distances = [np.linalg.norm(profiles[known.names[position]] - own) for position in told]
             by_profile.append(i)
             nearest.append([told[int(np.argmin(distances))]])
         else:
             by_mean.append(i)
     of_profiles = np.array(by_profile, int), np.array(nearest, int).reshape(-1, 1)
-    return Sources(places, (of_profiles, (np.array(by_mean, int), np.arange(len(known))[None])))
+    return Sources(positions, (of_profiles, (np.array(by_mean, int), np.arange(len(known))[None])))
 
 
 def _move(old: Tensor, new: Tensor, axis: int, sources: Sources, name: str) -> bool:
@@ -304,22 +304,22 @@ def _move(old: Tensor, new: Tensor, axis: int, sources: Sources, name: str) -> b
     first = int(name in WITH_NULL_ROW)
     old, new = old.movedim(axis, 0), new.movedim(axis, 0)  # views
     new[:first] = old[:first]
-    known = np.flatnonzero(sources.places >= 0)
-    new[torch.from_numpy(known + first)] = old[torch.from_numpy(sources.places[known] + first)]
-    for entries, places in sources.new:
-        if len(entries) and places.shape[1]:
-            new[torch.from_numpy(entries + first)] = old[torch.from_numpy(places + first)].mean(1)
-    return len(known) < len(sources.places)
+    known = np.flatnonzero(sources.positions >= 0)
+    new[torch.from_numpy(known + first)] = old[torch.from_numpy(sources.positions[known] + first)]
+    for entries, positions in sources.new:
+        if len(entries) and positions.shape[1]:
+            new[torch.from_numpy(entries + first)] = old[torch.from_numpy(positions + first)].mean(1)
+    return len(known) < len(sources.positions)
 
 
 def _tables(
     denoiser: Denoiser, result: Denoiser, known: Names, wanted: Names, given: Sequence[FeatureTable]
 ) -> dict[int, FeatureEmbedding]:
-    """Fill the tables of features of `result`; returns those that go on, by place among the wanted."""
+    """Fill the tables of features of `result`; returns those that go on, by position among the wanted."""
     names, own = wanted.vocabularies.perturbations.names, tables_of(result)
     before = dict(zip(known.vocabularies.tables, tables_of(denoiser), strict=True))
-    places = _places(known.vocabularies.perturbations.names, names)
-    here, there = torch.from_numpy(np.flatnonzero(places >= 0)), torch.from_numpy(places[places >= 0])
+    positions = _positions(known.vocabularies.perturbations.names, names)
+    here, there = torch.from_numpy(np.flatnonzero(positions >= 0)), torch.from_numpy(positions[positions >= 0])
     goes_on: dict[int, FeatureEmbedding] = {}
     for i, (embedding, (table, width)) in enumerate(zip(own, wanted.vocabularies.tables, strict=True)):
         raw = next((raw for raw in given if raw.name == table), None)
@@ -360,11 +360,11 @@ def _described(goes_on: Mapping[int, FeatureEmbedding], wanted: Vocabularies) ->
 def _adaptation(
     known: Names, wanted: Names, sources: Mapping[str, Sources], matched_by: str, new_parts: frozenset[str]
 ) -> Adaptation:
-    places = sources[GENE].places
-    left = sorted(set(range(len(known.genes))) - set(places.tolist()))
+    positions = sources[GENE].positions
+    left = sorted(set(range(len(known.genes))) - set(positions.tolist()))
     labels = wanted.vocabularies
     new = {
-        kind: tuple(names[i] for i in np.flatnonzero(sources[kind].places < 0))
+        kind: tuple(names[i] for i in np.flatnonzero(sources[kind].positions < 0))
         for kind, names in (
             (PERTURBATION, labels.labelled),
             (CELL_TYPE, labels.cell_types.names),
@@ -372,16 +372,16 @@ def _adaptation(
         )
     }
     return Adaptation(
-        int((places >= 0).sum()),
+        int((positions >= 0).sum()),
         matched_by,
-        tuple(wanted.genes.names[i] for i in np.flatnonzero(places < 0)),
+        tuple(wanted.genes.names[i] for i in np.flatnonzero(positions < 0)),
         tuple(known.genes.names[i] for i in left),
         new,
         new_parts,
     )
 
 
-def _places(known: Sequence[str], wanted: Sequence[str]) -> np.ndarray:
+def _positions(known: Sequence[str], wanted: Sequence[str]) -> np.ndarray:
     at = {name: i for i, name in enumerate(known)}
     return np.array([at.get(name, -1) for name in wanted], dtype=np.int64)
 

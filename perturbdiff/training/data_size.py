@@ -72,7 +72,7 @@ def _of_screen(config: Config, screen: Screen) -> DataSize:
 def _of_atlases(config: Config) -> DataSize:
     # Streamed, nothing is read but the manifests; genes are then not chosen, and weights not possible.
     unweighted = [replace(atlas, weight=None) for atlas in config.data.atlases]
-    data = replace(config.data, streamed=True, n_hvg=None, stream_lanes=None, atlases=unweighted)
+    data = replace(config.data, streamed=True, n_hvg=None, n_streams=None, atlases=unweighted)
     made = TrainingSet.of_atlases(replace(config, data=data))
     per_cell = sum(_values(atlas) for atlas in made.atlases) / sum(len(atlas) for atlas in made.atlases)
     info = made.atlases[0].info
@@ -86,9 +86,9 @@ def _of_training_set(
 ) -> DataSize:
     index = made.train.index
     marginal = marginal_conditions(index, made.train.sources)
-    dealt = marginal | ~index.is_control
-    n_cells = int(index.n_cells[dealt].sum())
-    with_controls = float(index.n_cells[dealt & ~marginal].sum() / n_cells)
+    assigned = marginal | ~index.is_control
+    n_cells = int(index.n_cells[assigned].sum())
+    with_controls = float(index.n_cells[assigned & ~marginal].sum() / n_cells)
     sizes = VocabSizes.of(made.vocabularies)
     return DataSize(source, n_cells, n_genes, per_cell, value_bytes, with_controls, sizes, notes)
 

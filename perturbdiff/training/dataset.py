@@ -82,7 +82,7 @@ class IndexedCells:
         rest = (data.set_size, data.sets_per_batch, config.training.seed, data.min_set_size, self.sources)
         if not isinstance(self.cells, StreamedCells):
             return CellSetSampler(self.index, self.pools, *rest)
-        return StreamedSampler(self.index, self.pools, self.cells.borders, data.stream_lanes or 1, *rest)
+        return StreamedSampler(self.index, self.pools, self.cells.borders, data.n_streams or 1, *rest)
 
     def batch(
         self, sampler: CellSetSampler | StreamedSampler, epoch: int, step: int, rank: int, world_size: int
@@ -195,7 +195,7 @@ class TrainingSet:
         """
         atlases = [Atlas.open(atlas.path, atlas.revision) for atlas in config.data.atlases]
         sources = tuple(SetSource(atlas.sets == "marginal", atlas.weight) for atlas in config.data.atlases)
-        how = _common_preprocessing(atlases, config)
+        preprocessing = _common_preprocessing(atlases, config)
         first_rows = np.cumsum([0, *map(len, atlases)])
         index = ConditionIndex.concat([_index(atlas) for atlas in atlases], first_rows[:-1].tolist())
         marginal = marginal_conditions(index, sources)
@@ -209,9 +209,9 @@ class TrainingSet:
         if config.data.streamed:
             _refuse_choosing_genes(len(atlases[0].genes), config)
             controls = _spans(index.select(index.is_control))
-            cells = StreamedCells(atlases, how, controls), StreamedCells(atlases, how, controls)
+            cells = StreamedCells(atlases, preprocessing, controls), StreamedCells(atlases, preprocessing, controls)
         else:
-            cells = (_cached_cells(atlases, how, train, config.data.n_hvg, known_genes),) * 2
+            cells = (_cached_cells(atlases, preprocessing, train, config.data.n_hvg, known_genes),) * 2
         description = "\n".join(atlas.summary() for atlas in atlases)
         made = (sources, description, tuple(atlases), known_tables)
         return cls._indexed(config, origin, cells, split, match, train, validation, *made)
@@ -327,7 +327,7 @@ def _with_known(chosen: np.ndarray, known: GeneVocab | None, genes: GeneVocab) -
 
 def _cached_cells(
     atlases: Sequence[Atlas],
-    how: Preprocessing,
+    preprocessing: Preprocessing,
     train: ConditionIndex,
     n_hvg: int | None,
     known_genes: GeneVocab | None,
@@ -335,12 +335,12 @@ def _cached_cells(
     for atlas in atlases:
         atlas.download()
     n_cells = [len(atlas) for atlas in atlases]
-    cells = ConcatenatedCells.of([atlas.arrow_cells(None, how) for atlas in atlases], n_cells)
+    cells = ConcatenatedCells.of([atlas.arrow_cells(None, preprocessing) for atlas in atlases], n_cells)
     if n_hvg is None or n_hvg >= len(cells.genes):
         return cells
     chosen = _with_known(_highly_variable_genes(cells, train, n_hvg), known_genes, cells.genes)
     genes = cells.genes.select(chosen)
-    return ConcatenatedCells.of([atlas.arrow_cells(genes, how) for atlas in atlases], n_cells)
+    return ConcatenatedCells.of([atlas.arrow_cells(genes, preprocessing) for atlas in atlases], n_cells)
 
 
 def _feature_tables(
@@ -385,9 +385,9 @@ def sample_log1p(cells: Cells, index: ConditionIndex, most: int, seed: int, purp
     """log1p values of at most so many cells of some conditions, drawn by (seed, purpose)."""
     ends = np.cumsum(index.n_cells)
     n = int(ends[-1])
-    places = np.sort(permuted(n, np.arange(min(n, most)), seed, purpose))
-    condition = np.searchsorted(ends, places, "right")
-    rows = index.rows_at(index.first[condition] + places - (ends - index.n_cells)[condition])
+    positions = np.sort(permuted(n, np.arange(min(n, most)), seed, purpose))
+    condition = np.searchsorted(ends, positions, "right")
+    rows = index.rows_at(index.first[condition] + positions - (ends - index.n_cells)[condition])
     return sparse.csr_matrix(_log1p(cells, rows))
 
 

@@ -35,7 +35,7 @@ from perturbdiff.training.run_folder import (
     check_resumable,
     check_same_data,
     leave_marker,
-    with_lanes,
+    with_streams,
 )
 from perturbdiff.training.signals import SIGNALS, StopRequest
 from perturbdiff.training.speed import Pace, Trace
@@ -92,7 +92,7 @@ def train(
         A state could not be written, and those before are whole; another run is in the folder.
     """
     out = Path(config.out)
-    config = with_lanes(config, out)
+    config = with_streams(config, out)
     check_trackers(config.training.trackers)
     accelerator = launch(config)
     check_resumable(out, config)
@@ -228,10 +228,10 @@ class _Run:
 
     def _batches(self, step: int) -> tuple[list[CellSetBatch], int]:
         """This process's part of a step, cut for accumulation, and the cells of the whole step."""
-        epoch, place = self.sampler.place(step)
+        epoch, position = self.sampler.position(step)
         n_parts = self.config.training.accumulation_steps
-        parts = self.data.train.batches(self.sampler, epoch, place, self.rank, self.world_size, n_parts)
-        return [part.to(self.device) for part in parts], self.sampler.n_cells(epoch, place)
+        parts = self.data.train.batches(self.sampler, epoch, position, self.rank, self.world_size, n_parts)
+        return [part.to(self.device) for part in parts], self.sampler.n_cells(epoch, position)
 
     def _nothing(self) -> tuple[list[CellSetBatch], int]:
         """Empty batches, for a process without data: the others meet it in every pass through the denoiser."""

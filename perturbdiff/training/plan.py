@@ -278,7 +278,7 @@ def engine_link_bytes(engine: str, n_parameters: int, gpus: int, parts: int, sel
 
 
 def batch_bytes(config: Config, data: DataSize, n_sets: int) -> float:
-    """Bytes of a `CellSetBatch` of full sets: values, places and library sizes of cells and controls, labels, mask."""
+    """Bytes of a `CellSetBatch` of full sets: values, positions, library sizes of cells and controls, labels, mask."""
     cells = n_sets * config.data.set_size
     read = cells * (1 + data.with_controls)
     of_cells = read * (data.values_per_cell * data.value_bytes + 8 + 8 + 4) + 2 * 8
@@ -361,14 +361,14 @@ def _of_speed(plan: Plan, config: Config) -> list[str]:
             f"sets: data.sets_per_batch ({data.sets_per_batch}) is no multiple of {cluster.gpus} GPUs: {rest} have one "
             "set more, and the others wait for them"
         )
-    lanes = data.stream_lanes or cluster.gpus
-    if data.streamed and data.sets_per_batch % lanes:
+    streams = data.n_streams or cluster.gpus
+    if data.streamed and data.sets_per_batch % streams:
         said.append(
-            f"lanes: {lanes} (data.stream_lanes, else one a GPU) do not divide data.sets_per_batch "
+            f"streams: {streams} (data.n_streams, else one a GPU) do not divide data.sets_per_batch "
             f"({data.sets_per_batch}): training will refuse this"
         )
-    elif data.streamed and lanes % cluster.gpus:
-        said.append(f"lanes: data.stream_lanes ({lanes}) is no multiple of {cluster.gpus} GPUs: some read more shards")
+    elif data.streamed and streams % cluster.gpus:
+        said.append(f"streams: data.n_streams ({streams}) is no multiple of {cluster.gpus} GPUs: some read more shards")
     if config.adapt.method != "full":
         said.append(f"adapt: counted as if all weights train; adapt.method={config.adapt.method} takes less")
     if config.training.compile:

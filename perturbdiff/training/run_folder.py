@@ -33,14 +33,14 @@ FREE_ON_RESUME = {
 }
 
 
-def with_lanes(config: Config, out: Path) -> Config:
-    """With the lanes that a run was started with, so that more or fewer processes go on with the same sets."""
-    if not config.data.streamed or config.data.stream_lanes is not None:
+def with_streams(config: Config, out: Path) -> Config:
+    """With the streams that a run was started with, so that more or fewer processes go on with the same sets."""
+    if not config.data.streamed or config.data.n_streams is not None:
         return config
-    lanes = int(os.environ.get("WORLD_SIZE", "1"))
+    streams = int(os.environ.get("WORLD_SIZE", "1"))
     if saved_states(out / "states"):
-        lanes = load_config(out / "config.yaml").data.stream_lanes or lanes
-    return replace(config, data=replace(config.data, stream_lanes=lanes))
+        streams = load_config(out / "config.yaml").data.n_streams or streams
+    return replace(config, data=replace(config.data, n_streams=streams))
 
 
 def check_resumable(out: Path, config: Config) -> None:

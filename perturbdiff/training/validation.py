@@ -157,7 +157,7 @@ def _scores(denoiser: Denoiser, batch: CellSetBatch, config: Config) -> Tensor:
     """
     seed, diffusion = config.training.seed, config.diffusion
     loss = DiffusionLoss(diffusion)(denoiser, batch, validation_draws(batch, diffusion, seed)).total
-    measured, control = batch.dense()  # (B, S, G) each, 0 at empty places
+    measured, control = batch.dense()  # (B, S, G) each, 0 at empty positions
     generated = sample_batch(denoiser, batch, config.sampling, diffusion, seed).float()
     generated = generated.masked_fill(~batch.mask[..., None], 0.0)
     n_cells = batch.mask.sum(1).double()

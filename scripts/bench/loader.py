@@ -265,7 +265,7 @@ def _of_batches(
     def work() -> tuple[int, int]:
         perturbed = controls = 0
         for _ in range(n_batches or args.batches):
-            batch = training.train.batch(sampler, *sampler.place(next(steps)), 0, 1)
+            batch = training.train.batch(sampler, *sampler.position(next(steps)), 0, 1)
             use(batch)
             perturbed, controls = perturbed + len(batch.cells.place), controls + len(batch.controls.place)
         return perturbed, controls
@@ -278,7 +278,7 @@ def _of_sampler(training: TrainingSet, config: Config, args: argparse.Namespace)
     steps = iter(range(10**9))
 
     def work() -> tuple[int, int]:
-        sets = [s for _ in range(args.batches) for s in sampler.batch(*sampler.place(next(steps)))]
+        sets = [s for _ in range(args.batches) for s in sampler.batch(*sampler.position(next(steps)))]
         return sum(len(s.rows) for s in sets), sum(len(s.control_rows) for s in sets)
 
     return _rate(work, args.repeats)

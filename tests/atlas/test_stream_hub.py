@@ -282,7 +282,7 @@ main(sys.argv[1:])
 def settings(path, out, *words):
     """Words of `perturbdiff train` on an atlas; with a validation, whose stream is another."""
     atlas = ["--hold-out", "pert_0:type_0", "data.n_hvg=null", "split.validation=[pert_1:type_1]"]
-    return ["train", "--atlas", str(path), "--out", str(out), *atlas, *TINY, "data.stream_lanes=2", *words]
+    return ["train", "--atlas", str(path), "--out", str(out), *atlas, *TINY, "data.n_streams=2", *words]
 
 
 def test_a_server_that_is_gone_ends_training_with_one_line_that_names_the_shard(hub, tmp_path):

@@ -108,7 +108,7 @@ def test_the_mask_marks_the_places_that_hold_cells_and_empty_places_are_zero():
         assert not dense[~batch.mask].any()
         assert dense[batch.mask].any(1).all()
     for cells in (batch.cells, batch.controls):
-        np.testing.assert_array_equal(cells.place, np.flatnonzero(batch.mask.flatten()))
+        np.testing.assert_array_equal(cells.position, np.flatnonzero(batch.mask.flatten()))
 
 
 @pytest.mark.parametrize("marginal", [(1,), (0, 3), (0, 1, 2, 3)])
@@ -124,7 +124,7 @@ def test_a_marginal_set_has_cells_and_no_controls(marginal):
     np.testing.assert_allclose(x0, expected_dense(logged, [s.rows for s in sets], 4), rtol=2e-6)
     np.testing.assert_allclose(control, expected_dense(logged, [s.control_rows for s in sets], 4), rtol=2e-6)
     assert batch.mask.tolist() == [[s < n for s in range(4)] for n in (2, 4, 1, 3)]
-    assert len(batch.controls.place) == sum(n for i, n in enumerate((2, 4, 1, 3)) if i not in marginal)
+    assert len(batch.controls.position) == sum(n for i, n in enumerate((2, 4, 1, 3)) if i not in marginal)
     assert not control[list(marginal)].any()
 
 

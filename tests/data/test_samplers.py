@@ -14,7 +14,7 @@ from perturbdiff.data.samplers import (
     SetSource,
     StreamedSampler,
     draw_controls,
-    shuffled_places,
+    shuffled_positions,
 )
 from tests.screens import read, screen_with_cells
 
@@ -138,16 +138,16 @@ def as_tuple(cell_set):
 @given(st.integers(1, 4000), st.integers(1, 40), SEEDS, st.data())
 def test_the_pieces_of_a_shuffle_in_runs_are_one_shuffle(n, run, seed, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, n), max_size=8)))
-    whole = shuffled_places(n, 0, n, run, seed, "x", 3).tolist()
+    whole = shuffled_positions(n, 0, n, run, seed, "x", 3).tolist()
     assert sorted(whole) == list(range(n))
-    pieces = [shuffled_places(n, a, b, run, seed, "x", 3).tolist() for a, b in itertools.pairwise([0, *cuts, n])]
+    pieces = [shuffled_positions(n, a, b, run, seed, "x", 3).tolist() for a, b in itertools.pairwise([0, *cuts, n])]
     assert [place for piece in pieces for place in piece] == whole
     assert sum(b != (a + 1) % n for a, b in itertools.pairwise(whole)) <= n // run + 1  # the runs stay together
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 1500])
 def test_a_shuffle_in_runs_of_one_is_any_permutation(n):
-    whole = shuffled_places(n, 0, n, 1, 0, "x")
+    whole = shuffled_positions(n, 0, n, 1, 0, "x")
     assert sorted(whole.tolist()) == list(range(n))
     assert (np.diff(whole) == 1).sum() <= 6  # 1 expected
 
@@ -156,14 +156,14 @@ def test_a_shuffle_in_runs_of_one_is_any_permutation(n):
 def test_every_cell_is_as_likely_as_any_other_at_each_place_of_a_shuffle_in_runs(n, run):
     bins = min(n, 10)
     for place in (0, n // 2, n - 1):  # the last is among the cells that are left over when the runs are full
-        held = [int(shuffled_places(n, place, place + 1, run, 0, "x", key)[0]) for key in range(600)]
+        held = [int(shuffled_positions(n, place, place + 1, run, 0, "x", key)[0]) for key in range(600)]
         counts = np.histogram(held, bins=bins, range=(0, bins) if n == bins else (0, n - n % bins))[0]
         expected = counts.sum() / bins
         assert ((counts - expected) ** 2 / expected).sum() < 35  # chi-square, under 10 degrees of freedom, p < 1e-4
 
 
 def test_the_neighbours_of_a_run_change_between_keys():
-    together = [{frozenset(shuffled_places(160, 0, 160, 16, 0, "x", key)[:16].tolist())} for key in range(60)]
+    together = [{frozenset(shuffled_positions(160, 0, 160, 16, 0, "x", key)[:16].tolist())} for key in range(60)]
     assert len(set.union(*together)) > 40  # 160 different runs; 10 if they always began at the same cells
 
 
@@ -258,7 +258,7 @@ def test_a_run_resumed_at_any_step_on_any_world_size_sees_the_same_remaining_set
     def steps_of(sampler, steps, world_size):
         return [
             sorted(as_tuple(s) for rank in range(world_size) for s in sampler.batch(*place, rank, world_size))
-            for place in map(sampler.place, steps)
+            for place in map(sampler.position, steps)
         ]
 
     before, after = sampler_of(laid, given), sampler_of(laid, given)
@@ -267,7 +267,7 @@ def test_a_run_resumed_at_any_step_on_any_world_size_sees_the_same_remaining_set
     uninterrupted = steps_of(before, range(at + n), world_sizes[0])
     assert steps_of(after, range(at, at + n), world_sizes[1]) == uninterrupted[at:]
     walked = [(epoch, step) for epoch in range(at + n) for step in range(before.steps_per_epoch)]
-    assert [before.place(step) for step in range(at + n)] == walked[: at + n]
+    assert [before.position(step) for step in range(at + n)] == walked[: at + n]
 
 
 @PROPERTY
@@ -299,8 +299,8 @@ def test_the_cells_of_a_screen_are_dealt_by_its_rows():
     kept = np.random.default_rng(0).random(len(screen)) < 0.8
     index = ConditionIndex.build(screen, kept)
     sets = flat(epoch_of(CellSetSampler(index, match_controls(index, "batch"), 4, 3, 0), 1, 2))
-    dealt = sorted(row for s in sets for row in s.rows.tolist())
-    assert dealt == np.flatnonzero(kept & ~screen.is_control).tolist()
+    assigned = sorted(row for s in sets for row in s.rows.tolist())
+    assert assigned == np.flatnonzero(kept & ~screen.is_control).tolist()
     for s in sets:
         obs, controls = screen.obs.iloc[s.rows], screen.obs.iloc[s.control_rows]
         assert set(obs[["perturbation", "cell_type", "batch"]].itertuples(index=False, name=None)) == {
@@ -429,11 +429,11 @@ def test_each_epoch_holds_each_source_in_its_share(made, world_size):
     total = sum(source.weight for source in given["sources"])
     for epoch in range(3):
         sets = flat(epoch_of(sampler, epoch, world_size))
-        dealt = Counter(laid.cells[s.rows[0]][0] for s in sets)
+        assigned = Counter(laid.cells[s.rows[0]][0] for s in sets)
         for i, source in enumerate(given["sources"]):
             share = source.weight / total * sum(n_sets)
-            assert abs(dealt[i] - share) <= (1 if share < 1 else 0.5 + 1e-9)
-            assert dealt[i] >= 1
+            assert abs(assigned[i] - share) <= (1 if share < 1 else 0.5 + 1e-9)
+            assert assigned[i] >= 1
         assert len(sets) == sampler.n_sets
         assert {s.key for s in sets} == {(epoch, number) for number in range(len(sets))}
 
@@ -444,13 +444,13 @@ def test_each_source_of_a_mixture_goes_through_whole_epochs_of_its_own(made):
     laid, given = made
     sampler = sampler_of(laid, given)
     n_sets = sets_in_all(laid, given)
-    dealt = [[] for _ in n_sets]
+    assigned = [[] for _ in n_sets]
     n_epochs = min(12, 1 + 300 // sampler.n_sets)
     for epoch in range(n_epochs):
         for s in sorted(flat(epoch_of(sampler, epoch)), key=lambda s: s.key):
-            dealt[laid.cells[s.rows[0]][0]].append(s)
+            assigned[laid.cells[s.rows[0]][0]].append(s)
     of_group = laid.groups([source.marginal for source in given["sources"]])
-    for i, sets in enumerate(dealt):
+    for i, sets in enumerate(assigned):
         cells = Counter(row for group, rows in of_group.items() if group[0] == i for row in rows)
         for start in range(0, len(sets), n_sets[i]):
             own_epoch = sets[start : start + n_sets[i]]
@@ -516,7 +516,7 @@ class Streamed:
     laid: Laid
     given: dict
     borders: list[int]
-    n_lanes: int
+    n_streams: int
     by: str
 
     def sampler(self):
@@ -526,7 +526,7 @@ class Streamed:
         pools = match_controls(index, self.by, ~marginal)
         local = match_controls(index.by_shard(borders), self.by, np.zeros(len(index), bool))
         pools = pools.preferring(local, self.given["set_size"])
-        return StreamedSampler(index, pools, borders, self.n_lanes, **self.given)
+        return StreamedSampler(index, pools, borders, self.n_streams, **self.given)
 
     def shard(self, row):
         return sum(border <= row for border in self.borders) - 1
@@ -552,10 +552,10 @@ class Streamed:
 def streamed(draw):
     laid, given = draw(mixed(max_sources=2))
     inner = draw(st.lists(st.integers(1, len(laid.cells) - 1), max_size=12)) if len(laid.cells) > 1 else []
-    n_lanes = draw(st.integers(1, 6))
-    given["sets_per_batch"] = n_lanes * draw(st.integers(1, 3))
+    n_streams = draw(st.integers(1, 6))
+    given["sets_per_batch"] = n_streams * draw(st.integers(1, 3))
     return Streamed(
-        laid, given, sorted({*laid.first_rows, *inner}), n_lanes, draw(st.sampled_from(["batch", "cell_type"]))
+        laid, given, sorted({*laid.first_rows, *inner}), n_streams, draw(st.sampled_from(["batch", "cell_type"]))
     )
 
 
@@ -572,8 +572,8 @@ def test_streamed_every_cell_is_dealt_exactly_once_per_epoch_in_sets_of_one_shar
         lengths[group] += 1
         assert least <= len(s.rows) <= made.given["set_size"]
         assert set(sampler.index.cells(s.condition).tolist()) <= set(groups[group])
-    dealt = Counter(row for s in sets for row in s.rows.tolist())
-    assert dealt == Counter(row for rows in groups.values() if len(rows) >= least for row in rows)
+    assigned = Counter(row for s in sets for row in s.rows.tolist())
+    assert assigned == Counter(row for rows in groups.values() if len(rows) >= least for row in rows)
     for group, rows in groups.items():
         assert lengths[group] == (-(-len(rows) // made.given["set_size"]) if len(rows) >= least else 0)
     assert sampler.left_out == sum(len(rows) for rows in groups.values() if len(rows) < least)
@@ -585,14 +585,14 @@ def test_streamed_every_cell_is_dealt_exactly_once_per_epoch_in_sets_of_one_shar
 @given(streamed(), EPOCHS)
 def test_a_lane_reads_one_shard_after_the_other_and_no_shard_is_on_two_lanes(made, epoch):
     sampler = made.sampler()
-    steps = epoch_of(sampler, epoch, made.n_lanes)  # rank r has lane r
-    a_step = made.given["sets_per_batch"] // made.n_lanes
+    steps = epoch_of(sampler, epoch, made.n_streams)  # rank r has stream r
+    a_step = made.given["sets_per_batch"] // made.n_streams
     seen, loads = [], []
-    for lane in range(made.n_lanes):
-        dealt = [len(ranks[lane]) for ranks in steps]
-        loads.append(sum(dealt))
-        assert dealt == [min(a_step, max(0, loads[-1] - step * a_step)) for step in range(len(steps))]
-        shards = [made.shard(s.rows[0]) for ranks in steps for s in ranks[lane]]
+    for stream in range(made.n_streams):
+        assigned = [len(ranks[stream]) for ranks in steps]
+        loads.append(sum(assigned))
+        assert assigned == [min(a_step, max(0, loads[-1] - step * a_step)) for step in range(len(steps))]
+        shards = [made.shard(s.rows[0]) for ranks in steps for s in ranks[stream]]
         seen += [shard for shard, _ in itertools.groupby(shards)]
     n_sets = made.sets_of_shards()
     assert sorted(seen) == [shard for shard, n in enumerate(n_sets) if n]
@@ -604,22 +604,22 @@ def test_a_lane_reads_one_shard_after_the_other_and_no_shard_is_on_two_lanes(mad
 @given(streamed(), WORLDS, EPOCHS)
 def test_the_shards_of_a_step_are_those_of_its_sets_and_the_next_of_each_lane(made, world_size, epoch):
     sampler = made.sampler()
-    by_lane = epoch_of(sampler, epoch, made.n_lanes)
+    by_lane = epoch_of(sampler, epoch, made.n_streams)
 
-    def of_lanes(steps):  # the shards of each lane
-        shards = [[made.shard(s.rows[0]) for ranks in steps for s in ranks[lane]] for lane in range(made.n_lanes)]
+    def of_lanes(steps):  # the shards of each stream
+        shards = [[made.shard(s.rows[0]) for ranks in steps for s in ranks[stream]] for stream in range(made.n_streams)]
         return [[shard for shard, _ in itertools.groupby(of_lane)] for of_lane in shards]
 
-    orders, next_orders = of_lanes(by_lane), of_lanes(epoch_of(made.sampler(), epoch + 1, made.n_lanes))
+    orders, next_orders = of_lanes(by_lane), of_lanes(epoch_of(made.sampler(), epoch + 1, made.n_streams))
     for step, ranks in enumerate(epoch_of(sampler, epoch, world_size)):
         for rank, sets in enumerate(ranks):
             shards = sampler.shards(epoch, step, rank, world_size)
             needed = {made.shard(row) for s in sets for row in s.rows}
             following = set()
-            for lane in range(rank, made.n_lanes, world_size):
-                of_lane = [made.shard(s.rows[0]) for s in by_lane[step][lane]]
-                here = orders[lane].index(of_lane[-1]) + 1 if of_lane else len(orders[lane])
-                following |= set(orders[lane][here : here + 1] or next_orders[lane][:1])
+            for stream in range(rank, made.n_streams, world_size):
+                of_lane = [made.shard(s.rows[0]) for s in by_lane[step][stream]]
+                here = orders[stream].index(of_lane[-1]) + 1 if of_lane else len(orders[stream])
+                following |= set(orders[stream][here : here + 1] or next_orders[stream][:1])
             assert len(set(shards)) == len(shards)
             assert set(shards[: len(needed)]) == needed
             assert set(shards[len(needed) :]) == following - needed
@@ -649,9 +649,9 @@ def test_a_streamed_run_resumed_at_any_step_on_any_world_size_sees_the_same_rema
     while len(walked) < at + n:
         walked += [(epoch, step) for step in range(made.sampler().n_steps(epoch))]
         epoch += 1
-    assert [before.place(step) for step in range(at + n)] == walked[: at + n]
+    assert [before.position(step) for step in range(at + n)] == walked[: at + n]
     for step in range(at, at + n):
-        epoch, of_epoch = after.place(step)
+        epoch, of_epoch = after.position(step)
         assert (epoch, of_epoch) == walked[step]
         assert sorted(
             as_tuple(s) for r in range(worlds[1]) for s in after.batch(epoch, of_epoch, r, worlds[1])
@@ -716,19 +716,19 @@ def test_steps_of_unequal_epochs_are_counted_one_after_the_other():
     assert sampler.steps_per_epoch == lengths[0]
     starts = np.cumsum([0, *lengths])
     for epoch in (19, 3, 0, 7):
-        assert made.sampler().place(int(starts[epoch])) == (epoch, 0)
-        assert sampler.place(int(starts[epoch + 1]) - 1) == (epoch, lengths[epoch] - 1)
+        assert made.sampler().position(int(starts[epoch])) == (epoch, 0)
+        assert sampler.position(int(starts[epoch + 1]) - 1) == (epoch, lengths[epoch] - 1)
 
 
 def test_more_lanes_than_shards_leave_lanes_idle():
     made = striped(n_shards=3)
     steps = epoch_of(made.sampler(), 0, 4)
-    assert sorted(len(flat([[ranks[lane]] for ranks in steps])) for lane in range(4)) == [0, 10, 10, 10]
+    assert sorted(len(flat([[ranks[stream]] for ranks in steps])) for stream in range(4)) == [0, 10, 10, 10]
 
 
 def test_lanes_must_divide_the_sets_of_a_step_and_weights_are_refused():
     made = striped()
-    with pytest.raises(ValueError, match=r"data.sets_per_batch \(5\) must be a multiple of data.stream_lanes \(4\)"):
+    with pytest.raises(ValueError, match=r"data.sets_per_batch \(5\) must be a multiple of data.n_streams \(4\)"):
         Streamed(made.laid, {**made.given, "sets_per_batch": 5}, made.borders, 4, "batch").sampler()
     with pytest.raises(ValueError, match="drop their weights or stream none"):
         Streamed(made.laid, {**made.given, "sources": [SetSource(weight=1.0)]}, made.borders, 4, "batch").sampler()

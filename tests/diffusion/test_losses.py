@@ -295,7 +295,7 @@ def batch_of(x0: Tensor, control: Tensor, labels: Labels, mask: Tensor | None = 
 
     def sparse(dense: Tensor) -> SparseCells:
         return SparseCells(
-            place=place,
+            position=place,
             indptr=torch.arange(len(place) + 1) * n_genes,
             genes=torch.arange(n_genes).repeat(len(place)),
             values=dense[mask].flatten(),

@@ -47,7 +47,7 @@ def n_processes(path):
 def test_the_first_line_states_the_hardware_and_every_process_of_it_gets_as_many_sets(path):
     data = load_config(path).data
     assert data.sets_per_batch % n_processes(path) == 0
-    assert not data.streamed or data.stream_lanes % n_processes(path) == 0
+    assert not data.streamed or data.n_streams % n_processes(path) == 0
 
 
 @named(PRETRAIN)
@@ -143,11 +143,11 @@ def test_it_takes_a_step_when_it_is_shrunk(path, tmp_path, monkeypatch):
     conditions = [(p, c, b, 9) for p in ("control", "A", "B") for c in ("NK", "T") for b in ("b1", "b2")]
     atlas = str(write_atlas(tmp_path / "atlas", conditions))
     atlases = [AtlasConfig(atlas, weight=a.weight, sets=a.sets) for a in config.data.atlases]
-    lanes = None if config.data.stream_lanes is None else 2
+    n_streams = None if config.data.n_streams is None else 2
     config = replace(
         config,
         out=str(tmp_path / "run"),
-        data=replace(config.data, atlases=atlases, set_size=4, sets_per_batch=4, stream_lanes=lanes),
+        data=replace(config.data, atlases=atlases, set_size=4, sets_per_batch=4, n_streams=n_streams),
         split=SplitConfig(hold_out=["A:NK"], validation=["B:NK"] if config.split.validation else []),
         denoiser=replace(config.denoiser, width=8, depth=1, n_heads=2, covariate_dim=4),
         training=replace(config.training, n_steps=1, validate_every=1, compile=False, mixed_precision="no"),

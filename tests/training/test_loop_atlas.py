@@ -12,7 +12,7 @@ from perturbdiff.atlas.build.run import build
 from perturbdiff.config import BuildConfig, DataConfig, SourceConfig, load_config
 from perturbdiff.data.screen import Screen
 from perturbdiff.training.loop import train
-from perturbdiff.training.run_folder import with_lanes
+from perturbdiff.training.run_folder import with_streams
 from tests.atlases import atlas_of_screen, write_atlas
 from tests.screens import real_screen
 from tests.simulated import TINY, tiny_config, write_screen
@@ -75,7 +75,7 @@ def test_losses_on_a_real_screen_equal_those_on_the_atlas_built_from_it(tmp_path
     assert losses(tmp_path / "on_atlas") == losses(tmp_path / "on_screen")
 
 
-STREAMED = {"streamed": True, "stream_lanes": 2}
+STREAMED = {"streamed": True, "n_streams": 2}
 
 
 @pytest.mark.parametrize("data", [{}, STREAMED], ids=["cached", "streamed"])
@@ -104,25 +104,25 @@ def test_a_run_does_not_go_on_with_an_atlas_that_changed(screen, atlas, tmp_path
         run_of(tmp_path / "run", on(tmp_path / "atlas"), "data.n_hvg=null")
 
 
-def test_a_streamed_run_keeps_the_lanes_it_was_started_with(atlas, tmp_path, monkeypatch):
+def test_a_streamed_run_keeps_the_streams_it_was_started_with(atlas, tmp_path, monkeypatch):
     words, out = ["data.n_hvg=null"], tmp_path / "run"
 
-    def lanes(world_size, **settings):
+    def n_streams(world_size, **settings):
         given = {"out": str(out), "data": on(atlas, **settings), "split": {"hold_out": ["pert_0:type_0"]}}
         with monkeypatch.context() as patch:
             patch.setenv("WORLD_SIZE", str(world_size))
-            return with_lanes(load_config(None, [*TINY, *words], given), out).data.stream_lanes
+            return with_streams(load_config(None, [*TINY, *words], given), out).data.n_streams
 
-    assert lanes(2, streamed=True) == 2  # one a process, at the start
-    assert lanes(2, streamed=True, stream_lanes=4) == 4
-    assert lanes(2) is None
+    assert n_streams(2, streamed=True) == 2  # one a process, at the start
+    assert n_streams(2, streamed=True, n_streams=4) == 4
+    assert n_streams(2) is None
     run_of(out, on(atlas, **STREAMED), *words, stop_at=2)
-    assert lanes(4, streamed=True) == 2  # those of the start, on any number of processes
-    assert lanes(1, streamed=True) == 2
-    assert lanes(2, streamed=True, stream_lanes=4) == 4  # what is given stands, and is refused later
-    with pytest.raises(ValueError, match=r"data\.stream_lanes was 2, is 4"):
-        run_of(out, on(atlas, streamed=True, stream_lanes=4), *words)
-    run_of(out, on(atlas, streamed=True), *words)  # lanes are not given: those of the start
+    assert n_streams(4, streamed=True) == 2  # those of the start, on any number of processes
+    assert n_streams(1, streamed=True) == 2
+    assert n_streams(2, streamed=True, n_streams=4) == 4  # what is given stands, and is refused later
+    with pytest.raises(ValueError, match=r"data\.n_streams was 2, is 4"):
+        run_of(out, on(atlas, streamed=True, n_streams=4), *words)
+    run_of(out, on(atlas, streamed=True), *words)  # streams are not given: those of the start
     run_of(tmp_path / "whole", on(atlas, **STREAMED), *words)
     assert losses(out) == losses(tmp_path / "whole")
 
@@ -163,7 +163,7 @@ def test_the_loss_of_a_screen_is_no_other_for_being_mixed_in(atlas, tmp_path):
     ("change", "words", "said"),
     [
         ({"streamed": True}, ["data.n_hvg=20"], "needs a pass over all cells"),
-        ({"streamed": True, "stream_lanes": 3}, [], "must divide data.sets_per_batch"),
+        ({"streamed": True, "n_streams": 3}, [], "must divide data.sets_per_batch"),
         ({"screen": "x.h5ad"}, [], "give one of them"),
         ({}, ["data.min_set_size=5"], "half of data.set_size"),
         ({}, ["data.min_set_size=2", "data.set_size=1000", "data.min_set_size=400"], "no training condition has"),

@@ -413,8 +413,8 @@ def test_values_beyond_those_measured_slow_the_reading():
     [
         (128, [], r"sets: data.sets_per_batch \(64\) is less than the GPUs: 64 of 128 idle"),
         (24, [], r"sets: data.sets_per_batch \(64\) is no multiple of 24 GPUs: 16 have one set more"),
-        (24, ["data.streamed=true"], r"lanes: 24 .*do not divide data.sets_per_batch \(64\): training will refuse"),
-        (8, ["data.streamed=true", "data.stream_lanes=4"], r"lanes: data.stream_lanes \(4\) is no multiple of 8"),
+        (24, ["data.streamed=true"], r"streams: 24 .*do not divide data.sets_per_batch \(64\): training will refuse"),
+        (8, ["data.streamed=true", "data.n_streams=4"], r"streams: data.n_streams \(4\) is no multiple of 8"),
         (64, [], "gradients: .* at 50 GB/s"),
         (8, [], "gradients: .* at 450 GB/s"),
     ],
@@ -441,4 +441,4 @@ def test_compiled_runs_are_not_told_to_compile():
 
 def test_a_step_without_warnings_says_no_more_than_memory_data_and_gradients():
     plan = make_plan(recipe(), Cluster(1, "h100"))
-    assert not any(verdict.startswith(("sets:", "lanes:", "gradients:")) for verdict in plan.verdicts)
+    assert not any(verdict.startswith(("sets:", "streams:", "gradients:")) for verdict in plan.verdicts)

@@ -281,7 +281,7 @@ def test_conditions_without_a_large_enough_set_leave_nothing_to_score(case, deno
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_a_streamed_condition_is_one_condition_over_its_shards(read, tmp_path, world_size):
     atlas = atlas_of_screen(tmp_path / "atlas", read, rows_per_shard=80)
-    data = {"atlases": [{"path": str(atlas)}], "streamed": True, "stream_lanes": 2, "n_hvg": None}
+    data = {"atlases": [{"path": str(atlas)}], "streamed": True, "n_streams": 2, "n_hvg": None}
     given = {"out": str(tmp_path / "run"), "data": data, "split": {"hold_out": ["pert_0:type_0"]}}
     config = load_config(None, [*TINY, VALIDATED, "sampling.whole_counts=false"], given)
     cells = TrainingSet.of_atlases(config).validation

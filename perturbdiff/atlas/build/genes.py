@@ -25,7 +25,7 @@ class GeneSpace:
     """Genes of an atlas, and where each gene of each source lies among them.
 
     columns
-        One array a source: (genes of the source,) int32 place in `genes`, -1 for a gene that is not kept.
+        One array a source: (genes of the source,) int32 position in `genes`, -1 for a gene that is not kept.
     """
 
     genes: GeneVocab
@@ -35,16 +35,16 @@ class GeneSpace:
         """Genes of a source that are kept."""
         return int((self.columns[source] >= 0).sum())
 
-    def select(self, places: np.ndarray) -> GeneSpace:
-        """Only the genes at these places, in this order."""
+    def select(self, positions: np.ndarray) -> GeneSpace:
+        """Only the genes at these positions, in this order."""
         new = np.full(len(self.genes) + 1, -1, dtype=np.int32)  # the last entry is where -1 points
-        new[places] = np.arange(len(places), dtype=np.int32)
-        return GeneSpace(self.genes.select(places), tuple(new[columns] for columns in self.columns))
+        new[positions] = np.arange(len(positions), dtype=np.int32)
+        return GeneSpace(self.genes.select(positions), tuple(new[columns] for columns in self.columns))
 
     def among(self, chosen: Sequence[np.ndarray]) -> GeneSpace:
         """Only the genes that are among the chosen columns of any source."""
-        places = np.concatenate([columns[c] for columns, c in zip(self.columns, chosen, strict=True)])
-        return self.select(np.unique(places[places >= 0]))
+        positions = np.concatenate([columns[c] for columns, c in zip(self.columns, chosen, strict=True)])
+        return self.select(np.unique(positions[positions >= 0]))
 
 
 def n_selected(rule: str) -> int | None:
@@ -153,9 +153,9 @@ def _listed(union: GeneSpace, path: str) -> GeneSpace:
     """The genes of a file; one that no source has stays, without values, so that atlases can share a gene space."""
     names = read_gene_file(path)
     ids = union.genes.ensembl or ()
-    place = {_stable(gene): i for i, gene in enumerate(ids) if gene}
-    place.update({name: i for i, name in enumerate(union.genes.names)})
-    found = np.array([place.get(name, place.get(_stable(name), -1)) for name in names], dtype=np.int64)
+    position = {_stable(gene): i for i, gene in enumerate(ids) if gene}
+    position.update({name: i for i, name in enumerate(union.genes.names)})
+    found = np.array([position.get(name, position.get(_stable(name), -1)) for name in names], dtype=np.int64)
     missing = [name for name, i in zip(names, found, strict=True) if i < 0]
     if len(missing) > (1 - MIN_FOUND) * len(names):
         raise ValueError(
@@ -195,48 +195,48 @@ def _union(sources: Mapping[str, GeneVocab], table: dict[str, str]) -> GeneSpace
             if not name:
                 continue
             match_id = "" if by_table else gene_id
-            place = by_name.get(name)
-            if place is not None and match_id and ids[place] and _stable(match_id) != _stable(ids[place]):
+            position = by_name.get(name)
+            if position is not None and match_id and ids[position] and _stable(match_id) != _stable(ids[position]):
                 raise ValueError(
-                    f"gene {name!r} is {ids[place]} in source {givers[place]!r} and {match_id} in source {source!r}; "
+                    f"gene {name!r} is {ids[position]} in source {givers[position]!r} and {match_id} in source {source!r}; "
                     "say which is meant with a line 'from,to' in gene_table: an Ensembl id or name, and the name it "
                     "gets in the atlas (or nothing, to leave it out)."
                 )
-            if place is None and match_id:
-                place = by_id.get(_stable(match_id))
-            if place is None:
-                place = len(names)
+            if position is None and match_id:
+                position = by_id.get(_stable(match_id))
+            if position is None:
+                position = len(names)
                 names.append(name)
                 ids.append("")
                 givers.append("")
-                by_name[name] = place
-            if match_id and not ids[place] and (other := by_id.get(_stable(match_id), place)) != place:
+                by_name[name] = position
+            if match_id and not ids[position] and (other := by_id.get(_stable(match_id), position)) != position:
                 raise ValueError(
                     f"gene {name!r} ({match_id}) of source {source!r} is two genes of the sources before it: "
-                    f"{names[place]!r} by name and {names[other]!r} by Ensembl id; rename one in gene_table."
+                    f"{names[position]!r} by name and {names[other]!r} by Ensembl id; rename one in gene_table."
                 )
-            if match_id and not ids[place]:
-                ids[place], givers[place] = match_id, source
-                by_id[_stable(match_id)] = place
+            if match_id and not ids[position]:
+                ids[position], givers[position] = match_id, source
+                by_id[_stable(match_id)] = position
             if by_table and gene_id:
-                renamed.setdefault(place, gene_id)
-            if place in taken:
+                renamed.setdefault(position, gene_id)
+            if position in taken:
                 raise ValueError(
-                    f"genes {taken[place]!r} and {own!r} of source {source!r} are both {names[place]!r} in the atlas; "
+                    f"genes {taken[position]!r} and {own!r} of source {source!r} are both {names[position]!r} in the atlas; "
                     "give one another name, or leave it out, with a line 'from,to' in gene_table."
                 )
-            taken[place] = own
-            columns[g] = place
+            taken[position] = own
+            columns[g] = position
         all_columns.append(columns)
     if table and not used:
         raise ValueError(
             f"no gene of gene_table is in any source, {next(iter(table))!r} among them; column 'from' must hold names "
             "or Ensembl ids of the sources."
         )
-    for place, gene_id in renamed.items():
-        if not ids[place] and _stable(gene_id) not in by_id:
-            ids[place] = gene_id
-            by_id[_stable(gene_id)] = place
+    for position, gene_id in renamed.items():
+        if not ids[position] and _stable(gene_id) not in by_id:
+            ids[position] = gene_id
+            by_id[_stable(gene_id)] = position
     return GeneSpace(GeneVocab(tuple(names), tuple(ids) if any(ids) else None), tuple(all_columns))
 
 
@@ -246,10 +246,10 @@ def _stable(gene_id: str) -> str:
     return match[1] if match else gene_id
 
 
-def _twice(names: Sequence[str], places: np.ndarray) -> tuple[str, str]:
+def _twice(names: Sequence[str], positions: np.ndarray) -> tuple[str, str]:
     seen: dict[int, str] = {}
-    for name, place in zip(names, places.tolist(), strict=True):
-        if place >= 0 and place in seen:
-            return seen[place], name
-        seen[place] = name
-    raise AssertionError("called where a place comes twice")
+    for name, position in zip(names, positions.tolist(), strict=True):
+        if position >= 0 and position in seen:
+            return seen[position], name
+        seen[position] = name
+    raise AssertionError("called where a position comes twice")

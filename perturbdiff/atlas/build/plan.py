@@ -167,19 +167,19 @@ def make_plan(crew: Crew[Inputs], samples: Sequence[Sample], max_values: int, ta
 def _chunks(pieces: list[list[tuple[int, int]]], means: list[float], max_values: int) -> list[tuple[int, int, int]]:
     """(source, first piece, end) of chunks of about `max_values` values, the pieces of all sources counted together."""
     chunks: list[tuple[int, int, int]] = []
-    place = 0
+    position = 0
     for number, (ranges, mean) in enumerate(zip(pieces, means, strict=True)):
-        begin, values = place, 0.0
+        begin, values = position, 0.0
         for first, last in ranges:
             # A piece is no more than this; where zeros are stored too it is less.
             size = min((last - first) * mean * 1.5, READ_VALUES)
             if values and values + size > max_values:
-                chunks.append((number, begin, place))
-                begin, values = place, 0.0
+                chunks.append((number, begin, position))
+                begin, values = position, 0.0
             values += size
-            place += 1
-        if place > begin:
-            chunks.append((number, begin, place))
+            position += 1
+        if position > begin:
+            chunks.append((number, begin, position))
     return chunks
 
 
@@ -240,13 +240,13 @@ def _moments_of(inputs: Inputs, part: tuple[int, int, list[tuple[int, int]]]) ->
     if path.exists():
         return
     source = inputs.sources[number]
-    moments, how = GeneMoments(len(source.genes)), replace(HOW, input_kind=source.input_kind)
+    moments, preprocessing = GeneMoments(len(source.genes)), replace(HOW, input_kind=source.input_kind)
     kept = source.labels(block[0][0], block[-1][1])["row"].to_numpy()
     for first, last in block:
         rows = kept[slice(*np.searchsorted(kept, (first, last)))] - first
         if len(rows):
             X, library_size = source.read(first, last)
-            moments.add(log1p_normalised(X[rows], library_size[rows], how))
+            moments.add(log1p_normalised(X[rows], library_size[rows], preprocessing))
     with written(path) as file:
         np.savez(file, n_cells=moments.n_cells, total=moments.total, total_square=moments.total_square)
 

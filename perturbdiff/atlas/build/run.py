@@ -239,14 +239,14 @@ def _finish(inputs: Inputs, plan: Plan, out: Path) -> None:
             f"{inputs.folder} and build again."
         )
     row = np.cumsum(conditions.n_cells) - conditions.n_cells
-    place = np.searchsorted(firsts, row, side="right") - 1
+    position = np.searchsorted(firsts, row, side="right") - 1
     cell_type, batch, perturbation = conditions.labels(np.arange(len(conditions)))
     is_control = np.array(perturbation) == CONTROL_LABEL
     table = pa.Table.from_arrays(
         [
             pa.array(cell_type), pa.array(batch), pa.array(perturbation), pa.array(is_control),
-            pa.array(conditions.n_cells), pa.array([shards[i].file for i in place.tolist()]),
-            pa.array(row - firsts[place]),
+            pa.array(conditions.n_cells), pa.array([shards[i].file for i in position.tolist()]),
+            pa.array(row - firsts[position]),
         ],
         schema=CONDITIONS_SCHEMA,
     )  # fmt: skip

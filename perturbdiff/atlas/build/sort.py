@@ -45,7 +45,7 @@ class Conditions:
     names
         Sorted cell types, batches and perturbations.
     keys
-        (n,) int64, rising: the place of a condition's three names as one number.
+        (n,) int64, rising: the position of a condition's three names as one number.
     n_cells
         (n,) int64.
     first_bucket, n_parts
@@ -105,10 +105,10 @@ class Conditions:
         for name, ids in zip(SORTED_BY, self._ids, strict=True):
             codes, found = pd.factorize(labels[name])
             key = key * len(ids) + np.array([ids.get(label, -1) for label in found], dtype=np.int64)[codes]
-        places = np.minimum(np.searchsorted(self.keys, key), len(self) - 1)
-        if (self.keys[places] != key).any():
+        positions = np.minimum(np.searchsorted(self.keys, key), len(self) - 1)
+        if (self.keys[positions] != key).any():
             raise ValueError("a source changed while it was read: it holds a condition that it did not hold before.")
-        return places
+        return positions
 
     def bucket(self, condition: np.ndarray, hashes: np.ndarray) -> np.ndarray:
         """(n,) bucket of cells; it never falls as (condition, hash) rises."""
@@ -120,7 +120,7 @@ class Conditions:
         rest, perturbation = np.divmod(self.keys[conditions], len(self.names[2]))
         cell_type, batch = np.divmod(rest, len(self.names[1]))
         columns = zip(self.names, (cell_type, batch, perturbation), strict=True)
-        return [[names[i] for i in places.tolist()] for names, places in columns]
+        return [[names[i] for i in positions.tolist()] for names, positions in columns]
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Sort:
     """What every process needs to know of the sort.
 
     sources, columns
-        The inputs and, for each, the place of its genes in the atlas (-1: left out).
+        The inputs and, for each, the position of its genes in the atlas (-1: left out).
     gene_names
         Of the atlas.
     chunks
@@ -204,10 +204,10 @@ def spill_chunk(sort: Sort, chunk: int) -> int:
     cells["n_values"], cells["library_size"] = n_values[order], library_size[order]
     cells["name_bytes"] = np.fromiter(map(len, encoded), dtype=np.int32, count=len(encoded))
     if sort.value_type != "float32" and values.max(initial=0) > np.iinfo(sort.value_type).max:
-        place = int(values.argmax())
-        cell = int(np.searchsorted(_starts(cells["n_values"]), place, side="right")) - 1
+        position = int(values.argmax())
+        cell = int(np.searchsorted(_starts(cells["n_values"]), position, side="right")) - 1
         raise ValueError(
-            f"count {values[place]} of gene {sort.gene_names[genes[place]]!r} in cell {names[order[cell]]!r} of source "
+            f"count {values[position]} of gene {sort.gene_names[genes[position]]!r} in cell {names[order[cell]]!r} of source "
             f"{source.name!r} does not fit {sort.value_type}; give count_type=uint32."
         )
     values = values.astype(sort.value_type, copy=False)
@@ -249,8 +249,8 @@ def _atlas_genes(X: sparse.csr_matrix, sort: Sort, number: int) -> tuple[np.ndar
         return X.indices.astype(sort.gene_type), X.data, np.diff(X.indptr)
     kept = np.flatnonzero(columns >= 0)
     if (np.diff(columns[kept]) > 0).all():
-        place = columns.astype(sort.gene_type)  # -1 becomes some gene, and is left out below
-        genes, values, indptr = place[X.indices], X.data, X.indptr
+        position = columns.astype(sort.gene_type)  # -1 becomes some gene, and is left out below
+        genes, values, indptr = position[X.indices], X.data, X.indptr
         if len(kept) < len(columns):
             present = (columns >= 0)[X.indices]
             indptr = _starts(present)[indptr]
@@ -290,7 +290,7 @@ class _Run:
     path: Path
     source: int
     n_cells: int
-    places: tuple[int, int, int, int]  # bytes: cells, names, genes, values
+    positions: tuple[int, int, int, int]  # bytes: cells, names, genes, values
     n_name_bytes: int
 
     @classmethod
@@ -306,10 +306,10 @@ class _Run:
         genes = names + all_names
         gene_bytes, value_bytes = np.dtype(sort.gene_type).itemsize, np.dtype(sort.value_type).itemsize
         values = genes + all_values * gene_bytes
-        places = (
+        positions = (
             cells + cell * _CELL.itemsize, names + name, genes + value * gene_bytes, values + value * value_bytes
         )  # fmt: skip
-        return cls(path, int(sort.chunks[chunk, 0]), end[0] - cell, places, end[1] - name)
+        return cls(path, int(sort.chunks[chunk, 0]), end[0] - cell, positions, end[1] - name)
 
 
 def merge_bucket(sort: Sort, bucket: int, memory: int) -> int:
@@ -318,8 +318,8 @@ def merge_bucket(sort: Sort, bucket: int, memory: int) -> int:
     parts, names = [], []
     for run in runs:
         with open(run.path, "rb") as spill:
-            parts.append(_read(spill, run.places[0], _CELL, run.n_cells))
-            names.append(_read(spill, run.places[1], np.dtype(np.uint8), run.n_name_bytes))
+            parts.append(_read(spill, run.positions[0], _CELL, run.n_cells))
+            names.append(_read(spill, run.positions[1], np.dtype(np.uint8), run.n_name_bytes))
     cells = np.concatenate(parts) if parts else np.zeros(0, _CELL)
     run_of = np.repeat(np.arange(len(runs)), [run.n_cells for run in runs])
     source = np.array([run.source for run in runs], dtype=np.int64)[run_of] if runs else run_of
@@ -335,10 +335,10 @@ def merge_bucket(sort: Sort, bucket: int, memory: int) -> int:
             groups = [order[start : min(start + ROW_GROUP, last)] for start in range(first, last, ROW_GROUP)]
             for rows, genes, values in reader.groups(groups):
                 starts = _starts(cells["n_values"][rows]).astype(np.int32)
-                found, place = np.unique(cells["condition"][rows], return_inverse=True)
+                found, position = np.unique(cells["condition"][rows], return_inverse=True)
                 labels = dict(zip(SORTED_BY, sort.conditions.labels(found), strict=True))
                 columns = {
-                    **{name: pa.array(labels[name], pa.string()).take(pa.array(place)) for name in SORTED_BY},
+                    **{name: pa.array(labels[name], pa.string()).take(pa.array(position)) for name in SORTED_BY},
                     "source": pa.array([s.name for s in sort.sources], pa.string()).take(pa.array(source[rows])),
                     "cell": _text(gathered(all_names, name_starts, rows), cells["name_bytes"][rows]),
                     "library_size": pa.array(cells["library_size"][rows]),
@@ -399,8 +399,8 @@ class _Values:
             run, cell, end = self.runs[i], int(self.next[i]), int(self.next[i] + counts[i])
             skipped, n = int(self.starts[cell] - self.starts[self.first[i]]), int(self.starts[end] - self.starts[cell])
             with open(run.path, "rb") as file:
-                for values, place in zip(lists, run.places[2:], strict=True):
-                    _read_into(file, place + skipped * values.itemsize, values[at : at + n])
+                for values, position in zip(lists, run.positions[2:], strict=True):
+                    _read_into(file, position + skipped * values.itemsize, values[at : at + n])
             starts.append(self.starts[cell + 1 : end + 1] - self.starts[cell] + at)
             at += n
         self.next = self.next + counts
@@ -450,15 +450,15 @@ def written(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def _read(file: BinaryIO, place: int, kind: np.dtype, n: int) -> np.ndarray:
+def _read(file: BinaryIO, position: int, kind: np.dtype, n: int) -> np.ndarray:
     values = np.empty(n, dtype=kind)
-    _read_into(file, place, values)
+    _read_into(file, position, values)
     return values
 
 
-def _read_into(file: BinaryIO, place: int, values: np.ndarray) -> None:
+def _read_into(file: BinaryIO, position: int, values: np.ndarray) -> None:
     if not values.nbytes:
         return
-    file.seek(place)
+    file.seek(position)
     if file.readinto(values.data.cast("B")) != values.nbytes:  # type: ignore[attr-defined]
         raise ValueError(f"{file.name} is cut short; delete the folder of the interrupted build and build again.")

@@ -69,8 +69,8 @@ class OtherAtlas:
 
     def all_labels(self, first: int, last: int) -> pd.DataFrame:
         parts = [
-            pa.Table.from_batches(batches(self._shard(place), [*LABELS, "cell"], start, stop, LABELS))
-            for place, start, stop in self.groups.parts(first, last)
+            pa.Table.from_batches(batches(self._shard(position), [*LABELS, "cell"], start, stop, LABELS))
+            for position, start, stop in self.groups.parts(first, last)
         ]
         frame = pa.concat_tables(parts).unify_dictionaries().to_pandas()
         names = frame["cell"].to_numpy(dtype=object)
@@ -83,8 +83,8 @@ class OtherAtlas:
     def read(self, first: int, last: int) -> tuple[sparse.csr_matrix, np.ndarray]:
         value_column = self.atlas.info.value_column
         lengths, indices, values, library = [], [], [], []
-        for place, start, stop in self.groups.parts(first, last):
-            path, row = self._shard(place), start
+        for position, start, stop in self.groups.parts(first, last):
+            path, row = self._shard(position), start
             for batch in batches(path, ["genes", value_column, "library_size"], start, stop):
                 ends, columns = lists(batch.column("genes"), f"genes of {path.name}", row)
                 value_ends, part = lists(batch.column(value_column), f"{value_column} of {path.name}", row)
@@ -105,10 +105,10 @@ class OtherAtlas:
     def _cell(self, row: int) -> str:
         return f"cell {self.all_labels(row, row + 1)['cell'].iloc[0]!r} (row {row})"
 
-    def _shard(self, place: int) -> Path:
-        key = str(self.atlas.folder), place
+    def _shard(self, position: int) -> Path:
+        key = str(self.atlas.folder), position
         if key not in _verified:
-            _verified[key] = self.atlas.check_shard(place)
+            _verified[key] = self.atlas.check_shard(position)
         return _verified[key]
 
 

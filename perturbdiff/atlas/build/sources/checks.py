@@ -134,8 +134,8 @@ def _refuse(
     )
 
 
-def row_of(place: int, indptr: np.ndarray) -> int:
-    return int(np.searchsorted(indptr, place, side="right")) - 1
+def row_of(position: int, indptr: np.ndarray) -> int:
+    return int(np.searchsorted(indptr, position, side="right")) - 1
 
 
 def library_text(kind: InputKind, column: str | None) -> str:

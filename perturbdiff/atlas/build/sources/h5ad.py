@@ -29,7 +29,7 @@ from perturbdiff.atlas.build.sources.checks import (
 )
 from perturbdiff.data.vocab import GeneVocab
 
-_SAMPLE = 8  # places of a file looked at to tell counts from log1p values
+_SAMPLE = 8  # positions of a file looked at to tell counts from log1p values
 _SAMPLE_VALUES = 1 << 18  # values of each
 _MAX_ROWS = 1 << 18  # cells read together, however empty: their labels need memory too
 

@@ -113,7 +113,7 @@ class RowGroups:
     """Row groups of the Parquet files of a source, in order.
 
     file, rows, values
-        (n_groups,) place of the file in `names`, number of rows and of list elements of each.
+        (n_groups,) position of the file in `names`, number of rows and of list elements of each.
     """
 
     names: tuple[str, ...]
@@ -126,14 +126,14 @@ class RowGroups:
         with ThreadPoolExecutor(8) as pool:
             footers = list(pool.map(files.footer, names))
         groups = []
-        for place, (name, footer) in enumerate(zip(names, footers, strict=True)):
+        for position, (name, footer) in enumerate(zip(names, footers, strict=True)):
             leaves = [footer.schema.column(i).path.split(".")[0] for i in range(footer.num_columns)]
             if column not in leaves:
                 raise KeyError(f"column {column!r} not in {name}; found {sorted(set(leaves))}.")
             leaf = leaves.index(column)
             for i in range(footer.num_row_groups):
                 group = footer.row_group(i)
-                groups.append((place, group.num_rows, group.column(leaf).num_values))
+                groups.append((position, group.num_rows, group.column(leaf).num_values))
         table = np.array(groups, dtype=np.int64).reshape(-1, 3)
         return cls(tuple(names), table[:, 0], table[:, 1], table[:, 2])
 
@@ -146,11 +146,11 @@ class RowGroups:
         """Row ranges within a file: whole row groups where they fit."""
         ranges: list[tuple[int, int]] = []
         row, begin, held, file = 0, 0, 0, -1
-        for place, rows, values in zip(self.file.tolist(), self.rows.tolist(), self.values.tolist(), strict=True):
-            if row > begin and (place != file or held + values > max_values):
+        for position, rows, values in zip(self.file.tolist(), self.rows.tolist(), self.values.tolist(), strict=True):
+            if row > begin and (position != file or held + values > max_values):
                 ranges.append((begin, row))
                 begin, held = row, 0
-            file = place
+            file = position
             parts = min(-(-values // max_values), rows)
             if parts > 1:  # a row group that is larger than a chunk
                 cuts = [row + rows * i // parts for i in range(parts + 1)]
@@ -161,12 +161,12 @@ class RowGroups:
 
     def parts(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
         """(file, first row in it, end row in it) of each file that holds some of these rows."""
-        for place in range(int(np.searchsorted(self.first, first, side="right")) - 1, len(self.names)):
-            start, stop = int(self.first[place]), int(self.first[place + 1])
+        for position in range(int(np.searchsorted(self.first, first, side="right")) - 1, len(self.names)):
+            start, stop = int(self.first[position]), int(self.first[position + 1])
             if start >= last:
                 return
             if stop > start:
-                yield place, max(first, start) - start, min(last, stop) - start
+                yield position, max(first, start) - start, min(last, stop) - start
 
 
 def batches(
@@ -191,8 +191,8 @@ def lists(column: pa.Array, what: str, row: int) -> tuple[np.ndarray, np.ndarray
     if column.null_count or elements.null_count:
         missing = column.is_null().to_numpy(zero_copy_only=False)
         if not column.null_count:
-            place = int(elements.is_null().to_numpy(zero_copy_only=False).argmax())
-            missing[row_of(place, offsets - offsets[0])] = True
+            position = int(elements.is_null().to_numpy(zero_copy_only=False).argmax())
+            missing[row_of(position, offsets - offsets[0])] = True
         raise ValueError(
             f"{what} has a missing list or value in row {row + int(missing.argmax())}; give every cell both."
         )

@@ -105,8 +105,8 @@ class TahoeSource:
             columns["perturbation"] = "sample"
         wanted = sorted({_TAHOE_CELL, *(c for c in columns.values() if c is not None)})
         parts = []
-        for place, start, stop in self.groups.parts(first, last):
-            path = self.files.local(self.groups.names[place])
+        for position, start, stop in self.groups.parts(first, last):
+            path = self.files.local(self.groups.names[position])
             table = pa.Table.from_batches(
                 batches(path, wanted, start, stop, wanted[:0] + [c for c in wanted if c != _TAHOE_CELL])
             )
@@ -136,8 +136,8 @@ class TahoeSource:
         lengths: list[np.ndarray] = []
         indices: list[np.ndarray] = []
         values: list[np.ndarray] = []
-        for place, start, stop in self.groups.parts(first, last):
-            name = self.groups.names[place]
+        for position, start, stop in self.groups.parts(first, last):
+            name = self.groups.names[position]
             row = start
             for batch in batches(self.files.local(name), ["genes", "expressions"], start, stop):
                 parts = self._decoded(batch, name, row)
