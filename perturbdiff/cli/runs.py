@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,10 +146,10 @@ def _finetune_command(commands: Any) -> None:
 
 def _plan_command(commands: Any) -> None:
     plan = add_command(
-        commands, "plan", _plan, "what a recipe would take on so many GPUs: memory, FLOPs, bytes, days",
+        commands, "plan", _plan, "what a recipe would take on so many GPUs: memory, FLOPs, cells/s, days",
         "Counts the parameters of a recipe and the memory of a step by part and engine, estimates cells/s and days,\n"
-        "and says where memory, data or network would not keep up. Needs no GPU and reads no cells. Sizes of the data\n"
-        "are counted where the atlas is a folder here, and are data.atlases[].expected of the recipe otherwise.\n"
+        "and says what limits them: memory, computing, data or network. Needs no GPU and reads no cells. Data are\n"
+        "counted where the atlas is a folder here, and are data.atlases[].expected of the recipe otherwise.\n"
         "Times are the counts over peak FLOP/s times --efficiency, which is an assumption: a run prints its cells/s.",
         "examples:\n  perturbdiff plan recipes/pretrain/tahoe100m.yaml --gpus 64 --gpu h200\n"
         "  perturbdiff plan recipes/pretrain/tahoe100m.yaml --gpus 8 --gpu a100 training.accumulation_steps=4\n"
@@ -257,7 +258,7 @@ def _print_run(run: Run) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from perturbdiff.training.plan import Cluster, make_plan
+    from perturbdiff.training.estimate import Cluster, estimate
 
     cluster = Cluster(
         arguments.gpus,
@@ -267,8 +268,8 @@ def _plan(arguments: argparse.Namespace) -> None:
         arguments.efficiency,
         arguments.cores_per_gpu,
     )
-    plan = make_plan(_config(arguments, None, [], out="unused"), cluster)
-    print(json.dumps(plan.as_json(), indent=1) if arguments.json else plan.text())
+    found = estimate(_config(arguments, None, [], out="unused"), cluster)
+    print(json.dumps(asdict(found), indent=1) if arguments.json else found.text())
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
