@@ -167,9 +167,9 @@ class PerturbDiff:
     ) -> PerturbDiff:
         """A published Lightning checkpoint as a model, on the CPU; nothing in the file is executed.
 
-        Parameters and errors as `perturbdiff.hub.convert.convert_checkpoint`.
+        Parameters and errors as `perturbdiff.reference.convert.convert_checkpoint`.
         """
-        from perturbdiff.hub.convert import convert_checkpoint
+        from perturbdiff.reference.convert import convert_checkpoint
 
         return cls(**vars(convert_checkpoint(checkpoint, genes, dataset, weights)), name=Path(checkpoint).stem)
 

@@ -27,7 +27,7 @@ from perturbdiff.diffusion.distances import (
 )
 from perturbdiff.diffusion.draws import Draws, training_draws, validation_draws
 from perturbdiff.diffusion.losses import DiffusionLoss
-from perturbdiff.hub.convert import denoiser_from_reference
+from perturbdiff.reference.convert import denoiser_from_reference
 
 DISTANCES = [energy_distance, rbf_mmd, laplace_mmd]
 CASES = ["selfcond_off", "selfcond_on", "dropcond", "dropctrl_selfcond_on"]

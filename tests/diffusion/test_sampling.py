@@ -13,7 +13,7 @@ from torch import Tensor
 from perturbdiff.config import DiffusionConfig, SamplingConfig, check_sampling
 from perturbdiff.diffusion.sampling import ddim_step, ddpm_step, predict_x0, sample, sample_reference, timesteps
 from perturbdiff.diffusion.schedule import Schedule
-from perturbdiff.hub.convert import ReferenceDenoiser, covariate_encoder_from_reference, denoiser_from_reference
+from perturbdiff.reference.convert import ReferenceDenoiser, covariate_encoder_from_reference, denoiser_from_reference
 
 LINEAR = Schedule("linear", 1000)
 ALPHA_BAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))

@@ -20,9 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from perturbdiff.hub import inert, lightning
-from perturbdiff.hub.inert import Opaque, TensorRef, plain, read_pickle_program
-from perturbdiff.hub.lightning import LightningFile
+from perturbdiff.reference import checkpoint as lightning
+from perturbdiff.reference import inert
+from perturbdiff.reference.checkpoint import LightningFile
+from perturbdiff.reference.inert import Opaque, TensorRef, plain, read_pickle_program
 
 GOLDEN = Path(os.environ.get("PERTURBDIFF_GOLDEN", Path(__file__).parents[2] / "../shared/golden"))
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden numbers at {GOLDEN}")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perturbdiff.hub.inert import TensorRef, read_pickle_program
+from perturbdiff.reference.inert import TensorRef, read_pickle_program
 
 MAX_DIRECTORY_BYTES = 1 << 24  # of the zip archive's list of entries
 MAX_PICKLE_BYTES = 1 << 28

@@ -25,10 +25,10 @@ from perturbdiff.config import load_config
 from perturbdiff.data.vocab import Labels
 from perturbdiff.diffusion.sampling import sample
 from perturbdiff.diffusion.schedule import Schedule
-from perturbdiff.hub.convert import convert_checkpoint, covariate_encoder_from_reference, denoiser_from_reference
 from perturbdiff.model import PerturbDiff
 from perturbdiff.nn.conditioning import VocabSizes
 from perturbdiff.nn.denoiser import Denoiser
+from perturbdiff.reference.convert import convert_checkpoint, covariate_encoder_from_reference, denoiser_from_reference
 
 GOLDEN = Path(os.environ.get("PERTURBDIFF_GOLDEN", Path(__file__).parents[2] / "../shared/golden"))
 DEAD = re.compile(r"control_final_layer|gene_embedding\.(gene_embedding|layer_norm)")

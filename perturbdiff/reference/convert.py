@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from perturbdiff.config import DiffusionConfig, ModelConfig, ObsColumns, Preprocessing, SamplingConfig, check_denoiser
 from perturbdiff.data.vocab import GeneVocab, LabelVocab, Vocabularies
 from perturbdiff.files import sha256
-from perturbdiff.hub.inert import TensorRef, plain
-from perturbdiff.hub.lightning import LightningFile
-from perturbdiff.hub.published import DEAD, denoiser_config, load, rename_denoiser, rename_encoder
 from perturbdiff.nn.conditioning import CovariateEncoder, VocabSizes
 from perturbdiff.nn.denoiser import Denoiser
+from perturbdiff.reference.checkpoint import LightningFile
+from perturbdiff.reference.inert import TensorRef, plain
+from perturbdiff.reference.names import DEAD, denoiser_config, load, rename_denoiser, rename_encoder
 
 SET_SIZE = 256  # of most published recipes (Replogle: 32); a checkpoint does not say
 MAX_TIMESTEPS = 1 << 20
