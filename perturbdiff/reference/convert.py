@@ -17,8 +17,7 @@ from perturbdiff.data.vocab import GeneVocab, LabelVocab, Vocabularies
 from perturbdiff.files import sha256
 from perturbdiff.nn.conditioning import CovariateEncoder, VocabSizes
 from perturbdiff.nn.denoiser import Denoiser
-from perturbdiff.reference.checkpoint import LightningFile
-from perturbdiff.reference.inert import TensorRef, plain
+from perturbdiff.reference.checkpoint import TensorRef, open_checkpoint, unwrap
 from perturbdiff.reference.names import DEAD, denoiser_config, load, rename_denoiser, rename_encoder
 
 SET_SIZE = 256  # of most published recipes (Replogle: 32); a checkpoint does not say
@@ -100,9 +99,9 @@ def convert_checkpoint(
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights ({weights!r}) must be 'ema' or 'raw'.")
     name = Path(path).name
-    with LightningFile(path) as file:
+    with open_checkpoint(path) as file:
         content = file.content if isinstance(file.content, dict) else {}
-        hyper = plain(content.get("hyper_parameters"))
+        hyper = unwrap(content.get("hyper_parameters"))
         hyper = hyper if isinstance(hyper, dict) else {}
         covariates, model = (_section(hyper, key, name) for key in ("cov_encoding_cfg", "model_cfg"))
         _check_settings("cov_encoding_cfg", covariates, _COVARIATES)
