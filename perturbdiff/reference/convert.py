@@ -10,15 +10,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from perturbdiff.config import DiffusionConfig, ModelConfig, ObsColumns, Preprocessing, SamplingConfig, check_denoiser
+from perturbdiff.config import (
+    DenoiserConfig,
+    DiffusionConfig,
+    ModelConfig,
+    ObsColumns,
+    Preprocessing,
+    SamplingConfig,
+)
 from perturbdiff.data.vocab import GeneVocab, LabelVocab, Vocabularies
 from perturbdiff.files import sha256
 from perturbdiff.nn.conditioning import CovariateEncoder, VocabSizes
 from perturbdiff.nn.denoiser import Denoiser
 from perturbdiff.reference.checkpoint import TensorRef, open_checkpoint, unwrap
-from perturbdiff.reference.names import DEAD, denoiser_config, load, rename_denoiser, rename_encoder
+from perturbdiff.reference.names import denoiser_config, load, rename_denoiser, rename_encoder
 
 SET_SIZE = 256  # of most published recipes (Replogle: 32); a checkpoint does not say
 MAX_TIMESTEPS = 1 << 20
@@ -108,7 +115,7 @@ def convert_checkpoint(
         _check_settings("model_cfg", model, _MODEL)
         refs = _state(content, weights, name)
         chosen = _choose_dataset(refs, dataset, model.get("dataset_dict"))
-        tensors = file.tensors(_of_dataset(refs, chosen))
+        tensors = file.tensors(_select(refs, chosen))
     try:
         denoiser, sizes = _build(tensors, covariates, model)
     except KeyError as error:
@@ -132,26 +139,12 @@ def convert_checkpoint(
         "dataset": chosen or dataset,
         "settings": _publishable(hyper),
     }
-    how = Preprocessing(input_kind="counts", target_sum=1e4, scale=10.0)
-    return ConvertedCheckpoint(denoiser, GeneVocab(names), vocabularies, how, config, training)
+    preprocessing = Preprocessing(input_kind="counts", target_sum=1e4, scale=10.0)
+    return ConvertedCheckpoint(denoiser, GeneVocab(names), vocabularies, preprocessing, config, training)
 
 
-class ReferenceDenoiser(nn.Module):
-    """A denoiser called as in the published code: the condition is `cov`, its covariate embedding."""
-
-    def __init__(self, denoiser: Denoiser) -> None:
-        super().__init__()
-        self.denoiser = denoiser
-
-    def forward(
-        self, x_t: Tensor, t: Tensor, control: Tensor, cov: Tensor | None = None, self_cond: Tensor | None = None
-    ) -> Tensor:
-        """(B, S, G) x0_pred; `t` (B,), `cov` (B, 1 or S, G) or None for the null condition."""
-        return self.denoiser(x_t, t, control, cov, self_cond)
-
-
-def denoiser_from_reference(state_dict: Mapping[str, Tensor], n_heads: int) -> ReferenceDenoiser:
-    """The published denoiser with its weights.
+def denoiser_from_reference(state_dict: Mapping[str, Tensor], n_heads: int) -> Denoiser:
+    """The published denoiser with its weights; its condition is the covariate embedding.
 
     Parameters
     ----------
@@ -172,7 +165,7 @@ def denoiser_from_reference(state_dict: Mapping[str, Tensor], n_heads: int) -> R
     with torch.device("meta"):
         denoiser = Denoiser(config, n_genes, sizes=None)
     load(denoiser, rename_denoiser(published, n_genes, config.depth))
-    return ReferenceDenoiser(denoiser)
+    return denoiser
 
 
 def covariate_encoder_from_reference(state_dict: Mapping[str, Tensor]) -> CovariateEncoder:
@@ -181,9 +174,8 @@ def covariate_encoder_from_reference(state_dict: Mapping[str, Tensor]) -> Covari
     Weights do not tell whether the model ignores perturbations (`pert_encoding: non`): set
     `perturbation_encoding = "none"` on the result for such a model. Raises as `denoiser_from_reference`.
     """
-    ours, config, sizes = rename_encoder(
-        {name.removeprefix("cov_encoder."): tensor for name, tensor in state_dict.items()}
-    )
+    published = {name.removeprefix("cov_encoder."): tensor for name, tensor in state_dict.items()}
+    ours, config, sizes = rename_encoder(published, DenoiserConfig())
     with torch.device("meta"):
         encoder = CovariateEncoder(sizes, config, n_genes=config.published_encoding.covariates)
     load(encoder, ours)
@@ -247,12 +239,10 @@ def _short_name(dataset: str) -> str:
     return next((short for part, short in _SHORT_NAMES.items() if part in dataset.lower()), dataset)
 
 
-def _of_dataset(refs: Mapping[str, TensorRef], chosen: str | None) -> dict[str, TensorRef]:
-    # Without the weights that do nothing, and the embedders of other data sets; those chosen under the shared name.
+def _select(refs: Mapping[str, TensorRef], chosen: str | None) -> dict[str, TensorRef]:
+    # Without the embedders of other data sets; those chosen under the shared name.
     found: dict[str, TensorRef] = {}
     for name, ref in refs.items():
-        if DEAD.match(name.removeprefix("model.")):
-            continue
         match = re.fullmatch(r"(model\.x_(?:control_)?embedder)\.(.+)\.(weight|bias)", name) if chosen else None
         if match is None:
             found[name] = ref
@@ -264,32 +254,21 @@ def _of_dataset(refs: Mapping[str, TensorRef], chosen: str | None) -> dict[str, 
 def _build(
     tensors: Mapping[str, Tensor], covariates: dict[Any, Any], model: dict[Any, Any]
 ) -> tuple[Denoiser, VocabSizes]:
-    published = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-    of_encoder = {
-        name.removeprefix("cov_encoder."): t for name, t in tensors.items() if name.startswith("cov_encoder.")
-    }
-    config, n_genes = denoiser_config(published, _number(model, "dit_num_heads", int, 1, 1 << 16))
-    encoder, encodings, sizes = rename_encoder(of_encoder)
-    perturbation_encoding = encodings.perturbation_encoding
-    if covariates.get("pert_encoding") == "non" and perturbation_encoding == "onehot":
-        # Every set reads row 0: the others say nothing, and no perturbation may seem to be known.
-        perturbation_encoding, sizes = "none", replace(sizes, perturbations=0)
-        encoder["perturbation.weight"] = encoder["perturbation.weight"][:1]
-    n_covariates = encodings.published_encoding.covariates
-    config = replace(
-        config,
-        covariate_dim=encodings.covariate_dim,
-        perturbation_encoding=perturbation_encoding,
-        cell_type_encoding=encodings.cell_type_encoding,
-        batch_encoding=encodings.batch_encoding,
-        published_encoding=replace(
-            encodings.published_encoding, covariates=0 if n_covariates == n_genes else n_covariates
-        ),
+    network, labels = (
+        {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        for prefix in ("model.", "cov_encoder.")
     )
-    check_denoiser(config)
+    config, n_genes = denoiser_config(network, _number(model, "dit_num_heads", int, 1, 1 << 16))
+    encoder, config, sizes = rename_encoder(labels, config)
+    if covariates.get("pert_encoding") == "non" and config.perturbation_encoding == "onehot":
+        # Every set reads row 0: the others say nothing, and no perturbation may seem to be known.
+        config.perturbation_encoding, sizes = "none", replace(sizes, perturbations=0)
+        encoder["perturbation.weight"] = encoder["perturbation.weight"][:1]
+    if config.published_encoding.covariates == n_genes:
+        config.published_encoding.covariates = 0
     with torch.device("meta"):  # shapes only: no memory is taken before they were compared with the file's
         denoiser = Denoiser(config, n_genes, sizes)
-    ours = rename_denoiser(published, n_genes, config.depth)
+    ours = rename_denoiser(network, n_genes, config.depth)
     load(denoiser, {**ours, **{f"conditioning.encoder.{name}": tensor for name, tensor in encoder.items()}})
     if wrong := [name for name, tensor in denoiser.state_dict().items() if not tensor.isfinite().all()]:
         raise ValueError(f"{len(wrong)} tensors hold NaN or infinity: {', '.join(wrong[:5])}; training had failed.")

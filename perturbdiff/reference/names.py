@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -58,17 +59,19 @@ def denoiser_config(published: Mapping[str, Tensor], n_heads: int) -> tuple[Deno
     return config, n_inputs // 2
 
 
-def rename_encoder(published: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], DenoiserConfig, VocabSizes]:
-    """Our names of a covariate encoder's tensors (without their `cov_encoder.`); its encodings; its numbers of labels.
+def rename_encoder(
+    published: Mapping[str, Tensor], config: DenoiserConfig
+) -> tuple[dict[str, Tensor], DenoiserConfig, VocabSizes]:
+    """Our names of a covariate encoder's tensors (without their `cov_encoder.`).
 
+    Returns them, `config` with their encodings, and the numbers of labels.
     Raises KeyError, ValueError: no published covariate encoder.
     """
-    renamed = {"celltype_encoder": "cell_type", "batch_encoder": "batch"}
-    tables = {"celltype_encoder": "cell_type"}
     ours = dict(published)
+    perturbations = "drug_encoder" if "drug_encoder.0.weight" in ours else "pert_encoder"
+    names = {perturbations: "perturbation", "celltype_encoder": "cell_type", "batch_encoder": "batch"}
     encoding = PublishedEncoding(covariates=_matrix(ours, "transform.weight")[0])
-    if "drug_encoder.0.weight" in ours:
-        tables["drug_encoder"] = "perturbation"
+    if perturbations == "drug_encoder":
         doses, indices = _get(ours, "dose_encoder.weight"), _get(ours, "dose_indices").long()
         if doses.ndim != 2 or indices.ndim != 1 or not 0 < indices.numel() * doses.shape[0] <= 1 << 28:
             raise ValueError(f"dose_encoder.weight {tuple(doses.shape)} must be rows, dose_indices numbers of them.")
@@ -79,36 +82,33 @@ def rename_encoder(published: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
         ours["dose.linear.weight"] = doses.T
         encoding.doses = doses.shape[0]
         del ours["dose_encoder.weight"], ours["dose_indices"]
-    elif "pert_encoder.0.weight" in ours:
-        tables["pert_encoder"] = "perturbation"
-    else:
-        renamed["pert_encoder"] = "perturbation"
     numbers: dict[str, int] = {}
-    for old, new in tables.items():
+    for old, new in ((perturbations, "perturbation"), ("celltype_encoder", "cell_type")):
         if f"{old}.0.weight" in ours:  # a frozen table, then a linear layer
             ours[f"{new}.features"] = ours.pop(f"{old}.0.weight")
-            renamed = {f"{old}.1": f"{new}.linear", **renamed}  # before its shorter name
+            names = {f"{old}.1": f"{new}.linear", **names}  # before its shorter name
             numbers[new], n_features = _matrix(ours, f"{new}.features")
             setattr(encoding, f"{new}_features", n_features)
-    n_batches = _matrix(ours, "batch_encoder.weight")[0] if "batch_encoder.weight" in ours else 0
-    has_batches = "batch_encoder.weight" in ours
     if "perturbation" not in numbers:
         numbers["perturbation"] = _matrix(ours, "pert_encoder.weight")[0] - 1  # row 0 is "no perturbation"
     if "cell_type" in numbers:
         covariate_dim = _matrix(ours, "celltype_encoder.1.weight")[0]
     else:
         numbers["cell_type"], covariate_dim = _matrix(ours, "celltype_encoder.weight")
-    config = DenoiserConfig(
+    has_batches = "batch_encoder.weight" in ours
+    n_batches = _matrix(ours, "batch_encoder.weight")[0] if has_batches else 0
+    sizes = VocabSizes(numbers["perturbation"], numbers["cell_type"], n_batches)
+    config = replace(
+        config,
         covariate_dim=covariate_dim,
         perturbation_encoding="features" if encoding.perturbation_features else "onehot",
         cell_type_encoding="features" if encoding.cell_type_features else "onehot",
         batch_encoding="onehot" if has_batches else "none",
         published_encoding=encoding,
     )
-    sizes = VocabSizes(numbers["perturbation"], numbers["cell_type"], n_batches)
     if not 0 < covariate_dim <= MAX_WIDTH or sizes.perturbations < 0:
         raise ValueError(f"the covariate encoder has embeddings of width {covariate_dim}, {sizes}; that cannot be.")
-    return {_replace_prefix(name, renamed): tensor for name, tensor in ours.items()}, config, sizes
+    return {_replace_prefix(name, names): tensor for name, tensor in ours.items()}, config, sizes
 
 
 def rename_denoiser(published: Mapping[str, Tensor], n_genes: int, depth: int) -> dict[str, Tensor]:

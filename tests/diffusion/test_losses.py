@@ -325,7 +325,7 @@ class PublishedDenoiser(nn.Module):
     def __init__(self, numbers: dict[str, Tensor], hide_condition: bool) -> None:
         super().__init__()
         weights = {name: tensor for name, tensor in numbers.items() if name.startswith("model.")}
-        self.denoiser = denoiser_from_reference(weights, n_heads=4).denoiser
+        self.denoiser = denoiser_from_reference(weights, n_heads=4)
         self.cov = None if hide_condition else numbers["in.batch_emb"]
         self.outputs: list[Tensor] = []
 

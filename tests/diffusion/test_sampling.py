@@ -13,7 +13,8 @@ from torch import Tensor
 from perturbdiff.config import DiffusionConfig, SamplingConfig, check_sampling
 from perturbdiff.diffusion.sampling import ddim_step, ddpm_step, predict_x0, sample, sample_reference, timesteps
 from perturbdiff.diffusion.schedule import Schedule
-from perturbdiff.reference.convert import ReferenceDenoiser, covariate_encoder_from_reference, denoiser_from_reference
+from perturbdiff.nn.denoiser import Denoiser
+from perturbdiff.reference.convert import covariate_encoder_from_reference, denoiser_from_reference
 
 LINEAR = Schedule("linear", 1000)
 ALPHA_BAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
@@ -45,7 +46,7 @@ def noise_source(*shape: int, seed: int = 1) -> Callable[[], Tensor]:
 # Published trajectories.
 
 
-def published(numbers: dict[str, Tensor]) -> ReferenceDenoiser:
+def published(numbers: dict[str, Tensor]) -> Denoiser:
     return denoiser_from_reference({k: v for k, v in numbers.items() if k.startswith("model.")}, n_heads=4)
 
 
