@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from perturbdiff.config import load_config
     from perturbdiff.data.screen import Screen
     from perturbdiff.evaluation.report import evaluate
+    from perturbdiff.inference.ranking import rank_perturbations
     from perturbdiff.model import PerturbDiff
-    from perturbdiff.ranking import rank_perturbations
     from perturbdiff.training.run import finetune, train
 
 __all__ = [
@@ -44,7 +44,7 @@ _MODULES = {
     "evaluate": "evaluation.report",
     "finetune": "training.run",
     "load_config": "config",
-    "rank_perturbations": "ranking",
+    "rank_perturbations": "inference.ranking",
     "train": "training.run",
 }
 

@@ -128,14 +128,13 @@ class DenoiserConfig:
     depth: int = 4
     n_heads: int = 6
     mlp_ratio: float = 4.0
-    attention: Literal["paired", "joint"] = "paired"
     parallel_block: bool = True  # the MLP reads the block's input, not the attention's result
     output: Literal["direct", "control_residual"] = "control_residual"
     # Of output=control_residual: what part of a context's own expression its treated cells start from. 1: an effect is
     # added to the controls; less where contexts become alike under a perturbation, as tumours under a drug.
     control_weight: float = 1.0
     mean_effect: bool = False  # of control_residual: a shift of each gene by the perturbation, learned before the rest
-    out_activation: Literal["relu", "softplus", "none"] = "relu"
+    out_activation: Literal["relu", "none"] = "relu"
     conditioning: Literal["labels", "reference"] = "labels"
     interaction: bool = True  # conditioning=labels: what "A+B" does beyond the sum of A and B, zero at start
     covariate_dim: int = 128  # width of each embedding of conditioning=reference
@@ -152,15 +151,13 @@ class DiffusionConfig:
     schedule: Literal["linear", "cosine", "power_cosine"] = "linear"
     mse_weight: float = 1.0
     mmd_weight: float = 1.0
-    kernel: Literal["energy", "rbf", "laplace"] = "energy"
-    unbiased: bool = False  # kernel=energy: only distinct cells count within the estimate, which need not be narrower
-    mean_weight: float = 0.0  # of the squared distance between the means of both sets, summed over genes
+    unbiased: bool = False  # only distinct cells count within the estimate, which need not be narrower
     whole_counts: bool = False  # the MMD sees estimates as sampling.whole_counts leaves them
     p_self_cond: float = 0.5  # sets that see their own first estimate
     p_drop_cond: float = 0.1  # sets whose whole condition is hidden
     p_drop_label: float = 0.2  # each label of a set, hidden on its own
     p_drop_perturbation: Optional[float] = None  # of the perturbation; null: p_drop_label
-    p_unlabelled: float = 0.5  # sets whose perturbation is known by its features alone, where it has some
+    p_features_only: float = 0.5  # sets whose perturbation is known by its features alone, where it has some
 
 
 @dataclass
@@ -277,9 +274,14 @@ class ModelConfig:
 def reference_denoiser() -> DenoiserConfig:
     """The published architecture (Yuan et al. 2026), without the weights it never uses: 96M of 104M at 2,000 genes."""
     return DenoiserConfig(
-        width=512, depth=8, n_heads=8, attention="paired", parallel_block=True,
-        output="direct", out_activation="relu", conditioning="reference",
-    )  # fmt: skip
+        width=512,
+        depth=8,
+        n_heads=8,
+        parallel_block=True,
+        output="direct",
+        out_activation="relu",
+        conditioning="reference",
+    )
 
 
 def load_config(
@@ -422,7 +424,6 @@ def check_config(config: Config) -> None:
         "data.prefetch": config.data.prefetch,
         "diffusion.mse_weight": config.diffusion.mse_weight,
         "diffusion.mmd_weight": config.diffusion.mmd_weight,
-        "diffusion.mean_weight": config.diffusion.mean_weight,
         "sampling.cutoff": config.sampling.cutoff,
         "optim.weight_decay": config.optim.weight_decay,
         "optim.warmup_steps": config.optim.warmup_steps,
@@ -438,7 +439,7 @@ def check_config(config: Config) -> None:
         "diffusion.p_drop_cond": config.diffusion.p_drop_cond,
         "diffusion.p_drop_label": config.diffusion.p_drop_label,
         "diffusion.p_drop_perturbation": config.diffusion.p_drop_perturbation or 0.0,
-        "diffusion.p_unlabelled": config.diffusion.p_unlabelled,
+        "diffusion.p_features_only": config.diffusion.p_features_only,
         "optim.ema_decay": config.optim.ema_decay,
         "optim.min_lr_ratio": config.optim.min_lr_ratio,
         "optim.plateau_ratio": config.optim.plateau_ratio,
@@ -471,8 +472,6 @@ def check_config(config: Config) -> None:
         raise ValueError(
             "denoiser.published_encoding is of converted checkpoints, whose frozen tables training lacks; leave it out."
         )
-    if config.diffusion.unbiased and config.diffusion.kernel != "energy":
-        raise ValueError(f"diffusion.unbiased is of kernel=energy, not {config.diffusion.kernel}; leave it out.")
     if config.denoiser.mean_effect and (config.denoiser.output, config.denoiser.conditioning) != (
         "control_residual",
         "labels",
@@ -517,11 +516,10 @@ def check_denoiser(config: DenoiserConfig) -> None:
             raise ValueError(f"denoiser.{name} ({getattr(config, name)}) must be greater than 0.")
     if not 0 <= config.control_weight <= 1:
         raise ValueError(f"denoiser.control_weight ({config.control_weight}) must be between 0 and 1.")
-    tokens_width = 2 * config.width if config.attention == "paired" else config.width
-    if tokens_width % config.n_heads:
+    if 2 * config.width % config.n_heads:
         raise ValueError(
-            f"denoiser.n_heads ({config.n_heads}) must divide the attention's width ({tokens_width} with "
-            f"denoiser.width={config.width} and attention={config.attention})."
+            f"denoiser.n_heads ({config.n_heads}) must divide twice denoiser.width ({config.width}): a token is a cell "
+            "beside its control."
         )
     published = config.published_encoding
     tables = {

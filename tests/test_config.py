@@ -154,20 +154,10 @@ def test_an_empty_separator_is_refused_because_it_would_never_split():
     assert load("data.combination_separator=null").data.combination_separator is None
 
 
-@pytest.mark.parametrize(
-    ("words", "fits"),
-    [
-        (["denoiser.width=10", "denoiser.n_heads=20"], True),  # paired attention is twice as wide
-        (["denoiser.width=10", "denoiser.n_heads=20", "denoiser.attention=joint"], False),
-        (["denoiser.width=10", "denoiser.n_heads=5", "denoiser.attention=joint"], True),
-    ],
-)
-def test_heads_must_divide_the_width_of_their_attention(words, fits):
-    if fits:
-        load(*words)
-    else:
-        with pytest.raises(ValueError, match=r"denoiser.n_heads \(20\) must divide .* \(10 with denoiser.width=10"):
-            load(*words)
+def test_heads_must_divide_twice_the_width():
+    load("denoiser.width=10", "denoiser.n_heads=20")
+    with pytest.raises(ValueError, match=r"denoiser.n_heads \(8\) must divide twice denoiser.width \(10\)"):
+        load("denoiser.width=10", "denoiser.n_heads=8")
 
 
 def test_the_spacing_decides_which_number_of_steps_must_fit_the_schedule():
@@ -255,16 +245,16 @@ def test_a_settings_class_survives_being_plain_values(value):
     [
         ({"widht": 3}, "Key 'widht' not in 'DenoiserConfig'. Did you mean: 'width'"),
         ({"width": 3.5}, r"'3.5' .*Integer \(key width\)"),
-        ({"attention": "cross"}, r"'cross', expected one of \['paired', 'joint'\]"),
+        ({"output": "cross"}, r"'cross', expected one of \['direct', 'control_residual'\]"),
         ({"width": None}, r"\(key width\)"),
         ({"width": "${oc.env:HOME}"}, "holds an interpolation"),
-        ({"attention": "${oc.env:PERTURBDIFF_TEST_SECRET}"}, "holds an interpolation"),
+        ({"output": "${oc.env:PERTURBDIFF_TEST_SECRET}"}, "holds an interpolation"),
         ({"a": [{"b": "${x}"}]}, "holds an interpolation"),
         ({"${x}": 1}, "holds an interpolation"),
     ],
 )
 def test_plain_values_with_unknown_keys_wrong_types_or_interpolations_are_refused(monkeypatch, values, text):
-    monkeypatch.setitem(os.environ, "PERTURBDIFF_TEST_SECRET", "joint")
+    monkeypatch.setitem(os.environ, "PERTURBDIFF_TEST_SECRET", "direct")
     with pytest.raises(ValueError, match=text):
         from_dict(DenoiserConfig, values)
 

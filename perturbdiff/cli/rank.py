@@ -56,7 +56,7 @@ def _rank(arguments: argparse.Namespace) -> None:
 
     from perturbdiff.data.screen import control_cells, read_h5ad_parts
     from perturbdiff.files import few, write_whole
-    from perturbdiff.ranking import find_genes, rank_perturbations
+    from perturbdiff.inference.ranking import find_genes, rank_perturbations
 
     refuse_existing("--out", arguments.out, arguments.overwrite)
     up, down = _names(arguments.up, "--up"), _names(arguments.down, "--down")

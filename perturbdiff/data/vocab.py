@@ -172,7 +172,7 @@ class Labels:
         (B,) True where the whole condition is hidden; none if None.
     dose
         (B, P) log10 of the dose of each perturbation, 0 where there is none; None where the model knows no doses.
-    unlabelled
+    features_only
         (B,) True where perturbations are known by their features alone, their own rows hidden; none if None.
     """
 
@@ -181,7 +181,7 @@ class Labels:
     batch: Tensor
     hidden: Tensor | None = None
     dose: Tensor | None = None
-    unlabelled: Tensor | None = None
+    features_only: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Labels:
         return self._each(lambda values: values.to(device))

@@ -1,33 +1,20 @@
-"""Distances between cell sets: energy distance and other squared MMDs, MSE; each per set, over real cells only.
+"""Distances between cell sets, over real cells only: MMD^2 and MSE of the loss, the energy distance of the scores.
 
-B = sets, S = cells per set, G = genes. They also take a single set, (S, G), and then return a scalar.
+B = sets, S and S' = cells per set, G = genes. They also take a single pair, (S, G) and (S', G), and return a scalar.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
-
+import numpy as np
 import torch
 from torch import Tensor
 
-KernelName = Literal["energy", "rbf", "laplace"]
+NO_SPREAD = 1e-12  # a variance or standard deviation up to this is rounding, not signal
+MAX_SCORED = 500  # cells of a side whose distances are scored: memory and time grow with their square
 
 
-# Multiples of the mean (squared) distance within the target set: the usual mixture of scales (Li et al. 2017).
-BANDWIDTHS = (0.5, 1.0, 2.0)
-
-
-def pairwise_distance(x: Tensor, y: Tensor) -> Tensor:
-    """Euclidean distances (B, S, S') between the cells of two sets.
-
-    The clamp keeps the gradient finite between equal cells; its value is that of the published code.
-    """
-    return _squared_distance(x, y).clamp_min(1e-8).sqrt()
-
-
-def energy_distance(x: Tensor, y: Tensor, x_mask: Tensor | None = None, y_mask: Tensor | None = None) -> Tensor:
-    """Half the energy distance of each pair of sets, E|x-y| - E|x-x'|/2 - E|y-y'|/2 (V-statistic).
+def energy_mmd(x: Tensor, y: Tensor, x_mask: Tensor | None = None, y_mask: Tensor | None = None) -> Tensor:
+    """MMD^2 with the energy distance's kernel, E|x-y| - E|x-x'|/2 - E|y-y'|/2 (V-statistic).
 
     Parameters
     ----------
@@ -42,101 +29,106 @@ def energy_distance(x: Tensor, y: Tensor, x_mask: Tensor | None = None, y_mask: 
 
     Notes
     -----
-    Székely & Rizzo 2013; the factor 1/2 is that of Yuan et al. 2026.
+    Sejdinovic et al. 2013: half the energy distance. Yuan et al. 2026, Eq. 8, whose floor of a distance, 1e-4, keeps
+    the gradient finite between equal cells.
     """
-    return _mmd_squared(lambda a, b: -pairwise_distance(a, b), x, y, x_mask, y_mask) / 2
-
-
-def self_pairs(y: Tensor, mask: Tensor | None = None) -> Tensor:
-    """What pairs of a cell with itself take from the energy distance of a set of n cells, E|y-y'| / (2 (n - 1)): (B,).
-
-    With them the best n cells are narrower than those they are to be like (by n / (n - 1) within); without them the
-    energy distance is a proper score of the distribution they were drawn from (Gneiting & Raftery 2007).
-    """
-    w = _weights(y[..., 0], mask)
-    n = (w > 0).sum(-1)
-    within = _mean(pairwise_distance(y, y), w, w)  # (B,)
-    return torch.where(n > 1, within / (2 * (n - 1).clamp_min(1)), torch.zeros_like(within))
-
-
-def squared_mean_distance(x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
-    """|mean x - mean y|^2 of each pair of sets over real cells, summed over genes, (B,): a linear kernel's MMD."""
-    w = _weights(x[..., 0], mask)[..., None]
-    return ((x - y) * w).sum(-2).square().sum(-1)
-
-
-def rbf_mmd(x: Tensor, y: Tensor, x_mask: Tensor | None = None, y_mask: Tensor | None = None) -> Tensor:
-    """Squared MMD of each pair of sets with a mixture of Gaussian kernels, exp(-d^2 / (m s)).
-
-    `s` is the mean squared distance within the target set `x` (no gradient), `m` runs over BANDWIDTHS.
-    Shapes as in `energy_distance`. Gretton et al. 2012, V-statistic; mean over the mixture.
-    """
-    scale = _spread(_squared_distance(x, x), x_mask)
-
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        d2 = _squared_distance(a, b) / scale
-        return torch.stack([torch.exp(-d2 / m) for m in BANDWIDTHS]).mean(0)
-
-    return _mmd_squared(kernel, x, y, x_mask, y_mask)
-
-
-def laplace_mmd(x: Tensor, y: Tensor, x_mask: Tensor | None = None, y_mask: Tensor | None = None) -> Tensor:
-    """Squared MMD of each pair of sets with a mixture of Laplace kernels, exp(-|d| / (m s)).
-
-    `s` is the mean distance within the target set `x` (no gradient). Otherwise as `rbf_mmd`.
-    """
-    scale = _spread(pairwise_distance(x, x), x_mask)
-
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        d = pairwise_distance(a, b) / scale
-        return torch.stack([torch.exp(-d / m) for m in BANDWIDTHS]).mean(0)
-
-    return _mmd_squared(kernel, x, y, x_mask, y_mask)
-
-
-MMD: dict[KernelName, Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]] = {
-    "energy": energy_distance,
-    "rbf": rbf_mmd,
-    "laplace": laplace_mmd,
-}
-
-
-def mse(x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean squared error of each set over its real cells and all genes, (B,); 0 for an empty set."""
-    per_cell = (x - y).square().mean(-1)  # (B, S)
-    return (per_cell * _weights(per_cell, mask)).sum(-1)
-
-
-def _mmd_squared(
-    kernel: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor, x_mask: Tensor | None, y_mask: Tensor | None
-) -> Tensor:
-    # MMD^2 = E k(x,x') + E k(y,y') - 2 E k(x,y), diagonals included.
-    w_x, w_y = _weights(x[..., 0], x_mask), _weights(y[..., 0], y_mask)
-    value = _mean(kernel(x, x), w_x, w_x) + _mean(kernel(y, y), w_y, w_y) - 2 * _mean(kernel(x, y), w_x, w_y)  # (B,)
+    w_x, w_y = _weights(x, x_mask), _weights(y, y_mask)
+    within = _mean(_floored(x, x), w_x, w_x) + _mean(_floored(y, y), w_y, w_y)  # (B,)
+    value = _mean(_floored(x, y), w_x, w_y) - within / 2
     both = (w_x.sum(-1) > 0) & (w_y.sum(-1) > 0)
     return torch.where(both, value, torch.zeros_like(value))
 
 
-def _squared_distance(x: Tensor, y: Tensor) -> Tensor:
-    # float32 even under autocast: the difference of large squares does not survive bf16.
+def self_pairs(y: Tensor, mask: Tensor | None = None) -> Tensor:
+    """What pairs of a cell with itself take from `energy_mmd` to a set of n cells, E|y-y'| / (2 (n - 1)): (B,).
+
+    With them the best n cells are narrower than those they are to be like (by n / (n - 1) within); without them the
+    distance is a proper score of the distribution they were drawn from (Gneiting & Raftery 2007).
+    """
+    w = _weights(y, mask)
+    n = (w > 0).sum(-1)
+    within = _mean(_floored(y, y), w, w)  # (B,)
+    return torch.where(n > 1, within / (2 * (n - 1).clamp_min(1)), torch.zeros_like(within))
+
+
+def mse(x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean squared error of each set over its real cells and all genes, (B,); 0 for an empty set."""
+    return ((x - y).square().mean(-1) * _weights(x, mask)).sum(-1)
+
+
+def energy_distance(x: Tensor, y: Tensor, x_mask: Tensor | None = None, y_mask: Tensor | None = None) -> Tensor:
+    """Energy distance of each pair of sets, 2 E|x-y| - E|x-x'| - E|y-y'| over distinct cells (U-statistic).
+
+    Shapes and masks as in `energy_mmd`, of which it is twice, less the bias of pairs of a cell with itself: sets of
+    other sizes compare, and a set and itself are at less than 0.
+
+    Returns
+    -------
+    (B,) float64, in the units of x; NaN where a set has fewer than 2 cells.
+
+    Notes
+    -----
+    Székely & Rizzo 2013. Distances are taken in the type of the cells, means of them in float64.
+    """
+    return energy_of(pair_distances(x, y, y_mask), x_mask, y_mask)
+
+
+def energy_of(
+    distances: tuple[Tensor, Tensor, Tensor], x_mask: Tensor | None = None, y_mask: Tensor | None = None
+) -> Tensor:
+    """`energy_distance` of what `pair_distances` gave."""
+    between, within_x, within_y = (values.double() for values in distances)
+    w_x, w_y = _weights(within_x, x_mask), _weights(within_y, y_mask)
+    n_x, n_y = (w_x > 0).sum(-1), (w_y > 0).sum(-1)
+    # From the mean over all pairs to that over distinct ones: the others are 0.
+    within = _mean(within_x, w_x, w_x) * n_x / (n_x - 1) + _mean(within_y, w_y, w_y) * n_y / (n_y - 1)
+    return torch.where((n_x < 2) | (n_y < 2), torch.nan, 2 * _mean(between, w_x, w_y) - within)
+
+
+def pair_distances(x: Tensor, y: Tensor, y_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Euclidean distances x-y, x-x and y-y of the cells, (B, S, S'), (B, S, S) and (B, S', S'); 0 from itself."""
+    # A shift changes no distance, but |a|^2 + |b|^2 - 2ab cancels badly far from the origin.
+    centre = (y * _weights(y, y_mask)[..., None]).sum(-2, keepdim=True)
+    x, y = x - centre, y - centre
+    between, within_x, within_y = (_squared(a, b).clamp_min(0).sqrt() for a, b in ((x, y), (x, x), (y, y)))
+    for within in (within_x, within_y):
+        within.diagonal(dim1=-2, dim2=-1).zero_()
+    return between, within_x, within_y
+
+
+def cell_distances(x: np.ndarray, y: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    """`pair_distances` of predicted (n, G) and real (m, G) cells in float64, of at most 500 of either.
+
+    Which of more cells are taken is fixed, by a seed for each side.
+    """
+    return pair_distances(*(torch.from_numpy(_thinned(cells, seed)) for seed, cells in ((1, x), (2, y))))
+
+
+def _thinned(cells: np.ndarray, seed: int) -> np.ndarray:
+    if len(cells) > MAX_SCORED:
+        cells = cells[np.sort(np.random.default_rng(seed).choice(len(cells), MAX_SCORED, replace=False))]
+    return np.array(cells, np.float64, order="C")
+
+
+def _floored(x: Tensor, y: Tensor) -> Tensor:
+    return _squared(x, y).clamp_min(1e-8).sqrt()
+
+
+def _squared(x: Tensor, y: Tensor) -> Tensor:
+    # (B, S, S') squared distances, some below 0 by rounding. In float32 even under autocast: the difference of large
+    # squares does not survive bf16.
     with torch.autocast(x.device.type, enabled=False):
-        x, y = x.float(), y.float()
+        x, y = (cells if cells.dtype == torch.float64 else cells.float() for cells in (x, y))
         x2, y2 = x.square().sum(-1), y.square().sum(-1)
-        squared = x2[..., :, None] - 2 * x @ y.transpose(-1, -2) + y2[..., None, :]  # (B, S, S')
-        return squared.clamp_min(0)  # rounding leaves equal cells below 0, where a narrow Gaussian kernel overflows
+        return x2[..., :, None] - 2 * x @ y.transpose(-1, -2) + y2[..., None, :]
 
 
 def _weights(cells: Tensor, mask: Tensor | None) -> Tensor:
     # (B, S): 1/n on the n real cells of a set, 0 elsewhere.
-    real = torch.ones_like(cells) if mask is None else mask.to(cells.dtype)
+    real = torch.ones_like(cells[..., 0]) if mask is None else mask.to(cells.dtype)
     return real / real.sum(-1, keepdim=True).clamp_min(1)
 
 
 def _mean(values: Tensor, w_x: Tensor, w_y: Tensor) -> Tensor:
     # Products and a sum: autocast would make an einsum a bf16 matmul, too coarse for a difference of means.
     return (values * w_x[..., :, None] * w_y[..., None, :]).sum((-2, -1))
-
-
-def _spread(distances: Tensor, mask: Tensor | None) -> Tensor:
-    w = _weights(distances[..., 0], mask)
-    return _mean(distances.detach(), w, w).clamp_min(1e-8)[..., None, None]

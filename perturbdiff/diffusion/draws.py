@@ -67,8 +67,8 @@ def training_draws(batch: CellSetBatch, config: DiffusionConfig, seed: int, with
     )
     if with_features:  # a draw of its own, so that the others are those of a model without features
         draws = [torch_generator(device, seed, "unlabelled", *key) for key in batch.keys]
-        chosen = [torch.rand((), generator=generator, device=device) < config.p_unlabelled for generator in draws]
-        labels = replace(labels, unlabelled=torch.stack(chosen) if chosen else hide_batch)
+        chosen = [torch.rand((), generator=generator, device=device) < config.p_features_only for generator in draws]
+        labels = replace(labels, features_only=torch.stack(chosen) if chosen else hide_batch)
     return Draws(t, noise, uniform[:, 4] < config.p_self_cond, labels, _rounding(batch, config, seed))
 
 

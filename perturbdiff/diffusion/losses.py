@@ -1,7 +1,6 @@
 """The training loss: MMD^2 between the true and the denoised set, plus MSE (Yuan et al. 2026, Eq. 8).
 
 B = sets, S = cells per set, G = genes. Every distance is per set and counts real cells only.
-The distances also take a single set, (S, G), and then return a scalar.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from perturbdiff.config import DiffusionConfig
 from perturbdiff.data.batch import CellSetBatch
 from perturbdiff.diffusion.counts import with_whole_counts
-from perturbdiff.diffusion.distances import MMD, mse, self_pairs, squared_mean_distance
+from perturbdiff.diffusion.distances import energy_mmd, mse, self_pairs
 from perturbdiff.diffusion.draws import Draws
 from perturbdiff.diffusion.schedule import Schedule
 
@@ -48,18 +47,16 @@ class DiffusionLoss:
             mask = batch.mask[chosen]
             with torch.no_grad():
                 estimate = denoiser(
-                    x_t[chosen], draws.t[chosen], control[chosen], draws.labels.select(chosen), None, mask, mask
+                    x_t[chosen], draws.t[chosen], control[chosen], draws.labels.select(chosen), None, mask
                 )
             self_cond[chosen] = estimate.float()
-        x0_pred = denoiser(x_t, draws.t, control, draws.labels, self_cond, batch.mask, batch.mask).float()
+        x0_pred = denoiser(x_t, draws.t, control, draws.labels, self_cond, batch.mask).float()
         # Eq. 8: L = MMD^2 + MSE
         set_mse = mse(x0, x0_pred, batch.mask)
         if draws.rounding is not None:  # the gradient is that of the mean, which rounding keeps
             x0_pred = x0_pred + (with_whole_counts(x0_pred, batch.one_count(), draws.rounding) - x0_pred).detach()
-        set_mmd = MMD[self.config.kernel](x0, x0_pred, batch.mask, batch.mask)
+        set_mmd = energy_mmd(x0, x0_pred, batch.mask, batch.mask)
         if self.config.unbiased:
             set_mmd = set_mmd - self_pairs(x0_pred, batch.mask)
         total = self.config.mse_weight * set_mse + self.config.mmd_weight * set_mmd
-        if self.config.mean_weight > 0:
-            total = total + self.config.mean_weight * squared_mean_distance(x0, x0_pred, batch.mask)
         return LossOutput(total, set_mse, set_mmd)

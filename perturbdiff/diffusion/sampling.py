@@ -74,24 +74,6 @@ def sample(
     return torch.where(x_t < config.cutoff, torch.zeros_like(x_t), x_t)
 
 
-def sample_reference(
-    denoiser: Denoise,
-    noise: Tensor,
-    control: Tensor,
-    cov: Tensor | None,
-    start_time: int,
-    guidance_scale: float,
-) -> Tensor:
-    """The published DDIM sampler: unit noise at t = start_time - 1 of the linear schedule, every t, eta 0.
-
-    Shapes as in `sample`; `cov` is the covariate embedding (B, 1 or S, G). The last step returns x0 itself.
-    """
-    config = SamplingConfig(
-        sampler="ddim", spacing="reference", start_time=start_time, guidance_scale=guidance_scale, eta=0.0, cutoff=1e-4
-    )
-    return sample(denoiser, noise, control, cov, config, Schedule("linear", 1000))
-
-
 def predict_x0(
     denoiser: Denoise,
     x_t: Tensor,

@@ -11,6 +11,8 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
+from perturbdiff.diffusion.distances import NO_SPREAD, cell_distances, energy_of
+
 METRICS: dict[str, Literal["higher", "lower", "ideal 1"]] = {
     "pearson_delta": "higher",
     "r2_of_means": "higher",
@@ -24,7 +26,6 @@ METRICS: dict[str, Literal["higher", "lower", "ideal 1"]] = {
 
 DETECTED = 1e-3  # log1p value above which a gene counts as seen in a cell
 MIN_DETECTION_RATE = 0.05
-NO_SPREAD = 1e-12  # a standard deviation or variance up to this is rounding, not signal
 
 
 def pearson_delta(pred_mean: np.ndarray, real_mean: np.ndarray, control_mean: np.ndarray) -> float:
@@ -56,57 +57,28 @@ def mae_of_means(pred_mean: np.ndarray, real_mean: np.ndarray) -> float:
     return float(np.abs(pred - real).mean())
 
 
-def energy_distance(x: np.ndarray, y: np.ndarray, max_cells: int = 500) -> float:
-    """Energy distance of two sets of cells, 2 E|x-y| - E|x-x'| - E|y-y'| over pairs of distinct cells (U-statistic).
+def rbf_mmd(between: np.ndarray, within_pred: np.ndarray, within_real: np.ndarray) -> float:
+    """Squared MMD with the kernel exp(-d^2 / median d^2 of the real cells), biased (V-statistic).
 
     Parameters
     ----------
-    x, y
-        Predicted (n, G) and real (m, G) cells, log1p.
-    max_cells
-        Larger sets are thinned to this many cells, with a fixed seed for each side.
-
-    Returns
-    -------
-    Distance in log1p units, comparable between different n because no cell is paired with itself; it may therefore be
-    slightly negative. NaN for fewer than 2 cells on a side.
-
-    Raises
-    ------
-    ValueError
-        For an empty or non-finite array, disagreeing genes or max_cells below 2.
-
-    Notes
-    -----
-    Székely & Rizzo 2013. Twice the scale of the training loss's energy distance (Yuan et al. 2026).
-    """
-    return _energy(*_distances(x, y, max_cells))
-
-
-def rbf_mmd(x: np.ndarray, y: np.ndarray, max_cells: int = 500) -> float:
-    """Squared MMD of two sets of cells with the kernel exp(-d^2 / median d^2 of the real cells), biased (V-statistic).
-
-    Parameters
-    ----------
-    x, y
-        Predicted (n, G) and real (m, G) cells, log1p; the real ones set the bandwidth.
-    max_cells
-        As in `energy_distance`.
+    between, within_pred, within_real
+        (n, m), (n, n) and (m, m) distances of predicted and real cells.
 
     Returns
     -------
     Between 0 and 2. NaN where the bandwidth is undefined: one real cell, or half of the real pairs identical.
 
-    Raises
-    ------
-    ValueError
-        As `energy_distance`.
-
     Notes
     -----
     Gretton et al. 2012.
     """
-    return _mmd(*_distances(x, y, max_cells))
+    m = len(within_real)
+    bandwidth = np.median(within_real[np.triu_indices(m, 1)] ** 2) if m > 1 else 0.0
+    if bandwidth <= NO_SPREAD:
+        return float("nan")
+    k_between, k_pred, k_real = (np.exp(-(d**2) / bandwidth).mean() for d in (between, within_pred, within_real))
+    return float(k_pred + k_real - 2 * k_between)
 
 
 def variance_ratio(pred: np.ndarray, real: np.ndarray) -> float:
@@ -145,14 +117,14 @@ def score_condition(pred: np.ndarray, real: np.ndarray, control: np.ndarray) -> 
     """
     pred, real, control = _checked(2, pred=pred, real=real, control=control)
     pred_mean, real_mean, control_mean = pred.mean(axis=0), real.mean(axis=0), control.mean(axis=0)
-    distances = _distances(pred, real)
+    distances = cell_distances(pred, real)
     return {
         "pearson_delta": pearson_delta(pred_mean, real_mean, control_mean),
         "r2_of_means": r2_of_means(pred_mean, real_mean),
         "mse_of_means": mse_of_means(pred_mean, real_mean),
         "mae_of_means": mae_of_means(pred_mean, real_mean),
-        "energy_distance": _energy(*distances),
-        "rbf_mmd": _mmd(*distances),
+        "energy_distance": float(energy_of(distances)),
+        "rbf_mmd": rbf_mmd(*(values.numpy() for values in distances)),
         "variance_ratio": variance_ratio(pred, real),
         **_counts(pred, real, control),
     }
@@ -224,47 +196,6 @@ def split_half_ceiling(real: np.ndarray, control: np.ndarray, seed: int) -> dict
 
 def _counts(pred: np.ndarray, real: np.ndarray, control: np.ndarray) -> dict[str, float]:
     return {"n_pred": len(pred), "n_real": len(real), "n_control": len(control)}
-
-
-def _distances(x: np.ndarray, y: np.ndarray, max_cells: int = 500) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Euclidean distances x-y, x-x, y-y of the thinned sets, (n, m), (n, n), (m, m)."""
-    x, y = _checked(2, x=x, y=y)
-    if max_cells < 2:
-        raise ValueError(f"max_cells ({max_cells}) must be at least 2; pass 500 or leave it out.")
-    x, y = _thinned(x, max_cells, seed=1), _thinned(y, max_cells, seed=2)
-    centre = y.mean(axis=0)  # a shift changes no distance, but |a|^2 + |b|^2 - 2ab cancels badly far from the origin
-    x, y = x - centre, y - centre
-    between, within_x, within_y = _pairwise(x, y), _pairwise(x, x), _pairwise(y, y)
-    np.fill_diagonal(within_x, 0.0)
-    np.fill_diagonal(within_y, 0.0)
-    return between, within_x, within_y
-
-
-def _pairwise(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    squared = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * a @ b.T
-    return np.sqrt(np.maximum(squared, 0.0))
-
-
-def _thinned(cells: np.ndarray, max_cells: int, seed: int) -> np.ndarray:
-    if len(cells) <= max_cells:
-        return cells
-    return cells[np.sort(np.random.default_rng(seed).choice(len(cells), max_cells, replace=False))]
-
-
-def _energy(between: np.ndarray, within_x: np.ndarray, within_y: np.ndarray) -> float:
-    n, m = between.shape
-    if min(n, m) < 2:
-        return float("nan")
-    return float(2 * between.mean() - within_x.sum() / (n * (n - 1)) - within_y.sum() / (m * (m - 1)))
-
-
-def _mmd(between: np.ndarray, within_x: np.ndarray, within_y: np.ndarray) -> float:
-    m = len(within_y)
-    bandwidth = np.median(within_y[np.triu_indices(m, 1)] ** 2) if m > 1 else 0.0
-    if bandwidth <= NO_SPREAD:
-        return float("nan")
-    k_between, k_x, k_y = (np.exp(-(d**2) / bandwidth).mean() for d in (between, within_x, within_y))
-    return float(k_x + k_y - 2 * k_between)
 
 
 def _checked(ndim: Literal[1, 2], **arrays: np.ndarray) -> list[np.ndarray]:

@@ -36,7 +36,7 @@ def describe(source: ModelSource) -> str:
         "obs columns": f"{config.obs.perturbation} (controls: {config.obs.control_label}), {config.obs.cell_type}, "
         f"{config.obs.batch}",
         "denoiser": f"{n_parameters:,} parameters; width {config.denoiser.width}, depth "
-        f"{config.denoiser.depth}, {config.denoiser.attention} attention, {config.denoiser.conditioning} conditioning",
+        f"{config.denoiser.depth}, {config.denoiser.conditioning} conditioning",
         "sets": f"{config.set_size} cells",
         "sampling": f"{config.sampling.sampler}, {config.sampling.n_calls} steps, guidance "
         f"{config.sampling.guidance_scale:g}",

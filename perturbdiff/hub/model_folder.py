@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from perturbdiff.data.vocab import Labels
 from perturbdiff.files import few, inside, json_sha256, read_json, sha256, short, write_json
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 CONFIG = "config.json"
 CARD = "README.md"
 EVALUATION = "evaluation.json"
@@ -193,6 +193,8 @@ def read_settings(folder: str | Path) -> Settings:
             config, json_files = _MIGRATIONS[config["format_version"]](config, json_files)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG} is not of format_version {version} ({short(error)}).") from error
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
     return Settings(config, json_files, tensor_files, sha256(folder / CONFIG))
 
 
@@ -391,6 +393,24 @@ def _from_version_2(config: dict[str, Any], files: JsonFiles) -> tuple[dict[str,
     return config, {**files, "perturbations.json": _with_new(files["perturbations.json"], tables)}
 
 
+def _from_version_3(config: dict[str, Any], files: JsonFiles) -> tuple[dict[str, Any], JsonFiles]:
+    # Values that no recipe used went, and with them the settings that had no other left.
+    denoiser, diffusion = {**config["denoiser"]}, {**config["diffusion"]}
+    for key, value, known in (
+        ("denoiser.attention", denoiser.pop("attention"), ("paired",)),
+        ("denoiser.out_activation", denoiser["out_activation"], ("relu", "none")),
+        ("diffusion.kernel", diffusion.pop("kernel"), ("energy",)),
+        ("diffusion.mean_weight", diffusion.pop("mean_weight"), (0.0,)),
+    ):
+        if value not in known:
+            raise ValueError(
+                f"{key} ({few([str(value)])}) is no longer known, only {' and '.join(map(str, known))}; train the "
+                f"model anew, or use the perturbdiff that wrote it ({few([str(config['library_version'])])})."
+            )
+    diffusion = _with_new(diffusion, {"p_features_only": diffusion.pop("p_unlabelled")})
+    return {**config, "format_version": 4, "denoiser": denoiser, "diffusion": diffusion}, files
+
+
 def _with_new(content: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     if there := sorted(content.keys() & new.keys()):
         raise KeyError(f"{few(there)} came later")
@@ -401,6 +421,7 @@ JsonFiles = dict[str, dict[str, Any]]
 _MIGRATIONS: dict[int, Callable[[dict[str, Any], JsonFiles], tuple[dict[str, Any], JsonFiles]]] = {
     1: _from_version_1,
     2: _from_version_2,
+    3: _from_version_3,
 }
 
 

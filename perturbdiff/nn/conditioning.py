@@ -95,10 +95,10 @@ class LabelConditioning(nn.Module):
         features = [cast(FeatureEmbedding, table).features[ids.clamp(min=0)] for table in self.tables]  # (B, P, F) each
         if features:  # whose index has refused what is no id
             rows = torch.where(ids >= self.n_rows, 0, rows)
-        if labels.unlabelled is not None and features:
+        if labels.features_only is not None and features:
             # A perturbation that no table has keeps its row: nothing else would be left of it.
             described = torch.stack([values.any(-1) for values in features]).any(0)
-            rows = torch.where(labels.unlabelled[:, None] & described, 0, rows)
+            rows = torch.where(labels.features_only[:, None] & described, 0, rows)
         vectors = self.perturbation(rows)
         for table, values in zip(self.tables, features, strict=True):
             vectors = vectors + table(values)

@@ -1,7 +1,7 @@
 """The denoiser: a diffusion transformer over the cells of a set and their controls (Yuan et al. 2026).
 
-B = sets, S = cells per set, S' = control cells per set, G = genes, D = width.
-Cells are tokens. Two streams run side by side: the noisy perturbed cells `h` and their controls `hc`.
+B = sets, S = cells per set, G = genes, D = width.
+Two streams run side by side: the noisy perturbed cells `h` and their controls `hc`, of which pairs are the tokens.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from perturbdiff.config import DenoiserConfig, check_denoiser
 from perturbdiff.data.vocab import Labels, Vocabularies
@@ -21,7 +20,7 @@ from perturbdiff.nn.conditioning import (
     ReferenceConditioning,
     VocabSizes,
 )
-from perturbdiff.nn.layers import MLP, Attention, KeysValues, Modulation, TimeEmbedding, attend, modulate, norm
+from perturbdiff.nn.layers import MLP, Attention, Modulation, TimeEmbedding, modulate, norm
 
 
 class PairedAttention(nn.Module):
@@ -31,41 +30,9 @@ class PairedAttention(nn.Module):
         super().__init__()
         self.attention = Attention(2 * width, n_heads)
 
-    def forward(
-        self, x: Tensor, control: Tensor, mask: Tensor | None, control_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        if x.shape != control.shape:
-            raise ValueError(
-                f"paired attention needs as many controls as cells, got {control.shape[1]} controls for {x.shape[1]} "
-                "cells a set; use denoiser.attention=joint."
-            )
+    def forward(self, x: Tensor, control: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         out, out_control = self.attention(torch.cat([x, control], dim=-1), mask).chunk(2, dim=-1)
         return out, out_control
-
-
-class JointAttention(nn.Module):
-    """Tokens of both streams attend to each other (MM-DiT, Esser et al. 2024); the sets may differ in size."""
-
-    def __init__(self, width: int, n_heads: int, is_last: bool) -> None:
-        super().__init__()
-        self.perturbed = Attention(width, n_heads)
-        # In the last block nothing reads what the controls would see.
-        self.control = (KeysValues if is_last else Attention)(width, n_heads)
-
-    def forward(
-        self, x: Tensor, control: Tensor, mask: Tensor | None, control_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        n = x.shape[1]
-        *q, k, v = self.perturbed.heads(x)
-        *q_control, k_control, v_control = self.control.heads(control)
-        key_mask = None
-        if mask is not None or control_mask is not None:
-            key_mask = torch.cat([_all_real(x, mask), _all_real(control, control_mask)], dim=1)
-        keys, values = torch.cat([k, k_control], dim=2), torch.cat([v, v_control], dim=2)  # (B, heads, S + S', d)
-        out = attend(torch.cat([*q, *q_control], dim=2), keys, values, key_mask)
-        if isinstance(self.control, KeysValues):
-            return self.perturbed.proj(out), None
-        return self.perturbed.proj(out[:, :n]), self.control.proj(out[:, n:])
 
 
 class Block(nn.Module):
@@ -75,22 +42,16 @@ class Block(nn.Module):
         super().__init__()
         width = config.width
         self.parallel = config.parallel_block
-        self.attention: PairedAttention | JointAttention
-        if config.attention == "paired":
-            self.attention = PairedAttention(width, config.n_heads)
-        else:
-            self.attention = JointAttention(width, config.n_heads, is_last)
+        self.attention = PairedAttention(width, config.n_heads)
         self.modulation = Modulation(width, 6)
         self.mlp = MLP(width, config.mlp_ratio)
         self.control_modulation = Modulation(width, 2 if is_last else 6)
         self.control_mlp = None if is_last else MLP(width, config.mlp_ratio)
 
-    def forward(
-        self, h: Tensor, hc: Tensor, c: Tensor, mask: Tensor | None, control_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, h: Tensor, hc: Tensor, c: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         modulation, control_modulation = self.modulation(c), self.control_modulation(c)
         attended, control_attended = self.attention(
-            modulate(norm(h), *modulation[:2]), modulate(norm(hc), *control_modulation[:2]), mask, control_mask
+            modulate(norm(h), *modulation[:2]), modulate(norm(hc), *control_modulation[:2]), mask
         )
         h = self._residual(h, attended, self.mlp, modulation)
         if self.control_mlp is not None:
@@ -176,7 +137,6 @@ class Denoiser(nn.Module):
         cond: Labels | Tensor | None = None,
         self_cond: Tensor | None = None,
         mask: Tensor | None = None,
-        control_mask: Tensor | None = None,
     ) -> Tensor:
         """Estimate x_0.
 
@@ -187,35 +147,43 @@ class Denoiser(nn.Module):
         t
             (B,) timesteps, one per set.
         control
-            (B, S', G) control cells; S' = S for paired attention. Zeros for a set without controls.
+            (B, S, G) the control of each cell; zeros for a set without controls.
         cond
             Labels; or the covariate embedding (B, 1 or S, G) of the published code with conditioning=reference;
             None is the null condition.
         self_cond
             (B, S, G) an earlier estimate of x_0; None is the same as zeros.
-        mask, control_mask
-            (B, S) and (B, S') True where a cell is real; all real if None.
+        mask
+            (B, S) True where a cell and its control are real; all real if None.
 
         Returns
         -------
         (B, S, G) x0_pred.
+
+        Raises
+        ------
+        ValueError
+            Another number of controls than of cells.
         """
+        if x_t.shape != control.shape:
+            raise ValueError(
+                f"control {tuple(control.shape)} must have the shape of x_t {tuple(x_t.shape)}: one a cell."
+            )
         c = self.embed_t(t) + self._embed_condition(cond)  # (B, 1 or S, D)
         h = self.embed_x(x_t)  # (B, S, D)
         if self_cond is not None:
             h = h + self.embed_self_cond(self_cond)
-        hc = self.embed_control(control)  # (B, S', D)
+        hc = self.embed_control(control)  # (B, S, D)
         for block in self.blocks:
-            h, hc = block(h, hc, c, mask, control_mask)
+            h, hc = block(h, hc, c, mask)
         shift, scale = self.final_modulation(c)
         x0_pred = self.head(modulate(norm(h), shift, scale))  # (B, S, G)
         if self.config.output == "control_residual":
-            paired = self.config.attention == "paired"
-            start = control if paired else _controls_in_turn(control, control_mask, x_t.shape[1])
-            x0_pred = x0_pred + self.config.control_weight * start
+            x0_pred = x0_pred + self.config.control_weight * control
         if self.effect is not None and isinstance(cond, Labels):
             x0_pred = x0_pred + self._mean_effect(cond)
-        return self._activate(x0_pred)
+        # At exactly 0 its gradient is 1, that of F.relu 0: a residual on no control would never leave 0.
+        return x0_pred.clamp_min(0) if self.config.out_activation == "relu" else x0_pred
 
     def _mean_effect(self, labels: Labels) -> Tensor:
         """(B, 1, G) what the perturbations do to every cell alike; nothing where the condition is hidden."""
@@ -234,29 +202,7 @@ class Denoiser(nn.Module):
             raise ValueError("a covariate embedding was given; only denoiser.conditioning=reference takes one.")
         return self.conditioning.from_covariates(cond)
 
-    def _activate(self, x: Tensor) -> Tensor:
-        match self.config.out_activation:
-            case "relu":
-                # At exactly 0 its gradient is 1, that of F.relu 0: a residual on no control would never leave 0.
-                return x.clamp_min(0)
-            case "softplus":
-                return F.softplus(x)
-            case _:
-                return x
-
 
 def build_denoiser(config: DenoiserConfig, n_genes: int, vocabularies: Vocabularies) -> Denoiser:
     """A fresh denoiser for these genes and labels."""
     return Denoiser(config, n_genes, VocabSizes.of(vocabularies))
-
-
-def _all_real(x: Tensor, mask: Tensor | None) -> Tensor:
-    return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
-
-
-def _controls_in_turn(control: Tensor, control_mask: Tensor | None, n_cells: int) -> Tensor:
-    # (B, S, G): cell i starts from the i-th real control; where there are fewer, they are taken in turn.
-    real = _all_real(control, control_mask)  # (B, S')
-    real_first = (~real).byte().argsort(dim=1, stable=True)
-    turn = torch.arange(n_cells, device=control.device) % real.sum(1, keepdim=True).clamp_min(1)  # (B, S)
-    return control.gather(1, real_first.gather(1, turn)[..., None].expand(-1, -1, control.shape[-1]))

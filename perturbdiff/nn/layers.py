@@ -70,7 +70,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Attention(nn.Module):
-    """Queries, keys and values of one stream of tokens; RMS-normalised queries and keys (Henry et al. 2020)."""
+    """Softmax attention over the tokens of each set; RMS-normalised queries and keys (Henry et al. 2020)."""
 
     def __init__(self, width: int, n_heads: int) -> None:
         super().__init__()
@@ -80,38 +80,13 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(width // n_heads, eps=1e-6)
         self.proj = nn.Linear(width, width)
 
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, S, D) -> q, k, v, each (B, heads, S, D / heads)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.q_norm(q), self.k_norm(k), v
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, S, D) -> (B, S, D); `mask` is (B, S), True where a token is a real cell.
 
-    def forward(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
-        return self.proj(attend(*self.heads(x), key_mask))
-
-
-class KeysValues(nn.Module):
-    """Keys and values of a stream that is attended to but does not attend."""
-
-    def __init__(self, width: int, n_heads: int) -> None:
-        super().__init__()
-        self.n_heads = n_heads
-        self.kv = nn.Linear(width, 2 * width)
-        self.k_norm = RMSNorm(width // n_heads, eps=1e-6)
-
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, S, D) -> k, v, each (B, heads, S, D / heads)."""
-        k, v = self.kv(x).unflatten(-1, (2, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.k_norm(k), v
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
-    """Softmax attention over the keys of each set, (B, heads, S, d) -> (B, S, heads d).
-
-    `key_mask` is (B, S_k), True where a key is a real cell. A set without any (padding of the last batch)
-    attends to all its keys instead: its output is never read, and a softmax over nothing is NaN.
-    """
-    allowed = None
-    if key_mask is not None:
-        allowed = (key_mask | ~key_mask.any(-1, keepdim=True))[:, None, None, :]  # (B, 1, 1, S_k)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
-    return out.transpose(1, 2).flatten(-2)
+        A set without any (padding of the last batch) attends to all its tokens instead: its output is never read, and
+        a softmax over nothing is NaN.
+        """
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, S, D / heads)
+        allowed = None if mask is None else (mask | ~mask.any(-1, keepdim=True))[:, None, None, :]  # (B, 1, 1, S)
+        out = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attn_mask=allowed)
+        return self.proj(out.transpose(1, 2).flatten(-2))

@@ -54,7 +54,7 @@ def denoiser_config(published: Mapping[str, Tensor], n_heads: int) -> tuple[Deno
         raise ValueError(f"the width ({width}) and that of the MLP ({hidden}) must be ordinary numbers.")
     config = DenoiserConfig(
         width=width, depth=depth, n_heads=n_heads, mlp_ratio=hidden / width,
-        attention="paired", parallel_block=True, output="direct", out_activation="relu", conditioning="reference",
+        parallel_block=True, output="direct", out_activation="relu", conditioning="reference",
     )  # fmt: skip
     return config, n_inputs // 2
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from perturbdiff.config import Config
 from perturbdiff.data.batch import CellSetBatch
 from perturbdiff.data.samplers import CellSet, CellSetSampler, StreamedSampler
-from perturbdiff.diffusion.distances import pairwise_distance
+from perturbdiff.diffusion.distances import NO_SPREAD, energy_distance
 from perturbdiff.diffusion.draws import validation_draws
 from perturbdiff.diffusion.generate import sample_batch
 from perturbdiff.diffusion.losses import DiffusionLoss
@@ -22,8 +22,6 @@ from perturbdiff.nn.denoiser import Denoiser
 from perturbdiff.training.dataset import IndexedCells
 
 Sampler = CellSetSampler | StreamedSampler
-
-NO_SPREAD = 1e-12  # a standard deviation up to this is rounding, not signal
 
 
 @torch.no_grad()
@@ -86,38 +84,6 @@ def validate(
     }
 
 
-def energy_distance(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
-    """Energy distance of each pair of sets, 2 E|x-y| - E|x-x'| - E|y-y'| over distinct cells (U-statistic).
-
-    Parameters
-    ----------
-    x, y
-        (B, S, G) each.
-    mask
-        (B, S) True where both sets have a cell.
-
-    Returns
-    -------
-    (B,) float64, in the units of x; may be negative. NaN for sets of fewer than 2 cells.
-
-    Notes
-    -----
-    Székely & Rizzo 2013. Twice the scale of the training loss's energy distance, and without its bias: that of a set
-    to itself is 0 there, and here below.
-    """
-    n = mask.sum(1).double()  # (B,)
-    # A shift changes no distance, but |a|^2 + |b|^2 - 2ab cancels badly far from the origin.
-    centre = (y * mask[..., None]).sum(1, keepdim=True) / n.clamp_min(1).float()[:, None, None]
-    x, y = x - centre, y - centre
-    pairs = mask[:, :, None] & mask[:, None, :]  # (B, S, S)
-    distinct = pairs & ~torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
-    between, within_x, within_y = (
-        (pairwise_distance(a, b).double() * which).sum((1, 2))
-        for a, b, which in ((x, y, pairs), (x, x, distinct), (y, y, distinct))
-    )
-    return torch.where(n < 2, torch.nan, 2 * between / n**2 - (within_x + within_y) / (n * (n - 1)))
-
-
 def _looked_at(sampler: Sampler, n_sets: int) -> list[list[CellSet]]:
     """The first sets of epoch 0 over all ranks, step by step."""
     steps: list[list[CellSet]] = []
@@ -163,10 +129,9 @@ def _scores(denoiser: Denoiser, batch: CellSetBatch, config: Config) -> Tensor:
     n_cells = batch.mask.sum(1).double()
     n_scored = torch.where(n_cells >= 2, n_cells, 0.0)
     scale = batch.preprocessing.scale  # model units -> log1p
-    distances = [
-        torch.where(n_scored > 0, energy_distance(x, measured, batch.mask) * scale, 0.0) for x in (generated, control)
-    ]
-    scalars = [n_cells, loss * n_cells, n_scored, *(distance * n_scored for distance in distances)]
+    distances = [energy_distance(x, measured, batch.mask, batch.mask) * scale for x in (generated, control)]
+    energies = [torch.where(n_scored > 0, distance * n_scored, 0.0) for distance in distances]
+    scalars = [n_cells, loss * n_cells, n_scored, *energies]
     profiles = [x.sum(1, dtype=torch.float64) * scale for x in (generated, measured, control)]  # (B, G) each
     return torch.cat([torch.stack(scalars, dim=1), *profiles], dim=1)
 

@@ -407,15 +407,15 @@ def changed(path, value):
 
 
 BAD_CONFIGS = {
-    "newer format": (changed("format_version", 4), ["format_version 4", "reads 1 to 3", "Update perturbdiff"]),
+    "newer format": (changed("format_version", 5), ["format_version 5", "reads 1 to 4", "Update perturbdiff"]),
     "no format": (lambda config: config.pop("format_version"), ["format_version None", "reads 1"]),
     "other width": (changed("denoiser.width", 32), ["does not fit its config.json", "(16, 30) (must be (32, 30))"]),
     "deeper": (changed("denoiser.depth", 3), ["does not fit its config.json", "blocks.1.", "missing"]),
     "absurd depth": (changed("denoiser.depth", 10**9), ["denoiser.depth (1000000000)", "at most 256"]),
     "no heads": (changed("denoiser.n_heads", 0), ["denoiser.n_heads (0)", "greater than 0"]),
     "unknown key": (changed("denoiser.layers", 3), ["unknown keys layers"]),
-    "unknown choice": (changed("denoiser.attention", "cross"), ["'cross'", "['paired', 'joint']"]),
-    "interpolation": (changed("denoiser.attention", "${oc.env:HOME}"), ["interpolation"]),
+    "unknown choice": (changed("denoiser.output", "cross"), ["'cross'", "['direct', 'control_residual']"]),
+    "interpolation": (changed("denoiser.output", "${oc.env:HOME}"), ["interpolation"]),
     "unknown column": (changed("obs.donor", "x"), ["donor"]),
     "no sampling": (lambda config: config.pop("sampling"), ["lacks sampling"]),
     "no hashes": (changed("sha256", {}), ["sha256 must name the files", "missing"]),

@@ -284,10 +284,10 @@ def test_perturbations_with_features_alone_come_after_those_with_rows(known):
 
 def test_every_part_of_labels_is_selected_and_moved(dosed):
     labels = dosed.encode([("A@1", "T", "b1"), ("B@10", "NK", None)])
-    labels = replace(labels, hidden=torch.tensor([True, False]), unlabelled=torch.tensor([False, True]))
+    labels = replace(labels, hidden=torch.tensor([True, False]), features_only=torch.tensor([False, True]))
     one = labels.select(torch.tensor([False, True])).to("cpu")
     assert (one.perturbation.tolist(), one.dose.tolist()) == ([[1]], [[1.0]])
-    assert (one.hidden.tolist(), one.unlabelled.tolist()) == ([False], [True])
+    assert (one.hidden.tolist(), one.features_only.tolist()) == ([False], [True])
 
 
 CONDITIONS = st.lists(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from perturbdiff.config import DiffusionConfig, SamplingConfig, check_sampling
-from perturbdiff.diffusion.sampling import ddim_step, ddpm_step, predict_x0, sample, sample_reference, timesteps
+from perturbdiff.diffusion.sampling import ddim_step, ddpm_step, predict_x0, sample, timesteps
 from perturbdiff.diffusion.schedule import Schedule
 from perturbdiff.nn.denoiser import Denoiser
 from perturbdiff.reference.convert import covariate_encoder_from_reference, denoiser_from_reference
@@ -153,7 +153,7 @@ def test_reference_sampler_equals_the_published_checkpoint(golden, agree, weight
         agree(cov, numbers[f"{weights}.batch_emb"], "covariate embedding")
         agree(denoiser(x_t, t, control, cov, numbers["in.prev_pred"]), numbers[f"{weights}.x"], "conditional estimate")
         agree(denoiser(x_t, t, control, None, numbers["in.prev_pred"]), numbers[f"{weights}.uncond_x"], "null estimate")
-        result = sample_reference(denoiser, x_t, control, cov, start_time=100, guidance_scale=1.0)
+        result = sample(denoiser, x_t, control, cov, reference_config("ddim", start_time=100), LINEAR)
     agree(result, numbers[f"{weights}.ddim100_sample"], "sample")
 
 

@@ -27,7 +27,7 @@ from tests.atlases import write_atlas
 from tests.simulated import tiny_config, write_screen
 
 CONFIG = {
-    "denoiser": {"width": 8, "depth": 1, "attention": "paired", "conditioning": "labels"},
+    "denoiser": {"width": 8, "depth": 1, "conditioning": "labels"},
     "diffusion": {"n_timesteps": 1000, "schedule": "linear"},
     "sampling": {"sampler": "ddim", "n_steps": 3},
     "obs": {"perturbation": "perturbation", "cell_type": "cell_type", "batch": "donor", "control_label": "control"},

@@ -124,7 +124,7 @@ def test_a_changed_setting_is_noticed_without_any_other_change(folder):
         PerturbDiff.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("version", [0, 4, 1.0, True, "1", None, [2]])
+@pytest.mark.parametrize("version", [0, 5, 1.0, True, "1", None, [2]])
 def test_another_format_version_is_refused(folder, version):
     rehash(folder, format_version=version)
     with pytest.raises(ValueError, match="format_version"):
@@ -241,11 +241,37 @@ def test_a_folder_of_format_1_loads_and_is_saved_as_the_newest(tmp_path):
     assert all(torch.equal(model.denoiser.state_dict()[name], tensor) for name, tensor in weights.items())
     model.save_pretrained(tmp_path / "new")
     config = json.loads((tmp_path / "new" / CONFIG).read_text())
-    assert config["format_version"] == 3
+    assert config["format_version"] == 4
     assert config["denoiser"]["cell_type_encoding"] == "onehot"
     assert config["denoiser"]["interaction"] is False
     expected = load_file(FORMAT_1 / GOLDEN)["x0_pred"]
     assert torch.allclose(load_file(tmp_path / "new" / GOLDEN)["x0_pred"], expected, atol=1e-6)
+
+
+def test_a_folder_of_format_3_loads_with_the_names_of_today(folder):
+    config = json.loads((folder / CONFIG).read_text())
+    new = config["diffusion"].pop("p_features_only")
+    before = {**config["diffusion"], "kernel": "energy", "mean_weight": 0.0, "p_unlabelled": new / 2}
+    rehash(folder, format_version=3, denoiser={**config["denoiser"], "attention": "paired"}, diffusion=before)
+    assert PerturbDiff.from_pretrained(folder).config.diffusion.p_features_only == new / 2
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "known"),
+    [
+        ("denoiser.attention", "joint", "paired"), ("denoiser.out_activation", "softplus", "relu and none"),
+        ("diffusion.kernel", "laplace", "energy"),
+    ],
+)  # fmt: skip
+def test_a_folder_of_format_1_with_a_value_that_was_removed_is_refused_with_the_reason(tmp_path, key, value, known):
+    folder = shutil.copytree(FORMAT_1, tmp_path / "model")
+    config = json.loads((folder / CONFIG).read_text())
+    part, name = key.split(".")
+    rehash(folder, **{part: {**config[part], name: value}})
+    message = rf"{key} \({value}\) is no longer known, only {known}; .* \(0\.1\.0\)"
+    with pytest.raises(ValueError, match=message) as error:
+        PerturbDiff.from_pretrained(folder)
+    assert "\n" not in str(error.value)
 
 
 def test_a_key_that_is_missing_is_never_a_default(folder):

@@ -10,7 +10,7 @@ from scipy import stats
 from perturbdiff.config import DataConfig, ObsColumns
 from perturbdiff.data.screen import Screen, control_cells
 from perturbdiff.data.simulate import SimulationConfig, simulate
-from perturbdiff.ranking import find_genes, rank_perturbations
+from perturbdiff.inference.ranking import find_genes, rank_perturbations
 from tests.screens import counts_screen, log1p_cp10k
 from tests.untrained import untrained
 

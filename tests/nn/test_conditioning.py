@@ -117,10 +117,10 @@ def test_a_perturbation_without_a_row_is_the_null_row_and_its_features():
         conditioning(labels([[7]], [0], [0]))
 
 
-def test_an_unlabelled_set_keeps_features_and_a_perturbation_without_them_its_row():
+def test_a_set_known_by_features_alone_keeps_them_and_a_perturbation_without_them_its_row():
     conditioning = described()
     given = labels([[0], [1], [2]], [0] * 3, [0] * 3)
-    c = conditioning(replace(given, unlabelled=torch.tensor([True, True, False])))
+    c = conditioning(replace(given, features_only=torch.tensor([True, True, False])))
     torch.testing.assert_close(c[0, 0], rows(conditioning, [NULL], 0, 0) + features(conditioning, 0))
     torch.testing.assert_close(c[1, 0], rows(conditioning, [1], 0, 0))
     torch.testing.assert_close(c[2, 0], rows(conditioning, [2], 0, 0) + features(conditioning, 2))

@@ -24,10 +24,10 @@ from perturbdiff.nn.transfer import (
 
 GENES = tuple(f"g{i}" for i in range(9))
 KINDS = [
-    {"attention": attention, "conditioning": conditioning, "output": output}
-    for attention in ("paired", "joint")
-    for conditioning, output in (("labels", "control_residual"), ("reference", "direct"))
-] + [{"attention": "paired", "conditioning": "labels", "output": "control_residual", "mean_effect": True}]
+    {"conditioning": "labels", "output": "control_residual"},
+    {"conditioning": "labels", "output": "control_residual", "mean_effect": True},
+    {"conditioning": "reference", "output": "direct"},
+]
 GENE_TENSORS = {
     name: kinds.index("gene") for name, kinds in (INDEXED_BY | INDEXED_BY_COVARIATE).items() if "gene" in kinds
 }
@@ -326,7 +326,8 @@ def test_a_new_mean_effect_changes_no_output():
 
 
 @pytest.mark.parametrize(
-    ("name", "has", "asked"), [("width", 16, 32), ("attention", "paired", "joint"), ("interaction", True, False)]
+    ("name", "has", "asked"),
+    [("width", 16, 32), ("output", "control_residual", "direct"), ("interaction", True, False)],
 )
 def test_another_architecture_is_refused_by_key_and_both_values(name, has, asked):
     with pytest.raises(ValueError, match=rf"denoiser\.{name} is {has} in the checkpoint and {asked} in the settings"):

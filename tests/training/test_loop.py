@@ -38,7 +38,7 @@ def assert_same_weights(a, b):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("words", [(), ("training.log_every=4", "diffusion.kernel=rbf"), ("denoiser.attention=joint",)])
+@pytest.mark.parametrize("words", [(), ("training.log_every=4", "diffusion.unbiased=true")])
 def test_stopping_and_running_again_continues_bit_identically(screen, tmp_path, words):
     straight = train(tiny_config(screen, tmp_path / "straight", *words))
     assert straight.stopped_by is None
@@ -177,7 +177,7 @@ def assert_close_weights(a, b, atol):
 
 
 @pytest.mark.parametrize("n_parts", [2, 3, 6])  # of 4 sets: halves, parts that differ, more parts than sets
-@pytest.mark.parametrize("words", [(), ("diffusion.kernel=rbf", "data.set_size=16", "data.min_set_size=4")])
+@pytest.mark.parametrize("words", [(), ("diffusion.unbiased=true", "data.set_size=16", "data.min_set_size=4")])
 def test_accumulation_changes_only_the_rounding(screen, tmp_path, n_parts, words):
     # Cells of a step count the same, also where sets are of different sizes.
     train(tiny_config(screen, tmp_path / "whole", *words))

@@ -79,7 +79,7 @@ LOUD = {
     "library": change_config(lambda config: config.update(library_version=ESCAPES)),
     "a key": change_config(lambda config: config.update({ESCAPES: 1})),
     "a key within": change_config(lambda config: config["denoiser"].update({ESCAPES: 1})),
-    "a choice": giant("denoiser.attention", ESCAPES),
+    "a choice": giant("denoiser.output", ESCAPES),
     "columns": giant("obs.batch", ESCAPES),
     "a file": stating(f"{ESCAPES}.json"),
     "licence": put("training.json", json.dumps({"licence": ESCAPES, "screen": ESCAPES, "hold_out": [ESCAPES]})),

@@ -27,7 +27,7 @@ from scipy.stats import rankdata
 from perturbdiff.data.expression import as_csr, gene_means
 from perturbdiff.data.screen import Expression, expression_of, unique_names
 from perturbdiff.data.vocab import GeneVocab, nearest
-from perturbdiff.evaluation.metrics import NO_SPREAD, energy_distance
+from perturbdiff.diffusion.distances import NO_SPREAD, cell_distances, energy_of
 from perturbdiff.files import few, progress
 from perturbdiff.model import PerturbDiff
 
@@ -168,13 +168,17 @@ def _nearness(
     if len(genes) == 0:
         raise ValueError("the controls and the reference population have no gene of the model in common.")
     wanted = reference.log1p()[:, genes].toarray()
-    apart = energy_distance(controls.log1p()[:, genes].toarray(), wanted)
+
+    def energy(cells: sparse.csr_matrix) -> float:
+        return float(energy_of(cell_distances(cells[:, genes].toarray(), wanted)))
+
+    apart = energy(controls.log1p())
     if not apart > 0:
         raise ValueError(
             f"the controls are no further from the reference population than its own cells (energy distance "
             f"{apart:.3g}); give one that differs, and two or more control cells."
         )
-    return lambda cells, source: 1 - energy_distance(cells[:, genes].toarray(), wanted) / apart  # Eq. 2
+    return lambda cells, source: 1 - energy(cells) / apart  # Eq. 2
 
 
 def _in_model(model: PerturbDiff, cells: AnnData, min_gene_overlap: float) -> tuple[Expression, np.ndarray]:
