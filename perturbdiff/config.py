@@ -5,6 +5,7 @@ Sizes that come from data (genes, labels) are not settings: they are passed to w
 """
 
 # No `from __future__ import annotations` here: OmegaConf resolves these annotations at run time.
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -16,6 +17,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 T = TypeVar("T")
+# Within the package where it was installed from a wheel, beside it in a checkout.
+_SHIPPED = (Path(__file__).parent / "recipes", Path(__file__).parents[1] / "recipes")
+RECIPES = next((folder for folder in _SHIPPED if folder.is_dir()), _SHIPPED[0])
 MAX_FEATURES = 1 << 20  # columns of a frozen table, or covariates: more is a mistake or an attack
 
 
@@ -292,7 +296,7 @@ def load_config(
 ) -> Config:
     """Defaults, then `base` (a checkpoint's settings), the recipe (yaml), `given` values, `key=value` words.
 
-    Later ones win.
+    Later ones win. The recipe is a path or a name, as `find_recipe` takes it.
 
     Raises
     ------
@@ -301,7 +305,7 @@ def load_config(
     ValueError
         An unknown key, a value of the wrong type or outside its set, a size that cannot be.
     """
-    config = _resolved(Config, recipe, overrides, given, base)
+    config = _resolved(Config, None if recipe is None else find_recipe(recipe, "train"), overrides, given, base)
     check_config(config)
     return config
 
@@ -318,7 +322,7 @@ def load_build_config(
     """
     of_inputs = [word.removeprefix("source.") for word in overrides if word.startswith("source.")]
     own = [word for word in overrides if not word.startswith("source.")]
-    config = _resolved(BuildConfig, recipe, own, given)
+    config = _resolved(BuildConfig, None if recipe is None else find_recipe(recipe, "atlas"), own, given)
     if of_inputs and not inputs:
         raise ValueError(
             f"source.{of_inputs[0]} is of inputs on the command line, and there are none; set the recipe's."
@@ -333,7 +337,7 @@ def load_build_config(
 
 def _resolved(
     schema: type[T],
-    recipe: str | Path | None,
+    recipe: Path | None,
     overrides: Sequence[str],
     given: Mapping[str, Any] | None,
     base: Mapping[str, Any] | None = None,
@@ -342,8 +346,6 @@ def _resolved(
     try:
         merged = OmegaConf.merge(merged, dict(base or {}))
         if recipe is not None:
-            if not Path(recipe).is_file():
-                raise FileNotFoundError(f"recipe {str(recipe)!r} does not exist; give the path of a .yaml file.")
             merged = OmegaConf.merge(merged, _read_yaml(recipe))
         merged = OmegaConf.merge(merged, dict(given or {}))
         for word in overrides:
@@ -355,6 +357,47 @@ def _resolved(
         raise ValueError(_one_line(error)) from error
     assert isinstance(config, schema), "OmegaConf.to_object returns the schema's class"
     return config
+
+
+def list_recipes() -> list[tuple[str, str, Path]]:
+    """(name, first line, path) of every file that ships; a name is FOLDER/STEM, as train/cross_cell_type."""
+    files = sorted(path for path in RECIPES.glob("*/*") if path.suffix in (".yaml", ".sbatch"))
+    return [(f"{path.parent.name}/{path.stem}", _first_comment(path), path) for path in files]
+
+
+def _first_comment(path: Path) -> str:
+    lines = (line.removeprefix("#").strip() for line in path.read_text().splitlines() if not line.startswith("#!"))
+    return next(lines, "")
+
+
+def find_recipe(recipe: str | Path, folder: str | None = None) -> Path:
+    """The file of a recipe, given by its path or by the name of one that ships: train/cross_cell_type.
+
+    The folder may be left out where one file alone has the name, or for those of `folder`, which is looked at first.
+
+    Raises
+    ------
+    FileNotFoundError
+        No such file and no such name, or a name that several have.
+    """
+    if Path(recipe).is_file():
+        return Path(recipe)
+    shipped = {name: path for name, _, path in list_recipes()}
+    for name in (str(recipe), f"{folder}/{recipe}"):
+        if name in shipped:
+            return shipped[name]
+    same = [name for name in shipped if name.split("/")[1] == str(recipe)]
+    if len(same) == 1:
+        return shipped[same[0]]
+    if same:
+        raise FileNotFoundError(f"recipe {str(recipe)!r} is one of {', '.join(same)}; give the whole name.")
+    stems = {name.split("/")[1] for name in shipped}
+    near = difflib.get_close_matches(Path(recipe).stem, stems, 2)
+    likely = ", ".join(name for name in shipped if name.split("/")[1] in near)
+    raise FileNotFoundError(
+        f"recipe {str(recipe)!r} is neither a file nor a name that `perturbdiff recipes` lists"
+        f"{f' (nearest: {likely})' if likely else ''}; give the path of a .yaml file, or a name."
+    )
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -554,7 +597,7 @@ def check_sampling(sampling: SamplingConfig, diffusion: DiffusionConfig) -> None
         )
 
 
-def _read_yaml(recipe: str | Path) -> DictConfig:
+def _read_yaml(recipe: Path) -> DictConfig:
     try:
         settings = OmegaConf.load(recipe)
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:

@@ -15,7 +15,10 @@ from perturbdiff.config import (
     Preprocessing,
     SamplingConfig,
     as_dict,
+    find_recipe,
     from_dict,
+    list_recipes,
+    load_build_config,
     load_config,
     reference_denoiser,
     save_config,
@@ -23,6 +26,7 @@ from perturbdiff.config import (
 
 GIVEN = {"out": "runs/x", "data": {"screen": "x.h5ad"}}
 PACKAGE = Path(perturbdiff.__file__).parent
+SHIPPED = Path(__file__).parents[1] / "recipes"
 
 
 def load(*words, recipe=None, given=GIVEN):
@@ -195,8 +199,51 @@ def test_a_recipe_that_is_none_is_an_error_of_one_line(recipe, text, message):
 
 def test_a_recipe_that_does_not_exist_is_an_error_that_names_it(tmp_path):
     for path in (tmp_path / "none.yaml", tmp_path):
-        with pytest.raises(FileNotFoundError, match=rf"recipe '{path}' does not exist; give the path of a .yaml"):
+        with pytest.raises(FileNotFoundError, match=rf"recipe '{path}' is neither a file .* path of a .yaml file"):
             load(recipe=path)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "file"),
+    [
+        ("train/new_batch", None, "train/new_batch.yaml"), ("new_batch", None, "train/new_batch.yaml"),
+        ("cross_cell_type", "train", "train/cross_cell_type.yaml"), ("finetune/lora", "train", "finetune/lora.yaml"),
+        ("cross_cell_type", "finetune", "finetune/cross_cell_type.yaml"), ("lora", "train", "finetune/lora.yaml"),
+        ("slurm/pretrain", None, "slurm/pretrain.sbatch"),
+    ],
+)  # fmt: skip
+def test_a_recipe_that_ships_is_found_by_its_name(name, folder, file):
+    assert find_recipe(name, folder) == SHIPPED / file
+
+
+def test_a_file_wins_over_a_name_that_ships(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "new_batch").write_text("training: {n_steps: 9}\n")
+    assert find_recipe("new_batch", "train") == Path("new_batch")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cross_cell_type", "is one of finetune/cross_cell_type, train/cross_cell_type; give the whole name"),
+        ("cross_cel_type", r"nearest: finetune/cross_cell_type, train/cross_cell_type\)"),
+        ("train/lora", r"nearest: finetune/lora\)"), ("../README", "path of a .yaml file, or a name"), ("", "a name"),
+    ],
+)  # fmt: skip
+def test_a_name_of_none_or_of_several_recipes_is_an_error_that_lists_the_likely_ones(name, message):
+    with pytest.raises(FileNotFoundError, match=message):
+        find_recipe(name)
+
+
+def test_every_kind_of_settings_finds_recipes_of_its_own_folder():
+    assert load(recipe="cross_cell_type") == load(recipe=SHIPPED / "train" / "cross_cell_type.yaml")
+    atlas = load_build_config([], SHIPPED / "atlas" / "pbmc.yaml", [], {"out": "x"})
+    assert load_build_config([], "pbmc", [], {"out": "x"}) == atlas
+
+
+def test_every_name_of_a_recipe_that_ships_is_of_one_file():
+    names = [name for name, _, _ in list_recipes()]
+    assert len(set(names)) == len(names) == len([path for path in SHIPPED.rglob("*") if path.is_file()])
 
 
 def test_a_recipe_runs_no_code(recipe, tmp_path):

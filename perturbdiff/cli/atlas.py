@@ -22,8 +22,8 @@ def add_atlas_commands(commands: Any) -> None:
         "examples:\n"
         "  perturbdiff atlas build kang.h5ad norman.h5ad --out atlases/perturbed --genes union\n"
         "  perturbdiff atlas build a.h5ad --out atlases/a source.perturbation_col=gene source.control_label=NT\n"
-        "  perturbdiff atlas build --recipe recipes/atlas/marginal.yaml --out atlases/marginal\n"
-        "on a cluster (recipes/slurm/build_atlas.sbatch): the command with --task I/N in an array of N tasks,\n"
+        "  perturbdiff atlas build --recipe mine.yaml --out atlases/marginal\n"
+        "on a cluster (`perturbdiff recipes slurm/build_atlas`): the command with --task I/N in an array of N tasks,\n"
         "then once without --task, which merges what they left.\n"
         "\ngenes:\n"
         "  union                  every gene of any input, in order of appearance (the default)\n"
@@ -33,11 +33,11 @@ def add_atlas_commands(commands: Any) -> None:
         "\nsettings:\n"
         "  source.KEY=value is of every input named here: perturbation_col, cell_type_col, batch_col (null: none),\n"
         "  control_label, library_size_col, cells=unperturbed, keep, drop, licence, ... Inputs that differ go into a\n"
-        "  recipe. Others are licence, gene_table, count_type, seed. perturbdiff/config.py says what each means.\n",
+        "  recipe. Others are licence, gene_table, count_type, seed. `perturbdiff settings atlas` prints all.\n",
     )  # fmt: skip
     build.add_argument("inputs", nargs="*", metavar="IN", help=".h5ad, folder or repo id; and key=value settings")
     build.add_argument("--out", required=True, metavar="DIR", help="folder to make")
-    build.add_argument("--recipe", metavar="FILE.yaml", help="sources and settings; key=value words win over it")
+    build.add_argument("--recipe", metavar="RECIPE", help="file, or name of `perturbdiff recipes`")
     build.add_argument("--genes", metavar="RULE", help="which genes the atlas has (below; default: union)")
     build.add_argument(
         "--max-memory", type=_bytes, default="4GB", metavar="SIZE", help="of all processes together (default: 4GB)"

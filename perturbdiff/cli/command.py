@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 SETTINGS = """
 settings:
   any number of key=value words, as in  training.n_steps=1000 denoiser.width=256 data.n_hvg=null
-  a run's config.yaml lists every key with its value, perturbdiff/config.py what it means; a typo is an error that
-  names the nearest key.
+  `perturbdiff settings` prints every key with its default and what it means; a run's config.yaml has its values; a
+  typo is an error that names the nearest key. `perturbdiff recipes` lists sets of them for common questions.
 """
 
 

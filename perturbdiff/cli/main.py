@@ -12,6 +12,7 @@ from perturbdiff.cli.app import add_app_command
 from perturbdiff.cli.atlas import add_atlas_commands
 from perturbdiff.cli.hub import add_hub_commands
 from perturbdiff.cli.runs import add_run_commands, rank
+from perturbdiff.cli.settings import add_settings_commands
 from perturbdiff.files import printable
 
 USER_ERRORS = (ValueError, KeyError, OSError, FloatingPointError)
@@ -68,4 +69,5 @@ def _parser() -> argparse.ArgumentParser:
     add_atlas_commands(commands)
     add_hub_commands(commands)
     add_app_command(commands)
+    add_settings_commands(commands)
     return parser

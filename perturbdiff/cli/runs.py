@@ -66,7 +66,7 @@ def add_run_commands(commands: Any) -> None:
         "What is held out is predicted and scored beside baselines.\n"
         "Ctrl-C, SIGTERM and SIGUSR1 save and stop; the same command goes on where it stopped.",
         "examples:\n  perturbdiff train --screen kang.h5ad --hold-out IFN-beta:CD4T --out runs/kang\n"
-        "  perturbdiff train --screen kang.h5ad --out runs/ref --recipe recipes/train/reference.yaml\n"
+        "  perturbdiff train --screen kang.h5ad --out runs/ref --recipe reference\n"
         "  perturbdiff train --atlas atlases/pbmc --out runs/pbmc data.n_hvg=null\n"
         "Weights, marginal sets and revisions of several atlases are settings: data.atlases in a recipe.\n"
         + SELECTORS + SETTINGS,
@@ -82,17 +82,17 @@ def add_run_commands(commands: Any) -> None:
         commands, "pretrain", _pretrain, "train on atlases by a recipe, on one process or under accelerate launch",
         "Trains as `train` does, with everything in a recipe: marginal sets (unperturbed or perturbed cells, no\n"
         "controls), conditional ones, and mixtures of several atlases. One process, or many on one or more nodes:\n"
-        "a launch file of recipes/accelerate/ says how many, and under which engine (DDP, ZeRO-1, 2, 3).\n"
+        "a launch file (`perturbdiff recipes` lists some) says how many, and under which engine: DDP, ZeRO-1, 2, 3.\n"
         "SIGTERM, SIGUSR1 and Ctrl-C save and stop; the same command goes on, also on another number of processes.",
-        "examples:\n  perturbdiff pretrain recipes/pretrain/tiny.yaml\n"
-        "  accelerate launch --config_file recipes/accelerate/cpu_ddp.yaml -m perturbdiff pretrain "
-        "recipes/pretrain/tiny.yaml\n"
-        "  accelerate launch --config_file recipes/accelerate/1x8_ddp.yaml -m perturbdiff pretrain "
-        "recipes/pretrain/pbmc.yaml training.seed=1\n"
-        "  sbatch --nodes=8 recipes/slurm/pretrain.sbatch recipes/accelerate/8x8_ddp.yaml "
-        "recipes/pretrain/tahoe100m.yaml\n" + SETTINGS,
+        "examples:\n  perturbdiff pretrain tiny\n"
+        "  perturbdiff recipes accelerate/1x8_ddp > 1x8_ddp.yaml\n"
+        "  accelerate launch --config_file 1x8_ddp.yaml -m perturbdiff pretrain pbmc training.seed=1\n"
+        "  perturbdiff recipes slurm/pretrain > pretrain.sbatch\n"
+        "  sbatch --nodes=8 pretrain.sbatch 8x8_ddp.yaml tahoe100m\n" + SETTINGS,
     )  # fmt: skip
-    pretrain.add_argument("recipe", metavar="RECIPE.yaml", help="atlases and settings; key=value words win over it")
+    pretrain.add_argument(
+        "recipe", metavar="RECIPE", help="file, or name of `perturbdiff recipes`: atlases and settings"
+    )
     pretrain.add_argument("--out", metavar="DIR", help="run folder (default: the recipe's out)")
     add_settings(pretrain)
 
@@ -128,7 +128,7 @@ def _finetune_command(commands: Any) -> None:
         "as with train and pretrain.",
         "examples:\n  perturbdiff finetune --screen kang.h5ad --init-from owner/name@v1 --out runs/kang --dry-run\n"
         "  perturbdiff finetune --screen kang.h5ad --init-from models/pbmc --hold-out IFN-beta:CD4T --out runs/kang\n"
-        "  perturbdiff finetune --screen kang.h5ad --init-from models/pbmc --recipe recipes/finetune/lora.yaml\n"
+        "  perturbdiff finetune --screen kang.h5ad --init-from models/pbmc --recipe lora\n"
         "With adapt.method=lora the run folder also has an adapter/, which `hub push` and `hub merge` take.\n"
         + SELECTORS + SETTINGS,
     )  # fmt: skip
@@ -151,12 +151,12 @@ def _plan_command(commands: Any) -> None:
         "and says what limits them: memory, computing, data or network. Needs no GPU and reads no cells. Data are\n"
         "counted where the atlas is a folder here, and are data.atlases[].expected of the recipe otherwise.\n"
         "Times are the counts over peak FLOP/s times --efficiency, which is an assumption: a run prints its cells/s.",
-        "examples:\n  perturbdiff plan recipes/pretrain/tahoe100m.yaml --gpus 64 --gpu h200\n"
-        "  perturbdiff plan recipes/pretrain/tahoe100m.yaml --gpus 8 --gpu a100 training.accumulation_steps=4\n"
+        "examples:\n  perturbdiff plan tahoe100m --gpus 64 --gpu h200\n"
+        "  perturbdiff plan tahoe100m --gpus 8 --gpu a100 training.accumulation_steps=4\n"
         "engines: DDP; ZeRO-1 shares the optimizer's state among the GPUs, ZeRO-2 the gradients too, ZeRO-3 the\n"
         "weights too.\n" + SETTINGS,
     )  # fmt: skip
-    plan.add_argument("recipe", metavar="RECIPE", help="settings file; key=value words win over it")
+    plan.add_argument("recipe", metavar="RECIPE", help="file, or name of `perturbdiff recipes`")
     plan.add_argument("--gpus", type=int, required=True, metavar="N", help="over all nodes")
     plan.add_argument("--gpu", required=True, metavar="NAME", help="h100, h200, a100, ...; another is told the known")
     plan.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="(default: %(default)s)")
@@ -197,7 +197,7 @@ def _no_score(parser: argparse.ArgumentParser) -> None:
 
 
 def _recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", metavar="FILE.yaml", help="settings file; key=value words win over it")
+    parser.add_argument("--recipe", metavar="RECIPE", help="settings: a file, or a name of `perturbdiff recipes`")
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -221,9 +221,11 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _pretrain(arguments: argparse.Namespace) -> None:
+    from perturbdiff.config import find_recipe
     from perturbdiff.training.run import train
 
-    _print_run(train(None, arguments.out, recipe=arguments.recipe, overrides=arguments.settings, score=False))
+    recipe = find_recipe(arguments.recipe, "pretrain")
+    _print_run(train(None, arguments.out, recipe=recipe, overrides=arguments.settings, score=False))
 
 
 def _finetune(arguments: argparse.Namespace) -> None:
@@ -258,6 +260,7 @@ def _print_run(run: Run) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
+    from perturbdiff.config import find_recipe
     from perturbdiff.training.estimate import Cluster, estimate
 
     cluster = Cluster(
@@ -268,6 +271,7 @@ def _plan(arguments: argparse.Namespace) -> None:
         arguments.efficiency,
         arguments.cores_per_gpu,
     )
+    arguments.recipe = find_recipe(arguments.recipe, "pretrain")
     found = estimate(_config(arguments, None, [], out="unused"), cluster)
     print(json.dumps(asdict(found), indent=1) if arguments.json else found.text())
 

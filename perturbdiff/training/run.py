@@ -10,7 +10,7 @@ from typing import Any
 
 from anndata import AnnData
 
-from perturbdiff.config import Config, load_config
+from perturbdiff.config import Config, find_recipe, load_config
 from perturbdiff.data.screen import Screen
 from perturbdiff.data.simulate import SimulationConfig, simulate
 from perturbdiff.evaluation.held_out import score_held_out
@@ -124,6 +124,7 @@ def finetune_config(
     init_from: str | Path | None, recipe: str | Path | None, overrides: Sequence[str], given: Mapping[str, Any]
 ) -> Config:
     """Settings of a fine-tuning: defaults, then the checkpoint's, then as `load_config`. Raises as it."""
+    recipe = None if recipe is None else find_recipe(recipe, "finetune")
     start = str(init_from) if init_from is not None else load_config(recipe, overrides, given).adapt.init_from
     if start is None:
         raise ValueError("there is nothing to start from; give --init-from MODEL, or adapt.init_from in the recipe.")

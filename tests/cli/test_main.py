@@ -225,7 +225,7 @@ BAD_SETTINGS = {
     "bad yaml": (["data.control_label=@x"], ["'@x'", "quote it"]),
     "negative seed": (["training.seed=-1"], ["training.seed (-1)", "must not be negative"]),
     "heads": (["denoiser.n_heads=5"], ["denoiser.n_heads (5) must divide", "32"]),
-    "no recipe": (["--recipe", "none.yaml"], ["'none.yaml' does not exist", "give the path of a .yaml"]),
+    "no recipe": (["--recipe", "none.yaml"], ["'none.yaml' is neither a file nor a name", "give the path of a .yaml"]),
     "unknown hold-out": (["--hold-out", "a+b:T"], ["'a+b'", "did you mean A+B", "PERTURBATION[:CELL_TYPE[:BATCH]]"]),
     "unknown cell type": (["--hold-out", "A:nk"], ["cell_type 'nk'", "did you mean NK?"]),
     "unknown validation": (["split.validation=[C]"], ["perturbation 'C'", "known: A, A+B, B"]),

@@ -37,7 +37,7 @@ def test_every_recipe_states_hardware_and_use_and_runs(path, folder, tmp_path):
     hardware, use = path.read_text().splitlines()[:2]
     assert hardware.startswith("# One CPU core or any GPU: ")
     assert use.startswith("# Use: perturbdiff finetune ")
-    assert use.endswith(f"--recipe recipes/finetune/{path.name}")
+    assert use.endswith(f"--recipe {path.stem}")
     unseen = path.stem == "unseen_perturbations"
     gene = str(anndata.read_h5ad(folder / "screen.h5ad").var_names[2])
     held_out = gene if unseen else f"{gene}:type_0"
