@@ -87,6 +87,11 @@ def test_every_module_has_a_room():
     assert rooms == set(ORDER)
 
 
+def test_every_folder_of_modules_is_a_package():
+    # A folder without __init__.py imports in a checkout and is missing from a wheel.
+    assert {path.parent for path in SOURCES} == {path.parent for path in SOURCES if path.name == "__init__.py"}
+
+
 @pytest.mark.parametrize("path", [p for p in SOURCES if p.name != "__init__.py"], ids=module_of)
 def test_imports_point_down_the_rooms(path):
     assert upward_imports(path.read_text(), module_of(path)) == []

@@ -44,7 +44,7 @@ def atlas_card(info: AtlasInfo) -> str:
 ## How to read it
 
 ```python
-from perturbdiff.data.atlas import Atlas
+from perturbdiff import Atlas
 
 atlas = Atlas.open("this folder or repo id")
 print(atlas.summary())

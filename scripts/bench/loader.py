@@ -172,7 +172,7 @@ def _input(args: argparse.Namespace) -> dict[str, object]:
 BUILD = """
 import sys
 from perturbdiff.config import BuildConfig, SourceConfig
-from perturbdiff.data.build import build
+from perturbdiff.atlas.build.run import build
 path, out, bound, workers, shard_bytes = sys.argv[1:]
 build(BuildConfig(out, [SourceConfig(path)]), int(bound), int(workers), shard_bytes=int(shard_bytes))
 """

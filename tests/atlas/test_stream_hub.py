@@ -154,7 +154,7 @@ EQUAL = (
     SHORT_WAITS
     + """
 import sys
-from perturbdiff.data.atlas import Atlas
+from perturbdiff.atlas.store import Atlas
 stream.SILENCE = 0.5
 remote, local = Atlas.open(sys.argv[1]), Atlas.open(sys.argv[2])
 for i in range(len(local.info.shards)):
@@ -190,7 +190,7 @@ def test_a_broken_connection_loses_nothing_and_only_what_is_missing_is_asked_for
 
 WAITS = """
 import sys, threading
-from perturbdiff.data.atlas import Atlas
+from perturbdiff.atlas.store import Atlas
 import perturbdiff.atlas.stream as stream
 class Clock(threading.Event):
     def wait(self, seconds):
@@ -227,7 +227,7 @@ REFUSED = (
     SHORT_WAITS
     + """
 import json, sys, tracemalloc
-from perturbdiff.data.atlas import Atlas
+from perturbdiff.atlas.store import Atlas
 atlas = Atlas.open(sys.argv[1])
 stream.read_shard(atlas, 5)
 tracemalloc.start()
@@ -308,7 +308,7 @@ from contextlib import closing
 import numpy as np
 import perturbdiff.atlas.stream as stream
 from perturbdiff.config import Preprocessing
-from perturbdiff.data.atlas import Atlas
+from perturbdiff.atlas.store import Atlas
 cells = stream.StreamedCells([Atlas.open(sys.argv[1])], Preprocessing("counts", 1e4, 10.0), np.zeros((0, 2), int))
 def make(number):
     cells.open([0, 1])

@@ -31,7 +31,7 @@ READER = r"""
 import contextlib, io, json, os, resource, signal, sys, traceback
 from perturbdiff.cli.main import main
 from perturbdiff.hub.download import find_model
-from perturbdiff.pretrained import PerturbDiff
+from perturbdiff.model import PerturbDiff
 import perturbdiff.hub.info
 from huggingface_hub import HfApi, snapshot_download
 

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
-from perturbdiff.config import BuildConfig, Preprocessing
-from perturbdiff.atlas.format import ROW_GROUP, SORTED_BY, gene_type
-from perturbdiff.data.expression import GeneMoments, log1p_normalised
-from perturbdiff.atlas.build.sort import CELL_BYTES, Conditions, Sort, written
 from perturbdiff.atlas.build.genes import merge_genes, n_selected, read_gene_table
-from perturbdiff.atlas.build.workers import Crew
+from perturbdiff.atlas.build.sort import CELL_BYTES, Conditions, Sort, written
 from perturbdiff.atlas.build.sources.base import Selection, Source
+from perturbdiff.atlas.build.workers import Crew
+from perturbdiff.atlas.format import ROW_GROUP, SORTED_BY, gene_type
+from perturbdiff.config import BuildConfig, Preprocessing
+from perturbdiff.data.expression import GeneMoments, log1p_normalised
 from perturbdiff.data.vocab import GeneVocab
 from perturbdiff.files import progress
 

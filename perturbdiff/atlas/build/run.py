@@ -20,8 +20,11 @@ import numpy as np
 import pyarrow as pa
 
 from perturbdiff._version import __version__
-from perturbdiff.config import BuildConfig
-from perturbdiff.atlas.store import Atlas
+from perturbdiff.atlas.build.genes import GeneSpace, n_selected
+from perturbdiff.atlas.build.plan import GROUP_TIMES, HOW, Inputs, Plan, make_plan, row_bytes, sample, share_memory
+from perturbdiff.atlas.build.sort import Sort, merge_bucket, spill_chunk, written
+from perturbdiff.atlas.build.sources.base import Source, open_source
+from perturbdiff.atlas.build.workers import Crew
 from perturbdiff.atlas.card import atlas_card
 from perturbdiff.atlas.format import (
     CONDITIONS_SCHEMA,
@@ -33,13 +36,9 @@ from perturbdiff.atlas.format import (
     shard_name,
     write_manifest,
 )
-from perturbdiff.atlas.build.plan import GROUP_TIMES, HOW, Inputs, Plan, make_plan, row_bytes, sample, share_memory
-from perturbdiff.atlas.build.sort import Sort, merge_bucket, spill_chunk, written
-from perturbdiff.atlas.build.genes import GeneSpace, n_selected
-from perturbdiff.atlas.build.workers import Crew
-from perturbdiff.atlas.build.sources.base import Source, open_source
-from perturbdiff.files import sha256, to_disk
-from perturbdiff.files import progress
+from perturbdiff.atlas.store import Atlas
+from perturbdiff.config import BuildConfig
+from perturbdiff.files import progress, sha256, to_disk
 
 
 def build(

@@ -22,9 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy import sparse
 
+from perturbdiff.atlas.build.sources.base import Source
 from perturbdiff.atlas.format import ROW_GROUP, SORTED_BY, gene_type, parquet_options, shard_schema
 from perturbdiff.data.rng import cell_order_key
-from perturbdiff.atlas.build.sources.base import Source
 from perturbdiff.files import sha256
 
 CELL_BYTES = 64  # what a cell takes beside its values, in memory and in a spill file

@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 from scipy import sparse
 
-from perturbdiff.config import BuildConfig, DataConfig, SourceConfig
 from perturbdiff.atlas.build import plan as build_plan
-from perturbdiff.atlas.store import Atlas
 from perturbdiff.atlas.build.run import build
-from perturbdiff.data.expression import highly_variable_genes
 from perturbdiff.atlas.build.sort import cuts
+from perturbdiff.atlas.store import Atlas
+from perturbdiff.config import BuildConfig, DataConfig, SourceConfig
+from perturbdiff.data.expression import highly_variable_genes
 from perturbdiff.data.screen import Screen
 from tests.screens import ROOT, counts_screen, log1p_cp10k, screen_with_cells, written
 
@@ -454,8 +454,8 @@ def test_finished_chunks_and_buckets_are_not_made_again(reference, tmp_path, pie
 KILLED = """
 import json, os, signal, sys
 from perturbdiff.config import from_dict, BuildConfig
-from perturbdiff.data import build_plan
-from perturbdiff.data.build import build
+from perturbdiff.atlas.build import plan as build_plan
+from perturbdiff.atlas.build.run import build
 
 settings, shard_bytes = json.loads(sys.argv[1]), int(sys.argv[2])
 build_plan.READ_VALUES, build_plan.MOST_VALUES = 100, 300
@@ -523,7 +523,7 @@ def test_a_build_killed_anywhere_goes_on_to_the_same_bytes(reference, tmp_path, 
 WITH_WORKERS = """
 import json, sys
 from perturbdiff.config import from_dict, BuildConfig
-from perturbdiff.data.build import build
+from perturbdiff.atlas.build.run import build
 
 if __name__ == "__main__":
     build(from_dict(BuildConfig, json.loads(sys.argv[1])), workers=2, shard_bytes=int(sys.argv[2]))

@@ -17,10 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from perturbdiff.config import DataConfig, SourceConfig
 from perturbdiff.atlas.build.sources import h5ad as source_h5ad
-from perturbdiff.data.screen import LABELS, Screen
 from perturbdiff.atlas.build.sources.base import Selection, open_source
+from perturbdiff.config import DataConfig, SourceConfig
+from perturbdiff.data.screen import LABELS, Screen
 from tests.atlases import atlas_of_screen, write_atlas
 from tests.screens import counts_screen, real_screen, written
 

@@ -11,12 +11,12 @@ import pandas as pd
 import pyarrow as pa
 from scipy import sparse
 
-from perturbdiff.config import SourceConfig
-from perturbdiff.atlas.store import Atlas
-from perturbdiff.data.expression import InputKind
-from perturbdiff.data.screen import LABELS
 from perturbdiff.atlas.build.sources.checks import categorical, checked, label_table, selected
 from perturbdiff.atlas.build.sources.parquet import LocalFiles, RowGroups, batches, lists
+from perturbdiff.atlas.store import Atlas
+from perturbdiff.config import SourceConfig
+from perturbdiff.data.expression import InputKind
+from perturbdiff.data.screen import LABELS
 from perturbdiff.data.vocab import GeneVocab
 
 

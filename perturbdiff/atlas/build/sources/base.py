@@ -14,15 +14,15 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from perturbdiff.config import SourceConfig
-from perturbdiff.atlas.format import CONTROL_LABEL
-from perturbdiff.data.expression import InputKind
-from perturbdiff.data.screen import LABELS
 from perturbdiff.atlas.build.sources.atlas import OtherAtlas
 from perturbdiff.atlas.build.sources.checks import selected, selector_fields, selector_matches
 from perturbdiff.atlas.build.sources.h5ad import H5adSource
 from perturbdiff.atlas.build.sources.parquet import HubFiles, LocalFiles, ParquetFiles
 from perturbdiff.atlas.build.sources.tahoe import TahoeSource
+from perturbdiff.atlas.format import CONTROL_LABEL
+from perturbdiff.config import SourceConfig
+from perturbdiff.data.expression import InputKind
+from perturbdiff.data.screen import LABELS
 from perturbdiff.data.vocab import GeneVocab, nearest
 
 

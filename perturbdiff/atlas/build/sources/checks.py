@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from perturbdiff.config import SourceConfig
 from perturbdiff.atlas.format import CONTROL_LABEL
+from perturbdiff.config import SourceConfig
 from perturbdiff.data.expression import LOG1P_MAX, InputKind, as_csr
 from perturbdiff.data.screen import LABELS
 from perturbdiff.data.vocab import GeneVocab

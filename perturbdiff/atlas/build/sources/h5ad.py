@@ -14,9 +14,6 @@ import pandas as pd
 from anndata.io import read_elem
 from scipy import sparse
 
-from perturbdiff.config import SourceConfig
-from perturbdiff.data.expression import InputKind, library_sizes
-from perturbdiff.data.screen import LABELS, genes_of
 from perturbdiff.atlas.build.sources.checks import (
     BLOCK,
     categorical,
@@ -27,6 +24,9 @@ from perturbdiff.atlas.build.sources.checks import (
     reading,
     selected,
 )
+from perturbdiff.config import SourceConfig
+from perturbdiff.data.expression import InputKind, library_sizes
+from perturbdiff.data.screen import LABELS, genes_of
 from perturbdiff.data.vocab import GeneVocab
 
 _SAMPLE = 8  # positions of a file looked at to tell counts from log1p values

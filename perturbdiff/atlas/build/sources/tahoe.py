@@ -13,10 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy import sparse
 
-from perturbdiff.config import SourceConfig
-from perturbdiff.atlas.format import CONTROL_LABEL
-from perturbdiff.data.expression import InputKind, library_sizes
-from perturbdiff.data.screen import LABELS
 from perturbdiff.atlas.build.sources.checks import (
     categorical,
     checked,
@@ -27,6 +23,10 @@ from perturbdiff.atlas.build.sources.checks import (
     selected,
 )
 from perturbdiff.atlas.build.sources.parquet import ParquetFiles, RowGroups, batches, lists
+from perturbdiff.atlas.format import CONTROL_LABEL
+from perturbdiff.config import SourceConfig
+from perturbdiff.data.expression import InputKind, library_sizes
+from perturbdiff.data.screen import LABELS
 from perturbdiff.data.vocab import GeneVocab
 
 TAHOE_DEFAULTS = {
