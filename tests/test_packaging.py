@@ -1,4 +1,6 @@
+import configparser
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -6,8 +8,58 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
+TEXTS = [
+    *(ROOT / "perturbdiff").rglob("*.py"), *(ROOT / "recipes").rglob("*.*"), *(ROOT / "hub").rglob("*.*"),
+    *(ROOT / "scripts").rglob("*.*"), *ROOT.glob("*.md"),
+]  # fmt: skip
+
+
+SETUP = configparser.ConfigParser()
+SETUP.read(ROOT / "setup.cfg")
+EXTRAS = SETUP["options.extras_require"]
+
+
+def requirements(*extras):
+    """What setup.cfg asks for, by name, with these extras and those that they name."""
+    texts = [SETUP["options"]["install_requires"], *(EXTRAS[extra] for extra in extras)]
+    asked = [Requirement(line) for text in texts for line in text.split("\n") if line]
+    named = {extra for requirement in asked if requirement.name == "perturbdiff" for extra in requirement.extras}
+    own = {canonicalize_name(asking.name): asking for asking in asked if asking.name != "perturbdiff"}
+    return own | (requirements(*named) if named else {})
+
+
+def pins(name):
+    """Version by package of a file of constraints."""
+    found = re.findall(r"^([\w-]+)==(\S+)$", (ROOT / name).read_text(), re.MULTILINE)
+    return {canonicalize_name(package): Version(version) for package, version in found}
+
+
+def test_every_extra_that_a_message_or_text_names_can_be_installed():
+    found = re.findall(r"(?:perturbdiff|'\.|-e \.)\[([\w,]+)\]", "\n".join(path.read_text() for path in TEXTS))
+    named = {extra for names in found for extra in names.split(",")}
+    assert {"app", "chem", "deepspeed", "lora", "wandb"} <= named <= set(EXTRAS)
+
+
+def test_the_table_of_extras_names_all():
+    start = (ROOT / "README.md").read_text().split("\n## ")[0]
+    assert [*re.findall(r"^\| `(\w+)` \| ", start, re.MULTILINE), "test"] == list(EXTRAS)
+
+
+def test_the_pinned_versions_are_allowed_and_pin_everything_that_the_suite_needs():
+    pinned, needed = pins("constraints.txt"), requirements("test")
+    assert set(needed) == set(pinned)
+    assert [name for name, requirement in needed.items() if pinned[name] not in requirement.specifier] == []
+
+
+def test_the_oldest_versions_are_the_lower_bounds_of_setup_cfg():
+    asked = requirements(*set(EXTRAS) - {"test", "eval"})
+    bounds = {name: [Version(s.version) for s in asked[name].specifier if s.operator == ">="] for name in asked}
+    assert bounds == {name: [version] for name, version in pins("constraints-oldest.txt").items()}
 
 
 @pytest.fixture(scope="module")
