@@ -3,15 +3,42 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import signal
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.processes import alive_with
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 GOLDEN = Path(os.environ.get("PERTURBDIFF_GOLDEN", Path(__file__).parents[1] / "../shared/golden"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nobody_left() -> Iterator[None]:
+    """Processes that tests started and left behind are killed, and an error."""
+    token = uuid.uuid4().hex
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STARTED_BY_TESTS", token)
+        yield
+    left = {}
+    for pid in alive_with(f"STARTED_BY_TESTS={token}"):
+        with suppress(OSError):
+            left[pid] = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()
+            if "multiprocessing.resource_tracker" in left[pid]:  # it ends with this process
+                del left[pid]
+            else:
+                os.kill(pid, signal.SIGKILL)
+    assert left == {}
 
 
 @pytest.fixture(scope="session")

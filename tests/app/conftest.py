@@ -16,6 +16,7 @@ import pytest
 
 from perturbdiff import PerturbDiff
 from perturbdiff.training.loop import train
+from tests.processes import PATIENCE
 from tests.screens import ROOT
 from tests.simulated import tiny_config, write_screen
 
@@ -80,7 +81,7 @@ class App:
     def stop(self) -> None:
         self.process.send_signal(signal.SIGINT)
         try:
-            self.process.wait(30)
+            self.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise

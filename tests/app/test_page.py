@@ -14,11 +14,12 @@ from playwright.sync_api import expect, sync_playwright
 
 from perturbdiff.data.screen import control_cells
 from tests.app.conftest import CHROMIUM, HOSTILE, App
+from tests.processes import PATIENCE
 from tests.screens import ROOT
 
 pytestmark = pytest.mark.slow
 DESKTOP, PHONE = (1280, 900), (390, 844)
-expect.set_options(timeout=60_000)  # milliseconds: a page waits for others that share its cores
+expect.set_options(timeout=PATIENCE * 1000)  # milliseconds
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +37,7 @@ def visit(browser):
 
     def open_page(address, size=DESKTOP):
         context = browser.new_context(viewport={"width": size[0], "height": size[1]})
+        context.set_default_timeout(PATIENCE * 1000)
         contexts.append(context)
         context.on("request", lambda r: r.url.startswith((address, "data:", "blob:")) or wrong.append(r.url))
         page = context.new_page()

@@ -12,6 +12,7 @@ from perturbdiff.atlas.store import Atlas
 from perturbdiff.atlas.stream import StreamedCells, prefetched, read_shard
 from perturbdiff.config import Preprocessing
 from tests.atlases import random_cells, seal, write_atlas
+from tests.processes import PATIENCE
 
 HOW = Preprocessing("counts", 1e4, 10.0)
 
@@ -35,7 +36,7 @@ def test_work_goes_on_while_the_caller_is_busy_but_not_further_than_asked():
 
     numbers = prefetched(make, 0, 100, ahead=3)
     assert next(numbers) == 0
-    assert fourth.wait(10)  # 1, 2 and 3 are made though nobody asked for them yet
+    assert fourth.wait(PATIENCE)  # 1, 2 and 3 are made though nobody asked for them yet
     time.sleep(0.05)
     assert made == [0, 1, 2, 3]
     numbers.close()
@@ -58,7 +59,7 @@ def test_a_caller_that_is_told_to_stop_does_not_wait_for_what_is_not_ready():
 
     def make(number):
         if number == 1:
-            release.wait(60)
+            release.wait(PATIENCE)
         return number
 
     numbers = prefetched(make, 0, 9, ahead=2, stopped=asked.is_set, give_up=release.set)
@@ -81,12 +82,12 @@ def test_what_would_take_long_is_given_up_when_the_caller_stops_early():
     def make(number):
         if number == 1:
             begun.set()
-            given_up.wait(60)
+            given_up.wait(PATIENCE)
         return number
 
     numbers = prefetched(make, 0, 10, ahead=1, give_up=given_up.set)
     next(numbers)
-    assert begun.wait(10)
+    assert begun.wait(PATIENCE)
     assert not given_up.is_set()
     numbers.close()
     assert given_up.is_set()
@@ -124,7 +125,7 @@ def dense(taken, n_genes):
     return values
 
 
-@settings(deadline=None, derandomize=True, max_examples=40)
+@settings(derandomize=True, max_examples=40)
 @given(st.data())
 def test_rows_of_open_shards_and_controls_of_any_are_those_of_the_atlas(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp() / "streamed"

@@ -14,6 +14,7 @@ import pytest
 from perturbdiff.data.screen import Screen
 from tests.atlases import atlas_of_screen, write_atlas
 from tests.localhub.server import SIGNATURE, Fault, LocalHub, Repo
+from tests.processes import PATIENCE
 from tests.simulated import TINY, tiny_config, write_screen
 
 REPO = "lab/atlas"
@@ -64,10 +65,10 @@ def start(hub, home, script, *arguments, **variables):
     )
 
 
-def finish(process, code=0, timeout=120):
+def finish(process, code=0):
     """What the process printed, after it ended with this code."""
     try:
-        out, err = process.communicate(timeout=timeout)
+        out, err = process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
@@ -326,7 +327,7 @@ def test_an_interrupted_process_ends_while_a_download_waits_to_try_again(hub, tm
     process = start(hub, tmp_path, CLOSED, REPO)
     wait_for(lambda: len(hub.gets(SHARDS[0])) >= 2, process)  # it would go on for five minutes
     process.send_signal(signal.SIGINT)
-    out, err = finish(process, timeout=60)
+    out, err = finish(process)
     assert out == "interrupted\n"
     assert "Traceback" not in err
     assert not hub.gets(SHARDS[1])  # nor is the next one begun

@@ -14,6 +14,7 @@ import pytest
 
 from perturbdiff.cli.main import main
 from perturbdiff.hub.model_folder import config_hash
+from tests.processes import PATIENCE
 from tests.screens import counts_screen, log1p_cp10k, written
 
 TINY = [
@@ -527,7 +528,7 @@ def command(folder, *argv):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-m", "perturbdiff", *map(str, argv)],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=120,
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
 
 

@@ -86,7 +86,7 @@ def test_every_format_gives_back_what_was_written(tmp_path, suffix, write):
     assert read_table(str(path), name="ESM-2").name == "ESM-2"
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     data=st.data(),
     names=st.lists(st.text("abcXYZ019 ,\"'β-_.", min_size=1, max_size=8), min_size=1, max_size=6, unique=True),
@@ -351,7 +351,7 @@ def standard(some):
     return (some.values - centre) * np.float32(scale)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2), elements=st.integers(-1000, 1000)))
 def test_standard_columns_are_centred_and_their_values_have_a_mean_square_of_one(values):
     out = standard(table([f"G{i}" for i in range(len(values))], values))

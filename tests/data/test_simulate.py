@@ -13,6 +13,7 @@ import scipy.sparse as sp
 
 from perturbdiff.data import simulate as module
 from perturbdiff.data.simulate import LIBRARY_LOG_SD, SimulationConfig, ground_truth, simulate
+from tests.processes import PATIENCE
 
 SMALL = SimulationConfig(
     n_genes=40,
@@ -374,7 +375,7 @@ def test_a_killed_write_leaves_no_file_under_the_final_name(tmp_path):
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "x.h5ad")])
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while not any(path.stat().st_size > 1 << 20 for path in tmp_path.iterdir()):
             assert process.poll() is None
             assert time.monotonic() < deadline

@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 from perturbdiff.config import load_config
 from perturbdiff.training.loop import train
 from tests.atlases import write_atlas
+from tests.processes import PATIENCE, alive_with
 from tests.screens import ROOT
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3")
 NAMES = {"ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
-PATIENCE = 240  # seconds until a test gives up waiting: the machine may be busy
 LAST = 12  # the last step
 RECIPE = """
 data:
@@ -39,7 +39,7 @@ denoiser: {width: 16, depth: 2, n_heads: 2}
 diffusion: {p_drop_label: 0.2}
 sampling: {n_steps: 3}
 optim: {lr: 2.0e-3, warmup_steps: 2}
-training: {n_steps: 12, log_every: 1, save_every: 4, validate_every: 6, timeout: 200, trackers: []}
+training: {n_steps: 12, log_every: 1, save_every: 4, validate_every: 6, timeout: 500, trackers: []}
 """
 
 
@@ -75,7 +75,7 @@ class Launch:
                     **inherited,
                     "HF_DATASETS_CACHE": str(Path(recipe).parent / "cache"),
                     "OMP_NUM_THREADS": "1",
-                    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60",
+                    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(PATIENCE // 2),
                     "LAUNCH": self.token,
                     **({} if fault is None else {"FAULT": json.dumps(fault)}),
                     **environment,
@@ -100,12 +100,7 @@ class Launch:
 
     def processes(self):
         """Those that live, the launcher among them."""
-        found = []
-        for folder in Path("/proc").iterdir():
-            with suppress(OSError):
-                if folder.name.isdigit() and f"LAUNCH={self.token}".encode() in (folder / "environ").read_bytes():
-                    found.append(int(folder.name))
-        return found
+        return alive_with(f"LAUNCH={self.token}")
 
     def until(self, happened):
         """Wait for something to become true while the run goes on."""

@@ -71,7 +71,7 @@ def test_both_hosts_end_when_the_cable_is_cut_and_the_same_command_goes_on_bit_i
 ):
     out = tmp_path / "run"
     held = Held(tmp_path / "held", 7)
-    with two_hosts("zero2", recipe, out, "training.timeout=10", fault=held.fault) as run:
+    with two_hosts("zero2", recipe, out, "training.timeout=30", fault=held.fault) as run:
         held.wait(run)
         assert there(run) == names(run)
         subprocess.run(["ip", "-n", names(run)[0], "link", "set", "eth0", "down"], check=True)

@@ -97,7 +97,7 @@ def assert_same_scores(ours: dict[str, float], theirs: dict[str, float]) -> None
     )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(2, 12), st.integers(2, 12), st.integers(1, 9), st.integers(0, 10**6))
 def test_distances_of_sets_equal_double_loops(n: int, m: int, genes: int, seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -29,6 +29,7 @@ from tests.localhub.client import (
     without_secrets,
 )
 from tests.localhub.server import Fault, LocalHub, Repo
+from tests.processes import PATIENCE
 
 # The client passes file objects in a way that its own HTTP library warns about.
 pytestmark = pytest.mark.filterwarnings(
@@ -114,7 +115,7 @@ def test_plain_datasets_streams_what_was_pushed(hub, atlas, tmp_path):
         env=environment(hub.url, tmp_path / "fresh"),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     without_secrets(done.stdout + done.stderr)

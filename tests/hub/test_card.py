@@ -10,7 +10,7 @@ import datasets
 import pytest
 import yaml
 from huggingface_hub import DatasetCard, ModelCard, parse_eval_result_entries
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
@@ -343,7 +343,7 @@ def check_page(text, expected):
         assert len({len(line.split("|")) for line in table.splitlines()}) == 1, table
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60)
 @given(lists, lists, names, names, names)
 @example(ODD[:4], ODD[4:8], ODD[7], ODD[4], ODD[0])
 @example(ODD[20:24], ODD[24:28], ODD[11], ODD[29], ODD[30])
@@ -390,7 +390,7 @@ def atlas_of(**changed):
     return AtlasInfo(**{**said, **changed})
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(names, names, names)
 @example(ODD[0], ODD[4], ODD[7])
 def test_data_set_cards_of_odd_names_are_safe(name, file, licence):
@@ -545,7 +545,7 @@ def runs(text):
     return False
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500)
 @given(st.lists(st.sampled_from(PIECES), max_size=14).map("".join))
 @example("- a\n  ```\n<script>")
 @example("> [x](\n> javascript:x)")
@@ -557,7 +557,7 @@ def test_whatever_would_run_after_rendering_is_refused(text):
     assert not runs(HEAD + text)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text())
 def test_any_text_is_taken_or_refused_with_a_value_error(text):
     for whole in (text, HEAD + text, f"---\n{text}\n---\n"):

@@ -314,7 +314,7 @@ def test_weights_that_the_settings_cannot_need_are_not_downloaded(hub, model, tm
 
 @pytest.mark.slow
 def test_a_server_that_falls_silent_is_given_up(hub, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 3)
     hub.faults[WEIGHTS] = Fault(stalls=True, cut_after=0)
     with pytest.raises(ConnectionError, match=r"model 'lab/kang' at revision .* did not answer as it should"):
         load()

@@ -19,6 +19,7 @@ from perturbdiff.inference.answers import predict_requests
 from perturbdiff.inference.intervals import mean_expression, population_summary
 from perturbdiff.inference.output import read_predicted
 from perturbdiff.inference.requests import Request
+from tests.processes import PATIENCE
 from tests.screens import ROOT, counts_screen, written
 from tests.untrained import untrained
 
@@ -300,8 +301,8 @@ def test_several_processes_write_the_file_of_one(model, screen, controls, tmp_pa
     files = {}
     for name, before in (("one", []), ("many", ["-m", *start])):
         files[name] = tmp_path / f"{name}.parquet"
-        command = [sys.executable, *before, *predict, files[name]]
-        done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        command = list(map(str, [sys.executable, *before, *predict, files[name]]))
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("written ") == 1  # of the first process alone
     assert files["many"].read_bytes() == files["one"].read_bytes()

@@ -16,6 +16,7 @@ from huggingface_hub import constants
 
 from perturbdiff.cli.main import main
 from tests.localhub.server import SIGNATURE, LocalHub
+from tests.processes import PATIENCE
 
 TOKEN = "hf_SecretSecretSecret"  # good for everything; nobody may read it
 SECRETS = (TOKEN, "SecretSecret", SIGNATURE)
@@ -71,7 +72,7 @@ def start(url: str, home: Path, *argv: object, **variables: str) -> subprocess.P
 def finish(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
     """What a process printed, which must end with this code and say no secret."""
     try:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()

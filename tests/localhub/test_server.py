@@ -26,6 +26,7 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from tests.localhub.server import SIGNATURE, USER, Fault, LocalHub, Repo
+from tests.processes import PATIENCE
 
 # The client passes file objects in a way that its own HTTP library warns about.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
@@ -278,7 +279,7 @@ def test_a_pushed_data_set_is_streamed_by_its_id(tmp_path, redirects):
         own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": WRITE}
         environment = os.environ | own | {"HF_HUB_DISABLE_XET": "1"}
         done = subprocess.run(
-            [sys.executable, "-c", LOAD, NAME], env=environment, capture_output=True, text=True, timeout=120
+            [sys.executable, "-c", LOAD, NAME], env=environment, capture_output=True, text=True, timeout=PATIENCE
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout == "[0, 1, 10, 11]\n"
@@ -456,7 +457,7 @@ def test_a_commit_is_never_answered(done):
         assert ("a" in api.list_repo_files(NAME)) == done
         assert not push.done()
         hub.stop()
-        assert isinstance(push.exception(timeout=60), httpx2.TransportError)
+        assert isinstance(push.exception(timeout=PATIENCE), httpx2.TransportError)
 
 
 def test_a_download_breaks_or_is_of_other_content_or_another_size(hub, api, folder, tmp_path):
@@ -524,5 +525,5 @@ def test_it_runs_by_hand():
     api.create_repo(NAME)
     assert HfApi(endpoint=exported["HF_ENDPOINT"], token=False).model_info(NAME).id == NAME
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=PATIENCE)
     assert (process.returncode, out) == (0, "\n")

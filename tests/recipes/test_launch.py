@@ -15,6 +15,7 @@ import pytest
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.utils import DistributedType
 
+from tests.processes import PATIENCE
 from tests.screens import ROOT
 
 LAUNCH = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
@@ -179,7 +180,7 @@ def start(folder, *words, nodes=1, gpus=8, job=123456, path=None, **environment)
 
 
 def finish(job):
-    output, _ = job.communicate(timeout=120)
+    output, _ = job.communicate(timeout=PATIENCE)
     return job.returncode, output
 
 
@@ -187,7 +188,7 @@ def assert_ready(folder):
     """Wait until a process of the job has said so."""
     pipe = os.open(folder / "said", os.O_RDWR)  # so that opening waits for nobody
     try:
-        assert select.select([pipe], [], [], 120)[0], "the job said nothing"
+        assert select.select([pipe], [], [], PATIENCE)[0], "the job said nothing"
         assert os.read(pipe, 5) == b"ready"
     finally:
         os.close(pipe)

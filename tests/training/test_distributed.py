@@ -11,6 +11,7 @@ import pytest
 from perturbdiff.config import load_config
 from perturbdiff.training import distributed
 from perturbdiff.training.distributed import launch
+from tests.processes import PATIENCE
 from tests.screens import ROOT
 from tests.simulated import TINY, write_screen
 
@@ -104,7 +105,7 @@ def launched(variables, *words):
         env={**bare_environment(), **variables},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=False,
     )
 
@@ -158,7 +159,7 @@ def test_accelerate_launch_that_starts_one_process_instead_of_two_ends_with_an_e
         [str(ACCELERATE), "launch", *how, "-m", "perturbdiff", "train", "--screen", str(screen), "--out", str(out),
          *TINY],
         env=bare_environment() | {"HF_HOME": str(tmp_path / "no_default_config")},
-        cwd=ROOT, capture_output=True, text=True, timeout=180, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert done.returncode != 0
     assert "perturbdiff: error: the launcher meant several processes" in done.stderr, done.stderr

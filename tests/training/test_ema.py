@@ -8,6 +8,7 @@ from perturbdiff.nn.conditioning import VocabSizes
 from perturbdiff.nn.denoiser import Denoiser
 from perturbdiff.training import partition
 from perturbdiff.training.ema import EMA
+from tests.processes import PATIENCE
 
 
 def tiny_denoiser(seed=0):
@@ -28,7 +29,8 @@ class FewNumbers(torch.nn.Module):
 def in_threads(call, items, monkeypatch):
     """What `call` gives of each item, each on a process of its own: a thread that gathers with the others."""
     n = len(items)
-    barrier, given, results, own_rank = threading.Barrier(n, timeout=20), [None] * n, [None] * n, threading.local()
+    barrier, own_rank = threading.Barrier(n, timeout=PATIENCE), threading.local()
+    given, results = [None] * n, [None] * n
 
     def all_gather(pieces, own):
         given[own_rank.value] = own

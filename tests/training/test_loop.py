@@ -15,6 +15,7 @@ from perturbdiff.data.screen import Screen
 from perturbdiff.model import PerturbDiff
 from perturbdiff.training import loop
 from perturbdiff.training.loop import train
+from tests.processes import PATIENCE
 from tests.simulated import TINY, tiny_config, write_screen
 
 
@@ -348,12 +349,14 @@ def test_a_model_folder_can_be_opened_while_a_run_keeps_replacing_it(screen, tmp
     command = [sys.executable, "-c", SAVER, str(folder), str(n_saves)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as saver:
         for number in range(1, n_saves + 1):
-            while not (number > 1 and select.select([saver.stdout], [], [], 0)[0]) and saver.poll() is None:
-                if number == 1 and select.select([saver.stdout], [], [], 120)[0]:  # it has started
-                    break
+            if number == 1:
+                assert select.select([saver.stdout], [], [], PATIENCE)[0]  # it has started
+            saved = False
+            while not saved and saver.poll() is None:
                 model = PerturbDiff.from_pretrained(folder, device="cpu")
                 assert bool((model.denoiser.head.bias == model.training["steps"]).all())
                 seen.append(model.training["steps"])
+                saved = bool(select.select([saver.stdout], [], [], 0)[0])
             assert saver.stdout.readline() == f"{number}\n"
             saver.stdin.write("\n")
             saver.stdin.flush()
@@ -373,13 +376,13 @@ def test_a_signal_saves_and_the_same_command_goes_on_bit_identically(screen, tmp
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
     metrics = tmp_path / "stopped" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 5):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=120)
+    stdout, stderr = process.communicate(timeout=PATIENCE)
     assert f"stopped     by {number.name}" in stdout, stderr
     saved = sorted(p.name for p in (tmp_path / "stopped" / "states").iterdir())
     assert saved != ["step_00000400"]

@@ -6,6 +6,7 @@ import torch
 
 from perturbdiff.training import partition
 from perturbdiff.training.partition import full_moments, full_weights, load_moments, own_stretch, stretch
+from tests.processes import PATIENCE
 
 SHAPES = {"one": (1,), "scalar": (), "matrix": (3, 5), "seven": (7,), "empty": (0,)}
 
@@ -85,7 +86,8 @@ def zero(model, rank, n):
 def gathered(models, optimizers, monkeypatch):
     """full_moments on each process, threads in their place."""
     n = len(models)
-    barrier, given, results, own_rank = threading.Barrier(n, timeout=20), [None] * n, [None] * n, threading.local()
+    barrier, own_rank = threading.Barrier(n, timeout=PATIENCE), threading.local()
+    given, results = [None] * n, [None] * n
 
     def all_reduce(own):
         given[own_rank.value] = own.clone()

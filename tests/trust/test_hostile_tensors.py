@@ -200,7 +200,7 @@ def test_a_forged_terabyte_of_tensors_is_refused_soon(reader, folder, name):
 
 
 @given(st.data())
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=120, derandomize=True)
 def test_any_bytes_changed_give_the_same_model_or_a_line(saved, tmp_path_factory, data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("perturbdiff.model.READ_AGAIN", 1)

@@ -23,6 +23,7 @@ from perturbdiff.atlas.store import Atlas
 from perturbdiff.config import BuildConfig, DataConfig, SourceConfig
 from perturbdiff.data.expression import highly_variable_genes
 from perturbdiff.data.screen import Screen
+from tests.processes import PATIENCE
 from tests.screens import ROOT, counts_screen, log1p_cp10k, screen_with_cells, written
 
 MB = 1 << 20
@@ -549,9 +550,9 @@ def test_workers_end_with_a_build_that_is_stopped(tmp_path, how, moment):
     workers = children(process.pid)
     assert workers
     process.send_signal(how)
-    assert process.wait(30) != 0
+    assert process.wait(PATIENCE) != 0
     assert not (tmp_path / "atlas").exists()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while any(alive(pid) for pid in workers):
         assert time.monotonic() < deadline, "workers outlived the build"
         time.sleep(0.01)
