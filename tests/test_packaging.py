@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -60,6 +61,25 @@ def test_the_oldest_versions_are_the_lower_bounds_of_setup_cfg():
     asked = requirements(*set(EXTRAS) - {"test", "eval"})
     bounds = {name: [Version(s.version) for s in asked[name].specifier if s.operator == ">="] for name in asked}
     assert bounds == {name: [version] for name, version in pins("constraints-oldest.txt").items()}
+
+
+def test_the_matrix_has_every_python_that_setup_cfg_names_and_both_bounds():
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
+    named = re.findall(r"Python :: (3\.\d+)", SETUP["metadata"]["classifiers"])
+    assert jobs["pinned"]["strategy"]["matrix"]["python"] == named
+    bounds = {one["name"]: one for one in jobs["bounds"]["strategy"]["matrix"]["include"]}
+    assert {name: (one["python"], one["constraints"]) for name, one in bounds.items()} == {
+        "oldest": (named[0], "-c constraints-oldest.txt"),
+        "newest": (named[-1], ""),
+    }
+
+
+def test_the_hooks_before_a_commit_are_the_checks_of_the_script():
+    [repo] = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    hooks = [hook["entry"].removesuffix(" --fix") for hook in repo["hooks"]]
+    script = (ROOT / "scripts/test.sh").read_text().splitlines()
+    checks = [line for line in script if line.startswith((".venv/bin/ruff", ".venv/bin/mypy"))]
+    assert hooks == [line.removesuffix(" .").removesuffix(" --check") for line in checks]
 
 
 @pytest.fixture(scope="module")
