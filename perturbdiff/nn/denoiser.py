@@ -187,8 +187,8 @@ class Denoiser(nn.Module):
 
     def _mean_effect(self, labels: Labels) -> Tensor:
         """(B, 1, G) what the perturbations do to every cell alike; nothing where the condition is hidden."""
-        assert isinstance(self.conditioning, LabelConditioning), "mean_effect is of label rows"
-        shift = cast(nn.Linear, self.effect)(self.conditioning.of_perturbations(labels))
+        assert self.config.conditioning == "labels", "mean_effect is of label rows"  # of whatever class: peft wraps it
+        shift = cast(nn.Linear, self.effect)(cast(LabelConditioning, self.conditioning).of_perturbations(labels))
         if labels.hidden is not None:
             shift = shift.masked_fill(labels.hidden[:, None], 0.0)
         return shift[:, None]
@@ -198,9 +198,9 @@ class Denoiser(nn.Module):
             return self.conditioning.null
         if isinstance(cond, Labels):
             return self.conditioning(cond)
-        if not isinstance(self.conditioning, ReferenceConditioning):
+        if self.config.conditioning != "reference":
             raise ValueError("a covariate embedding was given; only denoiser.conditioning=reference takes one.")
-        return self.conditioning.from_covariates(cond)
+        return cast(ReferenceConditioning, self.conditioning).from_covariates(cond)
 
 
 def build_denoiser(config: DenoiserConfig, n_genes: int, vocabularies: Vocabularies) -> Denoiser:
