@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,11 +26,13 @@ from perturbdiff.data.screen import expression_of
 from perturbdiff.data.vocab import GeneVocab, LabelVocab, Vocabularies, nearest
 from perturbdiff.diffusion.generate import Context, choose_controls, deal_sets, denoise_sets
 from perturbdiff.files import few, progress
+from perturbdiff.hub.adapter import check_adapter, read_adapter
 from perturbdiff.hub.card import eval_results_files, write_card
 from perturbdiff.hub.card_check import check_card
 from perturbdiff.hub.download import ModelSource, find_model, max_tensor_bytes
 from perturbdiff.hub.model_folder import (
     CARD,
+    EVALUATION,
     OWN_FILES,
     ModelFiles,
     check_golden,
@@ -105,8 +108,9 @@ class PerturbDiff:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         golden_check: bool = True,
+        base: str | Path | None = None,
     ) -> PerturbDiff:
-        """Load a model folder, from here or from the Hub; every file's hash and the golden output are checked.
+        """Load a model folder or adapter, from here or from the Hub, every file's hash and the golden output checked.
 
         Parameters
         ----------
@@ -125,6 +129,9 @@ class PerturbDiff:
             Of the weights and of the arithmetic of predictions; float32 by default.
         golden_check
             False skips the comparison of the stored output, not that of the hashes.
+        base
+            Of an adapter: folder, name or owner/name[@REVISION] of the model that it changes, by default where the
+            adapter says, on the Hub. It must be the very one, by sha256; what is returned is the merged model.
 
         Raises
         ------
@@ -133,7 +140,7 @@ class PerturbDiff:
         PermissionError, ConnectionError
             The repo needs a token or another one; the Hub does not answer as it should.
         ValueError
-            A file was truncated or changed, does not fit the others, or is of a newer format.
+            A file was truncated or changed, does not fit the others, or is of a newer format; another base.
 
         Notes
         -----
@@ -141,20 +148,24 @@ class PerturbDiff:
         """
         source = _found(path_or_repo_id, revision, subfolder, cache_dir, local_files_only, token)
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return cls._load(source, golden_check, base).to(where, dtype)
+
+    @classmethod
+    def _load(cls, source: ModelSource, golden_check: bool, base: str | Path | None) -> PerturbDiff:
         if source.repo is not None:
-            return cls._read(source, golden_check).to(where, dtype)
+            return cls._read(source, golden_check, base)
         for _ in range(READ_AGAIN):
             _wait_while_replaced(source.folder)
             identity = folder_identity(source.folder)
             try:
-                model = cls._read(source, golden_check)
+                model = cls._read(source, golden_check, base)
             except (OSError, RuntimeError, ValueError):  # RuntimeError: of torch, which maps the weights by their name
                 _wait_while_replaced(source.folder)
                 if folder_identity(source.folder) == identity:
                     raise
             else:
                 if folder_identity(source.folder) == identity:  # or its files may be of two models
-                    return model.to(where, dtype)
+                    return model
         raise ValueError(f"{source.folder} is replaced again and again while it is read; open it when that has ended.")
 
     @classmethod
@@ -174,7 +185,7 @@ class PerturbDiff:
         return cls(**vars(convert_checkpoint(checkpoint, genes, dataset, weights)), name=Path(checkpoint).stem)
 
     @classmethod
-    def _read(cls, source: ModelSource, golden_check: bool) -> PerturbDiff:
+    def _read(cls, source: ModelSource, golden_check: bool, base: str | Path | None) -> PerturbDiff:
         files = read_settings(source.folder)
         source.check_identity(files)
         if (card := read_card(source.folder)) is not None:
@@ -184,7 +195,15 @@ class PerturbDiff:
         max_bytes = max_tensor_bytes(denoiser)
         source.fetch_tensors(files, max_bytes)
         check_tensor_files(source.folder, files, max_bytes)
-        load_weights(source.folder, files, denoiser)
+        if files.is_adapter:
+            adapter = read_adapter(source.folder, files, denoiser)
+            where = adapter.base_on_hub if base is None else base
+            found = _found(where, None, None, source.cache_dir, source.local_files_only, source.token)
+            adapter.merge(denoiser, cls._load(adapter.check_base(found), golden_check, None).denoiser.state_dict())
+        elif base is not None:
+            raise ValueError(f"{source.name} is a whole model, not an adapter: it has no base; leave that out.")
+        else:
+            load_weights(source.folder, files, denoiser)
         if golden_check:
             check_golden(source.folder, denoiser.eval())
         return cls(denoiser, **vars(said), name=source.name)
@@ -596,27 +615,30 @@ def push_folder(
     token: str | bool | None = None,
     benchmark: str | None = None,
 ) -> Publication:
-    """Push a model folder as it is, but for the card, which gets to know its repo.
+    """Push a model folder or adapter as it is, but for the card, which gets to know its repo.
 
     `benchmark` is the data set on the Hub that its evaluation is of, if there is one; the Hub then shows the scores
-    there. Otherwise as `PerturbDiff.push_to_hub`.
+    there. Of an adapter everything is checked but the merging: its base may be elsewhere. Otherwise as
+    `PerturbDiff.push_to_hub`.
     """
     files = read_settings(folder)  # first: a repo id is no folder
-    model = PerturbDiff.from_pretrained(folder, device="cpu")
-    texts = {CARD: write_card(files.config, files.json, model.n_parameters, repo_id)}
+    check = check_adapter if files.is_adapter else partial(PerturbDiff.from_pretrained, device="cpu")
+    check(folder)
+    n_parameters = sum(t.numel() for t in parse_settings(folder, files).shapes().state_dict().values())
+    texts = {CARD: write_card(files.config, files.json, n_parameters, repo_id)}
     if benchmark is not None:
-        if model.evaluation is None:
+        if (evaluation := files.json.get(EVALUATION)) is None:
             raise ValueError(
                 f"{folder} has no evaluation to show with {benchmark}; run `perturbdiff evaluate --model`."
             )
-        texts |= eval_results_files(model.evaluation, benchmark, source_url=f"https://huggingface.co/{repo_id}")
+        texts |= eval_results_files(evaluation, benchmark, source_url=f"https://huggingface.co/{repo_id}")
     return publish(
         folder,
         files.files,
         repo_id,
         "model",
         own_files=OWN_FILES,
-        check=lambda back: PerturbDiff.from_pretrained(back, device="cpu"),
+        check=check,
         pull_back=lambda path: True,
         private=private,
         revision=revision,

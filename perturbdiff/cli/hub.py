@@ -110,19 +110,14 @@ def add_hub_commands(commands: Any) -> None:
 
 
 def _push(arguments: argparse.Namespace) -> None:
-    from perturbdiff.adapter import is_adapter, push_adapter
     from perturbdiff.hub.model_folder import read_settings
     from perturbdiff.hub.registry import entry_of
     from perturbdiff.model import PerturbDiff, push_folder
 
-    if is_adapter(arguments.model):
-        if arguments.licence is not None or arguments.benchmark is not None:
-            raise ValueError("an adapter has neither licence nor scores of its own; leave --licence, --benchmark out.")
-        where = arguments.private, arguments.revision, arguments.tag, arguments.message
-        print_publication(push_adapter(arguments.model, arguments.repo, *where))
-        return
-    read_settings(arguments.model)  # a folder, not a repo id
+    files = read_settings(arguments.model)  # a folder, not a repo id
     if arguments.licence is not None:
+        if files.is_adapter:
+            raise ValueError("an adapter has no licence of its own; leave --licence out.")
         model = PerturbDiff.from_pretrained(arguments.model, device="cpu")
         model.training = {**model.training, "licence": arguments.licence}
         model.save_pretrained(arguments.model)
@@ -217,11 +212,11 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 
 def _merge(arguments: argparse.Namespace) -> None:
-    from perturbdiff.adapter import load_adapter
+    from perturbdiff.model import PerturbDiff
 
     if Path(arguments.out).exists():
         raise FileExistsError(f"--out {arguments.out} exists; choose another name or remove it.")
-    model = load_adapter(arguments.adapter, arguments.base)
+    model = PerturbDiff.from_pretrained(arguments.adapter, device="cpu", base=arguments.base)
     model.save_pretrained(arguments.out)
     print(f"merged      {arguments.adapter}: {model.n_parameters:,} parameters, its golden output checked")
     print(f"written     {arguments.out}")

@@ -13,6 +13,7 @@ from huggingface_hub.utils import yaml_dump
 
 from perturbdiff.cards import CITATION, MAX_LISTED, escaped, front_text, licence_fields, listed
 from perturbdiff.hub.card_check import check_evaluation
+from perturbdiff.hub.model_folder import ADAPTER_CONFIG
 from perturbdiff.hub_client import REPO_ID
 
 LIBRARY = "perturbdiff"
@@ -66,7 +67,7 @@ def write_card(
     licence = training.get("licence")
     stated = f"Licence: {escaped(licence, 400)}." if licence else "The licence of the weights is not stated."
     sections = {
-        "": f"# {title}\n\n{_what(perturbations)} {stated}",
+        "": f"# {title}\n\n{_what(perturbations)} {stated}{_adapter(training) if ADAPTER_CONFIG in json_files else ''}",
         "Intended use": _intended_use(json_files["perturbations.json"]),
         "How to load": _how_to_load(perturbations, name or HERE),
         "What it expects": _expects(config, json_files),
@@ -78,7 +79,7 @@ def write_card(
         "Citation": CITATION.rstrip(),
     }
     text = "\n\n".join(f"## {heading}\n\n{text}" if heading else text for heading, text in sections.items())
-    return f"---\n{_front_matter(training, evaluation, name)}\n---\n{text}\n"
+    return f"---\n{_front_matter(training, evaluation, name, ADAPTER_CONFIG in json_files)}\n---\n{text}\n"
 
 
 def eval_results_files(
@@ -124,7 +125,9 @@ def eval_results_files(
     return {f".eval_results/{benchmark.replace('/', '--')}.yaml": text} if entries else {}
 
 
-def _front_matter(training: dict[str, Any], evaluation: dict[str, Any] | None, name: str | None) -> str:
+def _front_matter(
+    training: dict[str, Any], evaluation: dict[str, Any] | None, name: str | None, is_adapter: bool
+) -> str:
     start = _inside(training, "init_from")
     on_hub = isinstance(start.get("revision"), str) and REPO_ID.fullmatch(str(start.get("name"))) is not None
     data_sets = sorted({atlas["name"] for atlas in _atlases(training) if atlas["commit"]})
@@ -154,7 +157,7 @@ def _front_matter(training: dict[str, Any], evaluation: dict[str, Any] | None, n
         tags=TAGS,
         datasets=data_sets or None,
         base_model=start["name"] if on_hub else None,
-        base_model_relation="finetune" if on_hub else None,
+        base_model_relation=("adapter" if is_adapter else "finetune") if on_hub else None,
         model_name=front_text((name or "").rstrip("/").split("/")[-1].strip(".")) or "PerturbDiff" if results else None,
         eval_results=results or None,
     ).to_yaml()
@@ -166,6 +169,15 @@ def _what(perturbations: list[str]) -> str:
     return (
         "Predicts how single cells respond to a perturbation: from unperturbed control cells it draws the "
         "distribution of cells that the perturbation makes of them, a functional diffusion model of sets of cells."
+    )
+
+
+def _adapter(training: dict[str, Any]) -> str:
+    base = _inside(training, "init_from")
+    return (
+        f"\n\nAn adapter: low-rank changes (LoRA) and newly trained layers, of no use without its base, "
+        f"{escaped(base.get('name'), 200)} with config.json of sha256 {escaped(base.get('sha256'))}. It is merged when "
+        "it is loaded; `base=` says where the base is, if it is not on the Hub."
     )
 
 

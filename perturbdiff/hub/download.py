@@ -8,13 +8,14 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from torch import nn
 
 from perturbdiff.files import printable
 from perturbdiff.hub.model_folder import (
+    ADAPTER_CONFIG,
     CARD,
     CONFIG,
     EVALUATION,
@@ -30,7 +31,7 @@ from perturbdiff.hub_client import REPO_ID, hub_errors, name_and_revision
 
 LIBRARY = "perturbdiff"  # as the front matter of our cards has it
 MAX_OVERHEAD = 1 << 26  # bytes of tensor files beyond eight a value: headers, and the golden check
-SMALL_FILES = (CONFIG, *JSON_FILES, EVALUATION, WEIGHTS_INDEX, CARD)
+SMALL_FILES = (CONFIG, *JSON_FILES, EVALUATION, WEIGHTS_INDEX, ADAPTER_CONFIG, CARD)
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,8 @@ def find_model(
             raise ValueError(f"{name} is a folder and has no revision {revision!r}; leave the revision out.")
         if not subfolder and not (folder / CONFIG).is_file() and (folder / "model" / CONFIG).is_file():
             folder /= "model"  # of a run
-        return ModelSource((folder / inner).resolve().name, folder / inner, sha256=sha256)
+        found = ModelSource((folder / inner).resolve().name, folder / inner, sha256=sha256)
+        return replace(found, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
     prefix = f"{inner}/" if subfolder else ""
     small = [prefix + file for file in SMALL_FILES]
     commit, sizes, problem = revision, None, None

@@ -20,7 +20,9 @@ def describe(source: ModelSource) -> str:
     counts = f"raw counts: log1p(count * {how.target_sum:g} / library size) / {how.scale:g} is done for you"
     n_parameters = sum(tensor.numel() for tensor in said.shapes().state_dict().values())
     lines = {
-        "model": source.name if source.commit is None else f"{source.name} at commit {source.commit}",
+        "model": source.name
+        + ("" if source.commit is None else f" at commit {source.commit}")
+        + (", an adapter: merged with its base when it is loaded" if files.is_adapter else ""),
         "sha256": files.sha256,
         "format": f"{files.config['format_version']}, written by perturbdiff {files.config['library_version']}",
         "licence": training.get("licence") or "not stated",

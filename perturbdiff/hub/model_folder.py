@@ -40,8 +40,10 @@ WEIGHTS_INDEX = "model.safetensors.index.json"  # which shard has which tensor, 
 SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 FEATURES = "features.safetensors"  # frozen tables: the tensors whose name ends in .features
 GOLDEN = "checks/golden.safetensors"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # names of the peft library
 # What in a repo belongs to a model: of these, what a push does not bring is deleted.
 OWN_FILES = re.compile(
+    r"adapter_config\.json|adapter_model\.safetensors|"
     r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|features\.safetensors|evaluation\.json|"
     r"\.eval_results/.+"
 )
@@ -91,6 +93,11 @@ class Settings:
         index = [WEIGHTS_INDEX] if WEIGHTS_INDEX in self.config["sha256"] else []
         return [CONFIG, *self.json, *index, *self.tensor_files]
 
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the weights are a change of another model's (`perturbdiff.hub.adapter`)."""
+        return ADAPTER_CONFIG in self.json
+
 
 def write_model_folder(folder: str | Path, files: ModelFiles, max_shard_size: int | str = "5GB") -> None:
     """Write a model folder whole or not at all; an older model folder of that name is replaced.
@@ -105,6 +112,10 @@ def write_model_folder(folder: str | Path, files: ModelFiles, max_shard_size: in
     folder = Path(folder)
     if folder.exists() and not (folder / CONFIG).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not a model folder; choose another name or remove it.")
+    is_adapter = ADAPTER_CONFIG in files.json
+    if (folder / CONFIG).is_file() and (folder / ADAPTER_CONFIG).is_file() != is_adapter:
+        old, new = ("a model", "an adapter") if is_adapter else ("an adapter", "a model")
+        raise FileExistsError(f"{folder} is {old}, which {new} must not replace; choose another name or remove it.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -112,7 +123,10 @@ def write_model_folder(folder: str | Path, files: ModelFiles, max_shard_size: in
             write_json(temporary / name, content)
         (temporary / CARD).write_text(files.card, encoding="utf-8")
         (temporary / GOLDEN).parent.mkdir()
-        tensor_files = _in_shards(files.weights, max_shard_size, temporary)
+        if is_adapter:
+            tensor_files = {ADAPTER_WEIGHTS: files.weights}
+        else:
+            tensor_files = _in_shards(files.weights, max_shard_size, temporary)
         tensor_files[GOLDEN] = files.golden
         try:
             for name, tensors in tensor_files.items():
@@ -186,7 +200,9 @@ def read_settings(folder: str | Path) -> Settings:
     for name in stated.keys() - tensor_files.keys():
         check_hash(folder, name, stated[name], MAX_JSON_BYTES)
     json_files = {
-        name: read_json(folder / name, MAX_JSON_BYTES) for name in (*JSON_FILES, EVALUATION) if name in stated
+        name: read_json(folder / name, MAX_JSON_BYTES)
+        for name in (*JSON_FILES, EVALUATION, ADAPTER_CONFIG)
+        if name in stated
     }
     try:
         while config["format_version"] < FORMAT_VERSION:
@@ -228,14 +244,20 @@ def check_tensor_files(folder: str | Path, settings: Settings, max_bytes: int | 
 
 
 def load_weights(folder: str | Path, settings: Settings, denoiser: nn.Module) -> None:
-    """Fill a denoiser that was built on the meta device; strict. Shapes are compared before anything is read.
+    """Fill a denoiser that was built on the meta device; strict. Raises as `read_tensors`."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in denoiser.state_dict().items()}
+    denoiser.load_state_dict(read_tensors(folder, settings, shapes), strict=True, assign=True)
+
+
+def read_tensors(folder: str | Path, settings: Settings, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The weights, float32. Shapes are compared before anything is read.
 
     Raises
     ------
     ValueError
-        Missing or unexpected tensors, other shapes than the architecture's, other types than float; all listed.
+        Missing or unexpected tensors, other shapes, other types than float; all listed.
     """
-    folder, own = Path(folder), denoiser.state_dict()
+    folder = Path(folder)
     files = [name for name in settings.tensor_files if name != GOLDEN]
     found: dict[str, tuple[str, tuple[int, ...], str]] = {}  # tensor -> file, shape, type
     for file in files:
@@ -243,10 +265,10 @@ def load_weights(folder: str | Path, settings: Settings, denoiser: nn.Module) ->
             if name in found:
                 raise ValueError(f"{folder}: tensor {few([name])} is in {found[name][0]} and in {file}; get it again.")
             found[name] = file, shape, dtype
-    missing, unexpected = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
+    missing, unexpected = sorted(shapes.keys() - found.keys()), sorted(found.keys() - shapes.keys())
     if missing or unexpected:
         raise ValueError(f"{folder} does not fit its {CONFIG}: missing {few(missing)}; unexpected {few(unexpected)}.")
-    wrong = [f"{n} {found[n][1]} (must be {tuple(t.shape)})" for n, t in own.items() if found[n][1] != tuple(t.shape)]
+    wrong = [f"{n} {found[n][1]} (must be {shape})" for n, shape in shapes.items() if found[n][1] != shape]
     wrong += [
         f"{n} of type {dtype} (must be floating point)" for n, (_, _, dtype) in found.items() if dtype not in FLOATS
     ]
@@ -255,7 +277,7 @@ def load_weights(folder: str | Path, settings: Settings, denoiser: nn.Module) ->
     tensors: dict[str, Tensor] = {}
     for file in files:
         tensors |= {name: values.float() for name, values in load_file(folder / file).items()}
-    denoiser.load_state_dict(tensors, strict=True, assign=True)
+    return tensors
 
 
 def config_hash(config: dict[str, Any]) -> str:
@@ -316,6 +338,8 @@ def _stated_hashes(folder: Path, config: dict[str, Any]) -> dict[str, str]:
         raise ValueError(f"{folder / CONFIG}: sha256 must give the sha256 of every file.")
     shards = [name for name in stated if SHARD.fullmatch(name)]
     weights = {f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)} or {WEIGHTS}
+    if ADAPTER_CONFIG in stated:
+        weights = {ADAPTER_CONFIG, ADAPTER_WEIGHTS}
     needed = {CONFIG, *JSON_FILES, GOLDEN, *weights}
     allowed = needed | {EVALUATION, FEATURES} | ({WEIGHTS_INDEX} if shards else set())
     missing, unexpected = sorted(needed - stated.keys()), sorted(stated.keys() - allowed)

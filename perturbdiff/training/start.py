@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from perturbdiff.adapter import Base, save_adapter
 from perturbdiff.atlas.stream import StreamedCells
 from perturbdiff.config import Config, PublishedEncoding, as_dict
 from perturbdiff.data.conditions import encode_conditions
@@ -20,8 +19,9 @@ from perturbdiff.data.features import FeatureTable
 from perturbdiff.data.screen import Screen
 from perturbdiff.data.vocab import NULL
 from perturbdiff.files import few, write_json, write_whole
+from perturbdiff.hub.adapter import Base, save_adapter
 from perturbdiff.hub.download import find_model
-from perturbdiff.hub.model_folder import read_settings
+from perturbdiff.hub.model_folder import Settings, read_settings
 from perturbdiff.hub.settings import ModelSettings, parse_settings
 from perturbdiff.hub_client import name_and_revision
 from perturbdiff.model import PerturbDiff
@@ -92,9 +92,9 @@ class Start:
 
     def save_adapter(self, out: Path, weights: Mapping[str, Tensor]) -> None:
         """Beside the merged model, what makes it of the checkpoint; nothing without low-rank changes."""
-        if self.scaling is not None and self.said is not None:
+        if self.scaling is not None:
             every = {**weights, **dict(self.denoiser.named_buffers())}
-            save_adapter(out / "adapter", out / "model", every, Base(**self.said["base"]), self.scaling)
+            save_adapter(out / "adapter", out / "model", every, self.scaling)
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Take up the parameters of a state."""
@@ -119,18 +119,22 @@ def find_checkpoint(config: Config, out: Path, resuming: bool) -> Checkpoint | N
     if resuming:
         said = json.loads((out / ADAPTATION).read_text())
         return Checkpoint(Base(**said["base"]), PerturbDiff.from_pretrained(out / "model", device="cpu"))
-    base, settings = checkpoint_settings(config.adapt.init_from)
+    base, files, settings = checkpoint_settings(config.adapt.init_from)
+    if files.is_adapter and config.adapt.method == "lora":
+        raise ValueError(
+            f"{base.name} is an adapter, and adapters are of whole models; `perturbdiff hub merge` it first."
+        )
     check_architecture(settings.config.denoiser, config.denoiser)
     name, revision = name_and_revision(config.adapt.init_from)
     return Checkpoint(base, PerturbDiff.from_pretrained(name, base.revision or revision, device="cpu"))
 
 
-def checkpoint_settings(init_from: str) -> tuple[Base, ModelSettings]:
-    """Name and settings of a checkpoint; its tensors are not looked at. Raises as `find_model`, `read_settings`."""
+def checkpoint_settings(init_from: str) -> tuple[Base, Settings, ModelSettings]:
+    """Name and JSON files of a checkpoint; its tensors are not looked at. Raises as `find_model`, `read_settings`."""
     source = find_model(init_from)
     files = read_settings(source.folder)
     source.check_identity(files)
-    return Base(source.name, source.commit, files.sha256), parse_settings(source.folder, files)
+    return Base(source.name, source.commit, files.sha256), files, parse_settings(source.folder, files)
 
 
 def settings_of(init_from: str) -> dict[str, Any]:
@@ -138,7 +142,7 @@ def settings_of(init_from: str) -> dict[str, Any]:
 
     Raises as `checkpoint_settings`, and ValueError where training cannot go on from such a model.
     """
-    _, said = checkpoint_settings(init_from)
+    *_, said = checkpoint_settings(init_from)
     model, labels = said.config, said.vocabularies
     if model.denoiser.published_encoding != PublishedEncoding():
         raise ValueError(

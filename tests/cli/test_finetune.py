@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import perturbdiff
-from perturbdiff.adapter import load_adapter
 from perturbdiff.cli.main import main
 from perturbdiff.model import PerturbDiff
 from perturbdiff.training.loop import train
@@ -184,23 +183,37 @@ def test_an_adapter_is_pushed_loaded_and_merged_to_the_model_of_its_run(hub, ada
     main(["hub", "push", str(checkpoint), "lab/base", "--tag", "v1"])
     main(["hub", "push", str(adapter), "lab/lora", "--tag", "v1", "--private"])
     assert "pulled back and verified" in capsys.readouterr().out
-    merged = load_adapter("lab/lora@v1", base="lab/base@v1")
+    merged = PerturbDiff.from_pretrained("lab/lora", "v1", base="lab/base@v1")
     assert agree(merged, PerturbDiff.from_pretrained(adapter.parent / "model"))
     main(["hub", "merge", "lab/lora@v1", "--base", "lab/base", "--out", str(tmp_path / "merged")])
     assert agree(merged, PerturbDiff.from_pretrained(tmp_path / "merged"))
     repo = hub.models["lab/lora"]
     card = repo.commits[repo.resolve("v1")]["README.md"].decode()
     assert "library_name: perturbdiff" in card
+    assert "An adapter" in card
 
 
-def test_an_adapter_of_a_base_on_the_hub_finds_it_by_itself(hub, screen, checkpoint, tmp_path):
+def test_an_adapter_of_a_base_on_the_hub_serves_wherever_a_model_does(hub, screen, checkpoint, tmp_path, capsys):
     main(["hub", "push", str(checkpoint), "lab/base", "--tag", "v1"])
     finetune(screen, "lab/base@v1", tmp_path / "run", "adapt.method=lora")
     main(["hub", "push", str(tmp_path / "run" / "adapter"), "lab/lora"])
-    assert agree(load_adapter("lab/lora"), PerturbDiff.from_pretrained(tmp_path / "run" / "model"))
-    commit = json.loads((tmp_path / "run" / "adapter" / "config.json").read_text())["base"]["revision"]
-    assert commit == hub.models["lab/base"].resolve("v1")
-    assert "base_model: lab/base" in (tmp_path / "run" / "adapter" / "README.md").read_text()
+    own = PerturbDiff.from_pretrained(tmp_path / "run" / "model")
+    assert agree(PerturbDiff.from_pretrained("lab/lora"), own)
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "lab/base"
+    assert config["revision"] == hub.models["lab/base"].resolve("v1")
+    repo = hub.models["lab/lora"]
+    card = repo.commits[repo.resolve("main")]["README.md"].decode()
+    assert "base_model: lab/base\n" in card
+    assert "base_model_relation: adapter\n" in card
+    capsys.readouterr()
+    main(["hub", "verify", "lab/lora"])
+    main(["hub", "info", "lab/lora"])
+    assert "an adapter: merged with its base when it is loaded" in capsys.readouterr().out
+    main(["hub", "pull", "lab/lora", "--out", str(tmp_path / "pulled")])
+    assert agree(PerturbDiff.from_pretrained(tmp_path / "pulled"), own)
+    finetune(screen, "lab/lora", tmp_path / "on", "adapt.method=frozen")
+    assert PerturbDiff.from_pretrained(tmp_path / "on" / "model").training["init_from"]["name"] == "lab/lora"
 
 
 def test_the_wrong_base_is_refused_naming_both(adapter, checkpoint, tmp_path, capsys):
@@ -214,8 +227,11 @@ def test_the_wrong_base_is_refused_naming_both(adapter, checkpoint, tmp_path, ca
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_model_folder_is_no_adapter_and_the_other_way_round(adapter, checkpoint, tmp_path, capsys):
+def test_a_model_folder_is_no_adapter_and_an_adapter_is_no_model_without_its_base(
+    adapter, checkpoint, tmp_path, capsys
+):
     said = refused(capsys, "hub", "merge", checkpoint, "--base", checkpoint, "--out", tmp_path / "merged")
     assert "not an adapter" in said
     assert "error" not in said
-    refused(capsys, "hub", "verify", adapter)
+    assert "was a folder; say where it is" in refused(capsys, "hub", "verify", adapter)
+    assert "leave --licence out" in refused(capsys, "hub", "push", adapter, "lab/lora", "--licence", "mit")

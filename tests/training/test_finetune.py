@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from perturbdiff.adapter import load_adapter
 from perturbdiff.config import PublishedEncoding, load_config
 from perturbdiff.data.screen import Screen
 from perturbdiff.data.simulate import simulate
@@ -169,17 +168,20 @@ def test_copied_parts_move_by_lr_ratio_and_new_ones_by_the_full_rate(checkpoint,
 
 def test_a_merged_adapter_is_the_model_of_the_run_and_another_base_is_refused(checkpoint, screen, tmp_path):
     train(tuned(screen, checkpoint, tmp_path / "run", "adapt.method=lora", "optim.lr=0.01"))
-    merged = load_adapter(tmp_path / "run" / "adapter", base=checkpoint)
+    adapter = tmp_path / "run" / "adapter"
+    merged = PerturbDiff.from_pretrained(adapter, base=checkpoint, device="cpu")
     own = PerturbDiff.from_pretrained(tmp_path / "run" / "model", device="cpu")
     for name, tensor in own.denoiser.state_dict().items():
         torch.testing.assert_close(merged.denoiser.state_dict()[name], tensor, atol=1e-6, rtol=1e-6)
     assert (merged.genes, merged.vocabularies) == (own.genes, own.vocabularies)
-    size = (tmp_path / "run" / "adapter" / "adapter.safetensors").stat().st_size
+    size = (adapter / "adapter_model.safetensors").stat().st_size
     assert size < (tmp_path / "run" / "model" / "model.safetensors").stat().st_size
     with pytest.raises(ValueError, match=r"trained on model \(sha256 \w{12}\), and .* is another model, model"):
-        load_adapter(tmp_path / "run" / "adapter", base=tmp_path / "run" / "model")
+        PerturbDiff.from_pretrained(adapter, base=tmp_path / "run" / "model")
     with pytest.raises(FileNotFoundError, match="was a folder; say where it is"):
-        load_adapter(tmp_path / "run" / "adapter")
+        PerturbDiff.from_pretrained(adapter)
+    with pytest.raises(ValueError, match="adapter is an adapter, and adapters are of whole models"):
+        train(tuned(screen, adapter, tmp_path / "again", "adapt.method=lora"))
 
 
 def test_a_label_of_a_batch_that_tells_nothing_stays_hidden(checkpoint, tmp_path):

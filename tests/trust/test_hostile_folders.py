@@ -36,10 +36,12 @@ def traps(mark: Path) -> dict[str, bytes]:
     pickled, code = pickle.dumps(Trap(mark)), f"import os; os.mkdir({str(mark)!r})\n".encode()
     array = np.lib.format.magic(1, 0) + b"v\0{'descr': '|O', 'fortran_order': False, 'shape': (1,), }" + b" " * 60
     names = {
-        **dict.fromkeys(["pytorch_model.bin", "model.pkl", "model.ckpt", "optimizer.pt", "training_args.bin"], pickled),
+        **dict.fromkeys(
+            ["pytorch_model.bin", "model.pkl", "model.ckpt", "optimizer.pt", "training_args.bin", "adapter_model.bin"],
+            pickled,
+        ),
         **dict.fromkeys(["modeling.py", "__init__.py", "setup.py", "conftest.py", "checks/golden.py"], code),
         "genes.npy": array + b"\n" + pickled,
-        "adapter_config.json": b'{"auto_map": {"AutoModel": "modeling.Model"}}',
     }
     return names
 
