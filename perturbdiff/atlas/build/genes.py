@@ -198,7 +198,8 @@ def _union(sources: Mapping[str, GeneVocab], table: dict[str, str]) -> GeneSpace
             position = by_name.get(name)
             if position is not None and match_id and ids[position] and _stable(match_id) != _stable(ids[position]):
                 raise ValueError(
-                    f"gene {name!r} is {ids[position]} in source {givers[position]!r} and {match_id} in source {source!r}; "
+                    f"gene {name!r} is {ids[position]} in source {givers[position]!r} and {match_id} in source "
+                    f"{source!r}; "
                     "say which is meant with a line 'from,to' in gene_table: an Ensembl id or name, and the name it "
                     "gets in the atlas (or nothing, to leave it out)."
                 )
@@ -222,7 +223,8 @@ def _union(sources: Mapping[str, GeneVocab], table: dict[str, str]) -> GeneSpace
                 renamed.setdefault(position, gene_id)
             if position in taken:
                 raise ValueError(
-                    f"genes {taken[position]!r} and {own!r} of source {source!r} are both {names[position]!r} in the atlas; "
+                    f"genes {taken[position]!r} and {own!r} of source {source!r} are both {names[position]!r} in the "
+                    "atlas; "
                     "give one another name, or leave it out, with a line 'from,to' in gene_table."
                 )
             taken[position] = own

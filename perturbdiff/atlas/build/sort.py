@@ -207,8 +207,8 @@ def spill_chunk(sort: Sort, chunk: int) -> int:
         position = int(values.argmax())
         cell = int(np.searchsorted(_starts(cells["n_values"]), position, side="right")) - 1
         raise ValueError(
-            f"count {values[position]} of gene {sort.gene_names[genes[position]]!r} in cell {names[order[cell]]!r} of source "
-            f"{source.name!r} does not fit {sort.value_type}; give count_type=uint32."
+            f"count {values[position]} of gene {sort.gene_names[genes[position]]!r} in cell {names[order[cell]]!r} "
+            f"of source {source.name!r} does not fit {sort.value_type}; give count_type=uint32."
         )
     values = values.astype(sort.value_type, copy=False)
     bucket = sort.conditions.bucket(condition[order], hashes[order])
