@@ -20,11 +20,11 @@ from torch import Tensor
 
 from perturbdiff._version import __version__
 from perturbdiff.config import ModelConfig, Preprocessing, SamplingConfig, as_dict, check_sampling, from_dict
-from perturbdiff.data.features import FeatureTable
 from perturbdiff.data.rng import torch_generator
 from perturbdiff.data.screen import expression_of
 from perturbdiff.data.vocab import GeneVocab, LabelVocab, Vocabularies, nearest
 from perturbdiff.diffusion.generate import Context, choose_controls, deal_sets, denoise_sets
+from perturbdiff.features.tables import FeatureTable
 from perturbdiff.files import few, progress
 from perturbdiff.hub.adapter import check_adapter, read_adapter
 from perturbdiff.hub.card import eval_results_files, write_card

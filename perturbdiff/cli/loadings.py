@@ -34,7 +34,8 @@ def add_loadings_command(screen_commands: Any) -> None:
 
 
 def _loadings(arguments: argparse.Namespace) -> None:
-    from perturbdiff.data.features import loadings_of_file, write_table
+    from perturbdiff.features.coexpression import loadings_of_file
+    from perturbdiff.features.tables import write_table
 
     refuse_existing("--out", arguments.out, arguments.overwrite)
     if Path(arguments.out).suffix != ".parquet":

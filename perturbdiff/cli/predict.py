@@ -92,8 +92,8 @@ def load_model(name: str, features: list[str]) -> PerturbDiff:
     """A model that knows what `features` describe, on the GPU of this process where a launcher started several."""
     import torch
 
+    from perturbdiff.features.fingerprints import read_features
     from perturbdiff.model import PerturbDiff
-    from perturbdiff.training.dataset import read_features
 
     device = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ and torch.cuda.is_available() else None
     model = PerturbDiff.from_pretrained(name, device=device)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perturbdiff.config import DenoiserConfig
-from perturbdiff.data.features import FeatureTable
 from perturbdiff.data.vocab import Labels, Vocabularies
+from perturbdiff.features.tables import FeatureTable
 
 # Small beside label rows (0.5), so that what features say is learned slowly: at 1, some hundred steps on twenty
 # knock-outs follow chance likenesses of genes further than transfers.

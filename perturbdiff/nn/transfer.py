@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from perturbdiff.config import DenoiserConfig
-from perturbdiff.data.features import FeatureTable
 from perturbdiff.data.vocab import GeneVocab, LabelVocab, Vocabularies
+from perturbdiff.features.tables import FeatureTable
 from perturbdiff.files import few
 from perturbdiff.nn.conditioning import FeatureEmbedding, LabelConditioning
 from perturbdiff.nn.denoiser import Denoiser, build_denoiser

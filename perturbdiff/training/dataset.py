@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -24,12 +23,14 @@ from perturbdiff.data.conditions import (
     vocabularies_of,
 )
 from perturbdiff.data.expression import Cells, ConcatenatedCells, GeneMoments, highly_variable_genes, log1p_normalised
-from perturbdiff.data.features import FeatureTable, coexpression_table, coverage, morgan_table, read_table, with_tables
 from perturbdiff.data.rng import permuted
 from perturbdiff.data.samplers import CellSet, CellSetSampler, SetSource, StreamedSampler
 from perturbdiff.data.screen import LABELS, Screen
 from perturbdiff.data.splits import Labelled, Split, make_split
 from perturbdiff.data.vocab import GeneVocab, Labels, Vocabularies
+from perturbdiff.features.coexpression import coexpression_table
+from perturbdiff.features.fingerprints import read_features
+from perturbdiff.features.tables import FeatureTable, coverage, with_tables
 from perturbdiff.files import progress
 
 ROWS_AT_ONCE = 8192
@@ -359,16 +360,6 @@ def _feature_tables(
             f"({', '.join(table.name for table in tables)}); rename a file."
         )
     return tuple(tables)
-
-
-def read_features(path: str) -> FeatureTable:
-    """A table of features, or fingerprints of the SMILES in a .csv that has such a column. Raises as those readers."""
-    if Path(path).suffix == ".csv" and Path(path).is_file():
-        with open(path, encoding="utf-8", errors="replace") as file:
-            header = file.readline(1 << 16)
-        if "smiles" in [word.strip().strip('"').casefold() for word in header.split(",")]:
-            return morgan_table(path)
-    return read_table(path)
 
 
 def _coexpression(cells: Cells, train: ConditionIndex, seed: int) -> FeatureTable:

@@ -15,9 +15,9 @@ from torch import Tensor
 from perturbdiff.atlas.stream import StreamedCells
 from perturbdiff.config import Config, PublishedEncoding, as_dict
 from perturbdiff.data.conditions import encode_conditions
-from perturbdiff.data.features import FeatureTable
 from perturbdiff.data.screen import Screen
 from perturbdiff.data.vocab import NULL
+from perturbdiff.features.tables import FeatureTable
 from perturbdiff.files import few, write_json, write_whole
 from perturbdiff.hub.adapter import Base, save_adapter
 from perturbdiff.hub.download import find_model

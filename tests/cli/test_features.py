@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from perturbdiff.cli.main import main
-from perturbdiff.data.features import read_table
+from perturbdiff.features.tables import read_table
 from tests.cli.test_main import assert_says, here, refused  # noqa: F401 (fixtures)
 from tests.screens import counts_screen, written
 from tests.simulated import TINY, write_screen

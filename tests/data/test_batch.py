@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from perturbdiff.config import Preprocessing
 from perturbdiff.data.batch import make_batch
 from perturbdiff.data.conditions import ConditionIndex, encode_conditions, vocabularies_of
-from perturbdiff.data.features import FeatureTable, with_tables
 from perturbdiff.data.samplers import CellSet
 from perturbdiff.data.vocab import NULL, Labels, LabelVocab, Vocabularies, split_dose, split_label
 from tests.screens import counts_screen, log1p_cp10k, read, screen_with_cells
@@ -270,16 +269,6 @@ def test_doses_of_conditions_are_those_of_their_labels():
     assert labels.dose[by_name["A@10"]].tolist() == [1.0, 0.0]
     torch.testing.assert_close(labels.dose[by_name["A@0.1+B@1"]], torch.tensor([-1.0, 0.0]))
     assert labels.perturbation[by_name["control"]].tolist() == [NULL, NULL]
-
-
-def test_perturbations_with_features_alone_come_after_those_with_rows(known):
-    tables = [FeatureTable("t", ("Z", "B", "Q"), np.ones((3, 2), np.float32))]
-    tables.append(FeatureTable("u", ("Q", "W"), np.ones((2, 5), np.float32)))
-    described = with_tables(known, tables)
-    assert described.perturbations.names == ("A", "B", "JAK2", "X+Y", "Z", "Q", "W")
-    assert described.labelled == known.perturbations.names
-    assert described.tables == (("t", 2), ("u", 5))
-    assert described.encode([("Q+A", None, None)]).perturbation.tolist() == [[5, 0]]
 
 
 def test_every_part_of_labels_is_selected_and_moved(dosed):

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from perturbdiff import PerturbDiff
-from perturbdiff.data.features import FeatureTable, coexpression_table
 from perturbdiff.data.screen import Screen, control_cells
 from perturbdiff.data.simulate import SimulationConfig, simulate
-from perturbdiff.training.dataset import TrainingSet, read_features
+from perturbdiff.features.coexpression import coexpression_table
+from perturbdiff.features.tables import FeatureTable
+from perturbdiff.training.dataset import TrainingSet
 from perturbdiff.training.loop import train
 from tests.simulated import tiny_config, write_screen
 
@@ -111,12 +112,6 @@ def test_tables_of_a_checkpoint_stand_in_place_of_new_loadings(screen, config):
     known = FeatureTable("coexpression", ("gene_0",), np.ones((1, 5), np.float32))
     data = TrainingSet.of(Screen.read(screen, config.data), config, [known])
     assert data.tables[1] is known
-
-
-def test_files_of_structures_become_fingerprints(tmp_path):
-    pytest.importorskip("rdkit")
-    (tmp_path / "drugs.csv").write_text("name,smiles\nethanol,CCO\nbenzene,c1ccccc1\n")
-    assert read_features(str(tmp_path / "drugs.csv")).values.shape == (2, 1024)
 
 
 def test_two_tables_of_one_name_are_refused(screen, table, tmp_path):

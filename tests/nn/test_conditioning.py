@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perturbdiff.config import DenoiserConfig, PublishedEncoding, check_denoiser
-from perturbdiff.data.features import FeatureTable
 from perturbdiff.data.vocab import NULL, Labels
+from perturbdiff.features.tables import FeatureTable
 from perturbdiff.nn.conditioning import (
     FEATURE_SPREAD,
     CovariateEncoder,

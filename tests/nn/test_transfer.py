@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from perturbdiff.config import DenoiserConfig
-from perturbdiff.data.features import FeatureTable, with_tables
 from perturbdiff.data.vocab import GeneVocab, Labels, LabelVocab, Vocabularies
+from perturbdiff.features.tables import FeatureTable, with_tables
 from perturbdiff.nn.conditioning import FEATURE_SPREAD
 from perturbdiff.nn.denoiser import build_denoiser
 from perturbdiff.nn.transfer import (
