@@ -27,7 +27,7 @@ MAX_FEATURES = 1 << 20  # columns of a frozen table, or covariates: more is a mi
 class AtlasSize:
     """What `plan` reckons with where an atlas is not at hand; one that is counts itself."""
 
-    cells: int = MISSING  # those a training run deals: without controls, unless sets=marginal
+    cells: int = MISSING  # those a training run sees: without controls, unless sets=marginal
     genes: int = MISSING
     genes_per_cell: int = MISSING  # stored values, on average
     perturbations: int = 0

@@ -130,9 +130,9 @@ def hub_errors(what: str) -> Iterator[None]:
     except UserWarning as warning:
         raise OSError(f"{what}: {clean(warning)}") from None
     except (httpx2.InvalidURL, *_MISREAD) as error:
-        said = f"{type(error).__name__}: {clean(error)}"
+        reason = f"{type(error).__name__}: {clean(error)}"
         raise ConnectionError(
-            f"{what}: the Hub did not answer as it should ({said}); see that HF_ENDPOINT is the address of a Hub."
+            f"{what}: the Hub did not answer as it should ({reason}); see that HF_ENDPOINT is the address of a Hub."
         ) from (None if isinstance(error, httpx2.InvalidURL) else error)  # it may be our own mistake: --debug shows it
     except OSError as error:
         sizes = re.search(r"should be of size \d+ but has size \d+", str(error))

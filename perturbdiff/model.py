@@ -23,7 +23,7 @@ from perturbdiff.config import ModelConfig, Preprocessing, SamplingConfig, as_di
 from perturbdiff.data.rng import torch_generator
 from perturbdiff.data.screen import expression_of
 from perturbdiff.data.vocab import GeneVocab, LabelVocab, Vocabularies, nearest
-from perturbdiff.diffusion.generate import Context, choose_controls, deal_sets, denoise_sets
+from perturbdiff.diffusion.generate import Context, assign_sets, choose_controls, denoise_sets
 from perturbdiff.features.tables import FeatureTable
 from perturbdiff.files import few, progress
 from perturbdiff.hub.adapter import check_adapter, read_adapter
@@ -387,7 +387,7 @@ class PerturbDiff:
         expression = expression.with_genes(self.genes, alignment.columns)
         contexts = self._contexts(controls.obs, cell_type, batch)
         sources = [choose_controls(expression, n_cells, seed, population) for population in range(n_populations)]
-        sets, conditions = deal_sets(contexts, sources, self.config.set_size)
+        sets, conditions = assign_sets(contexts, sources, self.config.set_size)
         source = np.concatenate([s.rows for s in sets])  # the control each predicted cell starts from
         population = np.concatenate([np.full(len(s.rows), s.key[0]) for s in sets])
         labels = self.vocabularies.encode([(perturbation, *context) for context in conditions])

@@ -42,9 +42,9 @@ CSS = """
 .facts { display: flex; flex-wrap: wrap; gap: 6px 22px; margin: 2px 0 0; font-size: 14px; }
 .facts div { display: flex; gap: 6px; } .facts dt { opacity: .65; } .facts dd { margin: 0; font-weight: 600; }
 .facts dt, .facts dd { overflow-wrap: anywhere; }
-.said { border-left: 4px solid #0e7490; padding: 8px 12px; overflow-wrap: anywhere; line-height: 1.45;
+.status { border-left: 4px solid #0e7490; padding: 8px 12px; overflow-wrap: anywhere; line-height: 1.45;
   background: rgba(14, 116, 144, .08); border-radius: 4px; }
-.said.error { border-color: #b91c1c; background: rgba(185, 28, 28, .08); }
+.status.error { border-color: #b91c1c; background: rgba(185, 28, 28, .08); }
 .key { display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: 14px; margin: 0 0 8px; }
 .key i { display: inline-block; width: 12px; height: 12px; border-radius: 2px; margin-right: 6px; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 10px; }
@@ -119,7 +119,9 @@ def build_page(model: PerturbDiff, name: str, given: Controls | None, limits: Li
                     seed = gr.Number(0, minimum=0, maximum=2**31 - 1, precision=0, label="Seed")
                 predict = gr.Button("Predict", variant="primary", elem_id="predict")
             with gr.Column(scale=3, min_width=300):
-                said = gr.HTML(_said("Choose a perturbation and a cell type, then press Predict."), elem_id="said")
+                status = gr.HTML(
+                    _status("Choose a perturbation and a cell type, then press Predict."), elem_id="status"
+                )
                 with gr.Column(visible=False) as results:
                     download = gr.DownloadButton("Download cells (.h5ad)", elem_id="download")
                     panels = gr.HTML(elem_id="panels")
@@ -134,7 +136,12 @@ def build_page(model: PerturbDiff, name: str, given: Controls | None, limits: Li
             try:
                 controls = read_controls(path, file_name, model, limits)
             except Exception as error:
-                return None, None, _said(_message(error, path, file_name), error=True), gr.Dropdown(**_cell_types(None))
+                return (
+                    None,
+                    None,
+                    _status(_message(error, path, file_name), error=True),
+                    gr.Dropdown(**_cell_types(None)),
+                )
             finally:
                 Path(path).unlink(missing_ok=True)
             return controls, None, _about(controls, limits), gr.Dropdown(**_cell_types(controls))
@@ -147,7 +154,7 @@ def build_page(model: PerturbDiff, name: str, given: Controls | None, limits: Li
             chosen: str | list[str] | None,
             origin: str,
             uploaded: Controls | None,
-            place: int | None,
+            position: int | None,
             *settings: float,
             progress: gr.Progress = gr.Progress(),  # noqa: B008 (how gradio finds it)
         ) -> dict[Any, Any]:
@@ -157,7 +164,7 @@ def build_page(model: PerturbDiff, name: str, given: Controls | None, limits: Li
                 controls = given if origin == FROM_APP else uploaded
                 if controls is None:
                     raise ValueError("There are no control cells; upload an .h5ad file of them first.")
-                wanted = None if place is None or place == EVERY_CELL_TYPE else controls.cell_types[place]
+                wanted = None if position is None or position == EVERY_CELL_TYPE else controls.cell_types[position]
                 cells, populations, scale, n_steps, number = settings
                 bar = _Bar(int(cells) * int(populations), progress)
                 response = predict_response(
@@ -168,13 +175,13 @@ def build_page(model: PerturbDiff, name: str, given: Controls | None, limits: Li
                 shown = {
                     results: gr.Column(visible=True),
                     download: gr.DownloadButton(value=file),
-                    panels: _panels(response, list(changes["place"][:N_PANELS])),
+                    panels: _panels(response, list(changes["position"][:N_PANELS])),
                     bars: _bars(mean_changes(changes.head(N_BARS)), int(populations)),
                     table: _table(changes, int(populations)),
-                    said: _said(f"{response.sentence()} {time.monotonic() - began:.1f} seconds."),
+                    status: _status(f"{response.sentence()} {time.monotonic() - began:.1f} seconds."),
                 }
             except Exception as error:
-                return {said: _said(_message(error), error=True), results: gr.Column(visible=False)}
+                return {status: _status(_message(error), error=True), results: gr.Column(visible=False)}
             return shown
 
         upload.upload(take_upload, upload, [uploaded, upload, about, cell_type], api_visibility="private")
@@ -188,9 +195,9 @@ def build_page(model: PerturbDiff, name: str, given: Controls | None, limits: Li
         predict.click(
             show_prediction,
             [perturbation, origin, uploaded, cell_type, n_cells, n_populations, guidance_scale, steps, seed],
-            [said, results, download, panels, bars, table],
+            [status, results, download, panels, bars, table],
             api_visibility="private",
-            show_progress_on=said,
+            show_progress_on=status,
         )
     return page
 
@@ -225,8 +232,10 @@ def _facts(model: PerturbDiff, name: str) -> str:
 
 def _about(controls: Controls | None, limits: Limits) -> str:
     if controls is None:
-        return _said(f"No control cells yet. A file may have {limits.file_bytes >> 20} MB and {limits.cells:,} cells.")
-    return _said(
+        return _status(
+            f"No control cells yet. A file may have {limits.file_bytes >> 20} MB and {limits.cells:,} cells."
+        )
+    return _status(
         f"{controls.name}: {controls.cells.n_obs:,} control cells of {controls.n_in_file:,} cells in the file; "
         f"{controls.n_genes_matched:,} of the model's {controls.n_genes:,} genes matched by {controls.matched_by}."
     )
@@ -245,8 +254,10 @@ def _cell_types(controls: Controls | None) -> dict[str, Any]:
     return {"choices": choices, "value": 0, "info": None, "interactive": True}
 
 
-def _said(text: str, error: bool = False) -> str:
-    return f'<div class="said{" error" if error else ""}" role="{"alert" if error else "status"}">{escape(text)}</div>'
+def _status(text: str, error: bool = False) -> str:
+    return (
+        f'<div class="status{" error" if error else ""}" role="{"alert" if error else "status"}">{escape(text)}</div>'
+    )
 
 
 def _message(error: Exception, path: str = "", name: str = "") -> str:
@@ -258,7 +269,7 @@ def _message(error: Exception, path: str = "", name: str = "") -> str:
     return " ".join((text.replace(path, name) if path else text).split())
 
 
-def _panels(response: Response, places: Sequence[int]) -> str:
+def _panels(response: Response, positions: Sequence[int]) -> str:
     n_populations = response.predicted.uns["perturbdiff"]["n_populations"]
     predicted = f"{response.predicted.n_obs // n_populations:,} predicted cells"
     key = (
@@ -267,7 +278,9 @@ def _panels(response: Response, places: Sequence[int]) -> str:
         "</span></p>"
     )
     names = response.predicted.var_names
-    images = "".join(_image(distribution(response, place), f"Distribution of {names[place]}") for place in places)
+    images = "".join(
+        _image(distribution(response, position), f"Distribution of {names[position]}") for position in positions
+    )
     return f'<h3>Genes that change most</h3>{key}<div class="panels">{images}</div>'
 
 

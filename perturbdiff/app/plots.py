@@ -17,10 +17,10 @@ TEXT, FAINT = "#334155", "#e2e8f0"
 N_BINS = 24
 
 
-def distribution(response: Response, place: int) -> str:
+def distribution(response: Response, position: int) -> str:
     """Histogram of one gene (its place in model order) in the controls and in each predicted population."""
-    control = _values(response.control, place)
-    populations = [_values(cells, place) for cells in response.populations]
+    control = _values(response.control, position)
+    populations = [_values(cells, position) for cells in response.populations]
     top = max(1e-3, *(values.max(initial=0) for values in (control, *populations)))
     edges = np.linspace(0, top * 1.001, N_BINS + 1)
     figure = Figure(figsize=(2.9, 2.1), layout="constrained")
@@ -28,7 +28,7 @@ def distribution(response: Response, place: int) -> str:
     axes.stairs(_shares(control, edges), edges, fill=True, color=CONTROL, alpha=0.75)
     for values in populations:
         axes.stairs(_shares(values, edges), edges, color=PREDICTED, linewidth=1.6 if len(populations) == 1 else 1.0)
-    axes.set_title(short(str(response.predicted.var_names[place]), 22), parse_math=False, fontsize=10, color=TEXT)
+    axes.set_title(short(str(response.predicted.var_names[position]), 22), parse_math=False, fontsize=10, color=TEXT)
     axes.set_xlabel("log1p expression", fontsize=8, color=TEXT)
     axes.set_ylabel("share of cells", fontsize=8, color=TEXT)
     _plain(axes)
@@ -58,8 +58,8 @@ def short(name: str, most: int) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
-def _values(X: sparse.csr_matrix, place: int) -> np.ndarray:
-    return X[:, [place]].toarray().ravel()
+def _values(X: sparse.csr_matrix, position: int) -> np.ndarray:
+    return X[:, [position]].toarray().ravel()
 
 
 def _shares(values: np.ndarray, edges: np.ndarray) -> np.ndarray:

@@ -47,41 +47,41 @@ class Response:
     def changes(self, n: int) -> pd.DataFrame:
         """The `n` genes with the largest predicted mean change, largest first.
 
-        Columns: gene, place (in model order), controls, predicted and change (means, log1p), lowest and highest
+        Columns: gene, position (in model order), controls, predicted and change (means, log1p), lowest and highest
         (change of single populations).
         """
         control = _mean(self.control)
         change = np.stack([_mean(cells) - control for cells in self.populations])  # (populations, G)
         predicted = _mean(self.predicted.X)
         size = np.where(self.matched, np.abs(predicted - control), -1.0)
-        place = np.argsort(-size, kind="stable")[: min(n, int(self.matched.sum()))]
+        position = np.argsort(-size, kind="stable")[: min(n, int(self.matched.sum()))]
         return pd.DataFrame(
             {
-                "gene": self.predicted.var_names.to_numpy()[place],
-                "place": place,
-                "controls": control[place],
-                "predicted": predicted[place],
-                "change": (predicted - control)[place],
-                "lowest": change.min(axis=0)[place],
-                "highest": change.max(axis=0)[place],
+                "gene": self.predicted.var_names.to_numpy()[position],
+                "position": position,
+                "controls": control[position],
+                "predicted": predicted[position],
+                "change": (predicted - control)[position],
+                "lowest": change.min(axis=0)[position],
+                "highest": change.max(axis=0)[position],
             }
         )
 
     def sentence(self) -> str:
         """What was done, and what was unseen."""
-        said = self.predicted.uns["perturbdiff"]
-        n_populations = said["n_populations"]
+        settings = self.predicted.uns["perturbdiff"]
+        n_populations = settings["n_populations"]
         n_cells = self.predicted.n_obs // n_populations
         cells = f"{n_cells:,} cells" + (f" in each of {n_populations} populations" if n_populations > 1 else "")
         context = f"{self.cell_type} " if self.cell_type else ""
         text = (
             f"Predicted {cells} under {self.predicted.obs['perturbation'].iloc[0]} from {self.control.shape[0]:,} "
-            f"{context}control cells. {said['n_genes_matched']:,} of {self.predicted.n_vars:,} genes matched by "
-            f"{said['genes_matched_by']}. {said['sampler'].upper()}, {said['n_steps']} steps, guidance "
-            f"{said['guidance_scale']:g}, seed {said['seed']}."
+            f"{context}control cells. {settings['n_genes_matched']:,} of {self.predicted.n_vars:,} genes matched by "
+            f"{settings['genes_matched_by']}. {settings['sampler'].upper()}, {settings['n_steps']} steps, guidance "
+            f"{settings['guidance_scale']:g}, seed {settings['seed']}."
         )
-        if len(said["unseen"]):
-            text += f" Not seen in training: {', '.join(said['unseen'])}; predicted from the control cells alone."
+        if len(settings["unseen"]):
+            text += f" Not seen in training: {', '.join(settings['unseen'])}; predicted from the control cells alone."
         return text
 
 

@@ -146,7 +146,7 @@ class ConditionIndex:
 
 @dataclass(frozen=True)
 class Groups:
-    """Conditions whose cells are dealt or drawn together.
+    """Conditions whose cells are assigned or drawn together.
 
     members
         Condition numbers, group after group; group g has those from `begin[g]` to `begin[g + 1]`.
@@ -301,7 +301,7 @@ def vocabularies_of(
     marginal: np.ndarray | None = None,
     dose_separator: str | None = None,
 ) -> Vocabularies:
-    """The labels of the conditions of an index that are dealt: those that training gives a meaning.
+    """The labels of the conditions of an index that become sets: those that training gives a meaning.
 
     These are the perturbed ones, and all where `marginal` (n_conditions,), which have no perturbation then.
     `with_batches` False leaves the batch out, as where batch and perturbation are confounded.

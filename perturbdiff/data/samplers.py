@@ -66,7 +66,7 @@ class SetSource:
     """How the cells of one source become sets.
 
     marginal
-        All cells are dealt, none as controls: unperturbed ones by cell type over all batches, perturbed ones by
+        All cells become sets, none as controls: unperturbed ones by cell type over all batches, perturbed ones by
         condition. Otherwise the perturbed ones, each set with controls.
     weight
         Share of an epoch's sets relative to the other sources; None in all of them: as many as each has.
@@ -125,7 +125,7 @@ class _Sets:
         return group, start, stop
 
     def make(self, epoch: int, numbers: np.ndarray, epochs: np.ndarray, sets: np.ndarray) -> list[CellSet]:
-        """Sets that are dealt in an epoch under these numbers, each in an epoch of its source."""
+        """Sets that are assigned in an epoch under these numbers, each in an epoch of its source."""
         spans = zip(numbers.tolist(), epochs.tolist(), *(part.tolist() for part in self.spans(sets)), strict=True)
         return [self._cell_set((epoch, number), *span) for number, *span in spans]
 
@@ -145,7 +145,7 @@ class CellSetSampler:
     """Deals every perturbed cell exactly once per epoch.
 
     Each epoch the cells of each condition are shuffled (`shuffled_positions`) and cut into sets of at most `set_size`,
-    the last one short; all sets are shuffled together and dealt, `sets_per_batch` a step over all ranks. A last set
+    the last one short; all sets are shuffled together and assigned, `sets_per_batch` a step over all ranks. A last set
     under `min_set_size` shares the cells of the one before it; conditions with fewer cells than that are left out.
 
     With weights, an epoch holds as many sets as all sources have together, each source in its share of them: a source
@@ -274,7 +274,7 @@ class StreamedSampler:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of the first epoch; others may have a few more or fewer, as shards are dealt anew."""
+        """Steps of the first epoch; others may have a few more or fewer, as shards are assigned anew."""
         return self.n_steps(0)
 
     @property
@@ -365,7 +365,7 @@ class StreamedSampler:
 
 
 def _shares(n_sets: np.ndarray, weights: Sequence[float | None]) -> np.ndarray:
-    """How many sets of each source an epoch deals."""
+    """How many sets of each source an epoch has."""
     if all(weight is None for weight in weights):
         return n_sets
     if any(weight is None for weight in weights):

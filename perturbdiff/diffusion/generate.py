@@ -1,4 +1,4 @@
-"""From control cells to predicted cells: sets dealt, denoised in chunks, gathered sparse.
+"""From control cells to predicted cells: sets assigned, denoised in chunks, gathered sparse.
 
 B = sets, S = cells per set, G = genes.
 """
@@ -75,7 +75,7 @@ def _representative(expression: Expression, chosen: np.ndarray, seed: int, popul
     return chosen
 
 
-def deal_sets(
+def assign_sets(
     contexts: Sequence[Context], sources: Sequence[np.ndarray], set_size: int
 ) -> tuple[list[CellSet], list[Context]]:
     """Make sets of cells of one context.

@@ -107,7 +107,7 @@ class IndexedCells:
         return sampler.batch(epoch, step, rank, world_size)
 
     def batch_of(self, sets: Sequence[CellSet], sampler: CellSetSampler | StreamedSampler) -> CellSetBatch:
-        """A batch of some of the `sets` last dealt; perhaps of none."""
+        """A batch of some of the `sets` last taken; perhaps of none."""
         return make_batch(sets, sampler.set_size, self.cells, self.labels)
 
 

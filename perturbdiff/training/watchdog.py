@@ -76,18 +76,18 @@ class Watchdog:
                 self._exit("the first node does not answer: its network or it may have failed")
 
     def _give_up(self, number: int) -> None:
-        def said() -> list[list[str]]:
+        def messages() -> list[list[str]]:
             return [beat.decode().split("\n") for beat in self._store.multi_get(ranks)]
 
         ranks = [str(rank) for rank in range(self._world_size)]
-        before = said()
+        before = messages()
         for _ in range(3):
             time.sleep(self._interval)
             number += 1
             self._beat(number)
         if time.monotonic() - self._since < self._timeout or self._ended.is_set():
             return
-        after = said()
+        after = messages()
         silent = [rank for rank in range(self._world_size) if before[rank][0] == after[rank][0]]
         busy = [rank for rank in range(self._world_size) if rank not in silent and after[rank][2] != WAITING]
         heard = [rank for rank in range(self._world_size) if rank not in silent]

@@ -75,7 +75,7 @@ def predict(page, said="Predicted"):
     """Press the button; the file that can be downloaded then, when figures and table are there."""
     panels = page.locator("#panels").inner_html() if page.locator("#panels img").count() else ""
     page.get_by_role("button", name="Predict", exact=True).click()
-    expect(page.locator("#said")).to_contain_text(said)
+    expect(page.locator("#status")).to_contain_text(said)
     page.wait_for_function("old => document.querySelector('#panels').innerHTML !== old", arg=panels)
     expect(page.locator("#panels img")).to_have_count(6)
     for image in page.locator("#panels img, #bars img").all():
@@ -105,7 +105,9 @@ def test_what_is_predicted_in_the_browser_is_what_the_model_predicts(app, visit,
     predicted = predict(page)
     controls = control_cells(screen, model.config.obs, "type_0", None)
     assert_same_cells(predicted, model.predict(controls, perturbation="pert_1", cell_type="type_0", n_cells=250))
-    expect(page.locator("#said")).to_contain_text("250 cells under pert_1 from 60 type_0 control cells. 40 of 40 genes")
+    expect(page.locator("#status")).to_contain_text(
+        "250 cells under pert_1 from 60 type_0 control cells. 40 of 40 genes"
+    )
     expect(page.locator("#table tbody tr")).to_have_count(40)
     X = controls.X.toarray()
     mean = np.log1p(X * 1e4 / X.sum(axis=1, keepdims=True)).mean(axis=0)
@@ -132,7 +134,7 @@ def test_a_combination_with_settings(app, visit, model, screen):
         controls, perturbation="pert_0+pert_1", n_cells=30, n_populations=2, guidance_scale=1.5, steps=2, seed=7
     )
     assert_same_cells(predicted, expected)
-    expect(page.locator("#said")).to_contain_text("30 cells in each of 2 populations under pert_0+pert_1 from 120")
+    expect(page.locator("#status")).to_contain_text("30 cells in each of 2 populations under pert_0+pert_1 from 120")
 
 
 def test_names_are_text_wherever_they_are_shown(app, visit):
@@ -141,7 +143,7 @@ def test_names_are_text_wherever_they_are_shown(app, visit):
     choose(page, "#cell-type", HOSTILE)
     predicted = predict(page)
     assert set(predicted.obs["perturbation"]) == {HOSTILE}
-    expect(page.locator("#said")).to_contain_text(f"under {HOSTILE} from 60 {HOSTILE} control cells")
+    expect(page.locator("#status")).to_contain_text(f"under {HOSTILE} from 60 {HOSTILE} control cells")
     assert page.locator("#table td").first.inner_text().startswith("<b>")
     assert page.locator("#table b, img[onerror], #perturbation img, #cell-type img").count() == 0
 
@@ -161,7 +163,7 @@ def test_uploaded_controls_are_used_and_their_file_is_removed(app, visit, model,
     predicted = predict(page)
     controls = control_cells(mine, model.config.obs, "a new type", None)
     assert_same_cells(predicted, model.predict(controls, perturbation="pert_0", cell_type="a new type", n_cells=250))
-    expect(page.locator("#said")).to_contain_text("Not seen in training: cell_type a new type")
+    expect(page.locator("#status")).to_contain_text("Not seen in training: cell_type a new type")
     page.get_by_label("bundled.h5ad").check()
     expect(page.locator("#about")).to_contain_text("bundled.h5ad: 120 control cells")
 
@@ -194,12 +196,12 @@ def bad_files(folder: Path, screen: Path):
 def test_a_bad_upload_is_one_readable_line(app, visit, screen, tmp_path):
     page = visit(app.address)
     page.get_by_role("button", name="Predict", exact=True).click()
-    expect(page.locator("#said [role=alert]")).to_have_text("No perturbation is chosen; choose one.")
+    expect(page.locator("#status [role=alert]")).to_have_text("No perturbation is chosen; choose one.")
     page.get_by_label("My own file").check()
     expect(page.locator("#about")).to_contain_text("No control cells yet.")
     choose(page, "#perturbation", "pert_0")
     page.get_by_role("button", name="Predict", exact=True).click()
-    expect(page.locator("#said [role=alert]")).to_contain_text("There are no control cells; upload an .h5ad")
+    expect(page.locator("#status [role=alert]")).to_contain_text("There are no control cells; upload an .h5ad")
     for name, message in bad_files(tmp_path, screen).items():
         page.locator("#upload input[type=file]").set_input_files(tmp_path / f"{name}.h5ad")
         alert = page.locator("#about [role=alert]")

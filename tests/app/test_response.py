@@ -28,19 +28,19 @@ def test_changes_are_the_differences_of_means_largest_first(model, controls):
     predicted = response.predicted.X.toarray()
     changes = response.changes(7)
     expected = sorted(range(40), key=lambda g: -abs(predicted[:, g].mean() - control[g]))[:7]
-    assert list(changes["place"]) == expected
+    assert list(changes["position"]) == expected
     for row in changes.itertuples():
-        each = [predicted[i * 20 : i * 20 + 20, row.place].mean() - control[row.place] for i in range(3)]
+        each = [predicted[i * 20 : i * 20 + 20, row.position].mean() - control[row.position] for i in range(3)]
         np.testing.assert_allclose([row.lowest, row.highest], [min(each), max(each)], atol=1e-5)
         np.testing.assert_allclose(row.change, np.mean(each), atol=1e-5)
-        assert row.gene == model.genes.names[row.place]
+        assert row.gene == model.genes.names[row.position]
 
 
 def test_genes_that_the_file_lacks_are_not_said_to_change(screen, model, tmp_path):
     path = tmp_path / "fewer.h5ad"
     anndata.read_h5ad(screen)[:, 5:30].copy().write_h5ad(path)
     response = respond(model, read_controls(path, "a file", model, Limits()))
-    assert set(response.changes(40)["place"]) == set(range(5, 30))
+    assert set(response.changes(40)["position"]) == set(range(5, 30))
     assert "25 of 40 genes matched by name" in response.sentence()
 
 
