@@ -1,4 +1,4 @@
-"""What the cards of models and atlases share: names of strangers as inert Markdown, licences, the citation."""
+"""What the cards of models and atlases share: names of strangers as inert Markdown, licenses, the citation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MAX_LISTED = 20  # names of a list
 SYNTAX = re.compile(r"[\\`*\[\]<>&|~{}$@#]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.")
 """What Markdown, HTML, templates or automatic links could take for their own; an underscore within a word is not."""
 
-LICENCES = frozenset({
+LICENSES = frozenset({
     "apache-2.0", "mit", "openrail", "bigscience-openrail-m", "creativeml-openrail-m", "bigscience-bloom-rail-1.0",
     "bigcode-openrail-m", "afl-3.0", "artistic-2.0", "bsl-1.0", "bsd", "bsd-2-clause", "bsd-3-clause",
     "bsd-3-clause-clear", "c-uda", "cc", "cc0-1.0", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0",
@@ -62,11 +62,11 @@ def listed(names: Sequence[Any]) -> str:
     return ", ".join(escaped(name) for name in names[:MAX_LISTED]) + more
 
 
-def licence_fields(licence: str | None) -> dict[str, str]:
-    """Front matter of a licence: identifiers that the Hub knows as `license`, others as `license_name`."""
-    if licence is None or not plain(licence):
+def license_fields(license: str | None) -> dict[str, str]:
+    """Front matter of a license: identifiers that the Hub knows as `license`, others as `license_name`."""
+    if license is None or not plain(license):
         return {}
-    if (identifier := licence.strip().lower()) in LICENCES:
+    if (identifier := license.strip().lower()) in LICENSES:
         return {"license": identifier}
-    name = re.sub(r"[^a-z0-9.]+", "-", plain(licence).lower()).strip("-.")  # the Hub wants an id
+    name = re.sub(r"[^a-z0-9.]+", "-", plain(license).lower()).strip("-.")  # the Hub wants an id
     return {"license": "other", "license_name": name or "custom"}

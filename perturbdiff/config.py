@@ -16,6 +16,8 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from perturbdiff.files import write_text
+
 T = TypeVar("T")
 # Within the package where it was installed from a wheel, beside it in a checkout.
 _SHIPPED = (Path(__file__).parent / "recipes", Path(__file__).parents[1] / "recipes")
@@ -84,7 +86,7 @@ class SourceConfig:
     path: str = MISSING  # .h5ad; folder or repo id of Tahoe-100M-schema Parquet; folder or repo id of an atlas
     kind: Literal["auto", "h5ad", "tahoe", "atlas"] = "auto"
     name: Optional[str] = None  # null: the file's or folder's
-    licence: Optional[str] = None
+    license: Optional[str] = None
     perturbation_col: Optional[str] = "perturbation"  # obs columns; null: all cells are unperturbed
     cell_type_col: Optional[str] = "cell_type"  # null: one cell type, named as the source
     batch_col: Optional[str] = "batch"  # null: one batch, named as the source
@@ -105,7 +107,7 @@ class BuildConfig:
     genes: str = "union"  # union, intersection, merge-then-select:N, or a file: names, one a line, or a genes.parquet
     gene_table: Optional[str] = None  # .csv of two columns, name in a source and name in the atlas
     count_type: Literal["uint16", "uint32"] = "uint16"
-    licence: Optional[str] = None  # of the whole
+    license: Optional[str] = None  # of the whole
     seed: int = 0  # of the order of cells within a condition
 
 
@@ -402,9 +404,7 @@ def find_recipe(recipe: str | Path, folder: str | None = None) -> Path:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved settings as yaml; `load_config(path)` gives them back."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-    temporary.replace(path)
+    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def as_dict(settings: Any) -> dict[str, Any]:

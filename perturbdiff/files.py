@@ -1,4 +1,4 @@
-"""Files: of strangers, inside their folder, of a bearable size, with the right hash; ours, hashed and on disk.
+"""Files: of strangers, inside their folder, of a bearable size, with the right hash, typed; ours, hashed and on disk.
 
 And the progress bar of all long work.
 """
@@ -11,8 +11,11 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import is_dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -105,9 +108,62 @@ def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
     return content
 
 
+def write_text(path: Path, text: str) -> None:
+    """As UTF-8, whole."""
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    """Whole; NaN and infinity, which JSON has not, are a ValueError."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def typed(kind: Any, content: Any, where: str) -> Any:
+    """JSON of a stranger as a dataclass: every field there and no other, of its own kind; no value is made to fit.
+
+    Parameters
+    ----------
+    kind
+        A dataclass whose fields are str, bool, int (not negative), float, Literal of texts, X | None, tuple[X, ...],
+        dict[str, X], other dataclasses, or Any; or one of these.
+    where
+        What a message calls it.
+
+    Raises
+    ------
+    ValueError
+        A key is missing or unknown, a value of another kind; what the dataclass refuses when it is made. One printable
+        line that names the key.
+    """
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return content
+    if is_dataclass(kind):
+        hints: dict[str, Any] = _hints(kind)  # type: ignore[arg-type]
+        if not isinstance(content, dict):
+            _refuse(where, content, "be a JSON object")
+        if content.keys() != hints.keys():
+            lacking, unknown = sorted(hints.keys() - content.keys()), sorted(content.keys() - hints.keys())
+            raise ValueError(f"{where} lacks {few(lacking)} and has unknown keys {few(unknown)}.")
+        values = {name: typed(hint, content[name], f"{where}.{name}") for name, hint in hints.items()}
+        try:
+            return kind(**values)  # type: ignore[operator]
+        except ValueError as error:
+            raise ValueError(f"{where}: {printable(str(error))}") from error
+    if origin in (Union, UnionType):
+        (some,) = (part for part in inner if part is not NoneType)
+        return None if content is None else typed(some, content, where)
+    if origin is tuple and isinstance(content, list):
+        return tuple(typed(inner[0], value, f"{where}[{i}]") for i, value in enumerate(content))
+    if origin is dict and isinstance(content, dict):
+        return {key: typed(inner[1], value, f"{where}.{few([key])}") for key, value in content.items()}
+    if origin is Literal:
+        return content if content in inner else _refuse(where, content, f"be one of {', '.join(inner)}")
+    if kind is float and type(content) in (int, float):
+        return float(content)
+    if type(content) is kind and not (kind is int and content < 0):
+        return content
+    return _refuse(where, content, f"be {_KINDS[origin or kind]}")
 
 
 def short(error: BaseException) -> str:
@@ -124,6 +180,15 @@ def few(names: list[str]) -> str:
     """Up to five names, those that could upset a terminal quoted, and how many more there are."""
     shown = [name if name.isprintable() and len(name) < 80 else repr(name[:80]) for name in names[:5]]
     return (", ".join(shown) + (f" and {len(names) - 5} more" if len(names) > 5 else "")) or "nothing"
+
+
+_hints = cache(get_type_hints)
+_KINDS = {str: "a text", bool: "true or false", int: "a whole number, not negative", float: "a number",
+          tuple: "a list", dict: "a JSON object"}  # fmt: skip
+
+
+def _refuse(where: str, content: Any, rule: str) -> NoReturn:
+    raise ValueError(f"{where} ({printable(str(content)[:60])}) must {rule}.")
 
 
 def _names_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

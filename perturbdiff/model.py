@@ -27,26 +27,27 @@ from perturbdiff.diffusion.generate import Context, assign_sets, choose_controls
 from perturbdiff.features.tables import FeatureTable
 from perturbdiff.files import few, progress
 from perturbdiff.hub.adapter import check_adapter, read_adapter
-from perturbdiff.hub.card import eval_results_files, write_card
-from perturbdiff.hub.card_check import check_card
-from perturbdiff.hub.download import ModelSource, find_model, max_tensor_bytes
+from perturbdiff.hub.card import check_card, eval_results_files, write_card
+from perturbdiff.hub.download import ModelSource, find_model
+from perturbdiff.hub.metadata import ModelMetadata, parse_metadata
 from perturbdiff.hub.model_folder import (
     CARD,
-    EVALUATION,
     OWN_FILES,
-    ModelFiles,
-    check_golden,
     check_tensor_files,
     folder_identity,
     is_replaced_now,
-    load_weights,
-    make_golden,
-    read_card,
-    read_settings,
-    write_model_folder,
+    read_folder,
 )
 from perturbdiff.hub.push import Publication, publish
-from perturbdiff.hub.settings import ModelSettings, parse_settings
+from perturbdiff.hub.records import EvaluationRecord, TrainingRecord
+from perturbdiff.hub.tensors import (
+    check_golden,
+    denoiser_of,
+    load_weights,
+    make_golden,
+    max_tensor_bytes,
+    write_model_folder,
+)
 from perturbdiff.nn.conditioning import FeatureEmbedding, LabelConditioning, VocabSizes
 from perturbdiff.nn.denoiser import Denoiser
 
@@ -71,9 +72,9 @@ class PerturbDiff:
     config
         Architecture, diffusion, sampling defaults, set size.
     training
-        Where the weights come from (plain JSON values).
+        Where the weights come from.
     evaluation
-        Scores on held-out conditions, as `Report.as_json` gives them; None if nobody measured any.
+        Scores on held-out conditions, as `Report.record` gives them; None if nobody measured any.
     """
 
     def __init__(
@@ -83,8 +84,8 @@ class PerturbDiff:
         vocabularies: Vocabularies,
         preprocessing: Preprocessing,
         config: ModelConfig,
-        training: dict[str, Any],
-        evaluation: dict[str, Any] | None = None,
+        training: TrainingRecord,
+        evaluation: EvaluationRecord | None = None,
         name: str = "unsaved",
     ) -> None:
         self.denoiser = denoiser.eval()
@@ -186,27 +187,23 @@ class PerturbDiff:
 
     @classmethod
     def _read(cls, source: ModelSource, golden_check: bool, base: str | Path | None) -> PerturbDiff:
-        files = read_settings(source.folder)
-        source.check_identity(files)
-        if (card := read_card(source.folder)) is not None:
-            check_card(card)
-        said = parse_settings(source.folder, files)
-        denoiser = said.shapes()  # no memory is taken before they were compared with the file's
+        folder, metadata = source.read()
+        denoiser = denoiser_of(metadata)  # no memory is taken before its shapes were compared with the file's
         max_bytes = max_tensor_bytes(denoiser)
-        source.fetch_tensors(files, max_bytes)
-        check_tensor_files(source.folder, files, max_bytes)
-        if files.is_adapter:
-            adapter = read_adapter(source.folder, files, denoiser)
+        source.fetch_tensors(folder, max_bytes)
+        check_tensor_files(folder, max_bytes)
+        if folder.is_adapter:
+            adapter = read_adapter(folder, metadata, denoiser)
             where = adapter.base_on_hub if base is None else base
             found = _found(where, None, None, source.cache_dir, source.local_files_only, source.token)
             adapter.merge(denoiser, cls._load(adapter.check_base(found), golden_check, None).denoiser.state_dict())
         elif base is not None:
             raise ValueError(f"{source.name} is a whole model, not an adapter: it has no base; leave that out.")
         else:
-            load_weights(source.folder, files, denoiser)
+            load_weights(folder, denoiser)
         if golden_check:
-            check_golden(source.folder, denoiser.eval())
-        return cls(denoiser, **vars(said), name=source.name)
+            check_golden(folder.path, denoiser.eval())
+        return cls(denoiser, **vars(metadata), name=source.name)
 
     def save_pretrained(self, path: str | Path, max_shard_size: int | str = "5GB") -> None:
         """Write a model folder, whole or not at all; replaces an older one of that name.
@@ -224,13 +221,12 @@ class PerturbDiff:
             It could not be written; an older one is as it was.
         """
         weights = {name: tensor.detach().cpu().float() for name, tensor in self.denoiser.state_dict().items()}
-        settings = self._settings()
-        on_cpu = settings.shapes().eval()
+        metadata = self._metadata()
+        on_cpu = denoiser_of(metadata).eval()
         on_cpu.load_state_dict(weights, assign=True)  # the golden output is that of the CPU, wherever training ran
-        config, json_files = settings.as_json()
-        card = write_card(config, json_files, self.n_parameters)
         golden = make_golden(on_cpu, self._golden_inputs())
-        write_model_folder(path, ModelFiles(config, json_files, weights, golden, card), max_shard_size)
+        card = write_card(metadata, self.n_parameters)
+        write_model_folder(path, metadata, weights, golden, card, max_shard_size)
 
     def push_to_hub(
         self,
@@ -423,7 +419,7 @@ class PerturbDiff:
         }
         return AnnData(X=X, obs=obs, var=var, uns={"perturbdiff": uns})
 
-    def describe(self, tables: Sequence[FeatureTable]) -> list[str]:
+    def add_features(self, tables: Sequence[FeatureTable]) -> list[str]:
         """Make perturbations known that were never trained, by features as those that the model was trained with.
 
         Parameters
@@ -457,8 +453,8 @@ class PerturbDiff:
             assert isinstance(embedding, FeatureEmbedding), "tables are such"
             embedding.append(given.get(name), new)
         perturbations = LabelVocab("perturbation", (*self.vocabularies.perturbations.names, *new))
-        n_described = self.vocabularies.n_described + len(new)
-        self.vocabularies = replace(self.vocabularies, perturbations=perturbations, n_described=n_described)
+        n_by_features = self.vocabularies.n_by_features + len(new)
+        self.vocabularies = replace(self.vocabularies, perturbations=perturbations, n_by_features=n_by_features)
         return new
 
     @property
@@ -492,8 +488,8 @@ class PerturbDiff:
     def n_parameters(self) -> int:
         return sum(tensor.numel() for tensor in self.denoiser.state_dict().values())
 
-    def _settings(self) -> ModelSettings:
-        return ModelSettings(
+    def _metadata(self) -> ModelMetadata:
+        return ModelMetadata(
             self.genes, self.vocabularies, self.preprocessing, self.config, self.training, self.evaluation
         )
 
@@ -621,20 +617,23 @@ def push_folder(
     there. Of an adapter everything is checked but the merging: its base may be elsewhere. Otherwise as
     `PerturbDiff.push_to_hub`.
     """
-    files = read_settings(folder)  # first: a repo id is no folder
-    check = check_adapter if files.is_adapter else partial(PerturbDiff.from_pretrained, device="cpu")
+    content = read_folder(folder)  # first: a repo id is no folder
+    metadata = parse_metadata(content)
+    check = check_adapter if content.is_adapter else partial(PerturbDiff.from_pretrained, device="cpu")
     check(folder)
-    n_parameters = sum(t.numel() for t in parse_settings(folder, files).shapes().state_dict().values())
-    texts = {CARD: write_card(files.config, files.json, n_parameters, repo_id)}
+    n_parameters = sum(t.numel() for t in denoiser_of(metadata).state_dict().values())
+    card = write_card(metadata, n_parameters, repo_id, content.is_adapter)
+    check_card(card)
+    texts = {CARD: card}
     if benchmark is not None:
-        if (evaluation := files.json.get(EVALUATION)) is None:
+        if (evaluation := metadata.evaluation) is None:
             raise ValueError(
                 f"{folder} has no evaluation to show with {benchmark}; run `perturbdiff evaluate --model`."
             )
         texts |= eval_results_files(evaluation, benchmark, source_url=f"https://huggingface.co/{repo_id}")
     return publish(
         folder,
-        files.files,
+        content.files,
         repo_id,
         "model",
         own_files=OWN_FILES,

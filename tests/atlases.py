@@ -121,7 +121,7 @@ def write_atlas(
         gene_type=gene_type,
         value_type=value_type,
         control_label="control",
-        licence="cc-by-4.0",
+        license="cc-by-4.0",
         seed=seed,
         genes_rule="union",
         sources=(AtlasSource("random", "random.h5ad", None, n_cells, len(genes), len(genes), "row sums"),),

@@ -6,6 +6,7 @@ import torch
 
 from perturbdiff.config import DenoiserConfig, DiffusionConfig, ModelConfig, ObsColumns, Preprocessing, SamplingConfig
 from perturbdiff.data.vocab import GeneVocab, LabelVocab, Vocabularies
+from perturbdiff.hub.records import TrainingRecord
 from perturbdiff.model import PerturbDiff
 from perturbdiff.nn.denoiser import build_denoiser
 
@@ -21,4 +22,5 @@ def untrained(n_genes: int = 12, perturbations: tuple[str, ...] = ("A", "B"), st
     generator = torch.Generator().manual_seed(0)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=std, generator=generator)
-    return PerturbDiff(network, genes, vocabularies, Preprocessing("counts", 1e4, 10.0), config, {"steps": 0}, None)
+    preprocessing = Preprocessing("counts", 1e4, 10.0)
+    return PerturbDiff(network, genes, vocabularies, preprocessing, config, TrainingRecord(steps=0))

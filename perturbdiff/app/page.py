@@ -215,7 +215,6 @@ class _Bar:
 
 def _facts(model: PerturbDiff, name: str) -> str:
     known = model.vocabularies
-    licence = model.training.get("licence")
     kind = "raw counts or log1p" if model.preprocessing.input_kind == "counts" else "log1p values"
     facts = {
         "Model": short(name, 80),
@@ -224,7 +223,7 @@ def _facts(model: PerturbDiff, name: str) -> str:
         "Cell types": f"{len(known.cell_types):,}",
         "Set size": f"{model.config.set_size:,} cells",
         "Takes": kind,
-        "Licence": short(licence, 60) if isinstance(licence, str) and licence else "not stated",
+        "License": short(model.training.license or "not stated", 60),
     }
     rows = "".join(f"<div><dt>{key}</dt><dd>{escape(value)}</dd></div>" for key, value in facts.items())
     return f'<dl class="facts">{rows}</dl>'

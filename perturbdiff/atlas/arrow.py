@@ -25,7 +25,7 @@ class AtlasCells:
     genes
         Those to give, in their order; the others are left out. Within a cell they keep the order of the tables, so
         that they are sorted unless `genes` are in another order.
-    describe
+    row_name
         What to call a row in a message.
 
     Raises
@@ -41,13 +41,13 @@ class AtlasCells:
         file_genes: GeneVocab,
         genes: GeneVocab,
         preprocessing: Preprocessing,
-        describe: Callable[[int], str],
+        row_name: Callable[[int], str],
     ) -> None:
         self.genes = genes
         self.preprocessing = preprocessing
         self._n_file_genes = len(file_genes)
         self._column = None if genes.names == file_genes.names else _columns(file_genes, genes)
-        self._describe = describe
+        self._row_name = row_name
         self._chunks = [
             (
                 *_list_buffers(batch.column("genes")),
@@ -99,7 +99,7 @@ class AtlasCells:
         if not np.array_equal(per_cell, other := _joined(n_values, np.int32)):
             bad = int((per_cell != other).argmax())
             raise ValueError(
-                f"{self._describe(int(rows[bad]))} has {per_cell[bad]} genes but {other[bad]} values; "
+                f"{self._row_name(int(rows[bad]))} has {per_cell[bad]} genes but {other[bad]} values; "
                 "build or get the atlas again."
             )
         indptr = np.zeros(len(rows) + 1, dtype=np.int64)
@@ -117,7 +117,7 @@ class AtlasCells:
         position = int((cells.genes >= self._n_file_genes).argmax())
         row = int(rows[np.searchsorted(cells.indptr, position, side="right") - 1])
         raise ValueError(
-            f"{self._describe(row)} has gene index {cells.genes[position]}, but there are {self._n_file_genes} genes; "
+            f"{self._row_name(row)} has gene index {cells.genes[position]}, but there are {self._n_file_genes} genes; "
             "build or get the atlas again."
         )
 

@@ -7,7 +7,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from perturbdiff.atlas.format import AtlasInfo
-from perturbdiff.cards import CITATION, MAX_LISTED, escaped, front_text, licence_fields
+from perturbdiff.cards import CITATION, MAX_LISTED, escaped, front_text, license_fields
 
 TAGS = ["single-cell", "perturbation", "transcriptomics", "biology", "perturbdiff"]
 SIZES = ["n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B",
@@ -26,7 +26,7 @@ def atlas_card(info: AtlasInfo) -> str:
     """
     names = ", ".join(source.name for source in info.sources[:3])
     head: dict[str, Any] = {
-        **licence_fields(info.licence),
+        **license_fields(info.license),
         "pretty_name": front_text(f"{names}{', ...' if len(info.sources) > 3 else ''}: {info.n_cells:,} cells"),
         "size_categories": [size_category(info.n_cells)],
         "tags": TAGS,
@@ -39,7 +39,7 @@ def atlas_card(info: AtlasInfo) -> str:
 # Cells for PerturbDiff
 
 {info.n_cells:,} cells of {info.n_perturbations:,} perturbations, {info.n_cell_types:,} cell types and
-{info.n_batches:,} batches; {info.n_genes:,} genes. Licence: {escaped(info.licence or "not stated", 400)}.
+{info.n_batches:,} batches; {info.n_genes:,} genes. License: {escaped(info.license or "not stated", 400)}.
 
 ## How to read it
 
@@ -80,14 +80,14 @@ The values: {escaped(info.normalisation, 2000)}
 | `data/cells-*.parquet` | the cells |
 | `genes.parquet` | names and Ensembl ids of the genes, in the order of the indices |
 | `conditions.parquet` | each condition's number of cells, its shard and its first row there |
-| `atlas.json` | sizes, sources, licence, what a reader must do with the values |
+| `atlas.json` | sizes, sources, license, what a reader must do with the values |
 | `checksums.json` | sha256 and size of every file |
 
 Rule for the genes: {escaped(info.genes_rule)}. Seed of the order of cells within a condition: {info.seed}.
 
 ## Sources
 
-| name | file | cells | genes kept | library size | licence |
+| name | file | cells | genes kept | library size | license |
 |---|---|---|---|---|---|
 {_sources(info)}
 
@@ -101,7 +101,7 @@ Cite the sources above.
 def _sources(info: AtlasInfo) -> str:
     rows = [
         f"| {escaped(s.name)} | {escaped(s.file)} | {s.n_cells:,} | {s.n_genes_kept:,} of {s.n_genes:,} "
-        f"| {escaped(s.library_size)} | {escaped(s.licence or 'not stated', 400)} |"
+        f"| {escaped(s.library_size)} | {escaped(s.license or 'not stated', 400)} |"
         for s in info.sources[: MAX_LISTED * 10]
     ]
     if len(info.sources) > len(rows):

@@ -22,7 +22,7 @@ from perturbdiff.data.vocab import GeneVocab
 from perturbdiff.files import few, inside, sha256, short, write_json
 from perturbdiff.files import read_json as read_object
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "atlas.json"
 GENES = "genes.parquet"
 CONDITIONS = "conditions.parquet"
@@ -119,7 +119,7 @@ class AtlasSource:
 
     name: str
     file: str  # base name or repo id
-    licence: str | None
+    license: str | None
     n_cells: int
     n_genes: int
     n_genes_kept: int
@@ -142,7 +142,7 @@ class AtlasInfo:
     gene_type: str  # "uint16" or "uint32"
     value_type: str  # "uint16", "uint32" or "float32"
     control_label: str
-    licence: str | None
+    license: str | None
     seed: int
     genes_rule: str
     sources: tuple[AtlasSource, ...]
@@ -205,12 +205,12 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder} is not an atlas: it has no {name}; found {found or 'nothing'}.")
     content = read_object(path, MAX_BYTES[name])
     version = content.pop("format_version", None)
-    if version != FORMAT_VERSION or isinstance(version, bool):
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format_version {str(version)[:40]}; this version of perturbdiff reads {FORMAT_VERSION}. "
+            f"{path} has format_version {str(version)[:40]}; this version of perturbdiff reads 1 to {FORMAT_VERSION}. "
             "Update perturbdiff, or get an atlas of that format."
         )
-    return content
+    return _from_version_1(content) if version == 1 and name == MANIFEST else content
 
 
 def read_checksums(folder: Path) -> dict[str, tuple[str, int]]:
@@ -356,6 +356,17 @@ def read_footer(path: Path, schema: pa.Schema, n_rows: int) -> pq.FileMetaData:
     if footer.num_rows != n_rows:
         raise ValueError(f"{path} has {footer.num_rows:,} rows, not {n_rows:,} as {MANIFEST} states. {AGAIN}")
     return footer
+
+
+def _from_version_1(manifest: dict[str, Any]) -> dict[str, Any]:
+    # `license` was spelled otherwise.
+    def renamed(content: Any) -> Any:
+        if not isinstance(content, dict):
+            return content
+        return {"license" if key == "licence" else key: value for key, value in content.items()}
+
+    sources = manifest.get("sources")
+    return renamed({**manifest, "sources": [renamed(s) for s in sources] if isinstance(sources, list) else sources})
 
 
 def _texts(schema: pa.Schema) -> list[str]:

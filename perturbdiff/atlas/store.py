@@ -125,7 +125,7 @@ class Atlas:
         """Hash of all files' hashes: two atlases that share it are the same."""
         return json_sha256(self.digests)
 
-    def describe(self, row: int) -> str:
+    def row_name(self, row: int) -> str:
         """A cell, for messages."""
         i = int(np.searchsorted(self.shard_first, row, side="right")) - 1
         return f"row {row - self.shard_first[i]} of {self.info.shards[i].file} of {self.name}"
@@ -227,15 +227,15 @@ class Atlas:
                 builder.download_and_prepare()  # only takes note of what is there, perhaps made by another process
             tables = [builder.as_dataset("train").data.table for builder in builders]
         wanted = self.genes if genes is None else genes
-        return AtlasCells(tables, self.info.value_column, self.genes, wanted, preprocessing, self.describe)
+        return AtlasCells(tables, self.info.value_column, self.genes, wanted, preprocessing, self.row_name)
 
     def shard_cells(self, table: pa.Table, i: int, preprocessing: Preprocessing) -> AtlasCells:
         """Cells of shard `i` that were read into memory; rows count from 0 in the table."""
 
-        def describe(row: int) -> str:
+        def row_name(row: int) -> str:
             return f"row {row} of what was read of {self.info.shards[i].file} of {self.name}"
 
-        return AtlasCells([table], self.info.value_column, self.genes, self.genes, preprocessing, describe)
+        return AtlasCells([table], self.info.value_column, self.genes, self.genes, preprocessing, row_name)
 
     def _make_cache(self, i: int, builder: Any) -> None:
         from datasets.exceptions import DatasetGenerationError
@@ -290,7 +290,7 @@ class Atlas:
             if wrong.any():
                 position = int(wrong.argmax())
                 row = position if rows is None else int(np.searchsorted(rows, position, side="right")) - 1
-                raise ValueError(f"{self.describe(first + row)} has {what}. {AGAIN}")
+                raise ValueError(f"{self.row_name(first + row)} has {what}. {AGAIN}")
 
         ends = self._condition_ends
         condition = np.searchsorted(ends, np.arange(first, first + len(batch)), side="right")
@@ -336,12 +336,12 @@ class Atlas:
             f"values      {kind}, {info.value_type}; {info.normalisation}",
             f"shards      {len(info.shards)}, {size / 1e9:.2f} GB, "
             + ("on the Hub only" if self.folder is None else f"in {self.folder}"),
-            f"licence     {info.licence or 'not stated'}",
+            f"license     {info.license or 'not stated'}",
         ]
         for source in info.sources:
             lines.append(
                 f"source      {source.name} ({source.file}): {source.n_cells:,} cells, {source.n_genes_kept:,} of "
-                f"{source.n_genes:,} genes, licence {source.licence or 'not stated'}"
+                f"{source.n_genes:,} genes, license {source.license or 'not stated'}"
             )
         plurals = ("perturbation", "perturbations"), ("cell_type", "cell types"), ("batch", "batches")
         for name, plural in plurals:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,13 +29,13 @@ def add_hub_commands(commands: Any) -> None:
         hub_commands, "push", _push, "a model folder -> a repo on the Hub",
         "Checks the folder, writes its card, pushes it as one commit, pulls that back, compares every hash and runs\n"
         "the golden check; the tag is set last, so that a push that failed leaves none.",
-        "examples:\n  perturbdiff hub push runs/kang/model owner/kang --tag v1 --licence mit\n"
+        "examples:\n  perturbdiff hub push runs/kang/model owner/kang --tag v1 --license mit\n"
         "  perturbdiff hub push runs/kang/model owner/kang --private --revision trial\n"
         "Prints the lines by which a registry names what was pushed.",
     )  # fmt: skip
     push.add_argument("model", metavar="FOLDER", help="model folder")
     add_target(push)
-    push.add_argument("--licence", metavar="ID", help="of the weights; kept in the folder's training.json and its card")
+    push.add_argument("--license", metavar="ID", help="of the weights; kept in the folder's training.json and its card")
     push.add_argument(
         "--benchmark", metavar="OWNER/NAME", help="the data set on the Hub that its evaluation is of, to be shown there"
     )
@@ -58,15 +59,16 @@ def add_hub_commands(commands: Any) -> None:
     listing.add_argument("--search", metavar="WORD", help="only models with this word in their name")
 
     info = add_command(
-        hub_commands, "info", _info, "what a model expects: genes, X, labels, licence, scores",
+        hub_commands, "info", _info, "what a model expects: genes, X, labels, license, scores",
         "Reads the JSON files of a model and says what it expects and where it comes from; loads no weights.",
         "examples:\n  perturbdiff hub info runs/kang/model\n  perturbdiff hub info owner/kang@v1\n" + WHERE,
     )  # fmt: skip
     info.add_argument("model", metavar="MODEL", help="folder, name or repo")
 
     verify = add_command(
-        hub_commands, "verify", _verify, "every hash, the card, and the golden output",
-        "Loads a model as `predict` would and says what was checked. Names the first problem.",
+        hub_commands, "verify", _verify, "every hash and the golden output",
+        "Loads a model as `predict` would and says what was checked. Names the first problem. The card is text for\n"
+        "people, which their edits may change; it is not looked at.",
         "example:\n  perturbdiff hub verify owner/kang@v1\n" + WHERE,
     )  # fmt: skip
     verify.add_argument("model", metavar="MODEL", help="folder, name or repo")
@@ -106,20 +108,21 @@ def add_hub_commands(commands: Any) -> None:
     convert.add_argument(
         "--weights", choices=("ema", "raw"), default="ema", help="averaged or last (default: %(default)s)"
     )
-    convert.add_argument("--licence", metavar="ID", help="of the weights, for the card")
+    convert.add_argument("--license", metavar="ID", help="of the weights, for the card")
 
 
 def _push(arguments: argparse.Namespace) -> None:
-    from perturbdiff.hub.model_folder import read_settings
+    from perturbdiff.hub.metadata import parse_metadata
+    from perturbdiff.hub.model_folder import read_folder
     from perturbdiff.hub.registry import entry_of
     from perturbdiff.model import PerturbDiff, push_folder
 
-    files = read_settings(arguments.model)  # a folder, not a repo id
-    if arguments.licence is not None:
-        if files.is_adapter:
-            raise ValueError("an adapter has no licence of its own; leave --licence out.")
+    folder = read_folder(arguments.model)  # not a repo id
+    if arguments.license is not None:
+        if folder.is_adapter:
+            raise ValueError("an adapter has no license of its own; leave --license out.")
         model = PerturbDiff.from_pretrained(arguments.model, device="cpu")
-        model.training = {**model.training, "licence": arguments.licence}
+        model.training = replace(model.training, license=arguments.license)
         model.save_pretrained(arguments.model)
     done = push_folder(
         arguments.model,
@@ -131,13 +134,12 @@ def _push(arguments: argparse.Namespace) -> None:
         benchmark=arguments.benchmark,
     )
     print_publication(done)
-    files = read_settings(arguments.model)
-    evaluation = files.json.get("evaluation.json")
-    scores = {} if evaluation is None else evaluation["mean"][evaluation["model"]]
-    metrics = {name: round(value, 4) for name, value in scores.items() if value is not None}
+    folder = read_folder(arguments.model)
+    evaluation = parse_metadata(folder).evaluation
+    metrics = {name: round(value, 4) for name, value in evaluation.scores.items()} if evaluation else {}
     name = arguments.repo.rsplit("/", 1)[-1]
     print("\nfor a registry:")
-    print(entry_of(name, done.repo, done.tag or done.commit, files.sha256, None, metrics), end="")
+    print(entry_of(name, done.repo, done.tag or done.commit, folder.sha256, None, metrics), end="")
 
 
 def _pull(arguments: argparse.Namespace) -> None:
@@ -156,9 +158,9 @@ def _list(arguments: argparse.Namespace) -> None:
 
     known = read_registry()
     print(f"registered  {len(known)}")
-    for checkpoint in known.values():
-        scores = ", ".join(f"{name} {value:g}" for name, value in list(checkpoint.metrics.items())[:3])
-        print(f"  {checkpoint.name:<24}{checkpoint.repo}@{checkpoint.revision or 'folder'}  {scores}")
+    for entry in known.values():
+        scores = ", ".join(f"{name} {value:g}" for name, value in list(entry.metrics.items())[:3])
+        print(f"  {entry.name:<24}{entry.repo}@{entry.revision or 'folder'}  {scores}")
     try:
         found = list_models(arguments.owner, arguments.search)
     except OSError as error:  # what is registered may be folders, or in the cache
@@ -170,16 +172,16 @@ def _list(arguments: argparse.Namespace) -> None:
 
 
 def _info(arguments: argparse.Namespace) -> None:
-    from perturbdiff.hub.info import describe
+    from perturbdiff.hub.info import model_info
 
-    print(describe(_find(arguments.model)))
+    print(model_info(_find(arguments.model)))
 
 
 def _verify(arguments: argparse.Namespace) -> None:
     from perturbdiff.model import PerturbDiff
 
     model = PerturbDiff.from_pretrained(arguments.model, device="cpu")
-    print(f"verified    {arguments.model}: {model.n_parameters:,} parameters; every hash, the card, the golden output")
+    print(f"verified    {arguments.model}: {model.n_parameters:,} parameters; every hash and the golden output")
 
 
 def _diff(arguments: argparse.Namespace) -> None:
@@ -197,8 +199,8 @@ def _convert(arguments: argparse.Namespace) -> None:
             line.strip() for line in Path(arguments.genes).read_text(encoding="utf-8").splitlines() if line.strip()
         ]
     model = PerturbDiff.from_reference(arguments.checkpoint, genes, arguments.dataset, arguments.weights)
-    if arguments.licence is not None:
-        model.training = {**model.training, "licence": arguments.licence}
+    if arguments.license is not None:
+        model.training = replace(model.training, license=arguments.license)
     if Path(arguments.out).exists():
         raise FileExistsError(f"--out {arguments.out} exists; choose another name or remove it.")
     model.save_pretrained(arguments.out)

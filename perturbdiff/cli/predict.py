@@ -97,7 +97,7 @@ def load_model(name: str, features: list[str]) -> PerturbDiff:
 
     device = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ and torch.cuda.is_available() else None
     model = PerturbDiff.from_pretrained(name, device=device)
-    new = model.describe([read_features(path) for path in features]) if features else []
+    new = model.add_features([read_features(path) for path in features]) if features else []
     if new:
         print(f"features    {len(new):,} more perturbations known by {', '.join(features)}")
     return model
@@ -115,11 +115,11 @@ def _predict(arguments: argparse.Namespace) -> None:
 def _predict_one(arguments: argparse.Namespace) -> None:
     from perturbdiff.data.screen import control_cells, write_h5ad
     from perturbdiff.files import write_whole
-    from perturbdiff.inference.intervals import mean_expression, median_width, population_summary, read_calibration
+    from perturbdiff.inference.intervals import mean_expression, median_width, population_summary
     from perturbdiff.inference.output import write_parquet
 
     model = load_model(arguments.model, arguments.features)
-    calibration = read_calibration(model.training)
+    calibration = model.training.calibration
     controls = control_cells(arguments.controls, model.config.obs, arguments.cell_type, arguments.batch)
     predicted = model.generate(
         controls,
@@ -189,9 +189,7 @@ def _print_genes(said: dict[str, Any], model: PerturbDiff) -> None:
 def _print_certainty(model: PerturbDiff, widths: list[float]) -> None:
     import numpy as np
 
-    from perturbdiff.inference.intervals import read_calibration
-
-    calibration = read_calibration(model.training)
+    calibration = model.training.calibration
     if calibration is None:
         print("certainty   not calibrated: perturbdiff calibrate makes intervals of the spread between populations")
         return
@@ -231,7 +229,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     screen = Screen.read(arguments.screen, config.data)
     split = read_split(arguments.split, screen)
     everything = ConditionIndex.build(screen, np.ones(len(screen), dtype=bool))
-    match = model.training.get("control_match") or resolve_control_match(everything, config.data.control_match)
+    match = model.training.control_match or resolve_control_match(everything, config.data.control_match)
     found = calibrate(model, screen, split.validation, match, arguments.n_populations, seed=arguments.seed)
     model.save_pretrained(arguments.model)
     print(f"conditions  {found.n_conditions}, held out for validation")

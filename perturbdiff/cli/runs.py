@@ -286,7 +286,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     print(report.table())
     if arguments.model is not None:
         model = PerturbDiff.from_pretrained(arguments.model, device="cpu")
-        model.evaluation = report.as_json()
+        model.evaluation = report.record()
         model.save_pretrained(arguments.model)
         print(f"scores put into {arguments.model}")
     if arguments.out is not None:

@@ -199,7 +199,7 @@ class Labels:
 class Vocabularies:
     """The labels a model knows. A perturbation label "A+B" is the perturbations A and B together, "A@0.5" A at a dose.
 
-    n_described
+    n_by_features
         The last so many perturbations have no row of their own: no training cell received them, and they are known by
         their features alone.
     tables
@@ -211,13 +211,13 @@ class Vocabularies:
     batches: LabelVocab
     combination_separator: str | None
     dose_separator: str | None = None
-    n_described: int = 0
+    n_by_features: int = 0
     tables: tuple[tuple[str, int], ...] = ()
 
     @property
     def labelled(self) -> tuple[str, ...]:
         """The perturbations that training gave a row."""
-        return self.perturbations.names[: len(self.perturbations) - self.n_described]
+        return self.perturbations.names[: len(self.perturbations) - self.n_by_features]
 
     def encode(self, conditions: Sequence[tuple[str | None, str | None, str | None]]) -> Labels:
         """Ids of (perturbation, cell_type, batch) names. None is null; so are unknown cell types and batches.

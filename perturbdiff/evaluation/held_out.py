@@ -31,13 +31,14 @@ def score_held_out(config: Config, screen: Screen) -> Scored:
     out = Path(config.out)
     model = PerturbDiff.from_pretrained(out / "model")
     split = read_split(out / "split.json", screen)
-    match = model.training["control_match"]
+    match = model.training.control_match
+    assert match is not None, "the model of a run says whose controls it had"
     predicted = predict_held_out(model, screen, split, match, config.training.seed)
     write_h5ad(predicted, out / "predicted.h5ad")
     report = evaluate(predicted, screen, match, split)
     if len(ConditionIndex.build(screen, split.validation)) >= 2:
         calibrate(model, screen, split.validation, match, seed=config.training.seed)
-    model.evaluation = report.as_json()
+    model.evaluation = report.record()
     model.save_pretrained(out / "model")  # scores and card; the weights stay as they are
     names = ("config.yaml", "split.json", "metrics.jsonl", "model", "predicted.h5ad")
     return Scored(report, [*(out / name for name in names), *report.save(out)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,9 @@ from perturbdiff.data.splits import Split, read_split
 from perturbdiff.data.vocab import GeneVocab
 from perturbdiff.evaluation.baselines import BASELINES, TrainingEffects, shift_cells
 from perturbdiff.evaluation.metrics import METRICS, mean_scores, score_condition, split_half_ceiling
-from perturbdiff.files import progress
+from perturbdiff.files import progress, write_json
+from perturbdiff.hub.records import EvaluationRecord, SplitRecord
 
-FORMAT_VERSION = 1  # of scores.json
 MODEL = "PerturbDiff"
 CEILING = "ceiling (half predicts half)"
 CONDITION = ["perturbation", "cell_type", "batch"]
@@ -92,29 +91,27 @@ class Report:
             "+ higher is better, - lower is better, 1 ideal is 1"
         )
 
-    def as_json(self) -> dict[str, Any]:
-        """Everything a model card says of these scores: evaluation.json of a model folder, whatever was known."""
-        means = self.means().astype(object).where(self.means().notna(), None)
-        split = None if self.hold_out is None else {"hold_out": list(self.hold_out), "sha256": self.split_sha256}
-        return {
-            "format_version": FORMAT_VERSION,
-            "library_version": __version__,
-            "model": MODEL,
-            "ceiling": CEILING,
-            "data": self.data,
-            "split": split,
-            "n_conditions": self.n_conditions,
-            "metrics": dict(METRICS),
-            "mean": means.to_dict("index"),
-            "n_undefined": self.undefined().astype(int).to_dict("index"),
-        }
+    def record(self) -> EvaluationRecord:
+        """The means, as a model's folder and card keep them."""
+        means: Any = self.means().astype(object).where(self.means().notna(), None).to_dict("index")
+        undefined: Any = self.undefined().astype(int).to_dict("index")
+        return EvaluationRecord(
+            library_version=__version__,
+            model=MODEL,
+            ceiling=CEILING,
+            data=self.data,
+            split=None if self.hold_out is None else SplitRecord(self.hold_out, self.split_sha256),
+            n_conditions=self.n_conditions,
+            metrics=dict(METRICS),
+            mean=means,
+            n_undefined=undefined,
+        )
 
     def save(self, folder: Path) -> list[Path]:
-        """Write scores.csv (by condition) and scores.json (`as_json`); returns their paths."""
+        """Write scores.csv (by condition) and scores.json (`record`); returns their paths."""
         csv, as_json = folder / "scores.csv", folder / "scores.json"
         self.scores.to_csv(csv, index=False)
-        text = json.dumps(self.as_json(), indent=1, ensure_ascii=False, allow_nan=False)
-        as_json.write_text(text + "\n", encoding="utf-8")
+        write_json(as_json, self.record().as_json())
         return [csv, as_json]
 
 

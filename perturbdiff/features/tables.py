@@ -139,7 +139,7 @@ def with_tables(vocabularies: Vocabularies, tables: Sequence[FeatureTable]) -> V
     return replace(
         vocabularies,
         perturbations=LabelVocab("perturbation", (*vocabularies.labelled, *described)),
-        n_described=len(described),
+        n_by_features=len(described),
         tables=tuple((table.name, table.values.shape[1]) for table in tables),
     )
 

@@ -20,18 +20,10 @@ from torch import Tensor
 from perturbdiff.cards import plain
 from perturbdiff.files import few, short
 from perturbdiff.hub.card import write_card
-from perturbdiff.hub.download import ModelSource, max_tensor_bytes
-from perturbdiff.hub.model_folder import (
-    ADAPTER_CONFIG,
-    GOLDEN,
-    ModelFiles,
-    Settings,
-    check_tensor_files,
-    read_settings,
-    read_tensors,
-    write_model_folder,
-)
-from perturbdiff.hub.settings import parse_settings
+from perturbdiff.hub.download import ModelSource
+from perturbdiff.hub.metadata import ModelMetadata, parse_metadata
+from perturbdiff.hub.model_folder import ADAPTER_CONFIG, GOLDEN, ModelFolder, check_tensor_files, read_folder
+from perturbdiff.hub.tensors import denoiser_of, max_tensor_bytes, read_tensors, write_model_folder
 from perturbdiff.hub_client import REPO_ID
 from perturbdiff.nn.denoiser import Denoiser
 from perturbdiff.nn.lora import BACKBONE, A, B, changed_layers, low_rank, merged
@@ -89,7 +81,7 @@ class Adapter:
 
     def check_base(self, source: ModelSource) -> ModelSource:
         """A model that was found, to be loaded as this one only. Raises ValueError where it is not the base."""
-        files = read_settings(source.folder)
+        files = read_folder(source.folder)
         if files.sha256 != self.base.sha256:
             found = Base(source.name, source.commit, files.sha256)
             raise ValueError(
@@ -126,8 +118,8 @@ def save_adapter(folder: str | Path, model: str | Path, weights: Mapping[str, Te
     FileExistsError, OSError
         `folder` exists and is no adapter; it could not be written.
     """
-    files = read_settings(model)
-    base = _base(Path(model), files)
+    metadata = parse_metadata(read_folder(model))
+    base = _base(Path(model), metadata)
     ranks = {layer: a.shape[0] for layer, a, _ in low_rank(weights)}
     rank = max(ranks.values())  # all are the same
     change = {n: tensor for n, tensor in weights.items() if n.endswith((A, B)) or not n.startswith(BACKBONE)}
@@ -141,14 +133,13 @@ def save_adapter(folder: str | Path, model: str | Path, weights: Mapping[str, Te
         "modules_to_save": _modules(weights),
         "inference_mode": True,
     }
-    json_files = {**files.json, ADAPTER_CONFIG: config}
     tensors = {_in_file(name): tensor for name, tensor in change.items()}
     n_parameters = sum(tensor.numel() for name, tensor in weights.items() if not name.endswith((A, B)))
-    card = write_card(files.config, json_files, n_parameters)
-    write_model_folder(folder, ModelFiles(files.config, json_files, tensors, load_file(Path(model) / GOLDEN), card))
+    card = write_card(metadata, n_parameters, is_adapter=True)
+    write_model_folder(folder, metadata, tensors, load_file(Path(model) / GOLDEN), card, adapter=config)
 
 
-def read_adapter(folder: str | Path, files: Settings, shapes: Denoiser) -> Adapter:
+def read_adapter(folder: ModelFolder, metadata: ModelMetadata, shapes: Denoiser) -> Adapter:
     """The content of an adapter whose files were checked; `shapes` is its denoiser on the meta device.
 
     Raises
@@ -157,23 +148,24 @@ def read_adapter(folder: str | Path, files: Settings, shapes: Denoiser) -> Adapt
         training.json names no base; adapter_config.json asks for anything but LoRA of layers of the blocks; tensors are
         missing, unexpected, of another shape or of another type than float.
     """
-    folder, config, state = Path(folder), files.json[ADAPTER_CONFIG], shapes.state_dict()
+    config, state = folder.json[ADAPTER_CONFIG], shapes.state_dict()
     expected = {name: tuple(tensor.shape) for name, tensor in state.items() if not name.startswith(BACKBONE)}
-    rank, alpha, layers = _checked(folder / ADAPTER_CONFIG, config, changed_layers(shapes), _modules(state))
+    rank, alpha, layers = _checked(folder.path / ADAPTER_CONFIG, config, changed_layers(shapes), _modules(state))
     for layer in layers:
         n_out, n_in = state[f"{layer}.weight"].shape
         expected |= {layer + A: (rank, n_in), layer + B: (n_out, rank)}
-    tensors = read_tensors(folder, files, {_in_file(name): shape for name, shape in expected.items()})
+    tensors = read_tensors(folder, {_in_file(name): shape for name, shape in expected.items()})
     weights = {name: tensors[_in_file(name)] for name in expected}
-    return Adapter(_base(folder, files), alpha / rank, weights)
+    return Adapter(_base(folder.path, metadata), alpha / rank, weights)
 
 
 def check_adapter(folder: str | Path) -> None:
-    """All of an adapter but its merging, which needs the base. Raises as `read_settings` and `read_adapter`."""
-    files = read_settings(folder)
-    shapes = parse_settings(folder, files).shapes()
-    check_tensor_files(folder, files, max_tensor_bytes(shapes))
-    read_adapter(folder, files, shapes)
+    """All of an adapter but its merging, which needs the base. Raises as `read_folder` and `read_adapter`."""
+    content = read_folder(folder)
+    metadata = parse_metadata(content)
+    shapes = denoiser_of(metadata)
+    check_tensor_files(content, max_tensor_bytes(shapes))
+    read_adapter(content, metadata, shapes)
 
 
 def extended_base(folder: str | Path, base: Denoiser) -> Denoiser:
@@ -181,7 +173,7 @@ def extended_base(folder: str | Path, base: Denoiser) -> Denoiser:
 
     Its rows of genes and labels are zeros: peft puts those of the adapter there.
     """
-    denoiser = parse_settings(folder, read_settings(folder)).shapes()
+    denoiser = denoiser_of(parse_metadata(read_folder(folder)))
     zeros = {name: torch.zeros(tensor.shape) for name, tensor in denoiser.state_dict().items()}
     backbone = {name: tensor for name, tensor in base.state_dict().items() if name.startswith(BACKBONE)}
     denoiser.load_state_dict({**zeros, **backbone}, assign=True)
@@ -210,13 +202,11 @@ def _checked(path: Path, config: dict[str, Any], layers: list[str], modules: lis
     return rank, alpha, [layer for layer in layers if f".{layer}".endswith(suffixes)]
 
 
-def _base(folder: Path, files: Settings) -> Base:
-    start = files.json["training.json"].get("init_from")
-    name, revision, digest = map(start.get, ("name", "revision", "sha256")) if isinstance(start, dict) else (None,) * 3
-    hexadecimal = re.fullmatch("([0-9a-f]{40})? [0-9a-f]{64}", f"{revision or ''} {digest}")
-    if not isinstance(name, str) or hexadecimal is None:
+def _base(folder: Path, metadata: ModelMetadata) -> Base:
+    start = metadata.training.init_from
+    if start is None or re.fullmatch("([0-9a-f]{40})? [0-9a-f]{64}", f"{start.revision or ''} {start.sha256}") is None:
         raise ValueError(f"{folder}: init_from in training.json must give name, revision and sha256 of the base.")
-    return Base(plain(name, 200), revision or None, str(digest))
+    return Base(plain(start.name, 200), start.revision or None, start.sha256)
 
 
 def _modules(weights: Mapping[str, Tensor]) -> list[str]:

@@ -1,25 +1,29 @@
-"""The model card: README.md of a model folder, generated from what the folder says and from its evaluation.
+"""The model card: README.md of a model folder, generated from its metadata and its scores.
 
-Everything shown may come from a stranger: names are escaped, lists cut, front matter is written by a YAML library.
+A card is text: it is checked before it is pushed, and never read to load a model. Everything shown may come from a
+stranger: names are escaped, lists cut, front matter is written by a YAML library.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.utils import yaml_dump
 
-from perturbdiff.cards import CITATION, MAX_LISTED, escaped, front_text, licence_fields, listed
-from perturbdiff.hub.card_check import check_evaluation
-from perturbdiff.hub.model_folder import ADAPTER_CONFIG
+from perturbdiff.cards import CITATION, MAX_LISTED, escaped, front_text, license_fields, listed
+from perturbdiff.config import ModelConfig, Preprocessing
+from perturbdiff.data.vocab import Vocabularies
+from perturbdiff.hub.metadata import ModelMetadata
+from perturbdiff.hub.records import EvaluationRecord, TrainingRecord
 from perturbdiff.hub_client import REPO_ID
 
 LIBRARY = "perturbdiff"
 TAGS = ["single-cell", "perturbation", "diffusion", "biology", "transcriptomics"]
 HERE = "."  # the name of a folder that is opened where it lies
-EVALUATION = "evaluation.json"
 TASK = "perturbation-response-prediction"  # no pipeline of the Hub fits, so there is no pipeline_tag
 REFERENCE_ONLY = (
     "covariate_dim",
@@ -28,62 +32,63 @@ REFERENCE_ONLY = (
     "batch_encoding",
     "published_encoding",
 )
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+HTML = re.compile(r"</?[a-zA-Z!?]")
+LINK = re.compile(r"\]\((?!https://)")
 ARROWS = {"higher": "↑", "lower": "↓", "ideal 1": "→ 1"}
-TOLD = {
-    "screen", "atlases", "steps", "cells_seen", "control_match", "hold_out", "settings", "library_version", "licence",
-    "init_from", "converted_from",
-}  # fmt: skip
 
 
-def write_card(
-    config: dict[str, Any], json_files: dict[str, dict[str, Any]], n_parameters: int, name: str | None = None
-) -> str:
+def write_card(model: ModelMetadata, n_parameters: int, name: str | None = None, is_adapter: bool = False) -> str:
     """Markdown with the Hub's front matter.
 
     Parameters
     ----------
-    config
-        config.json: denoiser, diffusion, sampling, obs, set_size.
-    json_files
-        The other JSON files of the folder by name; evaluation.json, as `Report.save` writes scores.json, may be there.
-        training.json may say `licence`, `init_from` (name, revision, sha256 of a checkpoint, and the method of
-        adapting it) and `converted_from` (a published file).
     n_parameters
         Of the denoiser.
     name
         What `from_pretrained` in the card opens: a repo id or a folder; the folder itself if None.
+    is_adapter
+        Of a folder that holds a change of another model's weights.
+    """
+    perturbations, license = model.vocabularies.perturbations.names, model.training.license
+    title = "PerturbDiff model" if name in (None, HERE) else escaped(name)
+    stated = f"License: {escaped(license, 400)}." if license else "The license of the weights is not stated."
+    sections = {
+        "": f"# {title}\n\n{_what(perturbations)} {stated}{_adapter(model.training) if is_adapter else ''}",
+        "Intended use": _intended_use(model.vocabularies),
+        "How to load": _how_to_load(perturbations, name or HERE),
+        "What it expects": _expects(model),
+        "Training data": _training_data(model.training),
+        "Preprocessing": _preprocessing(model.preprocessing),
+        "Architecture": _architecture(model.config, n_parameters),
+        "Evaluation": "Not evaluated." if model.evaluation is None else _evaluation(model.evaluation),
+        "Limits": _limits(model),
+        "Citation": CITATION.rstrip(),
+    }
+    text = "\n\n".join(f"## {heading}\n\n{text}" if heading else text for heading, text in sections.items())
+    return f"---\n{_front_matter(model.training, model.evaluation, name, is_adapter)}\n---\n{text}\n"
+
+
+def check_card(text: str) -> None:
+    """Refuse to show what could run in a reader's browser: a guard behind the escaping of names.
 
     Raises
     ------
     ValueError
-        evaluation.json is not what `check_evaluation` takes.
+        No front matter between two lines of --- at the top; HTML outside of code blocks; a link that is not to https; a
+        control character.
     """
-    training = json_files["training.json"]
-    evaluation = json_files.get(EVALUATION)
-    if evaluation is not None:
-        check_evaluation(evaluation)
-    perturbations = json_files["perturbations.json"]["names"]
-    title = "PerturbDiff model" if name in (None, HERE) else escaped(name)
-    licence = training.get("licence")
-    stated = f"Licence: {escaped(licence, 400)}." if licence else "The licence of the weights is not stated."
-    sections = {
-        "": f"# {title}\n\n{_what(perturbations)} {stated}{_adapter(training) if ADAPTER_CONFIG in json_files else ''}",
-        "Intended use": _intended_use(json_files["perturbations.json"]),
-        "How to load": _how_to_load(perturbations, name or HERE),
-        "What it expects": _expects(config, json_files),
-        "Training data": _training_data(training),
-        "Preprocessing": _preprocessing(json_files["preprocessing.json"]),
-        "Architecture": _architecture(config, n_parameters),
-        "Evaluation": "Not evaluated." if evaluation is None else _evaluation(evaluation),
-        "Limits": _limits(config, json_files, evaluation),
-        "Citation": CITATION.rstrip(),
-    }
-    text = "\n\n".join(f"## {heading}\n\n{text}" if heading else text for heading, text in sections.items())
-    return f"---\n{_front_matter(training, evaluation, name, ADAPTER_CONFIG in json_files)}\n---\n{text}\n"
+    front = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
+    if front is None:
+        raise ValueError("the card must begin with front matter between two lines of ---.")
+    body = re.sub(r"^```.*?^```$", "", text[front.end() :], flags=re.DOTALL | re.MULTILINE)
+    for odd, shown in ((CONTROL, text), (HTML, front[0]), (HTML, body), (LINK, body)):
+        if found := odd.search(shown):
+            raise ValueError(f"the card has {shown[found.start() :][:40]!r}, which may not be shown; change that name.")
 
 
 def eval_results_files(
-    evaluation: dict[str, Any], benchmark: str | None, revision: str | None = None, source_url: str | None = None
+    evaluation: EvaluationRecord, benchmark: str | None, revision: str | None = None, source_url: str | None = None
 ) -> dict[str, str]:
     """The Hub's `.eval_results/*.yaml`: its text by path; nothing without a benchmark.
 
@@ -92,8 +97,6 @@ def eval_results_files(
 
     Parameters
     ----------
-    evaluation
-        As evaluation.json.
     benchmark, revision
         Repo id and commit of the data set.
     source_url
@@ -102,68 +105,63 @@ def eval_results_files(
     Raises
     ------
     ValueError
-        As `check_evaluation`; `benchmark` is no repo id.
+        `benchmark` is no repo id.
 
     Notes
     -----
     https://huggingface.co/docs/hub/eval-results
     """
-    check_evaluation(evaluation)
     if benchmark is None:
         return {}
     if not REPO_ID.fullmatch(benchmark):
         raise ValueError(f"benchmark {benchmark!r} is no repo id; give OWNER/NAME of a data set on the Hub.")
-    notes = front_text(
-        f"{evaluation['data'] or 'screen'}: mean over {evaluation['n_conditions']} held-out conditions", 200
-    )
+    notes = front_text(f"{evaluation.data or 'screen'}: mean over {evaluation.n_conditions} held-out conditions", 200)
     entries = [
         EvalResultEntry(benchmark, metric, value, dataset_revision=revision, source_url=source_url, notes=notes)
-        for metric, value in evaluation["mean"][evaluation["model"]].items()
-        if value is not None
+        for metric, value in evaluation.scores.items()
     ]
     text = yaml_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
     return {f".eval_results/{benchmark.replace('/', '--')}.yaml": text} if entries else {}
 
 
 def _front_matter(
-    training: dict[str, Any], evaluation: dict[str, Any] | None, name: str | None, is_adapter: bool
+    training: TrainingRecord, evaluation: EvaluationRecord | None, name: str | None, is_adapter: bool
 ) -> str:
-    start = _inside(training, "init_from")
-    on_hub = isinstance(start.get("revision"), str) and REPO_ID.fullmatch(str(start.get("name"))) is not None
-    data_sets = sorted({atlas["name"] for atlas in _atlases(training) if atlas["commit"]})
+    base = None
+    if (start := training.init_from) is not None and start.revision is not None and REPO_ID.fullmatch(start.name):
+        base = start.name
     results = None
     if evaluation is not None:
-        split = evaluation["split"] or {}
+        held_out = evaluation.split.hold_out if evaluation.split else ()
         results = [
             EvalResult(
                 task_type=TASK,
                 task_name="Perturbation response prediction",
                 dataset_type="screen",
-                dataset_name=front_text(_base_name(evaluation["data"] or "unnamed screen")),
+                dataset_name=front_text(_base_name(evaluation.data or "unnamed screen")),
                 dataset_split="held-out conditions",
-                dataset_args={"hold_out": [front_text(word) for word in split.get("hold_out", [])[:MAX_LISTED]]},
+                dataset_args={"hold_out": [front_text(word) for word in held_out[:MAX_LISTED]]},
                 metric_type=metric,
-                metric_name=f"{metric} ({_direction(evaluation['metrics'][metric])})",
+                metric_name=f"{metric} ({_direction(evaluation.metrics[metric])})",
                 metric_value=value,
             )
-            for metric, value in evaluation["mean"][evaluation["model"]].items()
-            if value is not None
+            for metric, value in evaluation.scores.items()
         ]
-    licence = licence_fields(training["licence"] if isinstance(training.get("licence"), str) else None)
+    license = license_fields(training.license)
     return ModelCardData(
-        license=licence.get("license"),
-        license_name=licence.get("license_name"),
+        license=license.get("license"),
+        license_name=license.get("license_name"),
         library_name=LIBRARY,
         tags=TAGS,
-        datasets=data_sets or None,
-        base_model=start["name"] if on_hub else None,
-        base_model_relation=("adapter" if is_adapter else "finetune") if on_hub else None,
+        datasets=sorted({name for name, on_hub in map(_atlas, training.atlases[:MAX_LISTED]) if on_hub}) or None,
+        base_model=base,
+        base_model_relation=base and ("adapter" if is_adapter else "finetune"),
         model_name=front_text((name or "").rstrip("/").split("/")[-1].strip(".")) or "PerturbDiff" if results else None,
         eval_results=results or None,
     ).to_yaml()
 
 
-def _what(perturbations: list[str]) -> str:
+def _what(perturbations: Sequence[str]) -> str:
     if not perturbations:
         return "Trained on unperturbed cells, without perturbations: a start for training; it predicts no response."
     return (
@@ -172,19 +170,20 @@ def _what(perturbations: list[str]) -> str:
     )
 
 
-def _adapter(training: dict[str, Any]) -> str:
-    base = _inside(training, "init_from")
+def _adapter(training: TrainingRecord) -> str:
+    base = training.init_from
+    assert base is not None, "an adapter names its base"
     return (
         f"\n\nAn adapter: low-rank changes (LoRA) and newly trained layers, of no use without its base, "
-        f"{escaped(base.get('name'), 200)} with config.json of sha256 {escaped(base.get('sha256'))}. It is merged when "
-        "it is loaded; `base=` says where the base is, if it is not on the Hub."
+        f"{escaped(base.name, 200)} with config.json of sha256 {escaped(base.sha256)}. It is merged when it is loaded; "
+        "`base=` says where the base is, if it is not on the Hub."
     )
 
 
-def _intended_use(labels: dict[str, Any]) -> str:
-    if not labels["names"]:
+def _intended_use(known: Vocabularies) -> str:
+    if not known.perturbations.names:
         return "Research: the start of a model of perturbation responses. It is not meant to predict anything itself."
-    beyond = " and that no features describe" if labels.get("tables") else ""
+    beyond = " and that no features describe" if known.tables else ""
     return f"""\
 Research: to predict the cells of a condition that was not measured, in a context (cell type, batch) of which there are
 control cells, for example to choose the next experiment.
@@ -193,7 +192,7 @@ Out of scope: decisions about patients; perturbations that it was not trained on
 cells."""
 
 
-def _how_to_load(perturbations: list[str], name: str) -> str:
+def _how_to_load(perturbations: Sequence[str], name: str) -> str:
     lines = ["from perturbdiff import PerturbDiff", "", f"model = PerturbDiff.from_pretrained({_literal(name)})"]
     after = ""
     if perturbations:
@@ -209,156 +208,136 @@ and `predicted.uns["perturbdiff"]` says how it was made and what was unseen."""
     return "```python\n" + "\n".join(lines) + "\n```" + after
 
 
-def _expects(config: dict[str, Any], files: dict[str, dict[str, Any]]) -> str:
-    how, obs, labels = files["preprocessing.json"], config["obs"], files["perturbations.json"]
-    ensembl = files["genes.json"].get("ensembl")
-    if how["input_kind"] == "counts":
-        values = f"raw counts, or log1p values of {how['target_sum']:g} counts a cell"
+def _expects(model: ModelMetadata) -> str:
+    how, obs, known = model.preprocessing, model.config.obs, model.vocabularies
+    perturbations = known.perturbations.names
+    if how.input_kind == "counts":
+        values = f"raw counts, or log1p values of {how.target_sum:g} counts a cell"
     else:
         values = "log1p values, normalised as the training data were; counts are refused"
-    separator = labels.get("combination_separator")
-    genes = files["genes.json"]["names"]
+    by = "name or Ensembl id" if model.genes.ensembl else "name"
     rows = [
         ("`X` of the control cells", values),
-        ("genes", f"{len(genes):,}, matched by name{' or Ensembl id' if ensembl else ''}: {listed(genes)}"),
-        ("obs columns", f"{escaped(obs['cell_type'])} and {escaped(obs['batch'])}, or `cell_type=` and `batch=`"),
-        ("perturbations", f"{len(labels['names']):,}: {listed(labels['names'])}" if labels["names"] else "none"),
+        ("genes", f"{len(model.genes):,}, matched by {by}: {listed(model.genes.names)}"),
+        ("obs columns", f"{escaped(obs.cell_type)} and {escaped(obs.batch)}, or `cell_type=` and `batch=`"),
+        ("perturbations", _number_and_names(perturbations) or "none"),
     ]
-    if labels["names"]:
-        joined = f"of these, joined as A{escaped(separator)}B" if separator else "none"
-        rows.append(("combinations", joined))
-        if labels.get("tables"):
-            tables = listed([f"{name} ({width:,})" for name, width in labels["tables"]])
-            rows.append(("features", f"{tables}; {labels['n_described']:,} of the perturbations by them alone"))
-        if dose := labels.get("dose_separator"):
-            rows.append(("doses", f"written behind the name, as A{escaped(dose)}0.5"))
-    for file, what in (("cell_types.json", "cell types"), ("batches.json", "batches")):
-        names = files[file]["names"]
-        rows.append((f"{what} seen", f"{len(names):,}: {listed(names)}" if names else "not an input"))
-    rows.append(("cells of a set", f"up to {config['set_size']:,}"))
+    if perturbations:
+        separator = known.combination_separator
+        rows.append(("combinations", f"of these, joined as A{escaped(separator)}B" if separator else "none"))
+        if known.tables:
+            tables = listed([f"{name} ({width:,})" for name, width in known.tables])
+            rows.append(("features", f"{tables}; {known.n_by_features:,} of the perturbations by them alone"))
+        if known.dose_separator:
+            rows.append(("doses", f"written behind the name, as A{escaped(known.dose_separator)}0.5"))
+    rows.append(("cell types seen", _number_and_names(known.cell_types.names) or "not an input"))
+    rows.append(("batches seen", _number_and_names(known.batches.names) or "not an input"))
+    rows.append(("cells of a set", f"up to {model.config.set_size:,}"))
     return _table(("what", "value"), rows)
 
 
-def _training_data(training: dict[str, Any]) -> str:
-    settings = training.get("settings")
-    split = _inside(settings, "split")
+def _number_and_names(names: Sequence[str]) -> str:
+    return f"{len(names):,}: {listed(names)}" if names else ""
+
+
+def _training_data(training: TrainingRecord) -> str:
+    settings = training.settings
     rows = []
-    if isinstance(screen := training.get("screen"), str):
-        rows.append(("screen", escaped(_base_name(screen))))
-    for atlas in _atlases(training):
-        said = [f"{word} {escaped(atlas[word])}" for word in ("revision", "commit", "sha256") if atlas[word]]
-        more = [f"{word} {escaped(atlas[word])}" for word in ("sets", "weight") if atlas[word] is not None]
-        link = f"[{atlas['name']}](https://huggingface.co/datasets/{atlas['name']})" if atlas["commit"] else None
-        rows.append(("atlas", ", ".join([link or escaped(atlas["name"]), *said, *more])))
-    if isinstance(name := (start := _inside(training, "init_from")).get("name"), str):
-        revision = f" at {escaped(start['revision'])}" if start.get("revision") else ""
-        rows.append(("started from", f"{escaped(name, 200)}{revision} (adapt.method={escaped(start.get('method'))})"))
-    if isinstance(value := training.get("converted_from"), str):
-        rows.append(("converted from", escaped(_base_name(value), 200)))
-    for key in ("steps", "cells_seen"):
-        if isinstance(value := training.get(key), int):
-            rows.append((key.replace("_", " "), f"{value:,}"))
-    for what, names in (("held out", training.get("hold_out")), ("validated on", split.get("validation"))):
-        if isinstance(names, list):
-            rows.append((what, listed(names) or "nothing"))
-    if isinstance(match := training.get("control_match"), str):
-        rows.append(("controls matched by", "cell type" if match == "cell_type" else "cell type and batch"))
-    if (seed := _inside(settings, "training").get("seed")) is not None:
+    if training.screen is not None:
+        rows.append(("screen", escaped(_base_name(training.screen))))
+    for i, atlas in enumerate(training.atlases[:MAX_LISTED]):
+        name, on_hub = _atlas(atlas)
+        given = {word: _setting(settings, "data", "atlases", i, word) for word in ("revision", "sets", "weight")}
+        facts = {"commit": atlas.commit if on_hub else None, "sha256": atlas.sha256, **given}
+        link = f"[{name}](https://huggingface.co/datasets/{name})" if on_hub else escaped(name)
+        more = [f"{word} {escaped(value)}" for word, value in facts.items() if value is not None]
+        rows.append(("atlas", ", ".join([link, *more])))
+    if (start := training.init_from) is not None:
+        revision = f" at {escaped(start.revision)}" if start.revision else ""
+        rows.append(("started from", f"{escaped(start.name, 200)}{revision} (adapt.method={escaped(start.method)})"))
+    if (conversion := training.converted_from) is not None:
+        rows.append(("converted from", escaped(_base_name(conversion.file), 200)))
+        rest = {key: value for key, value in asdict(conversion).items() if key != "file" and value is not None}
+        rows += [(key.replace("_", " "), escaped(value)) for key, value in rest.items()]
+    for what, number in (("steps", training.steps), ("cells seen", training.cells_seen)):
+        if number is not None:
+            rows.append((what, f"{number:,}"))
+    if training.hold_out is not None:
+        rows.append(("held out", listed(training.hold_out) or "nothing"))
+    if isinstance(validation := _setting(settings, "split", "validation"), list):
+        rows.append(("validated on", listed(validation) or "nothing"))
+    if training.control_match is not None:
+        matched = "cell type" if training.control_match == "cell_type" else "cell type and batch"
+        rows.append(("controls matched by", matched))
+    if (seed := _setting(settings, "training", "seed")) is not None:
         rows.append(("seed", escaped(seed)))
-    other = {k: v for k, v in training.items() if k not in TOLD and isinstance(v, str | int | float)}
-    rows += [(escaped(key), escaped(value, 200)) for key, value in list(other.items())[:MAX_LISTED]]
-    if "library_version" in training:
-        rows.append(("perturbdiff", escaped(training["library_version"])))
+    if training.library_version is not None:
+        rows.append(("perturbdiff", escaped(training.library_version)))
     return _table(("what", "value"), rows) + "\n\nEvery setting of the run is in `training.json`."
 
 
-def _preprocessing(how: dict[str, Any]) -> str:
-    if how["input_kind"] != "counts":
-        return f"The model's units are log1p values / {how['scale']:g}; the division is done for you."
-    column = how["library_size_col"]
+def _preprocessing(how: Preprocessing) -> str:
+    if how.input_kind != "counts":
+        return f"The model's units are log1p values / {how.scale:g}; the division is done for you."
+    column = how.library_size_col
     library = f"obs column {escaped(column)}" if column else "row sums of `X`, over all genes that are given"
     return f"""\
-log1p(count * {how["target_sum"]:g} / library size) / {how["scale"]:g}, done for you. The library size is the {library}.
+log1p(count * {how.target_sum:g} / library size) / {how.scale:g}, done for you. The library size is the {library}.
 Genes that the control cells lack are taken as zero."""
 
 
-def _architecture(config: dict[str, Any], n_parameters: int) -> str:
+def _architecture(config: ModelConfig, n_parameters: int) -> str:
     rows = [("parameters", f"{n_parameters:,}")]
-    silent = REFERENCE_ONLY if config["denoiser"].get("conditioning") == "labels" else ()
+    silent = REFERENCE_ONLY if config.denoiser.conditioning == "labels" else ()
     for part in ("denoiser", "diffusion", "sampling"):
-        rows += [(escaped(f"{part}.{key}"), escaped(value)) for key, value in config[part].items() if key not in silent]
+        settings = asdict(getattr(config, part))
+        rows += [(escaped(f"{part}.{key}"), escaped(value)) for key, value in settings.items() if key not in silent]
     return _table(("setting", "value"), rows)
 
 
-def _evaluation(evaluation: dict[str, Any]) -> str:
-    metrics, mean, undefined = (evaluation[key] for key in ("metrics", "mean", "n_undefined"))
-    n, model, ceiling = (evaluation[key] for key in ("n_conditions", "model", "ceiling"))
-    order = [model, *(m for m in mean if m not in (model, ceiling)), *([ceiling] if ceiling in mean else [])]
+def _evaluation(scores: EvaluationRecord) -> str:
     rows = []
-    for method in order:
+    for method in (scores.model, *scores.baselines, *([scores.ceiling] if scores.ceiling in scores.mean else [])):
         cells = []
-        for metric in metrics:
-            value, lacking = mean[method][metric], undefined[method][metric]
+        for metric in scores.metrics:
+            value, lacking = scores.mean[method][metric], scores.n_undefined[method][metric]
             cells.append(("-" if value is None else f"{value:.3f}") + (f" ({lacking} undefined)" if lacking else ""))
-        name = escaped(method)
-        rows.append((f"**{name}**" if method == model else name, *cells))
-    split = evaluation["split"] or {}
-    where = f"of {escaped(_base_name(evaluation['data']))}" if evaluation["data"] else "of a screen"
-    held = f": {listed(split['hold_out'])}" if split.get("hold_out") else ""
-    sha = f"; split {split['sha256']}" if split.get("sha256") else ""
-    head = ("method", *(f"{escaped(metric)} {ARROWS[metrics[metric]]}" for metric in metrics))
-    beaten = _beaten(evaluation)
+        rows.append((f"**{escaped(method)}**" if method == scores.model else escaped(method), *cells))
+    where = f"of {escaped(_base_name(scores.data))}" if scores.data else "of a screen"
+    if scores.split is not None:
+        where += f": {listed(scores.split.hold_out)}" if scores.split.hold_out else ""
+        where += f"; split {scores.split.sha256}" if scores.split.sha256 else ""
+    head = ("method", *(f"{escaped(metric)} {ARROWS[direction]}" for metric, direction in scores.metrics.items()))
+    beaten = [f"on {escaped(metric)}: {listed(names)}" for metric in scores.metrics if (names := scores.better(metric))]
     return f"""\
-Mean over {n:,} held-out condition{"s" if n > 1 else ""} {where}{held}{sha}. log1p values, with the measured control
+Mean over {_conditions(scores)} {where}. log1p values, with the measured control
 cells on both sides. ↑ higher is better, ↓ lower is better, → 1 ideal is 1.
 
 {_table(head, rows)}
 
-{_sentence_of(beaten) if beaten else "No baseline is better than the model on any metric."}"""
+{f"Better than the model {'; '.join(beaten)}." if beaten else "No baseline is better than the model on any metric."}"""
 
 
-def _beaten(evaluation: dict[str, Any]) -> dict[str, list[str]]:
-    """The baselines that are better than the model, by metric."""
-    mean, model = evaluation["mean"], evaluation["model"]
-    found = {}
-    for metric, direction in evaluation["metrics"].items():
-        own = _loss(mean[model][metric], direction)
-        better = [
-            method for method in mean
-            if method not in (model, evaluation["ceiling"]) and _loss(mean[method][metric], direction) < own
-        ]  # fmt: skip
-        if better:
-            found[metric] = better
-    return found
+def _conditions(scores: EvaluationRecord) -> str:
+    return f"{scores.n_conditions:,} held-out condition{'s' if scores.n_conditions > 1 else ''}"
 
 
-def _sentence_of(beaten: dict[str, list[str]]) -> str:
-    parts = [f"on {escaped(metric)}: {listed(methods)}" for metric, methods in beaten.items()]
-    return f"Better than the model {'; '.join(parts)}."
-
-
-def _loss(value: float | None, direction: str) -> float:
-    if value is None:
-        return float("inf")
-    return {"higher": -value, "lower": value, "ideal 1": abs(value - 1)}[direction]
-
-
-def _limits(config: dict[str, Any], files: dict[str, dict[str, Any]], evaluation: dict[str, Any] | None) -> str:
-    labels = files["perturbations.json"]
-    if not labels["names"]:
+def _limits(model: ModelMetadata) -> str:
+    known = model.vocabularies
+    if not known.perturbations.names:
         return "- It knows no perturbation and predicts no response before it was trained further."
-    known = f"- It knows the {len(labels['names']):,} perturbations of `perturbations.json`; any other is an error"
-    known += (
-        f" without features. Training saw no cell of the last {labels['n_described']:,}: judge these with care."
-        if labels.get("tables")
+    first = f"- It knows the {len(known.perturbations):,} perturbations of `perturbations.json`; any other is an error"
+    first += (
+        f" without features. Training saw no cell of the last {known.n_by_features:,}: judge these with care."
+        if known.tables
         else "."
     )
-    if labels.get("combination_separator"):
-        known += " Combinations of them are predicted also where training saw no combination: judge these with care."
-    lines = [known]
-    if config["denoiser"].get("conditioning") == "labels":
-        alike = "" if labels.get("tables") else ": each label is one perturbation, with no notion of a similar one"
-        if labels.get("dose_separator"):
+    if known.combination_separator:
+        first += " Combinations of them are predicted also where training saw no combination: judge these with care."
+    lines = [first]
+    if model.config.denoiser.conditioning == "labels":
+        alike = "" if known.tables else ": each label is one perturbation, with no notion of a similar one"
+        if known.dose_separator:
             lines.append("- Doses outside the range of those in training are guesses. Time is not an input.")
         else:
             lines.append(f"- Dose and time are not inputs{alike}.")
@@ -369,37 +348,29 @@ def _limits(config: dict[str, Any], files: dict[str, dict[str, Any]], evaluation
     lines.append(
         "- Fewer than half of its genes in the control cells are an error; those that they lack count as zero."
     )
-    if evaluation is None:
+    if model.evaluation is None:
         lines.append("- How well it predicts is not known: it was not evaluated.")
     else:
         lines.append(
-            f"- The scores are means over {evaluation['n_conditions']:,} held-out "
-            f"condition{'s' if evaluation['n_conditions'] > 1 else ''} of one screen; other screens may differ."
+            f"- The scores are means over {_conditions(model.evaluation)} of one screen; other screens may differ."
         )
     return "\n".join(lines)
 
 
-def _atlases(training: dict[str, Any]) -> list[dict[str, Any]]:
-    """name, commit, sha256, revision, sets, weight of each; `commit` only where the name is a repo id of the Hub."""
-    data = _inside(training.get("settings"), "data").get("atlases")
-    given = data if isinstance(data, list) else []
-    found = []
-    entries = training.get("atlases")
-    for i, entry in enumerate(entries[:MAX_LISTED] if isinstance(entries, list) else []):
-        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-            continue
-        more = given[i] if i < len(given) and isinstance(given[i], dict) else {}
-        said: dict[str, Any] = {key: more.get(key) for key in ("revision", "sets", "weight")}
-        commit = entry.get("commit")
-        on_hub = isinstance(commit, str) and REPO_ID.fullmatch(entry["name"]) is not None
-        name = entry["name"] if on_hub else _base_name(entry["name"])
-        found.append({**said, "name": name, "commit": commit if on_hub else None, "sha256": entry.get("sha256")})
-    return found
+def _atlas(atlas: Any) -> tuple[str, bool]:
+    # Its name without the folders of the trainer's machine, and whether that is a repo id.
+    on_hub = atlas.commit is not None and REPO_ID.fullmatch(atlas.name) is not None
+    return (atlas.name if on_hub else _base_name(atlas.name)), on_hub
 
 
-def _inside(content: Any, key: str) -> dict[str, Any]:
-    value = content.get(key) if isinstance(content, dict) else None
-    return value if isinstance(value, dict) else {}
+def _setting(settings: Any, *keys: str | int) -> Any:
+    # A value of the run's settings, which have no fixed form; None where there is none.
+    for key in keys:
+        try:
+            settings = settings[key]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return settings
 
 
 def _base_name(path: str) -> str:

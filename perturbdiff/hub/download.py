@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
-from torch import nn
-
 from perturbdiff.files import printable
+from perturbdiff.hub.metadata import ModelMetadata, parse_metadata
 from perturbdiff.hub.model_folder import (
     ADAPTER_CONFIG,
     CARD,
@@ -22,16 +21,15 @@ from perturbdiff.hub.model_folder import (
     JSON_FILES,
     MAX_JSON_BYTES,
     WEIGHTS_INDEX,
-    Settings,
-    read_settings,
+    ModelFolder,
+    read_folder,
 )
-from perturbdiff.hub.registry import find_checkpoint
-from perturbdiff.hub.settings import parse_settings
+from perturbdiff.hub.registry import find_entry
 from perturbdiff.hub_client import REPO_ID, hub_errors, name_and_revision
 
 LIBRARY = "perturbdiff"  # as the front matter of our cards has it
-MAX_OVERHEAD = 1 << 26  # bytes of tensor files beyond eight a value: headers, and the golden check
-SMALL_FILES = (CONFIG, *JSON_FILES, EVALUATION, WEIGHTS_INDEX, ADAPTER_CONFIG, CARD)
+SMALL_FILES = (CONFIG, *JSON_FILES, EVALUATION, WEIGHTS_INDEX, ADAPTER_CONFIG)
+MAX_CARD_BYTES = 1 << 22  # a longer one is not pulled
 
 
 @dataclass(frozen=True)
@@ -59,15 +57,20 @@ class ModelSource:
     token: str | bool | None = field(default=None, repr=False)
     sizes: dict[str, int] | None = field(default=None, repr=False)  # of the repo's files as listed; None when offline
 
-    def check_identity(self, settings: Settings) -> None:
-        """Compare with the registry. Raises ValueError."""
-        if self.sha256 is not None and settings.sha256 != self.sha256:
+    def read(self) -> tuple[ModelFolder, ModelMetadata]:
+        """Its JSON, raw and as our types.
+
+        Raises as `read_folder` and `parse_metadata`, and ValueError where it is not what the registry states.
+        """
+        folder = read_folder(self.folder)
+        if self.sha256 is not None and folder.sha256 != self.sha256:
             raise ValueError(
-                f"{self.name}: config.json has sha256 {settings.sha256}, not {self.sha256} as the registry states; it "
+                f"{self.name}: config.json has sha256 {folder.sha256}, not {self.sha256} as the registry states; it "
                 "is another model than the registered one."
             )
+        return folder, parse_metadata(folder)
 
-    def fetch_tensors(self, settings: Settings, max_bytes: int) -> None:
+    def fetch_tensors(self, folder: ModelFolder, max_bytes: int) -> None:
         """Bring weights, features and golden check of this commit here; nothing to do for a folder.
 
         Raises
@@ -79,19 +82,22 @@ class ModelSource:
         """
         if self.repo is None:
             return
-        self.check_sizes(settings, max_bytes)
-        files = [self.subfolder + name for name in settings.tensor_files]
+        self.check_sizes(folder, max_bytes)
+        files = [self.subfolder + name for name in folder.tensor_files]
         # Without sizes, only what is here already.
         _snapshot(self.repo, self.commit, files, self.cache_dir, self.sizes is None, self.token)
 
-    def check_sizes(self, settings: Settings, max_bytes: int) -> None:
+    def check_sizes(self, folder: ModelFolder, max_bytes: int) -> None:
         """Compare what the Hub lists with `max_bytes`. Raises ValueError."""
-        sizes = self.sizes or {}
-        if (total := sum(sizes.get(self.subfolder + name, 0) for name in settings.tensor_files)) > max_bytes:
+        if (total := self.listed_bytes(folder.tensor_files)) > max_bytes:
             raise ValueError(
                 f"the tensors of {self.name} have {total:,} bytes; its {CONFIG} describes a model of at most "
                 f"{max_bytes:,}. They do not belong together: nothing was downloaded."
             )
+
+    def listed_bytes(self, files: Iterable[str]) -> int:
+        """Size of files as the Hub lists them; 0 of those that it does not."""
+        return sum((self.sizes or {}).get(self.subfolder + name, 0) for name in files)
 
 
 def find_model(
@@ -123,10 +129,10 @@ def find_model(
     if not Path(name).is_dir() and not REPO_ID.fullmatch(name):
         if "/" in name or "\\" in name or name.startswith(("~", ".")):
             raise FileNotFoundError(f"model folder {name!r} does not exist; give a folder made by save_pretrained.")
-        checkpoint = find_checkpoint(name)
+        entry = find_entry(name)
         if revision is None:
-            revision, sha256 = checkpoint.revision, checkpoint.sha256
-        name = checkpoint.repo
+            revision, sha256 = entry.revision, entry.sha256
+        name = entry.repo
     if (folder := Path(name)).is_dir():
         if revision is not None:
             raise ValueError(f"{name} is a folder and has no revision {revision!r}; leave the revision out.")
@@ -227,17 +233,12 @@ def pull_model(source: ModelSource, out: str | Path, check: Callable[[Path], obj
         raise ValueError(f"{source.folder} is a folder already; give the name or repo id of a model on the Hub.")
     if source.sizes is None:
         raise ConnectionError(f"model {source.repo!r} is pulled from the Hub, which cannot be reached; connect.")
-    settings = read_settings(source.folder)
-    source.check_identity(settings)
-    said = parse_settings(source.folder, settings)
-    source.check_sizes(settings, max_tensor_bytes(said.shapes()))
-    files = [*settings.files, CARD]
-    pull(source.repo, "model", source.commit, files, out, check, source.token, source.subfolder)
+    from perturbdiff.hub.tensors import denoiser_of, max_tensor_bytes  # here: finding a model needs no torch
 
-
-def max_tensor_bytes(denoiser: nn.Module) -> int:
-    """What weights, features and golden check of a model of these shapes can take."""
-    return 8 * sum(tensor.numel() for tensor in denoiser.state_dict().values()) + MAX_OVERHEAD
+    folder, metadata = source.read()
+    source.check_sizes(folder, max_tensor_bytes(denoiser_of(metadata)))
+    card = [CARD] if source.listed_bytes([CARD]) <= MAX_CARD_BYTES else []
+    pull(source.repo, "model", source.commit, [*folder.files, *card], out, check, source.token, source.subfolder)
 
 
 def list_models(owner: str | None = None, search: str | None = None) -> list[str]:

@@ -1,31 +1,33 @@
-"""What a model expects and where it comes from, and how two models differ, without loading weights."""
+"""What a model expects and where it comes from, and how two models differ; loads neither weights nor torch."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from perturbdiff.data.vocab import Vocabularies
-from perturbdiff.files import printable
+from perturbdiff.files import inside, printable
 from perturbdiff.hub.download import ModelSource
-from perturbdiff.hub.model_folder import EVALUATION, GOLDEN, Settings, read_settings
-from perturbdiff.hub.settings import ModelSettings, parse_settings
+from perturbdiff.hub.model_folder import GOLDEN, ModelFolder, tensor_header
+from perturbdiff.hub.records import EvaluationRecord, TrainingRecord
+
+MAX_LINE = 1000  # characters
 
 
-def describe(source: ModelSource) -> str:
-    """Some twenty lines. Raises as `read_settings` and `parse_settings`."""
-    files, said = _read(source)
+def model_info(source: ModelSource) -> str:
+    """Some twenty lines. Raises as `ModelSource.read`."""
+    folder, said = source.read()
     how, config, training = said.preprocessing, said.config, said.training
     names = said.vocabularies
     counts = f"raw counts: log1p(count * {how.target_sum:g} / library size) / {how.scale:g} is done for you"
-    n_parameters = sum(tensor.numel() for tensor in said.shapes().state_dict().values())
     lines = {
         "model": source.name
         + ("" if source.commit is None else f" at commit {source.commit}")
-        + (", an adapter: merged with its base when it is loaded" if files.is_adapter else ""),
-        "sha256": files.sha256,
-        "format": f"{files.config['format_version']}, written by perturbdiff {files.config['library_version']}",
-        "licence": training.get("licence") or "not stated",
+        + (", an adapter: merged with its base when it is loaded" if folder.is_adapter else ""),
+        "sha256": folder.sha256,
+        "format": f"{folder.config['format_version']}, written by perturbdiff {folder.config['library_version']}",
+        "license": training.license or "not stated",
         "X": counts if how.input_kind == "counts" else "log1p values, normalised as the training data were",
         "library": f"obs column {how.library_size_col}" if how.library_size_col else "row sums of X",
         "genes": _shown(said.genes.names) + (", with Ensembl ids" if said.genes.ensembl else ""),
@@ -37,26 +39,23 @@ def describe(source: ModelSource) -> str:
         "features": _features(names),
         "obs columns": f"{config.obs.perturbation} (controls: {config.obs.control_label}), {config.obs.cell_type}, "
         f"{config.obs.batch}",
-        "denoiser": f"{n_parameters:,} parameters; width {config.denoiser.width}, depth "
+        "denoiser": f"{_size(source, folder)}; width {config.denoiser.width}, depth "
         f"{config.denoiser.depth}, {config.denoiser.conditioning} conditioning",
         "sets": f"{config.set_size} cells",
         "sampling": f"{config.sampling.sampler}, {config.sampling.n_calls} steps, guidance "
         f"{config.sampling.guidance_scale:g}",
         "trained on": _origin(training),
-        "held out": ", ".join(map(str, _list(training.get("hold_out")))) or "nothing",
+        "held out": "not stated" if training.hold_out is None else ", ".join(training.hold_out) or "nothing",
     }
-    text = [f"{name:<14}{printable(str(value))}" for name, value in lines.items()]
+    text = [f"{name:<14}{printable(str(value))[:MAX_LINE]}" for name, value in lines.items()]
     return "\n".join([*text, *_scores(said.evaluation)])
 
 
 def difference(a: ModelSource, b: ModelSource) -> str:
-    """A line for everything that differs; raises as `describe`."""
-    (files_a, said_a), (files_b, said_b) = _read(a), _read(b)
+    """A line for everything that differs; raises as `model_info`."""
+    (folder_a, said_a), (folder_b, said_b) = a.read(), b.read()
     lines = []
-    config_a, config_b = ({k: v for k, v in files.config.items() if k != "sha256"} for files in (files_a, files_b))
-    plain_a = {"config": config_a, **{name: files_a.json[name] for name in ("preprocessing.json", "training.json")}}
-    plain_b = {"config": config_b, **{name: files_b.json[name] for name in ("preprocessing.json", "training.json")}}
-    flat_a, flat_b = _flat(plain_a), _flat(plain_b)
+    flat_a, flat_b = (_flat(_settings(folder)) for folder in (folder_a, folder_b))
     for key in sorted(flat_a.keys() | flat_b.keys()):
         one, other = (str(flat.get(key, "(none)")) for flat in (flat_a, flat_b))
         if one != other:
@@ -75,65 +74,58 @@ def difference(a: ModelSource, b: ModelSource) -> str:
             lines.append(f"{name}: gone {_shown(sorted(gone))}")
         if not new and not gone and one_names != other_names:
             lines.append(f"{name}: the same in another order")
-    for metric, (one_score, other_score) in _paired_scores(files_a, files_b).items():
-        lines.append(f"{metric}: {one_score} -> {other_score}")
-    weights_a, weights_b = (
-        {name: digest for name, digest in files.tensor_files.items() if name != GOLDEN} for files in (files_a, files_b)
+    one_scores, other_scores = (
+        {} if said.evaluation is None else {m: f"{v:.4g}" for m, v in said.evaluation.scores.items()}
+        for said in (said_a, said_b)
     )
-    lines.append("weights: the same files" if weights_a == weights_b else "weights: differ")
+    for metric in sorted(one_scores.keys() | other_scores.keys()):
+        if (one := one_scores.get(metric, "-")) != (other := other_scores.get(metric, "-")):
+            lines.append(f"score {metric}: {one} -> {other}")
+    weights = [{**folder.tensor_files, GOLDEN: ""} for folder in (folder_a, folder_b)]
+    lines.append("weights: the same files" if weights[0] == weights[1] else "weights: differ")
     return "\n".join(printable(line) for line in lines)
 
 
-def _read(source: ModelSource) -> tuple[Settings, ModelSettings]:
-    files = read_settings(source.folder)
-    source.check_identity(files)
-    return files, parse_settings(source.folder, files)
+def _size(source: ModelSource, folder: ModelFolder) -> str:
+    # Counted from the headers of the weights; of a repo, whose weights are not fetched for it, what the Hub lists.
+    files = [name for name in folder.tensor_files if name != GOLDEN]
+    if all((folder.path / name).is_file() for name in files):
+        headers = [tensor_header(inside(folder.path, name)) for name in files]
+        return f"{sum(math.prod(shape) for header in headers for shape, _ in header.values()):,} parameters"
+    return f"{size:,} bytes of weights" if (size := source.listed_bytes(files)) else "weights that are not here"
 
 
-def _origin(training: dict[str, Any]) -> str:
-    if "converted_from" in training:
-        return f"{training['converted_from']}, a published checkpoint"
-    atlases = [
-        f"{atlas.get('name')} at {str(atlas.get('commit') or atlas.get('sha256'))[:12]}"
-        for atlas in _list(training.get("atlases"))
-        if isinstance(atlas, dict)
-    ]
-    data = ", ".join(atlases) or str(training.get("screen") or "not stated").replace("\\", "/").rsplit("/", 1)[-1]
-    start = training.get("init_from")
-    after = f", from {start.get('name')} ({start.get('method')})" if isinstance(start, dict) else ""
-    return f"{data}; {training.get('steps', '?')} steps, {training.get('cells_seen', '?')} cells seen{after}"
+def _settings(folder: ModelFolder) -> dict[str, Any]:
+    config = {key: value for key, value in folder.config.items() if key != "sha256"}
+    return {"config": config, **{name: folder.json[name] for name in ("preprocessing.json", "training.json")}}
+
+
+def _origin(training: TrainingRecord) -> str:
+    if training.converted_from is not None:
+        return f"{training.converted_from.file}, a published checkpoint"
+    atlases = [f"{atlas.name} at {(atlas.commit or atlas.sha256)[:12]}" for atlas in training.atlases]
+    data = ", ".join(atlases) or (training.screen or "not stated").replace("\\", "/").rsplit("/", 1)[-1]
+    start = training.init_from
+    after = "" if start is None else f", from {start.name} ({start.method})"
+    steps, cells = ("?" if n is None else n for n in (training.steps, training.cells_seen))
+    return f"{data}; {steps} steps, {cells} cells seen{after}"
 
 
 def _features(names: Vocabularies) -> str:
     tables = ", ".join(f"{name} ({width})" for name, width in names.tables)
-    return f"{tables}; {names.n_described:,} perturbations by them alone" if tables else "none"
+    return f"{tables}; {names.n_by_features:,} perturbations by them alone" if tables else "none"
 
 
-def _scores(evaluation: dict[str, Any] | None) -> list[str]:
+def _scores(evaluation: EvaluationRecord | None) -> list[str]:
     if evaluation is None:
         return [f"{'scores':<14}not evaluated"]
-    means, model, ceiling = evaluation["mean"], evaluation["model"], evaluation["ceiling"]
-    lines = [f"{'scores':<14}mean over {evaluation['n_conditions']} held-out conditions of {evaluation['data']}"]
-    for metric, direction in evaluation["metrics"].items():
-        others = [
-            row[metric] for name, row in means.items() if name not in (model, ceiling) and row[metric] is not None
-        ]
-        best = {"higher": max, "lower": min}.get(direction, lambda x: min(x, key=lambda v: abs(v - 1)))
-        beside = f"best baseline {best(others):.3f}" if others else "no baseline"
-        shown = "-" if means[model][metric] is None else f"{means[model][metric]:.3f}"
-        lines.append(f"  {metric:<24}{shown} ({beside}; {direction})")
+    lines = [f"{'scores':<14}mean over {evaluation.n_conditions} held-out conditions of {evaluation.data}"]
+    for metric, direction in evaluation.metrics.items():
+        best = min(evaluation.baselines, key=lambda method: evaluation.distance(method, metric), default=None)
+        own, other = (None if name is None else evaluation.mean[name][metric] for name in (evaluation.model, best))
+        beside = "no baseline" if other is None else f"best baseline {other:.3f}"
+        lines.append(f"  {metric:<24}{'-' if own is None else f'{own:.3f}'} ({beside}; {direction})")
     return [printable(line) for line in lines]
-
-
-def _paired_scores(a: Settings, b: Settings) -> dict[str, tuple[str, str]]:
-    scores = [
-        {} if EVALUATION not in files.json else files.json[EVALUATION]["mean"][files.json[EVALUATION]["model"]]
-        for files in (a, b)
-    ]
-    texts = [{m: "-" if v is None else f"{v:.4g}" for m, v in score.items()} for score in scores]
-    metrics = sorted(texts[0].keys() | texts[1].keys())
-    pairs = {f"score {m}": (texts[0].get(m, "-"), texts[1].get(m, "-")) for m in metrics}
-    return {metric: pair for metric, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
@@ -143,10 +135,6 @@ def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in content.items():
         flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
     return flat
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
 
 
 def _shown(names: Sequence[str]) -> str:

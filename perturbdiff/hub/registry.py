@@ -22,7 +22,7 @@ _KEYS = {"repo", "revision", "sha256", "recipe", "metrics"}
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class RegistryEntry:
     """A published model folder.
 
     repo, revision
@@ -43,7 +43,7 @@ class Checkpoint:
     metrics: dict[str, float]
 
 
-def read_registry() -> dict[str, Checkpoint]:
+def read_registry() -> dict[str, RegistryEntry]:
     """Every known checkpoint by name.
 
     Raises
@@ -69,10 +69,10 @@ def read_registry() -> dict[str, Checkpoint]:
     checkpoints = content.get("checkpoints") if isinstance(content, dict) else None
     if not isinstance(checkpoints, dict) or set(content) != {"checkpoints"}:
         raise ValueError(f"{path} must hold one key, checkpoints, with an entry for each name ({{}} for none).")
-    return {name: _checkpoint(path, name, entry) for name, entry in checkpoints.items()}
+    return {name: _entry(path, name, entry) for name, entry in checkpoints.items()}
 
 
-def find_checkpoint(name: str) -> Checkpoint:
+def find_entry(name: str) -> RegistryEntry:
     """A checkpoint by name; FileNotFoundError lists the nearest."""
     known = read_registry()
     if name not in known:
@@ -89,7 +89,7 @@ def entry_of(name: str, repo: str, revision: str, sha256: str, recipe: str | Non
     return yaml.safe_dump({name: entry}, sort_keys=False, allow_unicode=True)
 
 
-def _checkpoint(path: Path, name: Any, entry: Any) -> Checkpoint:
+def _entry(path: Path, name: Any, entry: Any) -> RegistryEntry:
     where = f"{path}, checkpoint {str(name)[:80]!r}"
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ValueError(f"{where}: a name is letters, digits, '.', '_' and '-'.")
@@ -108,9 +108,9 @@ def _checkpoint(path: Path, name: Any, entry: Any) -> Checkpoint:
     repo = texts["repo"] or ""
     local = path.parent / repo
     if repo and local.is_dir():
-        return Checkpoint(name, str(local), None, texts["sha256"] or "", texts["recipe"], metrics)
+        return RegistryEntry(name, str(local), None, texts["sha256"] or "", texts["recipe"], metrics)
     if not REPO_ID.fullmatch(repo):
         raise ValueError(f"{where}: repo must be owner/name or a folder beside the registry, not {repo[:80]!r}.")
     if not texts["revision"]:
         raise ValueError(f"{where}: revision is missing; give the tag or commit that is meant.")
-    return Checkpoint(name, repo, texts["revision"], texts["sha256"] or "", texts["recipe"], metrics)
+    return RegistryEntry(name, repo, texts["revision"], texts["sha256"] or "", texts["recipe"], metrics)

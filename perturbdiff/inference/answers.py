@@ -31,7 +31,7 @@ from perturbdiff.config import as_dict
 from perturbdiff.data.expression import as_csr
 from perturbdiff.data.screen import expression_of
 from perturbdiff.files import json_sha256, progress, read_json, short, write_json, write_whole
-from perturbdiff.inference.intervals import mean_expression, median_width, population_summary, read_calibration
+from perturbdiff.inference.intervals import mean_expression, median_width, population_summary
 from perturbdiff.inference.output import join_h5ad, join_parquet, read_predicted, read_said, write_parquet
 from perturbdiff.inference.requests import COLUMNS, Request, check_requests, context_rows
 from perturbdiff.model import MAX_PREDICTED_CELLS, PerturbDiff
@@ -157,7 +157,7 @@ def _predict(
     )
     predicted.obs.insert(0, "request", number)
     predicted.obs_names = pd.Index([f"{number}-{cell}" for cell in range(predicted.n_obs)])
-    calibration = read_calibration(model.training)
+    calibration = model.training.calibration
     width = median_width(population_summary(predicted, mean_expression(model, controls), calibration))
     predicted.uns["perturbdiff"]["interval_width"] = width
     return predicted
@@ -186,7 +186,7 @@ def _write_summary(
     parts: Sequence[Path],
     path: Path,
 ) -> None:
-    calibration = read_calibration(model.training)
+    calibration = model.training.calibration
 
     def write(temporary: Path) -> None:
         for number, (part, request) in enumerate(zip(parts, requests, strict=True)):

@@ -19,9 +19,7 @@ C = conditions, G = genes, K = populations.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -31,32 +29,12 @@ from perturbdiff.data.conditions import ConditionIndex, ControlMatch, match_cont
 from perturbdiff.data.expression import as_csr, gene_means
 from perturbdiff.data.screen import Screen, expression_of
 from perturbdiff.files import progress
+from perturbdiff.hub.records import Calibration
 from perturbdiff.model import PerturbDiff
 
 LEVEL = 0.9
 SMALLEST_FLOOR = 1e-6  # log1p; where all populations agree to the last digit
 MAX_CELLS = 500  # of a population in a calibration
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What makes intervals of a spread, Eq. 1.
-
-    level
-        Part of (condition, gene) pairs that intervals are made to cover.
-    coverage
-        Mean over conditions of the part covered when the condition is left out of the calibration.
-    """
-
-    level: float
-    factor: float
-    floor: float  # log1p
-    coverage: float
-    n_conditions: int
-
-    def half_width(self, spread: np.ndarray) -> np.ndarray:
-        """Of the interval of each gene, in the shape of `spread`; NaN where the spread is."""
-        return self.factor * np.hypot(spread, self.floor)
 
 
 def population_summary(
@@ -71,7 +49,7 @@ def population_summary(
     control_mean
         (G,) log1p of the control cells, as `mean_expression` gives it.
     calibration
-        Of the model, as `read_calibration` gives it.
+        Of the model: `model.training.calibration`.
 
     Returns
     -------
@@ -173,7 +151,7 @@ def calibrate(
         (n_cells,) True for the cells of the conditions, as `split.validation`: whole conditions that training never saw
         and no test will score.
     match
-        Whose controls a condition has, as model.training["control_match"].
+        Whose controls a condition has, as `model.training.control_match`.
 
     Returns
     -------
@@ -213,31 +191,8 @@ def calibrate(
             rows.append([measured, summary["mean"].to_numpy(), summary["spread"].to_numpy(), used])
     measured, mean, spread, used = (np.stack(values) for values in zip(*rows, strict=True))
     calibration = fit_calibration(measured, mean, spread, used, level)
-    model.training["calibration"] = vars(calibration).copy()
+    model.training = replace(model.training, calibration=calibration)
     return calibration
-
-
-def read_calibration(training: Mapping[str, Any]) -> Calibration | None:
-    """That of a model's training.json, which comes from strangers; None where there is none.
-
-    Raises ValueError where a value is missing or cannot be.
-    """
-    said = training.get("calibration")
-    if said is None:
-        return None
-    if not isinstance(said, dict) or set(said) != set(Calibration.__dataclass_fields__):
-        raise ValueError(
-            f"calibration of the model ({str(said)[:80]!r}) must have {', '.join(Calibration.__dataclass_fields__)}; "
-            "calibrate it again."
-        )
-    bounds = {"level": 1.0, "factor": math.inf, "floor": math.inf, "coverage": 1.0, "n_conditions": math.inf}
-    for name, most in bounds.items():
-        value = said[name]
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        whole = isinstance(value, int) or name != "n_conditions"
-        if not number or not whole or not 0 <= value <= most or (value == 0 and name != "coverage"):
-            raise ValueError(f"calibration of the model: {name} ({str(value)[:40]}) cannot be; calibrate it again.")
-    return Calibration(**said)
 
 
 def _refuse_few(n_conditions: int) -> None:

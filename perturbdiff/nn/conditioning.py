@@ -26,7 +26,7 @@ FEATURE_SPREAD = 0.1
 class VocabSizes:
     """How many labels of each kind a denoiser knows, and what it knows of perturbations besides.
 
-    described
+    by_features
         Perturbations without a row of their own, whose ids come after those that have one.
     tables
         Width of each table of perturbation features.
@@ -35,7 +35,7 @@ class VocabSizes:
     perturbations: int
     cell_types: int
     batches: int
-    described: int = 0
+    by_features: int = 0
     tables: tuple[int, ...] = ()
     doses: bool = False
 
@@ -45,7 +45,7 @@ class VocabSizes:
             len(vocabularies.labelled),
             len(vocabularies.cell_types),
             len(vocabularies.batches),
-            vocabularies.n_described,
+            vocabularies.n_by_features,
             tuple(width for _, width in vocabularies.tables),
             vocabularies.dose_separator is not None,
         )
@@ -66,7 +66,7 @@ class LabelConditioning(nn.Module):
         self.cell_type = nn.Embedding(sizes.cell_types + 1, width)
         self.batch = nn.Embedding(sizes.batches + 1, width)
         self.null = nn.Parameter(torch.zeros(width))
-        self.n_rows, n_entities = sizes.perturbations, sizes.perturbations + sizes.described
+        self.n_rows, n_entities = sizes.perturbations, sizes.perturbations + sizes.by_features
         self.tables = nn.ModuleList(FeatureEmbedding(n_entities, n_features, width) for n_features in sizes.tables)
         self.dose = DoseEffect(width) if sizes.doses else None
         self.interaction = nn.Parameter(torch.zeros(width, width)) if interaction else None

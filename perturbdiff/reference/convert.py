@@ -22,6 +22,7 @@ from perturbdiff.config import (
 )
 from perturbdiff.data.vocab import GeneVocab, LabelVocab, Vocabularies
 from perturbdiff.files import sha256
+from perturbdiff.hub.records import ConversionRecord, TrainingRecord
 from perturbdiff.nn.conditioning import CovariateEncoder, VocabSizes
 from perturbdiff.nn.denoiser import Denoiser
 from perturbdiff.reference.checkpoint import TensorRef, open_checkpoint, unwrap
@@ -68,7 +69,7 @@ class ConvertedCheckpoint:
     vocabularies: Vocabularies
     preprocessing: Preprocessing
     config: ModelConfig
-    training: dict[str, Any]
+    training: TrainingRecord
 
 
 def convert_checkpoint(
@@ -130,15 +131,15 @@ def convert_checkpoint(
         _vocabulary("batch", covariates.get("batch_dict"), sizes.batches),
         combination_separator=None,
     )
-    training = {
-        "converted_from": name,
-        "sha256": sha256(Path(path)),
-        "weights": weights,
-        "global_step": _whole_number(content, "global_step"),
-        "epoch": _whole_number(content, "epoch"),
-        "dataset": chosen or dataset,
-        "settings": _publishable(hyper),
-    }
+    conversion = ConversionRecord(
+        file=name,
+        sha256=sha256(Path(path)),
+        weights=weights,
+        global_step=_whole_number(content, "global_step"),
+        epoch=_whole_number(content, "epoch"),
+        dataset=chosen or dataset,
+    )
+    training = TrainingRecord(converted_from=conversion, settings=_publishable(hyper))
     preprocessing = Preprocessing(input_kind="counts", target_sum=1e4, scale=10.0)
     return ConvertedCheckpoint(denoiser, GeneVocab(names), vocabularies, preprocessing, config, training)
 
@@ -326,7 +327,7 @@ def _number(settings: dict[Any, Any], key: str, kind: type, least: float, most: 
 
 def _whole_number(content: dict[Any, Any], key: str) -> int | None:
     value = content.get(key)
-    return value if isinstance(value, int) else None
+    return value if type(value) is int and 0 <= value < 1 << 62 else None
 
 
 def _publishable(value: Any) -> Any:

@@ -267,7 +267,7 @@ class TrainingSet:
         n = {
             part: int(n_cells[getattr(self.split, part) & perturbed].sum()) for part in ("train", "validation", "test")
         }
-        of_features = f", {known.n_described:,} more known by features" if known.n_described else ""
+        of_features = f", {known.n_by_features:,} more known by features" if known.n_by_features else ""
         lines = [
             f"genes       {len(self.cells.genes):,} in the model",
             f"split       {n['train']:,} perturbed cells to train on, {n['validation']:,} to validate, "

@@ -13,9 +13,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch import distributed as dist
 
-from perturbdiff._version import __version__
 from perturbdiff.atlas.stream import prefetched
-from perturbdiff.config import Config, ModelConfig, ObsColumns, as_dict
+from perturbdiff.config import Config
 from perturbdiff.data.batch import CellSetBatch
 from perturbdiff.data.screen import Screen
 from perturbdiff.diffusion.draws import training_draws
@@ -35,6 +34,8 @@ from perturbdiff.training.run_folder import (
     check_resumable,
     check_same_data,
     leave_marker,
+    model_config,
+    training_record,
     with_streams,
 )
 from perturbdiff.training.signals import SIGNALS, StopRequest
@@ -395,40 +396,14 @@ class _Run:
 
     def _model(self, weights: dict[str, Tensor]) -> PerturbDiff:
         config, done = self.config, self.progress
-        obs = ObsColumns(
-            config.data.perturbation_col, config.data.cell_type_col, config.data.batch_col, config.data.control_label
-        )
-        settings = as_dict(config)
-        # No paths of this machine in what may be published.
-        if config.data.screen is not None:
-            settings["data"]["screen"] = Path(config.data.screen).name
-        for atlas in settings["data"]["atlases"]:
-            atlas["path"] = Path(atlas["path"]).name if Path(atlas["path"]).is_dir() else atlas["path"]
-        if config.adapt.init_from is not None and Path(config.adapt.init_from).is_dir():
-            settings["adapt"]["init_from"] = Path(config.adapt.init_from).resolve().name
-        del settings["out"]
-        training = {
-            "library_version": __version__,
-            "screen": settings["data"]["screen"],
-            "atlases": [
-                {"name": atlas["path"], "commit": opened.commit, "sha256": opened.sha256}
-                for atlas, opened in zip(settings["data"]["atlases"], self.data.atlases, strict=True)
-            ],
-            "steps": done.best_step if self.best is not None else done.step,
-            "cells_seen": done.cells_seen,
-            "control_match": self.data.match,
-            "hold_out": list(config.split.hold_out),
-            **self.start.origin(),
-            "settings": settings,
-        }
-        model_config = ModelConfig(config.denoiser, config.diffusion, config.sampling, obs, config.data.set_size)
+        steps = done.best_step if self.best is not None else done.step
         return PerturbDiff(
             self._denoiser_with(weights),
             self.data.cells.genes,
             self.data.vocabularies,
             self.data.cells.preprocessing,
-            model_config,
-            training,
+            model_config(config),
+            training_record(config, self.start, steps, done.cells_seen),
             name=str(Path(config.out) / "model"),
         )
 

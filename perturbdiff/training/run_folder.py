@@ -1,4 +1,4 @@
-"""The folder of a run: whether a run may begin or go on in it, and what it writes there besides states and model."""
+"""The folder of a run: whether a run may begin or go on in it, what it writes there, and what its model says of it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from perturbdiff.config import Config, as_dict, load_config, save_config
+from perturbdiff._version import __version__
+from perturbdiff.config import Config, ModelConfig, ObsColumns, as_dict, load_config, save_config
 from perturbdiff.data.splits import write_split
+from perturbdiff.files import write_json
+from perturbdiff.hub.records import AtlasRecord, TrainingRecord
 from perturbdiff.training.dataset import TrainingSet
+from perturbdiff.training.start import Start
 from perturbdiff.training.state import saved_states
 
 STOPPED = "stopped.json"
@@ -95,9 +99,40 @@ def begin_folder(out: Path, config: Config, data: TrainingSet) -> None:
 
 def leave_marker(folder: Path, stopped_by: str, step: int) -> None:
     """Say in the run folder that training stopped in order and goes on if started again: job scripts look for it."""
-    temporary = folder / f".{STOPPED}"
-    temporary.write_text(json.dumps({"stopped_by": stopped_by, "step": step}) + "\n")
-    os.replace(temporary, folder / STOPPED)
+    write_json(folder / STOPPED, {"stopped_by": stopped_by, "step": step})
+
+
+def model_config(config: Config) -> ModelConfig:
+    """What a model folder keeps of the settings of its run."""
+    data = config.data
+    obs = ObsColumns(data.perturbation_col, data.cell_type_col, data.batch_col, data.control_label)
+    return ModelConfig(config.denoiser, config.diffusion, config.sampling, obs, data.set_size)
+
+
+def training_record(config: Config, start: Start, steps: int, cells_seen: int) -> TrainingRecord:
+    """training.json of the model of a run; without paths of this machine, since it may be published."""
+    settings, data = as_dict(config), start.data
+    del settings["out"]
+    if config.data.screen is not None:
+        settings["data"]["screen"] = Path(config.data.screen).name
+    for atlas in settings["data"]["atlases"]:
+        atlas["path"] = Path(atlas["path"]).name if Path(atlas["path"]).is_dir() else atlas["path"]
+    if config.adapt.init_from is not None and Path(config.adapt.init_from).is_dir():
+        settings["adapt"]["init_from"] = Path(config.adapt.init_from).resolve().name
+    return TrainingRecord(
+        library_version=__version__,
+        screen=settings["data"]["screen"],
+        atlases=tuple(
+            AtlasRecord(atlas["path"], opened.commit, opened.sha256)
+            for atlas, opened in zip(settings["data"]["atlases"], data.atlases, strict=True)
+        ),
+        steps=steps,
+        cells_seen=cells_seen,
+        control_match=data.match,
+        hold_out=tuple(config.split.hold_out),
+        init_from=start.origin(),
+        settings=settings,
+    )
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

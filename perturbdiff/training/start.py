@@ -18,11 +18,12 @@ from perturbdiff.data.conditions import encode_conditions
 from perturbdiff.data.screen import Screen
 from perturbdiff.data.vocab import NULL
 from perturbdiff.features.tables import FeatureTable
-from perturbdiff.files import few, write_json, write_whole
+from perturbdiff.files import few, write_json
 from perturbdiff.hub.adapter import Base, save_adapter
 from perturbdiff.hub.download import find_model
-from perturbdiff.hub.model_folder import Settings, read_settings
-from perturbdiff.hub.settings import ModelSettings, parse_settings
+from perturbdiff.hub.metadata import ModelMetadata
+from perturbdiff.hub.model_folder import ModelFolder
+from perturbdiff.hub.records import StartRecord
 from perturbdiff.hub_client import name_and_revision
 from perturbdiff.model import PerturbDiff
 from perturbdiff.nn.denoiser import Denoiser, build_denoiser
@@ -84,11 +85,9 @@ class Start:
         own = dict(weights) if self.scaling is None else merged(weights, self.scaling)
         return {**own, **dict(self.denoiser.named_buffers())}
 
-    def origin(self) -> dict[str, Any]:
+    def origin(self) -> StartRecord | None:
         """What training.json says of the checkpoint."""
-        if self.said is None:
-            return {}
-        return {"init_from": {**self.said["base"], "method": self.said["method"]}}
+        return None if self.said is None else StartRecord(**self.said["base"], method=self.said["method"])
 
     def save_adapter(self, out: Path, weights: Mapping[str, Tensor]) -> None:
         """Beside the merged model, what makes it of the checkpoint; nothing without low-rank changes."""
@@ -119,30 +118,29 @@ def find_checkpoint(config: Config, out: Path, resuming: bool) -> Checkpoint | N
     if resuming:
         said = json.loads((out / ADAPTATION).read_text())
         return Checkpoint(Base(**said["base"]), PerturbDiff.from_pretrained(out / "model", device="cpu"))
-    base, files, settings = checkpoint_settings(config.adapt.init_from)
-    if files.is_adapter and config.adapt.method == "lora":
+    base, folder, metadata = checkpoint_metadata(config.adapt.init_from)
+    if folder.is_adapter and config.adapt.method == "lora":
         raise ValueError(
             f"{base.name} is an adapter, and adapters are of whole models; `perturbdiff hub merge` it first."
         )
-    check_architecture(settings.config.denoiser, config.denoiser)
+    check_architecture(metadata.config.denoiser, config.denoiser)
     name, revision = name_and_revision(config.adapt.init_from)
     return Checkpoint(base, PerturbDiff.from_pretrained(name, base.revision or revision, device="cpu"))
 
 
-def checkpoint_settings(init_from: str) -> tuple[Base, Settings, ModelSettings]:
-    """Name and JSON files of a checkpoint; its tensors are not looked at. Raises as `find_model`, `read_settings`."""
+def checkpoint_metadata(init_from: str) -> tuple[Base, ModelFolder, ModelMetadata]:
+    """Name and metadata of a checkpoint; its tensors are not looked at. Raises as `find_model`, `ModelSource.read`."""
     source = find_model(init_from)
-    files = read_settings(source.folder)
-    source.check_identity(files)
-    return Base(source.name, source.commit, files.sha256), files, parse_settings(source.folder, files)
+    folder, metadata = source.read()
+    return Base(source.name, source.commit, folder.sha256), folder, metadata
 
 
 def settings_of(init_from: str) -> dict[str, Any]:
     """What a run takes over from its checkpoint unless it is told otherwise, as the `base` of `load_config`.
 
-    Raises as `checkpoint_settings`, and ValueError where training cannot go on from such a model.
+    Raises as `checkpoint_metadata`, and ValueError where training cannot go on from such a model.
     """
-    *_, said = checkpoint_settings(init_from)
+    *_, said = checkpoint_metadata(init_from)
     model, labels = said.config, said.vocabularies
     if model.denoiser.published_encoding != PublishedEncoding():
         raise ValueError(
@@ -216,10 +214,8 @@ def make_start(config: Config, data: TrainingSet, checkpoint: Checkpoint | None,
 
 def write_adaptation(out: Path, start: Start) -> None:
     """Keep what a resumption must know."""
-    said = start.said
-    if said is None:
-        return
-    write_whole(out / ADAPTATION, lambda temporary: write_json(temporary, said))
+    if start.said is not None:
+        write_json(out / ADAPTATION, start.said)
 
 
 _METHODS = {

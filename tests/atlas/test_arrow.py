@@ -101,7 +101,7 @@ def test_genes_are_chosen_by_name_and_renumbered(atlas, rows, genes):
     wanted = GeneVocab(tuple(NAMES[g] for g in genes))
     kind = opened.info.value_column
     tables = [table(X, library, kind)]
-    cells = AtlasCells(tables, kind, opened.genes, wanted, whole.preprocessing, opened.describe)
+    cells = AtlasCells(tables, kind, opened.genes, wanted, whole.preprocessing, opened.row_name)
     taken = cells.take(np.array(rows, dtype=np.int64))
     assert cells.genes == wanted
     np.testing.assert_array_equal(dense(taken, len(genes)), X.toarray()[rows][:, genes])

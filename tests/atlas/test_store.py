@@ -94,8 +94,8 @@ def test_an_atlas_opens_with_what_was_written(folder):
         assert words == sorted({r[name] for r in rows})
     atlas.verify()
     assert atlas.check_shard(1) == folder / shard_name(1)
-    assert atlas.describe(17 + 16) == f"row 16 of data/cells-00001.parquet of {folder}"
-    assert atlas.describe(17 + 17) == f"row 0 of data/cells-00002.parquet of {folder}"
+    assert atlas.row_name(17 + 16) == f"row 16 of data/cells-00001.parquet of {folder}"
+    assert atlas.row_name(17 + 17) == f"row 0 of data/cells-00002.parquet of {folder}"
 
 
 @pytest.mark.parametrize("value_type", ["uint16", "uint32", "float32"])
@@ -184,14 +184,14 @@ def test_shards_are_written_with_the_encodings_that_were_measured(folder):
 
 
 @pytest.mark.parametrize(
-    ("licence", "line"),
+    ("license", "line"),
     [("cc-by-4.0", "license: cc-by-4.0"), ("Ask: me\n- x", "license_name: ask-me-x"), (None, "configs:")],
 )
-def test_the_card_states_the_licence(tmp_path, licence, line):
-    lines = (write_atlas(tmp_path / "a", licence=licence) / "README.md").read_text().splitlines()
+def test_the_card_states_the_license(tmp_path, license, line):
+    lines = (write_atlas(tmp_path / "a", license=license) / "README.md").read_text().splitlines()
     head = lines[1 : lines.index("---", 1)]
     assert line in head
-    assert any(word.startswith("license") for word in head) == (licence is not None)
+    assert any(word.startswith("license") for word in head) == (license is not None)
 
 
 def test_the_summary_tells_a_person_what_is_in_it(folder):
@@ -204,6 +204,22 @@ def test_the_summary_tells_a_person_what_is_in_it(folder):
 
 
 # The manifest
+
+
+def test_an_atlas_of_format_1_opens_with_its_licenses(folder):
+    info = Atlas.open(folder).info
+
+    def older(content):
+        content["format_version"] = 1
+        for part in (content, *content["sources"]):
+            part["licence"] = part.pop("license")
+
+    change_json(folder, MANIFEST, older)
+    change_json(folder, CHECKSUMS, set_to(format_version=1))
+    opened = Atlas.open(folder)
+    assert opened.info == info
+    assert opened.info.license == "cc-by-4.0"
+    opened.verify()
 
 
 def set_to(**values):
@@ -225,14 +241,15 @@ def in_source(**values):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (set_to(format_version=2), "format_version 2; this version of perturbdiff reads 1. Update perturbdiff"),
-        (set_to(format_version=2, x=1, shards=3), "format_version 2; .* Update perturbdiff"),
+        (set_to(format_version=3), "format_version 3; this version of perturbdiff reads 1 to 2. Update perturbdiff"),
+        (set_to(format_version=3, x=1, shards=3), "format_version 3; .* Update perturbdiff"),
+        (set_to(format_version=0), "format_version 0; .* Update perturbdiff"),
         (set_to(format_version="1"), "format_version 1; "),
         (set_to(format_version=True), "format_version True; "),
         (lambda content: content.pop("format_version"), "format_version None"),
         (set_to(colour="red"), "missing nothing; unknown colour"),
         (lambda content: content.update({"a\nb": 1}), r"unknown 'a\\nb'"),
-        (lambda content: content.pop("licence") and None, "missing licence; unknown nothing"),
+        (lambda content: content.pop("license") and None, "missing license; unknown nothing"),
         (set_to(n_cells=10**15), "n_cells is 1,000,000,000,000,000, but the shards hold 44"),
         (both(set_to(n_cells=10**15 + 27), in_shard(0, n_cells=10**15)), "cannot hold 1,000,000,"),
         (in_shard(1, n_cells=10**30), "10+ is not a number of 64 bits"),
@@ -250,7 +267,7 @@ def in_source(**values):
         (set_to(n_cells=44.0), "n_cells is 44.0; it must be a whole number"),
         (set_to(n_cells=True), "n_cells is True; it must be a whole number"),
         (set_to(n_cells=None), "n_cells is None; it must be a whole number"),
-        (set_to(licence=3), "licence is 3; it must be a text"),
+        (set_to(license=3), "license is 3; it must be a text"),
         (set_to(genes_rule=None), "genes_rule is None; it must be a text"),
         (set_to(input_kind="raw"), "input_kind is 'raw'; it must be counts or log1p"),
         (set_to(input_kind="log1p"), "value_type is 'uint16'; it must be float32"),

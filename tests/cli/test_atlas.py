@@ -22,7 +22,7 @@ def screens(tmp_path_factory):
 @pytest.fixture(scope="module")
 def atlas(screens, tmp_path_factory):
     folder = tmp_path_factory.mktemp("built") / "atlas"
-    main(["atlas", "build", *map(str, screens), "--out", str(folder), "--workers", "1", "licence=cc-by-4.0"])
+    main(["atlas", "build", *map(str, screens), "--out", str(folder), "--workers", "1", "license=cc-by-4.0"])
     return folder
 
 
@@ -30,7 +30,7 @@ def test_build_info_verify_load_and_train_follow_one_another(atlas, tmp_path, ca
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     main(["atlas", "info", str(atlas)])
     said = capsys.readouterr().out
-    for piece in ("280: 192 perturbed, 88 'control'", "genes       30", "licence     cc-by-4.0", "screen_1.h5ad"):
+    for piece in ("280: 192 perturbed, 88 'control'", "genes       30", "license     cc-by-4.0", "screen_1.h5ad"):
         assert piece in said
     main(["atlas", "verify", str(atlas)])
     assert "1 shards, 280 cells" in capsys.readouterr().out
@@ -43,15 +43,15 @@ def test_build_info_verify_load_and_train_follow_one_another(atlas, tmp_path, ca
 
 def test_settings_of_every_input_and_of_the_atlas_may_stand_anywhere(screens, tmp_path):
     words = ["--out", str(tmp_path / "atlas"), "source.cells=unperturbed", "--genes", "intersection", "seed=3"]
-    main(["atlas", "build", "source.licence=mit", str(screens[0]), *words, str(screens[1]), "--workers", "1"])
+    main(["atlas", "build", "source.license=mit", str(screens[0]), *words, str(screens[1]), "--workers", "1"])
     manifest = json.loads((tmp_path / "atlas" / "atlas.json").read_text())
     assert (manifest["n_cells"], manifest["seed"], manifest["genes_rule"]) == (88, 3, "intersection")
-    assert [source["licence"] for source in manifest["sources"]] == ["mit", "mit"]
+    assert [source["license"] for source in manifest["sources"]] == ["mit", "mit"]
 
 
 def test_tasks_share_the_reading_and_the_command_without_one_ends_it(screens, atlas, tmp_path):
     out = tmp_path / "atlas"
-    command = ["atlas", "build", *map(str, screens), "--out", str(out), "--workers", "1", "licence=cc-by-4.0"]
+    command = ["atlas", "build", *map(str, screens), "--out", str(out), "--workers", "1", "license=cc-by-4.0"]
     for i in (2, 1):
         main([*command, "--task", f"{i}/2"])
         assert not out.exists()

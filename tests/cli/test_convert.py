@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from perturbdiff.cli.main import main
+from perturbdiff.hub.records import read_evaluation
 from perturbdiff.model import PerturbDiff
 from perturbdiff.training.loop import train
 from tests.conftest import GOLDEN
@@ -35,14 +36,14 @@ def refused(capsys, *words: object) -> str:
 def test_a_published_checkpoint_becomes_a_folder_with_the_genes_that_are_named(capsys, tmp_path):
     names = [f"SYMBOL{i}" for i in range(48)]
     (tmp_path / "genes.txt").write_text("\n".join(names) + "\n")
-    words = ("convert", CHECKPOINT, "--genes", tmp_path / "genes.txt", "--licence", "mit")
+    words = ("convert", CHECKPOINT, "--genes", tmp_path / "genes.txt", "--license", "mit")
     said = run(capsys, *words, "--out", tmp_path / "ema")
     assert "note" not in said
     assert f"written     {tmp_path / 'ema'}" in said
     run(capsys, *words, "--out", tmp_path / "raw", "--weights", "raw")
     ema, raw = (PerturbDiff.from_pretrained(tmp_path / name, device="cpu") for name in ("ema", "raw"))
     assert list(ema.genes.names) == names
-    assert ema.training["licence"] == "mit"
+    assert ema.training.license == "mit"
     assert "license: mit" in (tmp_path / "ema" / "README.md").read_text()
     assert not torch.equal(ema.denoiser.head.weight, raw.denoiser.head.weight)
     assert "training.weights: ema -> raw" in run(capsys, "hub", "diff", tmp_path / "ema", tmp_path / "raw")
@@ -77,6 +78,6 @@ def test_scores_of_predictions_are_put_into_the_folder_of_their_model(capsys, tm
     )  # fmt: skip
     assert f"scores put into {folder}" in said
     model = PerturbDiff.from_pretrained(folder, device="cpu")
-    assert model.evaluation == json.loads((tmp_path / "scores" / "scores.json").read_text())
-    assert model.evaluation["split"]["hold_out"] == ["pert_0:type_0"]
+    assert model.evaluation == read_evaluation(json.loads((tmp_path / "scores" / "scores.json").read_text()))
+    assert model.evaluation.split.hold_out == ("pert_0:type_0",)
     assert (folder / "model.safetensors").read_bytes() == weights

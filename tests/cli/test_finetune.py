@@ -10,6 +10,7 @@ import torch
 
 import perturbdiff
 from perturbdiff.cli.main import main
+from perturbdiff.hub.records import read_evaluation
 from perturbdiff.model import PerturbDiff
 from perturbdiff.training.loop import train
 from tests.localhub.client import TOKEN, led_to, refused
@@ -81,7 +82,7 @@ def test_held_out_conditions_are_scored_beside_baselines_and_the_model_says_so(s
     for words in ("PerturbDiff", "no change", "ridge", "ceiling", "scores.csv"):
         assert words in said
     model = PerturbDiff.from_pretrained(tmp_path / "run" / "model")
-    assert model.evaluation == json.loads((tmp_path / "run" / "scores.json").read_text())
+    assert model.evaluation == read_evaluation(json.loads((tmp_path / "run" / "scores.json").read_text()))
     assert len(model.genes) == 40
 
 
@@ -114,7 +115,7 @@ def test_the_recipe_may_name_the_checkpoint(screen, checkpoint, tmp_path):
     (tmp_path / "recipe.yaml").write_text(f"adapt: {{init_from: {checkpoint}}}\n")
     argv = ["finetune", "--screen", screen, "--recipe", tmp_path / "recipe.yaml", "--out", tmp_path / "run", *FEW]
     main([str(word) for word in argv])
-    assert PerturbDiff.from_pretrained(tmp_path / "run" / "model").training["init_from"]["name"] == "model"
+    assert PerturbDiff.from_pretrained(tmp_path / "run" / "model").training.init_from.name == "model"
 
 
 def test_an_atlas_is_tuned_on(screen, checkpoint, tmp_path, capsys):
@@ -213,7 +214,7 @@ def test_an_adapter_of_a_base_on_the_hub_serves_wherever_a_model_does(hub, scree
     main(["hub", "pull", "lab/lora", "--out", str(tmp_path / "pulled")])
     assert agree(PerturbDiff.from_pretrained(tmp_path / "pulled"), own)
     finetune(screen, "lab/lora", tmp_path / "on", "adapt.method=frozen")
-    assert PerturbDiff.from_pretrained(tmp_path / "on" / "model").training["init_from"]["name"] == "lab/lora"
+    assert PerturbDiff.from_pretrained(tmp_path / "on" / "model").training.init_from.name == "lab/lora"
 
 
 def test_the_wrong_base_is_refused_naming_both(adapter, checkpoint, tmp_path, capsys):
@@ -234,4 +235,4 @@ def test_a_model_folder_is_no_adapter_and_an_adapter_is_no_model_without_its_bas
     assert "not an adapter" in said
     assert "error" not in said
     assert "was a folder; say where it is" in refused(capsys, "hub", "verify", adapter)
-    assert "leave --licence out" in refused(capsys, "hub", "push", adapter, "lab/lora", "--licence", "mit")
+    assert "leave --license out" in refused(capsys, "hub", "push", adapter, "lab/lora", "--license", "mit")

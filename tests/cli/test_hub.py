@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import constants
 
 from perturbdiff.cli.main import main
-from perturbdiff.hub.model_folder import WEIGHTS, read_settings
+from perturbdiff.hub.model_folder import WEIGHTS, read_folder
 from perturbdiff.model import PerturbDiff
 from perturbdiff.training.loop import train
 from tests.hub.test_card import EVALUATION
@@ -71,7 +71,7 @@ def test_push_list_info_pull_verify_predict(hub, trained, screen, tmp_path, said
 
     text = said("hub", "info", f"{NAME}@v1")
     assert text.startswith(f"model         lab/kang at commit {commit}\n")
-    assert f"sha256        {read_settings(folder).sha256}" in text
+    assert f"sha256        {read_folder(folder).sha256}" in text
     assert "pearson_delta           0.920 (best baseline 0.883; higher)" in text
     assert not hub.gets(WEIGHTS)[1:]  # the first is of what the push pulled back
 
@@ -81,7 +81,7 @@ def test_push_list_info_pull_verify_predict(hub, trained, screen, tmp_path, said
         path: c for path, c in files(folder).items() if path != "README.md"
     }
     for where in (out, NAME, f"{NAME}@v1", f"{NAME}@{commit}"):
-        assert "every hash, the card, the golden output" in said("hub", "verify", where)
+        assert "every hash and the golden output" in said("hub", "verify", where)
     assert said("hub", "diff", NAME, folder) == "weights: the same files\n"
 
     cells = []
@@ -120,12 +120,12 @@ def test_the_entry_that_a_push_prints_works_in_a_registry(hub, trained, tmp_path
     assert "on the Hub  not reached" in text
 
 
-def test_a_licence_is_kept_in_the_folder_and_shown_everywhere(hub, trained, tmp_path, said):
+def test_a_license_is_kept_in_the_folder_and_shown_everywhere(hub, trained, tmp_path, said):
     folder = tmp_path / "model"
     PerturbDiff.from_pretrained(trained, device="cpu").save_pretrained(folder)
-    said("hub", "push", folder, NAME, "--licence", "cc-by-4.0")
+    said("hub", "push", folder, NAME, "--license", "cc-by-4.0")
     for where in (folder, NAME):
-        assert "licence       cc-by-4.0\n" in said("hub", "info", where)
+        assert "license       cc-by-4.0\n" in said("hub", "info", where)
     card = hub.models[NAME].commits[hub.models[NAME].branches["main"]]["README.md"].decode()
     assert "license: cc-by-4.0\n" in card
     assert files(folder)[WEIGHTS] == files(trained)[WEIGHTS]

@@ -43,7 +43,7 @@ def test_kills_and_a_damaged_state_cost_only_the_steps_since_the_last_save(recip
     assert all("The last saved step is 4; " in error for error in errors(run.output()))
     assert steps(out) == [4]
     assert list((out / "states").glob(".state-*"))
-    assert PerturbDiff.from_pretrained(out / "model").training["steps"] == 8
+    assert PerturbDiff.from_pretrained(out / "model").training.steps == 8
 
     held = Held(tmp_path / "again", 10)
     with Launch("ddp", recipe, out, fault=held.fault) as run:
@@ -91,7 +91,7 @@ def test_a_full_disk_ends_all_and_leaves_the_state_before(recipe, one, undisturb
         assert "No space left on device" in says
         assert follows == "perturbdiff: error (rank 1): step 8 could not be saved by rank 0, which says why."
         assert latest_state(out / "states").progress.step == 4
-        assert PerturbDiff.from_pretrained(out / "model").training["steps"] in (4, 8)
+        assert PerturbDiff.from_pretrained(out / "model").training.steps in (4, 8)
         shutil.copytree(out, tmp_path / "elsewhere")
     alone(recipe, tmp_path / "elsewhere")
     assert_close(tmp_path / "elsewhere", one)

@@ -62,7 +62,7 @@ def test_a_signal_stops_all_in_one_step_and_the_same_command_goes_on_bit_identic
 
     def look():
         # Step 4 is saved, and the run goes on.
-        assert PerturbDiff.from_pretrained(out / "model").training["steps"] == 4
+        assert PerturbDiff.from_pretrained(out / "model").training.steps == 4
 
     stopped(engine, recipe, out, tmp_path / "held", 6, how, look)
     shutil.copytree(out, tmp_path / "on_one")

@@ -13,6 +13,7 @@ from perturbdiff.data.splits import make_split, write_split
 from perturbdiff.evaluation.held_out import predict_held_out
 from perturbdiff.evaluation.metrics import METRICS, score_condition
 from perturbdiff.evaluation.report import CEILING, MODEL, Report, _training_effects, evaluate, evaluate_file
+from perturbdiff.hub.records import SplitRecord
 from perturbdiff.model import PerturbDiff
 from perturbdiff.training import run as training_run
 from perturbdiff.training.loop import train
@@ -140,12 +141,9 @@ def test_evaluating_files_gives_what_evaluating_arrays_gives(run, screen, split,
     write_split(split, screen, tmp_path / "split.json")
     report = evaluate_file(tmp_path / "p.h5ad", run.data.screen, tmp_path / "split.json")
     pd.testing.assert_frame_equal(report.means(), evaluate(predicted, screen, "batch", split).means())
-    said = report.as_json()
-    assert said["split"] == {
-        "hold_out": ["pert_0:type_0", "pert_2:type_1:batch_1"],
-        "sha256": json.loads((tmp_path / "split.json").read_text())["sha256"],
-    }
-    assert said["data"] == "screen.h5ad"
+    sha256 = json.loads((tmp_path / "split.json").read_text())["sha256"]
+    assert report.record().split == SplitRecord(("pert_0:type_0", "pert_2:type_1:batch_1"), sha256)
+    assert report.record().data == "screen.h5ad"
 
 
 def test_without_a_split_the_model_stands_beside_no_change_only(screen):
@@ -153,7 +151,7 @@ def test_without_a_split_the_model_stands_beside_no_change_only(screen):
     report = evaluate(truth_as_prediction(screen, rows), screen, "batch")
     assert list(report.means().index) == [MODEL, "no change", CEILING]
     assert len(report.scores) == 3 * 4
-    assert report.as_json()["split"] is None
+    assert report.record().split is None
 
 
 def test_where_controls_match_by_cell_type_batches_are_one_condition(screen, split):

@@ -14,8 +14,9 @@ from perturbdiff.config import DenoiserConfig
 from perturbdiff.data.vocab import Labels
 from perturbdiff.files import sha256
 from perturbdiff.hub.adapter import extended_base, save_adapter
-from perturbdiff.hub.card_check import check_card
+from perturbdiff.hub.card import check_card
 from perturbdiff.hub.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, CONFIG, GOLDEN, config_hash
+from perturbdiff.hub.records import StartRecord, TrainingRecord
 from perturbdiff.model import PerturbDiff, push_folder
 from perturbdiff.nn.denoiser import build_denoiser
 from perturbdiff.nn.lora import BACKBONE, changed_layers, inject_lora, merged
@@ -25,7 +26,7 @@ PEFT = "base_model.model."
 BIAS = f"{PEFT}head.bias"
 LABELS = DenoiserConfig(width=8, depth=3, n_heads=2, mean_effect=True)  # more layers than peft lists by full name
 REFERENCE = DenoiserConfig(width=8, depth=1, n_heads=2, output="direct", conditioning="reference", covariate_dim=4)
-MORE = {"dose_separator": "@", "n_described": 1, "tables": (("go", 5),)}
+MORE = {"dose_separator": "@", "n_by_features": 1, "tables": (("go", 5),)}
 
 
 def random_model(config: DenoiserConfig, n_genes: int, perturbations: tuple[str, ...], **labels) -> PerturbDiff:
@@ -43,7 +44,7 @@ def write(folder: Path, config: DenoiserConfig, **labels) -> Path:
     base, model = random_model(config, 12, ("A", "B")), random_model(config, 14, ("A", "B", "C"), **labels)
     base.save_pretrained(folder / "base")
     start = {"name": "base", "revision": None, "sha256": sha256(folder / "base" / CONFIG), "method": "lora"}
-    model.training = {"steps": 2, "init_from": start}
+    model.training = TrainingRecord(steps=2, init_from=StartRecord(**start))
     backbone = {name: t for name, t in base.denoiser.state_dict().items() if name.startswith(BACKBONE)}
     model.denoiser.load_state_dict(backbone, strict=False)
     inject_lora(model.denoiser, 3, 12.0)

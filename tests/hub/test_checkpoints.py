@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from perturbdiff.config import load_config
-from perturbdiff.hub.card_check import check_card, check_evaluation
+from perturbdiff.hub.card import check_card
+from perturbdiff.hub.records import read_evaluation
 from perturbdiff.hub.registry import REGISTRY, read_registry
 
 HUB = Path(__file__).parents[2] / "hub"
@@ -29,7 +30,7 @@ def test_a_checkpoint_has_a_card_a_recipe_and_scores_that_agree(folder):
     assert f"--recipe hub/{folder.name}/recipe.yaml" in lines[1]
     load_config(folder / "recipe.yaml", [], {"out": "unused", "data": {"screen": "screen.h5ad"}})
     scores = json.loads((folder / "scores.json").read_text())
-    check_evaluation(scores)
+    read_evaluation(scores)
     card = (folder / "README.md").read_text()
     check_card(card)
     for method, row in scores["mean"].items():

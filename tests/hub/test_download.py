@@ -14,7 +14,7 @@ from huggingface_hub import constants
 
 from perturbdiff.cli.main import main
 from perturbdiff.hub.download import SMALL_FILES, find_model, list_models, pull_model
-from perturbdiff.hub.model_folder import CARD, CONFIG, MAX_JSON_BYTES, WEIGHTS, WEIGHTS_INDEX, read_settings
+from perturbdiff.hub.model_folder import CARD, CONFIG, MAX_JSON_BYTES, WEIGHTS, WEIGHTS_INDEX, read_folder
 from perturbdiff.hub.registry import entry_of
 from perturbdiff.model import PerturbDiff
 from perturbdiff.training.loop import train
@@ -227,7 +227,7 @@ def registered(hub, tmp_path, monkeypatch, model):
     """Writes a registry with one entry."""
 
     def write(revision="v1", sha256=None) -> None:
-        entry = entry_of("kang-2018", NAME, revision, sha256 or read_settings(model).sha256, None, {})
+        entry = entry_of("kang-2018", NAME, revision, sha256 or read_folder(model).sha256, None, {})
         (tmp_path / "registry.yaml").write_text("checkpoints:\n" + textwrap.indent(entry, "  "))
         monkeypatch.setenv("PERTURBDIFF_REGISTRY", str(tmp_path / "registry.yaml"))
 
@@ -378,7 +378,7 @@ def test_weights_of_another_model_fail_the_golden_check_of_a_pull(hub, model, tm
     golden = (model / "checks/golden.safetensors").read_bytes()
     content.save_pretrained(forged)
     config = json.loads((forged / CONFIG).read_text())
-    config["sha256"]["checks/golden.safetensors"] = read_settings(model).tensor_files["checks/golden.safetensors"]
+    config["sha256"]["checks/golden.safetensors"] = read_folder(model).tensor_files["checks/golden.safetensors"]
     (forged / CONFIG).write_text(json.dumps(config))
     (forged / "checks/golden.safetensors").write_bytes(golden)
     hub.models[NAME].commit(forged)

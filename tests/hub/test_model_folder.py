@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from perturbdiff.data.screen import control_cells
 from perturbdiff.hub.model_folder import CONFIG, GOLDEN, JSON_FILES, SHARD, WEIGHTS, WEIGHTS_INDEX, config_hash
+from perturbdiff.hub.records import ConversionRecord, TrainingRecord
 from perturbdiff.model import PerturbDiff
 from perturbdiff.training.loop import train
 from tests.simulated import tiny_config, write_screen
@@ -180,7 +182,7 @@ def test_a_failed_save_leaves_the_old_folder_and_no_rubbish(folder, monkeypatch)
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("perturbdiff.hub.model_folder.save_file", full)
+    monkeypatch.setattr("perturbdiff.hub.tensors.save_file", full)
     with pytest.raises(OSError, match="No space"):
         model.save_pretrained(folder)
     assert (folder / CONFIG).read_bytes() == before
@@ -248,12 +250,24 @@ def test_a_folder_of_format_1_loads_and_is_saved_as_the_newest(tmp_path):
     assert torch.allclose(load_file(tmp_path / "new" / GOLDEN)["x0_pred"], expected, atol=1e-6)
 
 
-def test_a_folder_of_format_3_loads_with_the_names_of_today(folder):
+def as_format_3(folder, **training):
+    """Its files as format 3 had them."""
     config = json.loads((folder / CONFIG).read_text())
-    new = config["diffusion"].pop("p_features_only")
-    before = {**config["diffusion"], "kernel": "energy", "mean_weight": 0.0, "p_unlabelled": new / 2}
-    rehash(folder, format_version=3, denoiser={**config["denoiser"], "attention": "paired"}, diffusion=before)
-    assert PerturbDiff.from_pretrained(folder).config.diffusion.p_features_only == new / 2
+    perturbations = json.loads((folder / "perturbations.json").read_text())
+    if "n_by_features" in perturbations:
+        perturbations["n_described"] = perturbations.pop("n_by_features")
+        (folder / "perturbations.json").write_text(json.dumps(perturbations))
+        config["diffusion"]["p_unlabelled"] = config["diffusion"].pop("p_features_only")
+        config["diffusion"] |= {"kernel": "energy", "mean_weight": 0.0}
+        config["denoiser"]["attention"] = "paired"
+    (folder / "training.json").write_text(json.dumps(training))
+    rehash(folder, format_version=3, denoiser=config["denoiser"], diffusion=config["diffusion"])
+
+
+def test_a_folder_of_format_3_loads_with_the_names_of_today(folder):
+    new = PerturbDiff.from_pretrained(folder).config.diffusion.p_features_only
+    as_format_3(folder)
+    assert PerturbDiff.from_pretrained(folder).config.diffusion.p_features_only == new
 
 
 @pytest.mark.parametrize(
@@ -274,6 +288,38 @@ def test_a_folder_of_format_1_with_a_value_that_was_removed_is_refused_with_the_
     assert "\n" not in str(error.value)
 
 
+def test_a_folder_of_format_3_loads_with_all_that_it_says_of_its_training(folder):
+    new = PerturbDiff.from_pretrained(folder).training
+    training = json.loads((folder / "training.json").read_text())
+    training = {key: value for key, value in training.items() if value is not None} | {"licence": "mit", "notes": "x"}
+
+    def load(**training):
+        as_format_3(folder, **training)
+        return PerturbDiff.from_pretrained(folder).training
+
+    assert load(**training) == replace(new, license="mit")
+    assert load() == TrainingRecord()
+    old = {"converted_from": "x.ckpt", "sha256": "a" * 64, "weights": "ema", "global_step": 7, "epoch": None}
+    conversion = ConversionRecord("x.ckpt", "a" * 64, "ema", 7, None, "pbmc")
+    assert load(**old, dataset="pbmc", settings={"a": 1}) == TrainingRecord(
+        converted_from=conversion, settings={"a": 1}
+    )
+
+
+@pytest.mark.parametrize("name", ["perturbations.json", "preprocessing.json", CONFIG])
+def test_text_that_settings_would_resolve_is_refused(folder, name):
+    secret = "${oc.env:HOME}"
+    content = json.loads((folder / name).read_text())
+    if name == CONFIG:
+        rehash(folder, obs={**content["obs"], "batch": secret})
+    else:
+        key = "combination_separator" if name == "perturbations.json" else "library_size_col"
+        (folder / name).write_text(json.dumps({**content, key: secret}))
+        rehash(folder)
+    with pytest.raises(ValueError, match="interpolation"):
+        PerturbDiff.from_pretrained(folder)
+
+
 def test_a_key_that_is_missing_is_never_a_default(folder):
     config = json.loads((folder / CONFIG).read_text())
     del config["denoiser"]["out_activation"]
@@ -287,7 +333,7 @@ def test_files_may_be_read_by_those_who_may_read_the_folder(folder):
     assert len(set(modes.values())) == 1, modes
 
 
-@pytest.mark.parametrize("name", [CONFIG, "genes.json", WEIGHTS, GOLDEN, "README.md"])
+@pytest.mark.parametrize("name", [CONFIG, "genes.json", WEIGHTS, GOLDEN])
 def test_links_out_of_the_folder_are_refused_and_links_within_are_not(folder, tmp_path, name):
     (folder / name).rename(tmp_path / "elsewhere")
     (folder / name).symlink_to(tmp_path / "elsewhere")

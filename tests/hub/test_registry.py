@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from perturbdiff.hub.download import find_model
-from perturbdiff.hub.model_folder import read_settings
-from perturbdiff.hub.registry import REGISTRY, Checkpoint, entry_of, find_checkpoint, read_registry
+from perturbdiff.hub.model_folder import read_folder
+from perturbdiff.hub.registry import REGISTRY, RegistryEntry, entry_of, find_entry, read_registry
 from perturbdiff.model import PerturbDiff
 from perturbdiff.training.loop import train
 from tests.simulated import tiny_config, write_screen
@@ -46,16 +46,16 @@ def test_an_entry_says_again_what_it_was_made_of(registry):
     metrics = {"pearson_delta": 0.9218, "energy_distance": -0.003}
     text = entry_of("kang-2018", "lab/kang", "v1", DIGEST, "recipes/train/kang.yaml", metrics)
     registry("checkpoints:\n" + textwrap.indent(text, "  "))
-    expected = Checkpoint("kang-2018", "lab/kang", "v1", DIGEST, "recipes/train/kang.yaml", metrics)
+    expected = RegistryEntry("kang-2018", "lab/kang", "v1", DIGEST, "recipes/train/kang.yaml", metrics)
     assert read_registry() == {"kang-2018": expected}
-    assert find_checkpoint("kang-2018") == expected
+    assert find_entry("kang-2018") == expected
 
 
 @pytest.mark.parametrize("revision", ["1e5", "0123456", "null", "true", "2026-01-01", "1.0"])
 def test_a_revision_that_looks_like_something_else_comes_back_as_text(registry, revision):
     text = entry_of("kang", "lab/kang", revision, "1" * 64, None, {})
     registry("checkpoints:\n" + textwrap.indent(text, "  "))
-    assert (find_checkpoint("kang").revision, find_checkpoint("kang").sha256) == (revision, "1" * 64)
+    assert (find_entry("kang").revision, find_entry("kang").sha256) == (revision, "1" * 64)
 
 
 def test_an_unknown_name_lists_the_nearest(registry):
@@ -118,7 +118,7 @@ def test_a_registry_must_be_a_file_of_a_bearable_size(registry, tmp_path, monkey
 
 def test_a_name_is_a_folder_beside_the_registry(registry, model, tmp_path, monkeypatch):
     shutil.copytree(model, tmp_path / "models/kang")
-    digest = read_settings(model).sha256
+    digest = read_folder(model).sha256
     registry(f"checkpoints:\n  kang:\n    repo: models/kang\n    sha256: {digest}")
     monkeypatch.chdir("/")
     assert find_model("kang").folder == tmp_path / "models/kang"

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import anndata
 import numpy as np
@@ -15,6 +16,7 @@ from filelock import FileLock
 import perturbdiff.inference.answers as answers_module
 from perturbdiff.config import ObsColumns
 from perturbdiff.data.screen import control_cells
+from perturbdiff.hub.records import Calibration
 from perturbdiff.inference.answers import predict_requests
 from perturbdiff.inference.intervals import mean_expression, population_summary
 from perturbdiff.inference.output import read_predicted
@@ -30,7 +32,7 @@ REQUESTS = [
     Request("A", "NK"),
     Request("B", "T", n_cells=1),
 ]
-CALIBRATION = {"level": 0.9, "factor": 2.0, "floor": 0.1, "coverage": 0.91, "n_conditions": 5}
+CALIBRATION = Calibration(level=0.9, factor=2.0, floor=0.1, coverage=0.91, n_conditions=5)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +97,7 @@ def test_each_request_is_predicted_as_it_would_be_alone(model, controls, tmp_pat
 
 @pytest.mark.parametrize("suffix", ["h5ad", "parquet"])
 def test_the_file_says_what_was_asked_and_how_it_was_made(model, controls, tmp_path, suffix):
-    model.training["calibration"] = CALIBRATION
+    model.training = replace(model.training, calibration=CALIBRATION)
     other = controls.copy()
     other.obs["cell_type"] = other.obs["cell_type"].astype(str).replace("T", "B cell")
     requests = [Request("A", "NK"), Request("B", "B cell", n_populations=3), Request("B", "B cell", seed=4)]
@@ -118,7 +120,7 @@ def test_the_file_says_what_was_asked_and_how_it_was_made(model, controls, tmp_p
 
 
 def test_the_summary_holds_each_gene_of_each_request(model, controls, tmp_path):
-    model.training["calibration"] = CALIBRATION
+    model.training = replace(model.training, calibration=CALIBRATION)
     predict_requests(model, controls, REQUESTS, tmp_path / "all.parquet", summary=tmp_path / "genes.csv")
     table = pd.read_csv(tmp_path / "genes.csv")
     assert len(table) == len(REQUESTS) * len(model.genes)

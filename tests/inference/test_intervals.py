@@ -8,13 +8,12 @@ import pytest
 from anndata import AnnData
 from scipy import sparse
 
+from perturbdiff.hub.records import Calibration
 from perturbdiff.inference.intervals import (
-    Calibration,
     calibrate,
     fit_calibration,
     median_width,
     population_summary,
-    read_calibration,
 )
 from tests.screens import counts_screen, log1p_cp10k, read
 from tests.untrained import untrained
@@ -147,26 +146,6 @@ def test_spreads_of_one_population_are_refused():
         fit_calibration(values, values, values * np.nan, values > 0)
 
 
-def test_a_calibration_is_read_as_it_was_stored():
-    assert read_calibration({}) is None
-    assert read_calibration({"calibration": vars(CALIBRATION)}) == CALIBRATION
-
-
-BAD = [
-    "yes", [], {}, {**vars(CALIBRATION), "more": 1}, {k: v for k, v in vars(CALIBRATION).items() if k != "floor"},
-    *({**vars(CALIBRATION), name: value}
-      for name in vars(CALIBRATION) for value in (-1, math.nan, math.inf, "1", None, True, [])),
-    {**vars(CALIBRATION), "level": 1.5}, {**vars(CALIBRATION), "n_conditions": 2.5},
-    {**vars(CALIBRATION), "coverage": 1.5}, {**vars(CALIBRATION), "factor": 0},
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("said", BAD, ids=str)
-def test_a_calibration_that_cannot_be_is_refused(said):
-    with pytest.raises(ValueError, match="calibrat"):
-        read_calibration({"calibration": said})
-
-
 @pytest.mark.parametrize("match", ["batch", "cell_type"])
 def test_a_model_is_calibrated_on_its_held_out_conditions(match):
     model, adata = untrained(std=0.1), counts_screen(n=6)
@@ -176,7 +155,7 @@ def test_a_model_is_calibrated_on_its_held_out_conditions(match):
     held_out = (screen.obs["perturbation"] == "A+B").to_numpy()
     found = calibrate(model, screen, held_out, match, n_populations=3, seed=2)
     assert found.n_conditions == 4
-    assert read_calibration(model.training) == found
+    assert model.training.calibration == found
     log1p = pd.DataFrame(log1p_cp10k(adata.X), index=adata.obs_names)
     control = adata.obs["perturbation"] == "control"
     measured, mean, spread = [], [], []
@@ -202,4 +181,4 @@ def test_calibrating_needs_populations_and_conditions():
         calibrate(model, screen, everything, "batch", n_populations=1)
     with pytest.raises(ValueError, match="0 conditions are too few to calibrate on"):
         calibrate(model, screen, screen.is_control, "batch")
-    assert "calibration" not in model.training
+    assert model.training.calibration is None

@@ -77,20 +77,20 @@ def test_features_survive_saving_and_lie_in_a_file_of_their_own(model, controls,
     )
 
 
-def test_a_perturbation_described_later_is_predicted_as_one_described_at_training(config, controls, table):
+def test_a_perturbation_by_features_later_is_predicted_as_one_described_at_training(config, controls, table):
     model = PerturbDiff.from_pretrained(f"{config.out}/model", device="cpu")
     features = pd.read_csv(table, index_col="name")
     later = FeatureTable("esm2", ("twin",), features.loc[[NEW]].to_numpy(np.float32))
-    assert model.describe([later]) == ["twin"]
+    assert model.add_features([later]) == ["twin"]
     np.testing.assert_allclose(
         cells(model.predict(controls, perturbation="twin", n_cells=20)).mean(0),
         cells(model.predict(controls, perturbation=NEW, n_cells=20)).mean(0),
         atol=1e-4,
     )
-    assert model.describe([later]) == []
+    assert model.add_features([later]) == []
     for wrong in (FeatureTable("other", ("z",), later.values), FeatureTable("esm2", ("z",), later.values[:, :2])):
         with pytest.raises(ValueError, match=r"is not one of this model's, which were trained as 'esm2' \(6\)"):
-            model.describe([wrong])
+            model.add_features([wrong])
 
 
 def test_what_has_neither_row_nor_features_is_an_error(model, controls):

@@ -88,9 +88,9 @@ def test_a_fresh_combination_is_the_sum_of_its_parts():
     torch.testing.assert_close(c[0, 0], rows(conditioning, [1, 3], 0, 0))
 
 
-def described(n_described: int = 2, doses: bool = False) -> LabelConditioning:
+def described(n_by_features: int = 2, doses: bool = False) -> LabelConditioning:
     """Five perturbations with rows, and more with features alone; perturbation 1 is in neither table."""
-    sizes = VocabSizes(5, 3, 4, described=n_described, tables=(3, 2), doses=doses)
+    sizes = VocabSizes(5, 3, 4, by_features=n_by_features, tables=(3, 2), doses=doses)
     conditioning = randomized(LabelConditioning(sizes, 6))
     for table in conditioning.tables:
         table.features[1] = 0

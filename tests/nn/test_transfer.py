@@ -231,18 +231,18 @@ def test_labels_that_a_checkpoint_has_none_of_are_drawn():
 
 
 def test_a_checkpoint_keeps_its_labels_before_those_of_the_data():
-    known = vocabularies(("B", "A", "X"), n_described=1, tables=(("esm", 3),))
-    data = vocabularies(("A", "C", "Y"), ("NK", "B"), ("b0",), n_described=1, tables=(("esm", 3), ("own", 2)))
+    known = vocabularies(("B", "A", "X"), n_by_features=1, tables=(("esm", 3),))
+    data = vocabularies(("A", "C", "Y"), ("NK", "B"), ("b0",), n_by_features=1, tables=(("esm", 3), ("own", 2)))
     both = extended(known, data)
     assert (both.labelled, both.perturbations.names) == (("B", "A", "C"), ("B", "A", "C", "X", "Y"))
     assert (both.cell_types.names, both.batches.names) == (("T", "NK", "B"), ("b1", "b0"))
-    assert (both.n_described, both.tables) == (2, (("esm", 3), ("own", 2)))
+    assert (both.n_by_features, both.tables) == (2, (("esm", 3), ("own", 2)))
     assert extended(both, data) == both
 
 
 def test_a_perturbation_that_only_had_features_gets_a_row_when_it_was_measured():
-    both = extended(vocabularies(("A", "X"), n_described=1, tables=(("t", 2),)), vocabularies(("X",)))
-    assert (both.labelled, both.n_described) == (("A", "X"), 0)
+    both = extended(vocabularies(("A", "X"), n_by_features=1, tables=(("t", 2),)), vocabularies(("X",)))
+    assert (both.labelled, both.n_by_features) == (("A", "X"), 0)
 
 
 # ---------------------------------------------------------------- features, interaction

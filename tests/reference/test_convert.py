@@ -8,6 +8,7 @@ import logging
 import math
 import re
 from collections import OrderedDict
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from perturbdiff.config import load_config
 from perturbdiff.data.vocab import Labels
 from perturbdiff.diffusion.sampling import sample
 from perturbdiff.diffusion.schedule import Schedule
+from perturbdiff.hub.records import ConversionRecord
 from perturbdiff.model import PerturbDiff
 from perturbdiff.nn.conditioning import VocabSizes
 from perturbdiff.nn.denoiser import Denoiser
@@ -392,12 +394,11 @@ def test_what_a_checkpoint_says_is_kept_and_what_its_author_would_not_say_is_not
     path = write_checkpoint(tmp_path / "mine.ckpt", onehot(golden), changes={"model_cfg.steps": 500})
     converted = convert_checkpoint(path)
     training = converted.training
-    assert training["converted_from"] == "mine.ckpt"
-    assert training["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert (training["global_step"], training["epoch"], training["weights"]) == (77, 3, "ema")
-    assert training["settings"]["model_cfg"]["steps"] == 500
-    assert training["settings"]["trainer_cfg"] == {"precision": "32-true"}
-    text = json.dumps(training, allow_nan=False)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert training.converted_from == ConversionRecord("mine.ckpt", sha256, "ema", 77, 3, None)
+    assert training.settings["model_cfg"]["steps"] == 500
+    assert training.settings["trainer_cfg"] == {"precision": "32-true"}
+    text = json.dumps(asdict(training), allow_nan=False)
     assert "someone" not in text
     assert str(tmp_path) not in text
     assert "cell_type 9" not in text
@@ -486,7 +487,7 @@ def test_embedders_of_one_data_set_are_taken_by_its_name(golden, agree, tmp_path
     )
     with torch.no_grad():
         agree(model.denoiser(x_t, t, control, cov, previous), numbers["out.cond.x"][sets], dataset)
-    assert model.training["dataset"] == ("pbmc" if 0 in sets else "tahoe100m")
+    assert model.training.converted_from.dataset == ("pbmc" if 0 in sets else "tahoe100m")
 
 
 @pytest.mark.parametrize("dataset", [None, "replogle", "norman", ""])
@@ -500,7 +501,7 @@ def test_a_data_set_without_embedders_is_an_error_that_lists_those_that_have_som
 def test_a_data_set_of_shared_embedders_must_be_that_of_the_checkpoint(golden, tmp_path):
     path = write_checkpoint(tmp_path / "x.ckpt", onehot(golden))
     for dataset in ("tiny_pbmc", "pbmc"):
-        assert convert_checkpoint(path, dataset=dataset).training["dataset"] == dataset
+        assert convert_checkpoint(path, dataset=dataset).training.converted_from.dataset == dataset
     with pytest.raises(ValueError, match=r"'tahoe100m' is not among those of this checkpoint \(tiny_pbmc\)"):
         convert_checkpoint(path, dataset="tahoe100m")
 

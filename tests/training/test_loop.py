@@ -110,7 +110,7 @@ def test_early_stopping_ends_the_run_and_keeps_the_weights_of_least_energy_dista
     best = min(values, key=values.get)
     assert result.step < 40
     assert result.step == best + 4  # two validations, two steps apart
-    assert result.model.training["steps"] == best
+    assert result.model.training.steps == best
     stopped_at_best = tiny_config(screen, tmp_path / "best", *words)
     train(stopped_at_best, stop_at=best)
     assert_same_weights(tmp_path / "run" / "model", tmp_path / "best" / "model")
@@ -134,7 +134,7 @@ def test_a_non_finite_loss_stops_with_step_and_condition_and_keeps_the_state(scr
     poisoned.expression.library_size[cells] = 1e-38  # counts over it are beyond float32
     with pytest.raises(FloatingPointError, match=r"step [3-6] .*perturbation 'pert_2', cell type 'type_"):
         train(config, screen=poisoned)
-    assert PerturbDiff.from_pretrained(tmp_path / "run" / "model").training["steps"] == 2
+    assert PerturbDiff.from_pretrained(tmp_path / "run" / "model").training.steps == 2
 
 
 def test_other_settings_are_refused_in_a_run_folder_and_named(screen, tmp_path):
@@ -293,7 +293,7 @@ def test_a_kill_between_model_folder_and_state_leaves_no_state_without_its_model
         with pytest.raises(KeyboardInterrupt):
             train(config, stop_at=4)
     assert [path.name for path in (tmp_path / "run" / "states").iterdir()] == ["step_00000002"]
-    assert PerturbDiff.from_pretrained(tmp_path / "run" / "model").training["steps"] == model_at
+    assert PerturbDiff.from_pretrained(tmp_path / "run" / "model").training.steps == model_at
     train(config)
     train(tiny_config(screen, tmp_path / "straight"))
     assert losses(tmp_path / "run") == losses(tmp_path / "straight")
@@ -316,7 +316,7 @@ def test_a_full_disk_ends_the_run_with_a_message_and_the_same_call_goes_on_when_
         with pytest.raises(OSError, match=r"step 6 could not be saved .*; step 2 still is\. Make room"):
             train(config)
         assert [path.name for path in (disk / "run" / "states").iterdir()] == ["step_00000002"]
-        assert PerturbDiff.from_pretrained(disk / "run" / "model").training["steps"] == 2
+        assert PerturbDiff.from_pretrained(disk / "run" / "model").training.steps == 2
         (disk / "filler").unlink()
         train(config)
         train(tiny_config(screen, tmp_path / "straight", "denoiser.width=32"))
@@ -327,12 +327,14 @@ def test_a_full_disk_ends_the_run_with_a_message_and_the_same_call_goes_on_when_
 
 SAVER = """
 import sys
+from dataclasses import replace
+
 import torch
 from perturbdiff import PerturbDiff
 
 model = PerturbDiff.from_pretrained(sys.argv[1], device="cpu")
 for number in range(1, int(sys.argv[2]) + 1):
-    model.training["steps"] = number
+    model.training = replace(model.training, steps=number)
     with torch.no_grad():
         model.denoiser.head.bias.fill_(number)
     model.save_pretrained(sys.argv[1])
@@ -354,8 +356,8 @@ def test_a_model_folder_can_be_opened_while_a_run_keeps_replacing_it(screen, tmp
             saved = False
             while not saved and saver.poll() is None:
                 model = PerturbDiff.from_pretrained(folder, device="cpu")
-                assert bool((model.denoiser.head.bias == model.training["steps"]).all())
-                seen.append(model.training["steps"])
+                assert bool((model.denoiser.head.bias == model.training.steps).all())
+                seen.append(model.training.steps)
                 saved = bool(select.select([saver.stdout], [], [], 0)[0])
             assert saver.stdout.readline() == f"{number}\n"
             saver.stdin.write("\n")

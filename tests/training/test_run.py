@@ -8,6 +8,7 @@ import pytest
 import perturbdiff
 from perturbdiff.config import load_config
 from perturbdiff.evaluation.report import MODEL
+from perturbdiff.hub.records import read_evaluation
 from perturbdiff.model import PerturbDiff
 from perturbdiff.training.run import demo, run
 from tests.simulated import TINY, tiny_config, write_screen
@@ -20,9 +21,9 @@ def test_a_run_leaves_what_it_says_and_runs_again_to_the_same_scores(tmp_path):
     first = run(config)
     assert all(path.exists() for path in first.written)
     model = PerturbDiff.from_pretrained(tmp_path / "run" / "model")
-    assert model.evaluation == json.loads((tmp_path / "run" / "scores.json").read_text())
+    assert model.evaluation == read_evaluation(json.loads((tmp_path / "run" / "scores.json").read_text()))
     card = (tmp_path / "run" / "model" / "README.md").read_text()
-    assert f"{model.evaluation['mean'][MODEL]['energy_distance']:.3f}" in card
+    assert f"{model.evaluation.mean[MODEL]['energy_distance']:.3f}" in card
     split = json.loads((tmp_path / "run" / "split.json").read_text())
     assert [c["perturbation"] for c in split["conditions"]["test"]] == ["pert_0", "pert_0"]
     scores = (tmp_path / "run" / "scores.csv").read_bytes()

@@ -168,27 +168,16 @@ def stating(*names: str, digest: Any = "0" * 64) -> Callable[[Path], None]:
     return change_config(lambda config: config["sha256"].update(dict.fromkeys(names, digest)))
 
 
-HEAD = "---\nlicense: mit\n---\n"
-CARDS = {
-    "script": HEAD + "<script>alert(1)</script>",
-    "handler": HEAD + '<img src="x" onerror="alert(1)">',
-    "link": HEAD + "[a](javascript:alert(1))",
-    "frame": HEAD + '<iframe src="https://example.org"></iframe>',
-    "no head": "# Card",
-    "escapes": HEAD + ESCAPES,
-    "100 MB": HEAD + "x" * 100_000_000,
-    "2 MB": HEAD + "x" * 2_000_000,
-    "not UTF-8": HEAD.encode() + b"\xff\xfe",
-    "UTF-16": (HEAD + "<script>").encode("utf-16"),
-    "laughs": "---\na: &a [x,x,x,x,x,x,x,x,x]\n"
-    + "".join(f"{c}: &{c} [{','.join([f'*{chr(ord(c) - 1)}'] * 9)}]\n" for c in "bcdefghij")
-    + "---\n",
-    "merges": "---\na: &a {x: 1}\n"
-    + "".join(f"{c}: &{c} {{<<: [{','.join([f'*{chr(ord(c) - 1)}'] * 9)}]}}\n" for c in "bcdefghij")
-    + "---\n",
-    "python": "---\na: !!python/object/apply:os.mkdir ['MARK']\n---\n",
-    "nested": "---\na: " + nested(20_000) + "\n---\n",
-    "nested blocks": "---\n" + "- " * 20_000 + "a\n---\n",
-    "a date": "---\na: 2026-13-99\n---\n",
-    "a number": "---\na: " + ":".join(["59"] * 20_000) + ".5\n---\n",
-}
+def as_format_3(folder: Path) -> None:
+    """The folder as version 3 wrote it, but for training.json."""
+    perturbations = json.loads((folder / "perturbations.json").read_text())
+    perturbations["n_described"] = perturbations.pop("n_by_features")
+    (folder / "perturbations.json").write_text(json.dumps(perturbations))
+
+    def change(config: dict[str, Any]) -> None:
+        config["denoiser"]["attention"] = "paired"
+        diffusion = config["diffusion"]
+        diffusion |= {"kernel": "energy", "mean_weight": 0.0, "p_unlabelled": diffusion.pop("p_features_only")}
+        config["format_version"] = 3
+
+    forge(folder, change)

@@ -11,6 +11,7 @@ import torch
 
 from perturbdiff.config import DenoiserConfig, DiffusionConfig, ModelConfig, ObsColumns, Preprocessing, SamplingConfig
 from perturbdiff.data.vocab import GeneVocab, LabelVocab, Vocabularies
+from perturbdiff.hub.records import TrainingRecord
 from perturbdiff.model import PerturbDiff
 from perturbdiff.nn.denoiser import build_denoiser
 from tests.localhub.server import LocalHub
@@ -50,7 +51,7 @@ def model() -> PerturbDiff:
     network = build_denoiser(denoiser, len(genes), vocabularies)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    return PerturbDiff(network, genes, vocabularies, preprocessing, config, training={"steps": 1})
+    return PerturbDiff(network, genes, vocabularies, preprocessing, config, TrainingRecord(steps=1))
 
 
 @pytest.fixture(scope="module")

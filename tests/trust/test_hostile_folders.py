@@ -60,7 +60,7 @@ def test_pickles_and_code_beside_a_model_are_neither_opened_nor_downloaded(reade
     hub.models[NAME].commit(folder)
     said = reader.load(NAME, cache_dir=str(tmp_path / "cache"))
     assert said.get("sum") == expected, said
-    own = {CONFIG, *JSON_FILES, WEIGHTS, GOLDEN, "README.md"}
+    own = {CONFIG, *JSON_FILES, WEIGHTS, GOLDEN}
     assert {request.path for request in hub.log if request.operation in ("get", "head")} == own
     pickle.loads(traps(mark)["model.pkl"])  # noqa: S301
     assert mark.is_dir(), "the trap works"
@@ -169,15 +169,24 @@ def test_what_is_no_file_within_the_folder_is_refused(no_waiting, saved, tmp_pat
         assert "root:" not in str(error.value)
 
 
-def test_a_card_that_is_no_file_is_none_or_refused(no_waiting, saved, tmp_path):
+def test_a_card_is_never_looked_at(reader, hub, saved, folder, tmp_path):
+    card, n_values = folder / "README.md", reader.load(saved)["sum"]
     for what, attack in IN_PLACE.items():
-        folder = shutil.copytree(saved, tmp_path / what)
-        attack(folder / "README.md")
-        if what.startswith("a link") and what not in ("a link to nothing", "a link to the folder"):
-            with pytest.raises(ValueError, match="leads"):
-                PerturbDiff.from_pretrained(folder)
-        else:
-            PerturbDiff.from_pretrained(folder)
+        copy = shutil.copytree(saved, tmp_path / what)
+        attack(copy / "README.md")
+        assert reader.load(copy).get("sum") == n_values, what
+    card.unlink()
+    assert reader.load(folder)["sum"] == n_values
+    for content in (b"", b"# Mine", b"---\na: &a [*a", b"\xff\xfe<script>alert(1)</script>\x1b[2J", bytes(100_000_000)):
+        card.write_bytes(content)
+        said = reader.load(folder)
+        assert said["sum"] == n_values
+        assert not [line for line in said["noted"] if line.endswith("README.md")]
+        assert reader.ask(command=["hub", "verify", str(folder)])["type"] == "done"
+    hub.models[NAME] = Repo()
+    hub.models[NAME].commit(folder)  # with the last of them
+    assert reader.load(NAME, cache_dir=str(tmp_path / "cache"))["sum"] == n_values
+    assert "README.md" not in {request.path for request in hub.log}
 
 
 def test_the_folder_may_be_a_link_and_a_name_like_the_caches_opens_no_more_than_a_repo(no_waiting, saved, tmp_path):

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from perturbdiff.hub.model_folder import CONFIG, JSON_FILES, config_hash, read_settings
-from perturbdiff.hub.settings import parse_settings
+from perturbdiff.hub.metadata import parse_metadata
+from perturbdiff.hub.model_folder import CONFIG, JSON_FILES, config_hash, read_folder
 from perturbdiff.model import PerturbDiff
 from tests.trust.attacks import ESCAPES, assert_refused, forge, giant, nested, put
 
@@ -49,7 +49,7 @@ def test_every_setting_of_another_kind_is_refused_or_taken_as_it_is(folder):
             path.write_text(json.dumps(content))
             forge(folder)
             try:
-                said = parse_settings(folder, read_settings(folder))
+                said = parse_metadata(read_folder(folder))
             except ValueError as error:
                 refusals.append(str(error))
             else:
@@ -219,7 +219,7 @@ def test_labels_are_bytes_of_a_file_and_order_is_told_by_the_identity_alone(no_w
     """Genes in another order fit every shape and the golden output; the sha256 of config.json, which a registry has,
     is what says that it is another model.
     """
-    honest = read_settings(folder).sha256
+    honest = read_folder(folder).sha256
     content = json.loads((folder / "genes.json").read_text())
     content["names"][:2] = content["names"][1::-1]
     (folder / "genes.json").write_text(json.dumps(content))
@@ -227,12 +227,12 @@ def test_labels_are_bytes_of_a_file_and_order_is_told_by_the_identity_alone(no_w
         PerturbDiff.from_pretrained(folder)
     forge(folder)
     assert PerturbDiff.from_pretrained(folder).genes.names[:2] == ("GENE1", "GENE0")
-    assert read_settings(folder).sha256 != honest
+    assert read_folder(folder).sha256 != honest
 
 
 def test_a_registry_refuses_what_was_forged_with_care(no_waiting, folder, tmp_path, monkeypatch):
     registry = tmp_path / "registry.yaml"
-    registry.write_text(f"checkpoints: {{tiny: {{repo: model, sha256: {read_settings(folder).sha256}}}}}")
+    registry.write_text(f"checkpoints: {{tiny: {{repo: model, sha256: {read_folder(folder).sha256}}}}}")
     monkeypatch.setenv("PERTURBDIFF_REGISTRY", str(registry))
     monkeypatch.chdir(tmp_path / "..")
     PerturbDiff.from_pretrained("tiny")

@@ -11,7 +11,7 @@ from safetensors.torch import save
 
 from perturbdiff.hub.model_folder import CONFIG, GOLDEN, WEIGHTS
 from tests.localhub.server import Fault, LocalHub, Repo
-from tests.trust.attacks import CARDS, NAME, assert_refused, load_bytes
+from tests.trust.attacks import NAME, assert_refused, load_bytes
 
 
 @pytest.fixture
@@ -167,14 +167,3 @@ def test_a_branch_that_moves_while_it_is_read_gives_one_commit(reader, hub, repo
     first = repo.branches["main"]
     repo.add({**files, WEIGHTS: save(weights)})
     assert reader.load(NAME, revision=first, cache_dir=str(tmp_path / "cache"))["sum"] == good
-
-
-@pytest.mark.parametrize("name", ["laughs", "merges", "python", "nested", "script"])
-def test_a_card_in_a_repo_is_refused_as_one_in_a_folder(reader, hub, repo, tmp_path, name):
-    (files,) = repo.commits.values()
-    card = CARDS[name].replace("MARK", str(tmp_path / "mark")).encode()
-    commits = {sha: {**files, "README.md": card} for sha in repo.commits}
-    hub.models[NAME] = Unread(commits=commits, branches=repo.branches)
-    assert_refused(reader.load(NAME, cache_dir=str(tmp_path / "cache")), "card")
-    assert not (tmp_path / "mark").exists()
-    assert not hub.gets(WEIGHTS)

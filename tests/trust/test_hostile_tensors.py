@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
-from perturbdiff.hub.model_folder import CONFIG, GOLDEN, JSON_FILES, WEIGHTS, check_tensor_files, read_settings
+from perturbdiff.hub.model_folder import CONFIG, GOLDEN, JSON_FILES, WEIGHTS, check_tensor_files, read_folder
 from perturbdiff.model import PerturbDiff
 from tests.trust.attacks import ESCAPES, TERABYTE, assert_refused, forge, load_bytes, nested, put
 
@@ -174,14 +174,14 @@ def test_a_golden_input_of_any_kind_is_run_only_if_it_fits(no_waiting, folder, c
 
 
 def test_a_terabyte_is_refused_by_its_size_and_never_hashed(folder):
-    found = read_settings(folder)
+    found = read_folder(folder)
     for name in (WEIGHTS, GOLDEN):
         shutil.copy(folder / name, folder / "before")
         os.truncate(folder / name, TERABYTE)
         with pytest.raises(ValueError, match=rf"{name} has 1,099,511,627,776 bytes"):
-            check_tensor_files(folder, found, max_bytes=1 << 26)
+            check_tensor_files(found, max_bytes=1 << 26)
         shutil.move(folder / "before", folder / name)
-    check_tensor_files(folder, found, max_bytes=1 << 26)
+    check_tensor_files(found, max_bytes=1 << 26)
 
 
 @pytest.mark.parametrize("name", ["genes.json", "training.json", CONFIG, "README.md"])

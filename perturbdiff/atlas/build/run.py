@@ -268,12 +268,12 @@ def _finish(inputs: Inputs, plan: Plan, out: Path) -> None:
         gene_type=sort.gene_type,
         value_type=sort.value_type,
         control_label=CONTROL_LABEL,
-        licence=config.licence,
+        license=config.license,
         seed=config.seed,
         genes_rule=config.genes if config.genes in ("union", "intersection") or n_selected(config.genes) else "file",
         sources=tuple(
             AtlasSource(
-                s.name, s.fingerprint["file"], s.config.licence, plan.source_cells[i], len(s.genes), space.n_kept(i),
+                s.name, s.fingerprint["file"], s.config.license, plan.source_cells[i], len(s.genes), space.n_kept(i),
                 s.library_size,
             )
             for i, s in enumerate(inputs.sources)

@@ -1,0 +1,205 @@
+"""Where the weights of a model come from, and how it scored: training.json and evaluation.json of its folder."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from perturbdiff.files import typed
+
+EVALUATION_VERSION = 1
+MAX_METHODS = 64  # and metrics
+MAX_NAME = 200  # characters
+MAX_SCORE = 1e12
+
+Direction = Literal["higher", "lower", "ideal 1"]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What makes intervals of a spread between populations (inference/intervals.py, Eq. 1).
+
+    level
+        Part of (condition, gene) pairs that intervals are made to cover.
+    coverage
+        Mean over conditions of the part covered when the condition is left out of the calibration.
+    """
+
+    level: float
+    factor: float
+    floor: float  # log1p
+    coverage: float
+    n_conditions: int
+
+    def __post_init__(self) -> None:
+        parts, sizes = (self.level, self.coverage), (self.level, self.factor, self.floor, self.n_conditions)
+        if not (min(sizes) > 0 and min(parts) >= 0 and max(parts) <= 1):
+            raise ValueError(f"{self} cannot be; calibrate the model again.")
+
+    def half_width(self, spread: np.ndarray) -> np.ndarray:
+        """Of the interval of each gene, in the shape of `spread`; NaN where the spread is."""
+        return self.factor * np.hypot(spread, self.floor)
+
+
+@dataclass(frozen=True)
+class AtlasRecord:
+    """An atlas that cells came from: name of its folder, or repo id with the commit; hash of its files."""
+
+    name: str
+    commit: str | None
+    sha256: str
+
+
+@dataclass(frozen=True)
+class StartRecord:
+    """The checkpoint that training started from.
+
+    revision
+        The commit of a repo; None for a folder.
+    sha256
+        Of its config.json, which states every other file's.
+    method
+        As `adapt.method`.
+    """
+
+    name: str
+    revision: str | None
+    sha256: str
+    method: str
+
+
+@dataclass(frozen=True)
+class ConversionRecord:
+    """The published checkpoint that was converted, and what it says of its training."""
+
+    file: str
+    sha256: str
+    weights: str  # "ema" or "raw"
+    global_step: int | None
+    epoch: int | None
+    dataset: str | None
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """training.json; None where nobody knows.
+
+    screen
+        File name of the .h5ad.
+    control_match
+        Whose controls a set had.
+    hold_out
+        Selectors of the conditions that training never saw.
+    settings
+        Every setting of the run, as its own version of the library calls them: for people, and read by nothing.
+    """
+
+    library_version: str | None = None
+    screen: str | None = None
+    atlases: tuple[AtlasRecord, ...] = ()
+    steps: int | None = None
+    cells_seen: int | None = None
+    control_match: Literal["batch", "cell_type"] | None = None
+    hold_out: tuple[str, ...] | None = None
+    init_from: StartRecord | None = None
+    converted_from: ConversionRecord | None = None
+    license: str | None = None
+    calibration: Calibration | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SplitRecord:
+    """What was held out, and the hash of the split.json that says so."""
+
+    hold_out: tuple[str, ...]
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class EvaluationRecord:
+    """evaluation.json, and scores.json of an evaluation: mean scores on held-out conditions, of model and baselines.
+
+    model, ceiling
+        Which of the methods is the model, and which half of the measured cells predicting the other half.
+    data
+        File name of the measured screen.
+    metrics
+        Which way each is better.
+    mean
+        Method -> metric -> unweighted mean over conditions; None where it is undefined on all of them.
+    n_undefined
+        Method -> metric -> on how many it is.
+    """
+
+    library_version: str
+    model: str
+    ceiling: str
+    data: str | None
+    split: SplitRecord | None
+    n_conditions: int
+    metrics: dict[str, Direction]
+    mean: dict[str, dict[str, float | None]]
+    n_undefined: dict[str, dict[str, int]]
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where the tables do not fit each other, or a value is beyond belief."""
+        names = (self.library_version, self.model, self.ceiling, self.data or "none", *self.metrics, *self.mean)
+        if odd := [name for name in names if not 0 < len(name) <= MAX_NAME]:
+            raise ValueError(f"name {odd[0][:40]!r} must have 1 to {MAX_NAME} characters.")
+        if self.split is not None and not re.fullmatch("[0-9a-f]{64}|None", str(self.split.sha256)):
+            raise ValueError(f"split.sha256 ({self.split.sha256!r:.80}) must be null or 64 hexadecimal digits.")
+        if not 0 < self.n_conditions < 1 << 40:
+            raise ValueError(f"n_conditions ({self.n_conditions}) must be greater than 0 and less than 2^40.")
+        if not 0 < len(self.metrics) <= MAX_METHODS or not len(self.mean) <= MAX_METHODS or self.model not in self.mean:
+            raise ValueError(f"metrics and mean must have the model and at most {MAX_METHODS} metrics and methods.")
+        if self.n_undefined.keys() != self.mean.keys():
+            raise ValueError("n_undefined must have the methods of mean.")
+        for method in self.mean:
+            if not self.metrics.keys() == self.mean[method].keys() == self.n_undefined[method].keys():
+                raise ValueError(
+                    f"{method!r} must have a value in mean and n_undefined for each of metrics and no other."
+                )
+            if any(abs(value or 0.0) > MAX_SCORE for value in self.mean[method].values()):
+                raise ValueError(f"mean.{method!r} must be null or numbers of at most {MAX_SCORE:g}.")
+            if max(self.n_undefined[method].values()) > self.n_conditions:
+                raise ValueError(f"n_undefined.{method!r} must be at most n_conditions ({self.n_conditions}).")
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """The model's own, those that are defined."""
+        own = self.mean[self.model]
+        return {metric: value for metric in self.metrics if (value := own[metric]) is not None}
+
+    @property
+    def baselines(self) -> list[str]:
+        return [method for method in self.mean if method not in (self.model, self.ceiling)]
+
+    def better(self, metric: str) -> list[str]:
+        """The baselines that beat the model."""
+        own = self.distance(self.model, metric)
+        return [method for method in self.baselines if self.distance(method, metric) < own]
+
+    def distance(self, method: str, metric: str) -> float:
+        """From the best score there could be, up to a constant: less is better; infinite where undefined."""
+        value = self.mean[method][metric]
+        if value is None:
+            return float("inf")
+        return {"higher": -value, "lower": value, "ideal 1": abs(value - 1)}[self.metrics[metric]]
+
+    def as_json(self) -> dict[str, Any]:
+        return {"format_version": EVALUATION_VERSION, **asdict(self)}
+
+
+def read_evaluation(content: dict[str, Any], where: str = "evaluation.json") -> EvaluationRecord:
+    """Raises ValueError where a key is missing or unknown, a value of the wrong kind, not finite or beyond belief."""
+    version = content.get("format_version")
+    if type(version) is not int or version != EVALUATION_VERSION:
+        raise ValueError(f"{where}: format_version ({str(version)[:40]!r}) must be {EVALUATION_VERSION}.")
+    record: EvaluationRecord = typed(
+        EvaluationRecord, {key: value for key, value in content.items() if key != "format_version"}, where
+    )
+    return record

@@ -1,0 +1,238 @@
+"""The tensors of a model folder: the whole folder written; weights loaded and the golden output checked.
+
+Everything read here is untrusted: names, shapes and types are compared before memory is taken.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from perturbdiff.data.vocab import Labels
+from perturbdiff.files import few, sha256, short, write_json, write_text
+from perturbdiff.hub.metadata import ModelMetadata
+from perturbdiff.hub.model_folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CARD,
+    CONFIG,
+    FEATURES,
+    FORMAT_VERSION,
+    GOLDEN,
+    JSON_FILES,
+    WEIGHTS_INDEX,
+    ModelFolder,
+    config_hash,
+    tensor_header,
+)
+from perturbdiff.nn.denoiser import Denoiser, build_denoiser
+
+MAX_OVERHEAD = 1 << 26  # bytes of tensor files beyond eight a value: headers, and the golden check
+GOLDEN_TOLERANCE = 1e-4
+GOLDEN_NAMES = {"x_t", "t", "control", "self_cond", "mask", "perturbation", "cell_type", "batch", "x0_pred"}
+MAX_GOLDEN_CELLS = 64
+FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+def write_model_folder(
+    path: str | Path,
+    metadata: ModelMetadata,
+    weights: dict[str, Tensor],
+    golden: dict[str, Tensor],
+    card: str,
+    max_shard_size: int | str = "5GB",
+    adapter: dict[str, Any] | None = None,
+) -> None:
+    """Write a model folder whole or not at all; an older model folder of that name is replaced.
+
+    Parameters
+    ----------
+    weights
+        All tensors of the denoiser by name.
+    golden
+        An input and the output it must give, as `make_golden` gives them.
+    card
+        The text of README.md.
+    adapter
+        adapter_config.json, of an adapter; `weights` are then those of adapter_model.safetensors.
+
+    Raises
+    ------
+    FileExistsError
+        `path` exists and is not a model folder.
+    OSError
+        It could not be written; an older one is as it was.
+    """
+    path = Path(path)
+    if path.exists() and not (path / CONFIG).is_file() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} exists and is not a model folder; choose another name or remove it.")
+    if (path / CONFIG).is_file() and (path / ADAPTER_CONFIG).is_file() != (adapter is not None):
+        old, new = ("an adapter", "a model") if adapter is None else ("a model", "an adapter")
+        raise FileExistsError(f"{path} is {old}, which {new} must not replace; choose another name or remove it.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        settings, json_files = metadata.as_json()
+        if adapter is not None:
+            json_files = {**json_files, ADAPTER_CONFIG: adapter}
+        for name, content in json_files.items():
+            write_json(temporary / name, content)
+        write_text(temporary / CARD, card)
+        (temporary / GOLDEN).parent.mkdir()
+        tensor_files = {ADAPTER_WEIGHTS: weights}
+        if adapter is None:
+            tensor_files = _in_shards(weights, max_shard_size, temporary)
+        tensor_files[GOLDEN] = golden
+        try:
+            for name, tensors in tensor_files.items():
+                save_file(_contiguous(tensors), temporary / name, metadata={"format": "pt"})
+                (temporary / name).chmod((temporary / JSON_FILES[0]).stat().st_mode)  # it comes private to its writer
+        except SafetensorError as error:  # the disk is full
+            raise OSError(f"{path} could not be written ({error}).") from error
+        config = {"format_version": FORMAT_VERSION, **settings}
+        index = [WEIGHTS_INDEX] if (temporary / WEIGHTS_INDEX).exists() else []
+        hashes = {name: sha256(temporary / name) for name in (*json_files, *index, *tensor_files)}
+        write_json(temporary / CONFIG, {**config, "sha256": {CONFIG: config_hash(config), **hashes}})
+        temporary.chmod(0o755)
+        replace_folder(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def replace_folder(new: Path, final: Path) -> None:
+    """Move `new` to `final`; what stood there is removed last."""
+    if not final.exists():
+        new.rename(final)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{final.name}-old-", dir=final.parent))
+    final.rename(old / "folder")
+    new.rename(final)
+    shutil.rmtree(old)
+
+
+def denoiser_of(metadata: ModelMetadata) -> Denoiser:
+    """The denoiser on the meta device: its names and shapes, before memory is taken."""
+    with torch.device("meta"):
+        return build_denoiser(metadata.config.denoiser, len(metadata.genes), metadata.vocabularies)
+
+
+def max_tensor_bytes(denoiser: nn.Module) -> int:
+    """What weights, features and golden check of a model of these shapes can take."""
+    return 8 * sum(tensor.numel() for tensor in denoiser.state_dict().values()) + MAX_OVERHEAD
+
+
+def load_weights(folder: ModelFolder, denoiser: nn.Module) -> None:
+    """Fill a denoiser that was built on the meta device; strict. Raises as `read_tensors`."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in denoiser.state_dict().items()}
+    denoiser.load_state_dict(read_tensors(folder, shapes), strict=True, assign=True)
+
+
+def read_tensors(folder: ModelFolder, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The weights, float32. Shapes are compared before anything is read.
+
+    Raises
+    ------
+    ValueError
+        Missing or unexpected tensors, other shapes, other types than float; all listed.
+    """
+    path = folder.path
+    files = [name for name in folder.tensor_files if name != GOLDEN]
+    found: dict[str, tuple[str, tuple[int, ...], str]] = {}  # tensor -> file, shape, type
+    for file in files:
+        for name, (shape, dtype) in tensor_header(path / file).items():
+            if name in found:
+                raise ValueError(f"{path}: tensor {few([name])} is in {found[name][0]} and in {file}; get it again.")
+            found[name] = file, shape, dtype
+    missing, unexpected = sorted(shapes.keys() - found.keys()), sorted(found.keys() - shapes.keys())
+    if missing or unexpected:
+        raise ValueError(f"{path} does not fit its {CONFIG}: missing {few(missing)}; unexpected {few(unexpected)}.")
+    wrong = [f"{n} {found[n][1]} (must be {shape})" for n, shape in shapes.items() if found[n][1] != shape]
+    wrong += [
+        f"{n} of type {dtype} (must be floating point)" for n, (_, _, dtype) in found.items() if dtype not in FLOATS
+    ]
+    if wrong:
+        raise ValueError(f"{path} does not fit its {CONFIG}: {few(wrong)}.")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= {name: values.float() for name, values in load_file(path / file).items()}
+    return tensors
+
+
+def make_golden(denoiser: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A tiny input and the output it must give; `inputs` are the denoiser's arguments by name."""
+    return {**inputs, "x0_pred": _golden_forward(denoiser, inputs)}
+
+
+def check_golden(folder: str | Path, denoiser: nn.Module) -> float:
+    """Run the golden input; returns the largest difference.
+
+    Raises
+    ------
+    ValueError
+        Inputs are missing, too large or of another type, or the output differs by more than 1e-4 (relative to its
+        largest value).
+    """
+    path = Path(folder) / GOLDEN
+    found = tensor_header(path)
+    if set(found) != GOLDEN_NAMES:
+        raise ValueError(f"{path} must hold {', '.join(sorted(GOLDEN_NAMES))}; get the model folder again.")
+    cells = found["x_t"][0]
+    if len(cells) != 3 or not 0 < cells[0] * cells[1] <= MAX_GOLDEN_CELLS:
+        raise ValueError(f"{path}: x_t of shape {cells} must be 1 to {MAX_GOLDEN_CELLS} cells in sets.")
+    labels, n_parts = ((cells[0],), "I64"), found["perturbation"][0][-1:]
+    expected_kinds = {
+        **dict.fromkeys(("x_t", "control", "self_cond", "x0_pred"), (cells, "F32")),
+        **dict.fromkeys(("t", "cell_type", "batch"), labels),
+        "perturbation": ((cells[0], *n_parts), "I64"),
+        "mask": (cells[:2], "BOOL"),
+    }
+    wrong = [f"{name} {found[name]} (must be {kind})" for name, kind in expected_kinds.items() if found[name] != kind]
+    if wrong or n_parts > (MAX_GOLDEN_CELLS,):
+        raise ValueError(f"{path}: {few(wrong or ['perturbation'])} does not fit x_t; get the model folder again.")
+    golden = load_file(path)
+    expected = golden.pop("x0_pred")
+    try:
+        got = _golden_forward(denoiser, golden)
+    except (IndexError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{folder}: its golden input does not fit the model ({short(error)}).") from error
+    difference = float((got - expected).abs().max()) if got.shape == expected.shape else float("inf")
+    if not (math.isfinite(difference) and difference <= GOLDEN_TOLERANCE * max(1.0, float(expected.abs().max()))):
+        raise ValueError(
+            f"{folder} fails its golden check: the stored input gives outputs that differ by {difference:.2g} from the "
+            f"stored ones (allowed {GOLDEN_TOLERANCE:g}); weights and code do not belong together."
+        )
+    return difference
+
+
+def _in_shards(weights: dict[str, Tensor], max_shard_size: int | str, folder: Path) -> dict[str, dict[str, Tensor]]:
+    # Tensors by file, as the Hub's own tools cut them; writes the index of several shards.
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    frozen = {name: tensor for name, tensor in weights.items() if name.endswith(".features")}
+    trained = {name: tensor for name, tensor in weights.items() if name not in frozen}
+    split = split_torch_state_dict_into_shards(trained, max_shard_size=max_shard_size)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / WEIGHTS_INDEX, index)
+    files = {file: {name: weights[name] for name in names} for file, names in split.filename_to_tensors.items()}
+    return {**files, FEATURES: frozen} if frozen else files
+
+
+def _golden_forward(denoiser: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    doses = torch.zeros(inputs["perturbation"].shape)  # 1, of whatever unit
+    labels = Labels(inputs["perturbation"], inputs["cell_type"], inputs["batch"], dose=doses)
+    with torch.inference_mode():
+        return denoiser(inputs["x_t"], inputs["t"], inputs["control"], labels, inputs["self_cond"], inputs["mask"])
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}

@@ -1,0 +1,72 @@
+import json
+import re
+from dataclasses import dataclass
+from typing import Any, Literal, Optional
+
+import pytest
+
+from perturbdiff.files import typed, write_json
+
+
+@dataclass
+class Inner:
+    a: int
+    b: Optional[float]
+
+    def __post_init__(self) -> None:
+        if self.a > 9:
+            raise ValueError(f"a ({self.a}) is more than 9\x1b")
+
+
+@dataclass
+class Outer:
+    inner: tuple[Inner, ...]
+    word: Literal["x", "y"]
+    text: str | None
+    flags: dict[str, bool]
+    free: Any
+
+
+GOOD = {"inner": [{"a": 1, "b": 2}, {"a": 9, "b": None}], "word": "x", "text": None, "flags": {"f": True}, "free": [1]}
+
+
+def test_json_becomes_the_dataclass_that_it_says():
+    found = typed(Outer, GOOD, "it")
+    assert found == Outer((Inner(1, 2.0), Inner(9, None)), "x", None, {"f": True}, [1])
+    assert type(found.inner[0].b) is float
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"more": 1}, "it lacks nothing and has unknown keys more."),
+        ({"word": "z"}, "it.word (z) must be one of x, y."),
+        ({"word": ["x"]}, "it.word (['x']) must be one of x, y."),
+        ({"text": 3}, "it.text (3) must be a text."),
+        ({"flags": {"f": 1}}, "it.flags.f (1) must be true or false."),
+        ({"flags": []}, "it.flags ([]) must be a JSON object."),
+        ({"inner": {}}, "it.inner ({}) must be a list."),
+        ({"inner": [5]}, "it.inner[0] (5) must be a JSON object."),
+        ({"inner": [{"a": 1}]}, "it.inner[0] lacks b and has unknown keys nothing."),
+        ({"inner": [{"a": -1, "b": 0}]}, "it.inner[0].a (-1) must be a whole number, not negative."),
+        ({"inner": [{"a": 1.0, "b": 0}]}, "it.inner[0].a (1.0) must be a whole number, not negative."),
+        ({"inner": [{"a": True, "b": 0}]}, "it.inner[0].a (True) must be a whole number, not negative."),
+        ({"inner": [{"a": 1, "b": False}]}, "it.inner[0].b (False) must be a number."),
+        ({"inner": [{"a": 10, "b": 0}]}, "it.inner[0]: a (10) is more than 9?"),
+    ],
+)
+def test_a_value_of_another_kind_is_never_made_to_fit(change, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        typed(Outer, {**GOOD, **change}, "it")
+    assert str(error.value) == message
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "x.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"a": float("nan")})
+    with pytest.raises(UnicodeEncodeError):
+        write_json(path, {"a": "\ud800"})  # fails while the file is being written
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(path.parent.iterdir()) == [path]
