@@ -312,6 +312,18 @@ def load_config(
     return config
 
 
+def sections(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments as `load_config` takes them: training={"n_steps": 9}, or **{"training.n_steps": 9}."""
+    given: dict[str, Any] = {}
+    for key, value in settings.items():
+        section, _, name = key.partition(".")
+        if name or isinstance(value, Mapping):
+            given.setdefault(section, {}).update({name: value} if name else value)
+        else:
+            given[section] = value
+    return given
+
+
 def load_build_config(
     inputs: Sequence[str],
     recipe: str | Path | None = None,

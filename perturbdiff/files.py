@@ -62,6 +62,22 @@ def to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+def check_output(path: str | Path, *endings: str, overwrite: bool = False) -> Path:
+    """Where a file is to be written, refused before the work that would be lost.
+
+    Raises ValueError where its name has none of these endings, if any are given; FileExistsError where it is a folder,
+    or a file that must not be overwritten.
+    """
+    path = Path(path)
+    if endings and path.suffix not in endings:
+        raise ValueError(f"output {path} must end in {' or '.join(endings)}; that is what can be written.")
+    if path.is_dir():
+        raise FileExistsError(f"output {path} is a folder; give the name of a file.")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"output {path} exists; choose another name, or overwrite it (--overwrite).")
+    return path
+
+
 def write_whole(path: Path, write: Callable[[Path], T]) -> T:
     """Let `write` fill a file beside `path` and put it there, on disk: the new file whole, or what was there before."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -326,7 +326,7 @@ class PerturbDiff:
             Cells that are no controls; X is neither counts nor log1p; too few genes match; no cells, or none of the
             cell type or batch; a sampling setting that cannot be.
         """
-        cells = self._controls_of(controls, layer, cell_type, batch)
+        cells = self.controls_of(controls, layer, cell_type, batch)
         wanted = [perturbation] if isinstance(perturbation, str) else list(perturbation)
         if not wanted:
             raise ValueError("perturbation ([]) must name at least one; known: model.perturbations.")
@@ -502,8 +502,8 @@ class PerturbDiff:
         check_sampling(sampling, self.config.diffusion)
         return sampling
 
-    def _controls_of(self, controls: AnnData, layer: str | None, cell_type: str | None, batch: str | None) -> AnnData:
-        """The cells to start from: X of the layer, those of the context; refuses perturbed ones."""
+    def controls_of(self, controls: AnnData, layer: str | None, cell_type: str | None, batch: str | None) -> AnnData:
+        """The cells that `predict` starts from: X of the layer, those of the context; refuses perturbed ones."""
         if not isinstance(controls, AnnData):
             raise TypeError(
                 f"controls ({type(controls).__name__}) must be an AnnData of control cells; read a file with "

@@ -24,7 +24,7 @@ import pandas as pd
 from perturbdiff.app.controls import Controls, Limits, read_controls, remove_old_files
 from perturbdiff.app.plots import CONTROL, PREDICTED, distribution, mean_changes, short
 from perturbdiff.app.response import Response, predict_response
-from perturbdiff.data.screen import write_h5ad
+from perturbdiff.inference.output import write_predicted
 from perturbdiff.model import PerturbDiff
 
 USER_ERRORS = (ValueError, KeyError, OSError, FloatingPointError)
@@ -313,7 +313,7 @@ def _predicted_file(response: Response, cache: Path) -> str:
     words = "_".join(["predicted", perturbation, response.cell_type or ""])
     name = "".join(c if c.isascii() and (c.isalnum() or c in "-+.") else "_" for c in words).strip("_.")[:80]
     path = cache / secrets.token_hex(16) / f"{name}.h5ad"
-    write_h5ad(response.predicted, path)
+    write_predicted(response.predicted, path)
     return str(path)
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from perturbdiff.cli.command import add_command
-from perturbdiff.cli.predict import refuse_existing
 
 
 def add_loadings_command(screen_commands: Any) -> None:
@@ -36,10 +34,9 @@ def add_loadings_command(screen_commands: Any) -> None:
 def _loadings(arguments: argparse.Namespace) -> None:
     from perturbdiff.features.coexpression import loadings_of_file
     from perturbdiff.features.tables import write_table
+    from perturbdiff.files import check_output
 
-    refuse_existing("--out", arguments.out, arguments.overwrite)
-    if Path(arguments.out).suffix != ".parquet":
-        raise ValueError(f"--out {arguments.out} must end in .parquet, which is what is written.")
+    out = check_output(arguments.out, ".parquet", overwrite=arguments.overwrite)
     table = loadings_of_file(arguments.file, arguments.n_components, arguments.min_cells)
-    write_table(table, Path(arguments.out))
-    print(f"written     {arguments.out}: {len(table.names):,} genes, {table.values.shape[1]} features")
+    write_table(table, out)
+    print(f"written     {out}: {len(table.names):,} genes, {table.values.shape[1]} features")

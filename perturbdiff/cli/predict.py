@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perturbdiff.cli.command import SETTINGS, add_command, add_settings
 
 if TYPE_CHECKING:
-    from perturbdiff.inference.answers import Answers
     from perturbdiff.model import PerturbDiff
 
 
@@ -83,11 +81,6 @@ def sampling_of(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in ("guidance_scale", "steps", "sampler", "min_gene_overlap")}
 
 
-def refuse_existing(option: str, path: str | None, overwrite: bool) -> None:
-    if path is not None and Path(path).exists() and not overwrite:
-        raise FileExistsError(f"{option} {path} exists; choose another name or give --overwrite.")
-
-
 def load_model(name: str, features: list[str]) -> PerturbDiff:
     """A model that knows what `features` describe, on the GPU of this process where a launcher started several."""
     import torch
@@ -104,134 +97,41 @@ def load_model(name: str, features: list[str]) -> PerturbDiff:
 
 
 def _predict(arguments: argparse.Namespace) -> None:
-    refuse_existing("--out", arguments.out, arguments.overwrite)
-    refuse_existing("--summary", arguments.summary, arguments.overwrite)
-    if arguments.requests is None:
-        _predict_one(arguments)
-    else:
-        _predict_requests(arguments)
-
-
-def _predict_one(arguments: argparse.Namespace) -> None:
-    from perturbdiff.data.screen import control_cells, write_h5ad
-    from perturbdiff.files import write_whole
-    from perturbdiff.inference.intervals import mean_expression, median_width, population_summary
-    from perturbdiff.inference.output import write_parquet
-
-    model = load_model(arguments.model, arguments.features)
-    calibration = model.training.calibration
-    controls = control_cells(arguments.controls, model.config.obs, arguments.cell_type, arguments.batch)
-    predicted = model.generate(
-        controls,
-        perturbation=arguments.perturbation,
-        cell_type=arguments.cell_type,
-        batch=arguments.batch,
-        n_cells=arguments.n_cells,
-        n_populations=arguments.n_populations,
-        seed=arguments.seed,
-        **sampling_of(arguments),
-    )
-    summary = population_summary(predicted, mean_expression(model, controls), calibration)
-    out = Path(arguments.out)
-    (write_parquet if out.suffix == ".parquet" else write_h5ad)(predicted, out)
-    if arguments.summary is not None:
-        write_whole(Path(arguments.summary), lambda temporary: summary.to_csv(temporary, index=False))
-    said: dict[str, Any] = predicted.uns["perturbdiff"]
-    _print_genes(said, model)
-    if len(said["unseen"]):
-        print(f"unseen      {', '.join(said['unseen'])}: predicted from features or control cells alone")
-    print(f"sampler     {said['sampler']}, {said['n_steps']} steps, guidance {said['guidance_scale']:g}")
-    _print_certainty(model, [median_width(summary)])
-    _print_written(arguments, f"{predicted.n_obs:,} cells, {predicted.n_vars:,} genes")
-
-
-def _predict_requests(arguments: argparse.Namespace) -> None:
-    from perturbdiff.data.screen import control_cells
-    from perturbdiff.inference.answers import predict_requests
+    from perturbdiff.files import check_output
+    from perturbdiff.inference.output import FORMATS
+    from perturbdiff.inference.predictions import predict_request, predict_requests
     from perturbdiff.inference.requests import Request, read_requests
 
-    default = Request(
-        "", arguments.cell_type, arguments.batch, arguments.n_cells, arguments.n_populations, arguments.seed
-    )
-    requests = read_requests(arguments.requests, default)
-    model = load_model(arguments.model, arguments.features)
-    controls = control_cells(arguments.controls, model.config.obs, None, None)
-    answers = predict_requests(
-        model,
-        controls,
-        requests,
-        arguments.out,
-        summary=arguments.summary,
-        overwrite=arguments.overwrite,
-        **sampling_of(arguments),
-    )
-    if answers is not None:
-        _print_answers(arguments, model, answers)
-
-
-def _print_answers(arguments: argparse.Namespace, model: PerturbDiff, answers: Answers) -> None:
-    said = answers.said
-    found = f", {answers.n_found:,} of them done before" if answers.n_found else ""
-    print(f"requests    {answers.n_requests:,}{found}")
-    _print_genes(said, model)
-    for label, numbers in sorted(answers.unseen.items()):
-        shown = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
-        print(f"unseen      {label}, in {len(numbers):,} requests (number {shown})")
-    print(f"sampler     {said['sampler']}, {said['n_steps']} steps, guidance {said['guidance_scale']:g}")
-    _print_certainty(model, answers.widths.tolist())
-    _print_written(arguments, f"{answers.n_cells:,} cells, {len(model.genes):,} genes")
-
-
-def _print_genes(said: dict[str, Any], model: PerturbDiff) -> None:
-    print(f"genes       {said['n_genes_matched']:,} of {len(model.genes):,} matched by {said['genes_matched_by']}")
-
-
-def _print_certainty(model: PerturbDiff, widths: list[float]) -> None:
-    import numpy as np
-
-    calibration = model.training.calibration
-    if calibration is None:
-        print("certainty   not calibrated: perturbdiff calibrate makes intervals of the spread between populations")
-        return
-    known = np.array(widths)[np.isfinite(widths)]
-    measured = f"{calibration.coverage:.0%} of means covered on {calibration.n_conditions} conditions left out"
-    if len(known) == 0:
-        print(f"certainty   unknown: intervals need --n-populations 2 or more ({measured})")
-        return
-    spread = f"{known.min():.3g} to {known.max():.3g}" if len(known) > 1 else f"{known[0]:.3g}"
-    print(f"certainty   {calibration.level:.0%} intervals of gene means: median width {spread} (log1p); {measured}")
-
-
-def _print_written(arguments: argparse.Namespace, what: str) -> None:
-    print(f"written     {arguments.out}: {what}")
+    check_output(arguments.out, *FORMATS, overwrite=arguments.overwrite)  # before the model is loaded
     if arguments.summary is not None:
-        print(f"            {arguments.summary}: mean, spread and interval of each gene")
+        check_output(arguments.summary, overwrite=arguments.overwrite)
+    one = Request(
+        arguments.perturbation or "", arguments.cell_type, arguments.batch, arguments.n_cells, arguments.n_populations,
+        arguments.seed,
+    )  # fmt: skip
+    options = {"summary": arguments.summary, "overwrite": arguments.overwrite, **sampling_of(arguments)}
+    requests = None if arguments.requests is None else read_requests(arguments.requests, one)
+    model = load_model(arguments.model, arguments.features)
+    done = (
+        predict_request(model, arguments.controls, one, arguments.out, **options)
+        if requests is None
+        else predict_requests(model, arguments.controls, requests, arguments.out, **options)
+    )
+    if done is not None:
+        print(done.text())
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
-    import numpy as np
+    from perturbdiff.evaluation.held_out import calibrate_model
 
-    from perturbdiff.config import load_config
-    from perturbdiff.data.conditions import ConditionIndex, resolve_control_match
-    from perturbdiff.data.screen import Screen
-    from perturbdiff.data.splits import read_split
-    from perturbdiff.inference.intervals import calibrate
-    from perturbdiff.model import PerturbDiff
-
-    model = PerturbDiff.from_pretrained(arguments.model)
-    obs, how = model.config.obs, model.preprocessing
-    data = {
-        "screen": arguments.screen, "target_sum": how.target_sum, "library_size_col": how.library_size_col,
-        "perturbation_col": obs.perturbation, "cell_type_col": obs.cell_type, "batch_col": obs.batch,
-        "control_label": obs.control_label,
-    }  # fmt: skip
-    config = load_config(None, arguments.settings, {"out": "unused", "data": data})
-    screen = Screen.read(arguments.screen, config.data)
-    split = read_split(arguments.split, screen)
-    everything = ConditionIndex.build(screen, np.ones(len(screen), dtype=bool))
-    match = model.training.control_match or resolve_control_match(everything, config.data.control_match)
-    found = calibrate(model, screen, split.validation, match, arguments.n_populations, seed=arguments.seed)
-    model.save_pretrained(arguments.model)
+    found = calibrate_model(
+        arguments.model,
+        arguments.screen,
+        arguments.split,
+        arguments.n_populations,
+        arguments.seed,
+        overrides=arguments.settings,
+    )
     print(f"conditions  {found.n_conditions}, held out for validation")
     print(f"intervals   {found.factor:.3g} * sqrt(spread^2 + {found.floor:.3g}^2) around the mean, log1p")
     print(f"coverage    {found.coverage:.1%} on conditions left out in turn, of {found.level:.0%} wanted")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from perturbdiff.cli.command import add_command
-from perturbdiff.cli.predict import add_sampling, load_model, refuse_existing, sampling_of
+from perturbdiff.cli.predict import add_sampling, load_model, sampling_of
 
 SHOWN = 20  # lines of the printed table
 MAX_LIST_BYTES = 1 << 24
@@ -52,45 +51,30 @@ def add_rank_command(screen_commands: Any) -> None:
 
 
 def _rank(arguments: argparse.Namespace) -> None:
-    from anndata import AnnData
+    from perturbdiff.files import check_output, write_whole
+    from perturbdiff.inference.ranking import rank_perturbations
 
-    from perturbdiff.data.screen import control_cells, read_h5ad_parts
-    from perturbdiff.files import few, write_whole
-    from perturbdiff.inference.ranking import find_genes, rank_perturbations
-
-    refuse_existing("--out", arguments.out, arguments.overwrite)
+    out = check_output(arguments.out, overwrite=arguments.overwrite)
     up, down = _names(arguments.up, "--up"), _names(arguments.down, "--down")
-    whole = arguments.candidates in ("trained", "all")
-    candidates: Sequence[str] | None = None if whole else _names(arguments.candidates, "--candidates")
-    towards = None
-    if arguments.towards is not None:
-        X, obs, var = read_h5ad_parts(arguments.towards)
-        towards = AnnData(X=X, obs=obs, var=var)
-    model = load_model(arguments.model, arguments.features)
-    if arguments.candidates == "all":
-        candidates = model.vocabularies.perturbations.names
-    for option, names in (("--up", up), ("--down", down)):
-        found, missing = find_genes(model.genes, names)
-        if found and missing:
-            print(f"note        {len(missing)} of the {option} genes are not in the model: {few(missing)}")
-    controls = control_cells(arguments.controls, model.config.obs, arguments.cell_type, arguments.batch)
+    which = arguments.candidates
+    candidates = None if which == "trained" else which if which == "all" else _names(which, "--candidates")
     table = rank_perturbations(
-        model,
-        controls,
-        up,
-        down,
-        towards,
-        candidates,
-        arguments.cell_type,
-        arguments.batch,
-        arguments.n_cells,
-        arguments.n_populations,
+        load_model(arguments.model, arguments.features),
+        arguments.controls,
+        up=up,
+        down=down,
+        towards=arguments.towards,
+        candidates=candidates,
+        cell_type=arguments.cell_type,
+        batch=arguments.batch,
+        n_cells=arguments.n_cells,
+        n_populations=arguments.n_populations,
         seed=arguments.seed,
         **sampling_of(arguments),
     )
-    write_whole(Path(arguments.out), lambda temporary: table.to_csv(temporary, index=False))
+    write_whole(out, lambda temporary: table.to_csv(temporary, index=False))
     print(table.head(SHOWN).to_string(index=False, float_format=lambda value: f"{value:.3f}"))
-    print(f"written     {arguments.out}: {len(table):,} perturbations; no change scores 0")
+    print(f"written     {out}: {len(table):,} perturbations; no change scores 0")
 
 
 def _names(given: str | None, option: str) -> list[str]:

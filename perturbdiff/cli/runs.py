@@ -277,12 +277,12 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from perturbdiff.evaluation.report import evaluate_file
+    from perturbdiff.evaluation.report import evaluate
     from perturbdiff.model import PerturbDiff
 
     if arguments.out is not None and Path(arguments.out).exists() and not Path(arguments.out).is_dir():
         raise FileExistsError(f"--out {arguments.out} is a file; give a folder.")
-    report = evaluate_file(arguments.predictions, arguments.screen, arguments.split, arguments.settings)
+    report = evaluate(arguments.predictions, arguments.screen, arguments.split, overrides=arguments.settings)
     print(report.table())
     if arguments.model is not None:
         model = PerturbDiff.from_pretrained(arguments.model, device="cpu")

@@ -18,9 +18,10 @@ from perturbdiff.config import DataConfig, ObsColumns, Preprocessing
 from perturbdiff.data.expression import CellRows, as_csr, input_kind, library_sizes, log1p_normalised
 from perturbdiff.data.rng import cell_order_key
 from perturbdiff.data.vocab import GeneVocab, nearest, split_label
-from perturbdiff.files import short, write_whole
+from perturbdiff.files import short
 
 LABELS = ("perturbation", "cell_type", "batch")
+IN_MEMORY = "screen in memory"  # in place of a path
 ENSEMBL_COLUMNS = ("ensembl_id", "gene_ids", "gene_id", "feature_id")
 
 
@@ -78,14 +79,16 @@ class Screen:
     notes: tuple[str, ...]  # what was found or changed on reading, for people
 
     @classmethod
-    def read(cls, path: str | Path, config: DataConfig) -> Screen:
-        """Read an .h5ad: X dense, CSR or CSC, compressed or not; only X, obs and var are read.
+    def read(cls, path: str | Path | AnnData, config: DataConfig) -> Screen:
+        """Read an .h5ad, or take an AnnData: X dense, CSR or CSC, compressed or not; only X, obs and var are read.
 
         Raises
         ------
         FileNotFoundError, ValueError, KeyError
             No such file; not an .h5ad; a column, the control label or X is not as configured (see `from_parts`).
         """
+        if isinstance(path, AnnData):
+            return cls.from_parts(path.X, path.obs, path.var, config, IN_MEMORY)
         X, obs, var = read_h5ad_parts(path)
         return cls.from_parts(X, obs, var, config, str(path))
 
@@ -145,6 +148,11 @@ class Screen:
     def n_cells(self) -> np.ndarray:
         """(n_cells,) ones: the cells of each row, as of a `Labelled`."""
         return np.ones(len(self), np.int64)
+
+    def adata(self, rows: np.ndarray) -> AnnData:
+        """Some cells, X as in the file."""
+        var = pd.DataFrame(index=pd.Index(self.expression.genes.names))
+        return AnnData(X=self.expression.X[rows], obs=self.obs.iloc[rows], var=var)
 
     def with_genes(self, columns: np.ndarray) -> Screen:
         """Only these genes."""
@@ -230,11 +238,6 @@ def control_cells(path: str | Path, obs: ObsColumns, cell_type: str | None, batc
             )
         chosen &= labels == value
     return AnnData(X=matrix[chosen], obs=table[chosen].set_axis(unique_names(table.index[chosen])), var=var)
-
-
-def write_h5ad(adata: AnnData, path: Path) -> None:
-    """Write a compressed .h5ad, whole or not at all."""
-    write_whole(path, lambda temporary: adata.write_h5ad(temporary, compression="gzip"))
 
 
 def read_expression(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ from anndata import AnnData
 from anndata.io import read_elem
 
 from perturbdiff._version import __version__
-from perturbdiff.config import load_config
+from perturbdiff.config import load_config, sections
 from perturbdiff.data.conditions import ConditionIndex, ControlMatch, resolve_control_match
 from perturbdiff.data.expression import as_csr, gene_means, input_kind
-from perturbdiff.data.screen import Expression, Screen, genes_of, read_h5ad_parts, unique_names
+from perturbdiff.data.screen import IN_MEMORY, Expression, Screen, genes_of, read_h5ad_parts, unique_names
 from perturbdiff.data.splits import Split, read_split
 from perturbdiff.data.vocab import GeneVocab
 from perturbdiff.evaluation.baselines import BASELINES, TrainingEffects, shift_cells
@@ -115,7 +115,7 @@ class Report:
         return [csv, as_json]
 
 
-def evaluate(
+def score_conditions(
     predicted: AnnData, screen: Screen, match: ControlMatch, split: Split | None = None, seed: int = 0
 ) -> Report:
     """Score predicted cells against the measured ones of the same conditions.
@@ -183,47 +183,74 @@ def evaluate(
     return Report(pd.DataFrame(rows), Path(screen.path).name, hold_out, sha256)
 
 
-def evaluate_file(
-    predictions: str | Path, screen: str | Path, split: str | Path | None = None, settings: Sequence[str] = ()
+def evaluate(
+    predictions: str | Path | AnnData,
+    screen: str | Path | AnnData,
+    split: str | Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    **settings: Any,
 ) -> Report:
-    """`evaluate` on files: predictions as `perturbdiff predict` wrote them, the measured screen, and a split.json.
+    """Score predicted cells beside baselines and the ceiling of split halves.
 
-    The screen is normalised as the predictions say they were (uns["perturbdiff"]); `settings` are key=value words that
-    win over that, as data.batch_col=donor.
+    Parameters
+    ----------
+    predictions
+        What `PerturbDiff.predict` returned, or an .h5ad of it (`inference.output.read_predicted` reads .parquet): X
+        log1p values; obs perturbation, cell_type and batch.
+    screen
+        The measured cells and their controls: an .h5ad, or its AnnData. They are normalised as the predictions say
+        they were (uns["perturbdiff"]).
+    split
+        split.json of the run folder: its test cells are the measured ones and its training cells make the baselines.
+        Without, all perturbed cells are measured ones, and only `no change` stands beside the model.
+    overrides, **settings
+        Words and values as of `train`, which win over the predictions' own: data={"batch_col": "donor"}.
 
     Raises
     ------
     FileNotFoundError, ValueError, KeyError
-        A file is missing or not what it should be; and as `evaluate`.
+        A file is missing or not what it should be; no condition was both predicted and measured; a predicted gene is
+        not in the screen.
     """
-    X, obs, var = read_h5ad_parts(predictions)
-    given = {"out": "unused", "data": {"screen": str(screen), **_normalisation(predictions)}}
-    config = load_config(None, settings, given)
-    values = as_csr(X)
-    genes = genes_of(var)
+    if isinstance(predictions, AnnData):
+        X, obs, var, name = predictions.X, predictions.obs, predictions.var, "predictions"
+        uns = predictions.uns.get("perturbdiff", {})
+    else:
+        (X, obs, var), name = read_h5ad_parts(predictions), str(predictions)
+        with h5py.File(predictions, "r") as file:
+            uns = read_elem(file["uns/perturbdiff"]) if "uns/perturbdiff" in file else {}
+    known = {}
+    if "target_sum" in uns:  # files of others say nothing
+        known = {"target_sum": float(uns["target_sum"]), "library_size_col": str(uns["library_size_col"]) or None}
+    measured, match, chosen = read_measured(screen, split, known, overrides, settings)
+    values, genes = as_csr(X), genes_of(var)
     if input_kind(values, genes.names, "auto") != "log1p":
-        raise ValueError(
-            f"{predictions} holds counts; predictions are log1p values, as `perturbdiff predict` writes them."
-        )
+        raise ValueError(f"{name} holds counts; predictions are log1p values, as `perturbdiff predict` writes them.")
+    predicted = AnnData(X=values, obs=obs.set_axis(unique_names(obs.index)), var=pd.DataFrame(index=list(genes.names)))
+    return score_conditions(predicted, measured, match, chosen)
+
+
+def read_measured(
+    screen: str | Path | AnnData,
+    split: str | Path | None,
+    known: Mapping[str, Any],
+    overrides: Sequence[str],
+    settings: Mapping[str, Any],
+) -> tuple[Screen, ControlMatch, Split | None]:
+    """Measured cells by settings of which `known` are those of data that may be overridden; whose controls a condition
+    has; the split. Raises as `evaluate`."""
+    origin = IN_MEMORY if isinstance(screen, AnnData) else str(screen)
+    base = {"out": "unused", "data": {"screen": origin, **known}}
+    config = load_config(None, overrides, sections(settings), base=base)
     measured = Screen.read(screen, config.data)
     everything = ConditionIndex.build(measured, np.ones(len(measured), dtype=bool))
     match = resolve_control_match(everything, config.data.control_match)
-    chosen = None if split is None else read_split(split, measured)
-    predicted = AnnData(X=values, obs=obs.set_axis(unique_names(obs.index)), var=pd.DataFrame(index=list(genes.names)))
-    return evaluate(predicted, measured, match, chosen)
+    return measured, match, None if split is None else read_split(split, measured)
 
 
 def _shown(conditions: Iterable[Condition]) -> str:
     return ", ".join(":".join(condition) for condition in sorted(conditions)[:3])
-
-
-def _normalisation(predictions: str | Path) -> dict[str, Any]:
-    # What PerturbDiff.predict wrote into uns; nothing for files of others.
-    with h5py.File(predictions, "r") as file:
-        said = read_elem(file["uns/perturbdiff"]) if "uns/perturbdiff" in file else {}
-    if "target_sum" not in said:
-        return {}
-    return {"target_sum": float(said["target_sum"]), "library_size_col": str(said["library_size_col"]) or None}
 
 
 def held_out_rows(

@@ -80,6 +80,18 @@ def median_width(summary: pd.DataFrame) -> float:
     return float((summary["upper"] - summary["lower"])[expressed].median(skipna=False)) if expressed.any() else math.nan
 
 
+def certainty(calibration: Calibration | None, widths: np.ndarray) -> str:
+    """How sure predictions are, for a person; `widths` as `median_width` gives them, NaN where it is not known."""
+    if calibration is None:
+        return "not calibrated: perturbdiff calibrate makes intervals of the spread between populations"
+    measured = f"{calibration.coverage:.0%} of means covered on {calibration.n_conditions} conditions left out"
+    known = widths[np.isfinite(widths)]
+    if len(known) == 0:
+        return f"unknown: intervals need --n-populations 2 or more ({measured})"
+    width = f"{known.min():.3g} to {known.max():.3g}" if len(known) > 1 else f"{known[0]:.3g}"
+    return f"{calibration.level:.0%} intervals of gene means: median width {width} (log1p); {measured}"
+
+
 def population_means(predicted: AnnData) -> np.ndarray:
     """(K, G) float64 mean over the cells of each population."""
     X, populations = as_csr(predicted.X), predicted.obs["population"].to_numpy()
@@ -176,15 +188,17 @@ def calibrate(
         for condition, n in zip(conditions.tolist(), n_cells.tolist(), strict=True):
             perturbation, cell_type, batch = index.labels(condition)
             own = pools.rows(condition)
-            controls = AnnData(
-                X=screen.expression.X[own],
-                obs=screen.obs.iloc[own],
-                var=pd.DataFrame(index=pd.Index(screen.expression.genes.names)),
-            )
             predicted = model.generate(
-                controls, perturbation, cell_type, batch, n_cells=n, n_populations=n_populations, seed=seed, bar=bar
+                screen.adata(own),
+                perturbation,
+                cell_type,
+                batch,
+                n_cells=n,
+                n_populations=n_populations,
+                seed=seed,
+                bar=bar,
             )
-            measured, control = (gene_means(in_model.log1p(of)) for of in (index.cells(condition), own))
+            measured, control = (gene_means(in_model.log1p(chosen)) for chosen in (index.cells(condition), own))
             summary = population_summary(predicted, control)
             # A gene that is zero everywhere, or that the screen lacks, would be covered by any interval.
             used = (measured > 0) | (control > 0)
@@ -207,9 +221,9 @@ def _conformal(error: np.ndarray, spread: np.ndarray, level: float) -> tuple[flo
     # The ceil((n + 1) level)-th smallest of n scores.
     floor = max(float(np.median(spread)), SMALLEST_FLOOR)
     scores = error / np.hypot(spread, floor)
-    place = math.ceil((len(scores) + 1) * level)
-    if place > len(scores):
+    position = math.ceil((len(scores) + 1) * level)
+    if position > len(scores):
         raise ValueError(
             f"{len(scores)} (condition, gene) pairs are too few for intervals of level {level}; calibrate on more."
         )
-    return max(float(np.partition(scores, place - 1)[place - 1]), np.finfo(float).tiny), floor
+    return max(float(np.partition(scores, position - 1)[position - 1]), np.finfo(float).tiny), floor

@@ -1,9 +1,9 @@
-"""Predicted cells on disk: Parquet, one row a cell, and one file made of many without holding them in memory.
+"""Predicted cells on disk, .h5ad or .parquet, and one file made of many without holding them in memory.
 
-A Parquet file of predicted cells has the columns `cell` (name), those of obs as text or numbers, `genes` (places in
-the gene list) and `log1p` (the values at these places; the others are zero). The gene list and how the cells were made
-are JSON in the schema's metadata under b"perturbdiff": `genes`, `ensembl` (or null), `uns`. `read_predicted` turns it
-into an AnnData; with pyarrow alone
+A Parquet file of predicted cells has one row a cell: `cell` (name), the columns of obs as text or numbers, `genes`
+(positions in the gene list) and `log1p` (the values there; the others are zero). The gene list and how the cells were
+made are JSON in the schema's metadata under b"perturbdiff": `genes`, `ensembl` (or null), `uns`. `read_predicted` turns
+it into an AnnData; with pyarrow alone
 
     table = pyarrow.parquet.read_table(path)
     genes = json.loads(table.schema.metadata[b"perturbdiff"])["genes"]
@@ -12,7 +12,8 @@ into an AnnData; with pyarrow alone
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +21,31 @@ import h5py
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from anndata import AnnData
-from anndata.io import write_elem
+from anndata.io import sparse_dataset, write_elem
 from scipy import sparse
 
 from perturbdiff.files import short, write_whole
 
+FORMATS = (".h5ad", ".parquet")
 METADATA = b"perturbdiff"
 CHUNK_CELLS = 4096  # cells handled at once, and rows of a row group
 HDF5_CHUNK = 1 << 16  # elements
+VALUES = ["genes", "log1p"]  # the columns of X
 
 
-def write_parquet(predicted: AnnData, path: Path) -> None:
-    """Write what `PerturbDiff.predict` returned, whole or not at all."""
+def write_predicted(predicted: AnnData, path: Path) -> None:
+    """Write what `PerturbDiff.predict` returned in the format of the name's ending, whole or not at all."""
+    if path.suffix != ".parquet":
+        write_whole(path, lambda temporary: predicted.write_h5ad(temporary, compression="gzip"))
+        return
     ensembl = predicted.var["ensembl_id"].tolist() if "ensembl_id" in predicted.var else None
-    said = {"genes": predicted.var_names.tolist(), "ensembl": ensembl, "uns": predicted.uns["perturbdiff"]}
-    tables = (_table(predicted[start : start + CHUNK_CELLS]) for start in range(0, predicted.n_obs, CHUNK_CELLS))
-    write_whole(path, lambda temporary: _write_tables(tables, said, temporary))
+    metadata = {"genes": predicted.var_names.tolist(), "ensembl": ensembl, "uns": predicted.uns["perturbdiff"]}
+    starts = range(0, max(predicted.n_obs, 1), CHUNK_CELLS)
+    tables = (_table(predicted[start : start + CHUNK_CELLS]) for start in starts)
+    write_whole(path, lambda temporary: _write_tables(tables, metadata, temporary))
 
 
 def read_predicted(path: str | Path) -> AnnData:
@@ -45,96 +53,63 @@ def read_predicted(path: str | Path) -> AnnData:
 
     Raises ValueError where it is something else.
     """
-    said = read_said(path)
-    blocks, tables = [], []
-    for table in _chunks(path):
-        blocks.append(_csr(table, len(said["genes"])))
-        tables.append(_labels(table))
-    X = sparse.vstack(blocks, format="csr") if blocks else sparse.csr_matrix((0, len(said["genes"])), dtype=np.float32)
-    obs = _obs(tables) if tables else pd.DataFrame()
-    return AnnData(X=X, obs=obs, var=_var(said), uns={"perturbdiff": said["uns"]})
+    metadata = read_metadata(path)
+    blocks = [_csr(table, metadata) for table in _chunks([path], VALUES)]
+    X = sparse.vstack([_no_cells(metadata), *blocks], format="csr")
+    return AnnData(X=X, obs=_obs([path]), var=_var(metadata), uns={"perturbdiff": metadata["uns"]})
 
 
-def read_said(path: str | Path) -> dict[str, Any]:
+def read_metadata(path: str | Path) -> dict[str, Any]:
     """`genes`, `ensembl` and `uns` of a Parquet file of predicted cells. Raises ValueError where it is none."""
     try:
-        said = json.loads((pq.read_schema(path).metadata or {})[METADATA])
+        metadata: dict[str, Any] = json.loads((pq.read_schema(path).metadata or {})[METADATA])
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is not a whole file of predicted cells ({short(error)}); remove it.") from error
-    return said
+    return metadata
 
 
-def join_parquet(parts: Sequence[Path], uns: dict[str, Any], path: Path) -> int:
-    """All cells of the parts, in their order, as one Parquet file; memory is a row group's. Returns their number."""
-    said = {**read_said(parts[0]), "uns": uns}
-    return write_whole(path, lambda temporary: _write_tables(_regrouped(parts), said, temporary))
+def join_predicted(parts: Sequence[Path], uns: dict[str, Any], path: Path) -> None:
+    """All cells of Parquet files, in their order, as one file in the format of `path`, whole or not at all.
+
+    Memory is that of some thousand cells, and for an .h5ad that of obs.
+    """
+    metadata = {**read_metadata(parts[0]), "uns": uns}
+    if path.suffix == ".parquet":
+        write_whole(path, lambda temporary: _write_tables(_chunks(parts), metadata, temporary))
+    else:
+        write_whole(path, lambda temporary: _join_h5ad(parts, metadata, temporary))
 
 
-def join_h5ad(parts: Sequence[Path], uns: dict[str, Any], path: Path) -> int:
-    """All cells of the parts, in their order, as one .h5ad; memory is that of obs. Returns their number."""
-    return write_whole(path, lambda temporary: _write_h5ad(parts, uns, temporary))
-
-
-def _write_h5ad(parts: Sequence[Path], uns: dict[str, Any], path: Path) -> int:
-    said = read_said(parts[0])
-    tables: list[pa.Table] = []
-    ends = [np.zeros(1, np.int64)]
+def _join_h5ad(parts: Sequence[Path], metadata: dict[str, Any], path: Path) -> None:
+    # anndata.experimental.concat_on_disk opens all parts at once, and leaves uns and the compression out.
     with h5py.File(path, "w") as file:
-        file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
-        X = file.create_group("X")
-        X.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0"})
-        for name, dtype in (("data", np.float32), ("indices", np.int32)):
-            X.create_dataset(name, (0,), dtype, maxshape=(None,), chunks=(HDF5_CHUNK,), compression="gzip")
-        for table in _regrouped(parts):
-            cells = _csr(table, len(said["genes"]))
-            written = X["data"].shape[0]
-            for name, values in (("data", cells.data), ("indices", cells.indices)):
-                X[name].resize(written + len(values), axis=0)
-                X[name][written:] = values
-            ends.append(written + cells.indptr[1:].astype(np.int64))
-            tables.append(_labels(table))
-        indptr = np.concatenate(ends)
-        X.create_dataset("indptr", data=indptr)
-        X.attrs["shape"] = np.array([len(indptr) - 1, len(said["genes"])])
-        write_elem(file, "obs", _obs(tables))
-        write_elem(file, "var", _var(said))
-        write_elem(file, "uns", {"perturbdiff": uns})
-        for name in ("obsm", "varm", "obsp", "varp", "layers"):
-            write_elem(file, name, {})
-    return len(indptr) - 1
+        write_elem(file, "/", AnnData(obs=_obs(parts), var=_var(metadata), uns={"perturbdiff": metadata["uns"]}))
+        of_values = {"compression": "gzip", "chunks": (HDF5_CHUNK,), "indptr_dtype": np.int64}
+        write_elem(file, "X", _no_cells(metadata), dataset_kwargs=of_values)
+        X = sparse_dataset(file["X"])
+        for table in _chunks(parts, VALUES):
+            X.append(_csr(table, metadata))
 
 
-def _write_tables(tables: Iterator[pa.Table], said: dict[str, Any], path: Path) -> int:
-    writer, n_cells = None, 0
-    try:
-        for table in tables:
-            table = table.replace_schema_metadata({METADATA: json.dumps(said)})
-            writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
+def _write_tables(tables: Iterable[pa.Table], metadata: dict[str, Any], path: Path) -> None:
+    tables = iter(tables)
+    first = next(tables)
+    schema = first.schema.with_metadata({METADATA: json.dumps(metadata)})
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for table in chain([first], tables):
             writer.write_table(table, row_group_size=CHUNK_CELLS)
-            n_cells += len(table)
-    finally:
-        if writer is not None:
-            writer.close()
-    return n_cells
 
 
-def _regrouped(parts: Sequence[Path]) -> Iterator[pa.Table]:
+def _chunks(paths: Sequence[str | Path], columns: list[str] | None = None) -> Iterator[pa.Table]:
     # Small parts together: a row group of ten cells costs as much as one of thousands.
-    waiting: list[pa.Table] = []
-    for part in parts:
-        for table in _chunks(part):
-            waiting.append(table)
-            if sum(map(len, waiting)) >= CHUNK_CELLS:
-                yield pa.concat_tables(waiting)
-                waiting = []
+    waiting: list[pa.RecordBatch] = []
+    for batch in ds.dataset(paths).to_batches(columns=columns, batch_size=CHUNK_CELLS, use_threads=False):
+        waiting.append(batch)
+        if sum(map(len, waiting)) >= CHUNK_CELLS:
+            yield pa.Table.from_batches(waiting)
+            waiting = []
     if waiting:
-        yield pa.concat_tables(waiting)
-
-
-def _chunks(path: str | Path) -> Iterator[pa.Table]:
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(CHUNK_CELLS, use_threads=False):
-            yield pa.Table.from_batches([batch]).replace_schema_metadata(None)
+        yield pa.Table.from_batches(waiting)
 
 
 def _table(cells: AnnData) -> pa.Table:
@@ -149,29 +124,26 @@ def _table(cells: AnnData) -> pa.Table:
     return pa.table(columns)
 
 
-def _csr(table: pa.Table, n_genes: int) -> sparse.csr_matrix:
-    genes, values = (table[name].combine_chunks() for name in ("genes", "log1p"))
+def _csr(table: pa.Table, metadata: dict[str, Any]) -> sparse.csr_matrix:
+    genes, values = (table[name].combine_chunks() for name in VALUES)
     ends = np.concatenate([[0], np.cumsum(genes.value_lengths().to_numpy())])
     csr = (values.flatten().to_numpy(), genes.flatten().to_numpy(), ends)
-    return sparse.csr_matrix(csr, shape=(len(table), n_genes))
+    return sparse.csr_matrix(csr, shape=(len(table), len(metadata["genes"])))
 
 
-def _labels(table: pa.Table) -> pa.Table:
-    # Words as numbers of a dictionary: millions of rows wait for the last one.
-    table = table.drop_columns(["genes", "log1p"])
-    for place, field in enumerate(table.schema):
-        if field.name != "cell" and pa.types.is_string(field.type):
-            table = table.set_column(place, field.name, table[field.name].dictionary_encode())
-    return table
+def _no_cells(metadata: dict[str, Any]) -> sparse.csr_matrix:
+    return sparse.csr_matrix((0, len(metadata["genes"])), dtype=np.float32)
 
 
-def _obs(tables: Sequence[pa.Table]) -> pd.DataFrame:
-    table = pa.concat_tables(tables).unify_dictionaries()
-    return table.to_pandas().set_index("cell").rename_axis(None)
+def _obs(paths: Sequence[str | Path]) -> pd.DataFrame:
+    columns = [name for name in pq.read_schema(paths[0]).names if name not in VALUES]
+    table = ds.dataset(paths).to_table(columns=columns, use_threads=False)
+    obs = table.to_pandas(strings_to_categorical=True)
+    return obs.set_index(pd.Index(obs.pop("cell").astype(str).to_numpy()))
 
 
-def _var(said: dict[str, Any]) -> pd.DataFrame:
-    var = pd.DataFrame(index=pd.Index(said["genes"]))
-    if said["ensembl"] is not None:
-        var["ensembl_id"] = said["ensembl"]
+def _var(metadata: dict[str, Any]) -> pd.DataFrame:
+    var = pd.DataFrame(index=pd.Index(metadata["genes"]))
+    if metadata["ensembl"] is not None:
+        var["ensembl_id"] = metadata["ensembl"]
     return var

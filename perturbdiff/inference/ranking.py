@@ -16,6 +16,7 @@ K = populations, G = genes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -25,10 +26,11 @@ from scipy.special import stdtr
 from scipy.stats import rankdata
 
 from perturbdiff.data.expression import as_csr, gene_means
-from perturbdiff.data.screen import Expression, expression_of, unique_names
+from perturbdiff.data.screen import Expression, expression_of, read_h5ad_parts, unique_names
 from perturbdiff.data.vocab import GeneVocab, nearest
 from perturbdiff.diffusion.distances import NO_SPREAD, cell_distances, energy_of
 from perturbdiff.files import few, progress
+from perturbdiff.inference.requests import controls_for
 from perturbdiff.model import PerturbDiff
 
 FLOOR = 0.5  # of the median sd over the genes that vary
@@ -38,12 +40,13 @@ Score = Callable[[sparse.csr_matrix, np.ndarray], float]  # cells of a populatio
 
 
 def rank_perturbations(
-    model: PerturbDiff,
-    controls: AnnData,
-    up: Sequence[str] = (),
-    down: Sequence[str] = (),
-    towards: AnnData | None = None,
-    candidates: Sequence[str] | None = None,
+    model: PerturbDiff | str | Path,
+    controls: AnnData | str | Path,
+    *,
+    up: str | Sequence[str] = (),
+    down: str | Sequence[str] = (),
+    towards: AnnData | str | Path | None = None,
+    candidates: str | Sequence[str] | None = None,
     cell_type: str | None = None,
     batch: str | None = None,
     n_cells: int | None = None,
@@ -58,19 +61,23 @@ def rank_perturbations(
 
     Parameters
     ----------
-    controls, cell_type, batch, guidance_scale, steps, sampler, seed, min_gene_overlap
-        As `PerturbDiff.predict`.
+    model
+        One in memory, or what `PerturbDiff.from_pretrained` takes.
+    controls
+        Control cells, or an .h5ad, whose control cells are taken.
     up, down
         Genes, by name or Ensembl id, that should rise and fall: Eq. 1. One list may be empty.
     towards
-        Cells of the reference population, X raw counts or log1p values, instead of genes: Eq. 2.
+        Cells of the reference population, or an .h5ad of them, X raw counts or log1p values, instead of genes: Eq. 2.
     candidates
-        Labels as `predict` takes them; by default the perturbations that training cells received. A table of features
-        may know ten thousand more: vocabularies.perturbations.names has all.
+        Labels as `predict` takes them; by default the perturbations that training cells received. "all" are also those
+        that only features describe, perhaps ten thousand more.
     n_cells
         Of each population; by default as many as there are controls, at most 256.
     n_populations
         Draws of each response distribution; their scores make the uncertainty.
+    cell_type, batch, guidance_scale, steps, sampler, seed, min_gene_overlap
+        As `PerturbDiff.predict`.
 
     Returns
     -------
@@ -87,20 +94,27 @@ def rank_perturbations(
     ValueError
         Neither or both of genes and reference, a gene that should rise and fall, no candidate, controls that are the
         reference; and as `PerturbDiff.predict`.
+    FileNotFoundError
+        No such file or model.
     """
+    up, down = _names(up), _names(down)
     if (towards is None) == (not up and not down):
         raise ValueError("give genes (up, down) or a reference population (towards), one of them.")
-    labels = list(dict.fromkeys(model.vocabularies.labelled if candidates is None else candidates))
+    if not isinstance(model, PerturbDiff):
+        model = PerturbDiff.from_pretrained(model)
+    if candidates is None or candidates == "all":
+        candidates = model.perturbations if candidates else model.vocabularies.labelled
+    labels = list(dict.fromkeys(_names(candidates)))
     if not labels:
         raise ValueError("no candidates; name perturbations, or leave candidates out for all that were trained.")
     model.vocabularies.encode([(label, None, None) for label in labels])
-    controls = controls.copy()
+    controls = controls_for(model, controls, cell_type, batch).copy()
     controls.obs_names = unique_names(controls.obs_names.astype(str))
     expression, present = _in_model(model, controls, min_gene_overlap)
     score = (
         _signature(model.genes, expression, up, down)
         if towards is None
-        else _nearness(model, expression, present, towards, min_gene_overlap)
+        else _nearness(model, expression, present, _cells(towards), min_gene_overlap)
     )
     n_cells = min(controls.n_obs, MAX_CELLS) if n_cells is None else n_cells
     scores = np.empty((len(labels), n_populations))
@@ -110,23 +124,34 @@ def rank_perturbations(
                 controls, label, cell_type, batch, n_cells, n_populations, guidance_scale, steps, sampler, seed,
                 min_gene_overlap, bar,
             )  # fmt: skip
-            scores[row] = _of_populations(predicted, controls, score)
+            scores[row] = _population_scores(predicted, controls, score)
     return _table(labels, scores, _trained(model, labels))
 
 
 def find_genes(genes: GeneVocab, names: Iterable[str]) -> tuple[list[int], list[str]]:
-    """Places of genes in a vocabulary, by name or Ensembl id, each once, and the names that are not in it."""
-    places = {name: i for i, name in enumerate(genes.names)}
+    """Positions of genes in a vocabulary, by name or Ensembl id, each once, and the names that are not in it."""
+    positions = {name: i for i, name in enumerate(genes.names)}
     ensembl = {name: i for i, name in enumerate(genes.ensembl or ()) if name}
     found: dict[int, None] = {}
     missing: dict[str, None] = {}
     for name in names:
-        place = places.get(name, ensembl.get(name))
-        if place is None:
+        position = positions.get(name, ensembl.get(name))
+        if position is None:
             missing[name] = None
         else:
-            found[place] = None
+            found[position] = None
     return list(found), list(missing)
+
+
+def _names(names: str | Sequence[str]) -> Sequence[str]:
+    return [names] if isinstance(names, str) else names
+
+
+def _cells(source: AnnData | str | Path) -> AnnData:
+    if isinstance(source, AnnData):
+        return source
+    X, obs, var = read_h5ad_parts(source)
+    return AnnData(X=X, obs=obs, var=var)
 
 
 def _signature(genes: GeneVocab, controls: Expression, up: Sequence[str], down: Sequence[str]) -> Score:
@@ -138,6 +163,8 @@ def _signature(genes: GeneVocab, controls: Expression, up: Sequence[str], down: 
                 f"none of the {len(missing)} {what} genes ({few(missing)}) is a gene of the model; "
                 f"{nearest(missing[0], genes.names)}."
             )
+        if missing:
+            print(f"note        {len(missing)} of the {what} genes are not in the model: {few(missing)}", flush=True)
         columns.append(found)
     if both := sorted(set(columns[0]) & set(columns[1])):
         raise ValueError(f"{few([genes.names[i] for i in both])} must not be an up and a down gene; keep one.")
@@ -188,7 +215,7 @@ def _in_model(model: PerturbDiff, cells: AnnData, min_gene_overlap: float) -> tu
     return expression.with_genes(model.genes, columns), columns >= 0
 
 
-def _of_populations(predicted: AnnData, controls: AnnData, score: Score) -> list[float]:
+def _population_scores(predicted: AnnData, controls: AnnData, score: Score) -> list[float]:
     X, population = as_csr(predicted.X), predicted.obs["population"].to_numpy()
     source = controls.obs_names.get_indexer(predicted.obs["source_control"])
     return [score(X[population == k], source[population == k]) for k in np.unique(population)]

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from anndata import AnnData
 
 from perturbdiff.config import ObsColumns
+from perturbdiff.data.screen import control_cells
 from perturbdiff.data.vocab import nearest
 from perturbdiff.files import printable, short
 from perturbdiff.model import PerturbDiff
@@ -98,6 +100,18 @@ def check_requests(model: PerturbDiff, requests: Sequence[Request]) -> None:
         lines = ", ".join(str(request.line) for request in wrong[1:6] if request.line is not None)
         more = f" So {len(wrong) - 1} more{f', lines {lines}' if lines else ''}." if len(wrong) > 1 else ""
         raise KeyError(f"{wrong[0].where}{unknown[wrong[0].perturbation]}{more}")
+
+
+def controls_for(
+    model: PerturbDiff, controls: AnnData | str | Path, cell_type: str | None = None, batch: str | None = None
+) -> AnnData:
+    """Control cells to start from: an AnnData of them, or those of an .h5ad; of one cell type or batch if given.
+
+    Raises as `PerturbDiff.predict` and `control_cells`.
+    """
+    if isinstance(controls, str | Path):
+        return control_cells(controls, model.config.obs, cell_type, batch)
+    return model.controls_of(controls, None, cell_type, batch)
 
 
 def context_rows(obs: pd.DataFrame, columns: ObsColumns, requests: Sequence[Request]) -> list[np.ndarray]:

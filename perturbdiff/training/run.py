@@ -10,8 +10,8 @@ from typing import Any
 
 from anndata import AnnData
 
-from perturbdiff.config import Config, find_recipe, load_config
-from perturbdiff.data.screen import Screen
+from perturbdiff.config import Config, find_recipe, load_config, sections
+from perturbdiff.data.screen import IN_MEMORY, Screen
 from perturbdiff.data.simulate import SimulationConfig, simulate
 from perturbdiff.evaluation.held_out import score_held_out
 from perturbdiff.evaluation.report import Report
@@ -21,7 +21,6 @@ from perturbdiff.training.dataset import TrainingSet
 from perturbdiff.training.start import prepare, settings_of
 from perturbdiff.training.state import saved_states
 
-IN_MEMORY = "screen in memory"  # in place of a path
 HELD_OUT_OF_SIMULATION = ("pert_0:type_0", "pert_3:type_2")
 
 
@@ -187,11 +186,8 @@ def simulated_screen(out: Path) -> Path:
 
 def run(config: Config, adata: AnnData | None = None, score: bool = True) -> Run:
     """Train by these settings, then score what is held out of the screen; `adata` is the screen, if it is in memory."""
-    screen = None
-    if adata is not None:
-        screen = Screen.from_parts(adata.X, adata.obs, adata.var, config.data, IN_MEMORY)
-    elif config.data.screen is not None:
-        screen = Screen.read(config.data.screen, config.data)
+    origin = adata if adata is not None else config.data.screen
+    screen = None if origin is None else Screen.read(origin, config.data)
     score = score and screen is not None and bool(config.split.hold_out)
     result = loop.train(config, screen, check=_refuse_unpredictable if score else None)
     folder, written = result.folder, [result.folder / "model"]
@@ -211,13 +207,7 @@ def _given(
 ) -> dict[str, Any]:
     if screen is not None and not isinstance(screen, str | Path | AnnData):
         raise TypeError(f"screen ({type(screen).__name__}) must be an AnnData or the path of an .h5ad.")
-    given: dict[str, Any] = {}
-    for key, value in settings.items():  # training={"n_steps": 9} or "training.n_steps": 9
-        section, _, name = key.partition(".")
-        if name or isinstance(value, Mapping):
-            given.setdefault(section, {}).update({name: value} if name else value)
-        else:
-            given[section] = value
+    given = sections(settings)
     data = given.setdefault("data", {})
     if out is not None:
         given["out"] = str(out)

@@ -24,7 +24,7 @@ import numpy as np
 from perturbdiff.atlas.build.run import build
 from perturbdiff.config import load_build_config, load_config
 from perturbdiff.data.expression import highly_variable_genes
-from perturbdiff.data.screen import Screen, write_h5ad
+from perturbdiff.data.screen import Screen
 from perturbdiff.model import PerturbDiff
 from perturbdiff.training.loop import train
 from perturbdiff.training.run import finetune
@@ -63,7 +63,7 @@ def main() -> None:
         for percent in options.percent:
             screen = folder / f"kang_{percent:g}.h5ad"
             kept = fraction_of(treated & trained, percent / 100, options.seed)
-            write_h5ad(kang[~treated | ~trained | kept], screen)
+            kang[~treated | ~trained | kept].write_h5ad(screen)
             words = ["data.library_size_col=n_counts", f"training.seed={options.seed}", *options.settings]
             for start in ("random weights", "pretrained"):
                 out, started = folder / f"{start.split()[0]}_{percent:g}", time.process_time()
@@ -91,7 +91,7 @@ def genes_of(cells: anndata.AnnData) -> np.ndarray:
 
 def pretrain(folder: Path, unperturbed: Path, controls: anndata.AnnData, options: argparse.Namespace) -> PerturbDiff:
     """A model of marginal sets of both sources."""
-    write_h5ad(controls, folder / "controls.h5ad")
+    controls.write_h5ad(folder / "controls.h5ad")
     (folder / "genes.txt").write_text("\n".join(controls.var_names))
     sources = [
         {"path": str(unperturbed), "perturbation_col": None, "cells": "all"},

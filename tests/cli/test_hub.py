@@ -161,7 +161,7 @@ def test_a_list_may_be_of_one_owner_or_word(hub, trained, said):
         ("hub", "info", "./nothing"),
         ("hub", "info", "\x1b[31mred"),
         ("hub", "info", f"{NAME}@\x1b[31m"),
-        ("predict", "lab/nothing", "--controls", "c.h5ad", "--perturbation", "A", "--out", "out"),
+        ("predict", "lab/nothing", "--controls", "c.h5ad", "--perturbation", "A", "--out", "out.h5ad"),
         ("atlas", "info", "lab/nothing"),
         ("atlas", "pull", "lab/nothing", "--out", "out"),
         ("atlas", "pull", "a/b/c", "--out", "out"),

@@ -350,7 +350,7 @@ def test_predicting_refuses_controls_as_training_does(refused, here, run, change
 
 def test_an_existing_output_is_refused_before_the_work_and_replaced_only_on_request(refused, here, run, screen):
     (here / "p.h5ad").write_text("mine")
-    assert_says(refused(*predict(run, screen)), "--out p.h5ad exists", "--overwrite")
+    assert_says(refused(*predict(run, screen)), "p.h5ad exists", "--overwrite")
     main([str(word) for word in predict(run, screen, "--overwrite")])
     assert anndata.read_h5ad(here / "p.h5ad").n_vars == 30
     assert [path.name for path in here.iterdir()] == ["p.h5ad"]  # nothing half-written stays beside it

@@ -98,10 +98,11 @@ def test_bad_requests_are_refused_in_one_line(refused, here, model, screen, text
 def test_outputs_that_exist_or_cannot_be_written_are_refused(refused, here, model, screen, requests):
     start = ["predict", model, "--controls", screen, "--requests", requests, "--out"]
     (here / "p.h5ad").write_text("mine")
-    assert_says(refused(*start, "p.h5ad"), "--out p.h5ad exists", "--overwrite")
-    assert_says(refused(*start, "q.h5ad", "--summary", "p.h5ad"), "--summary p.h5ad exists")
+    assert_says(refused(*start, "p.h5ad"), "p.h5ad exists", "--overwrite")
+    assert_says(refused(*start, "q.h5ad", "--summary", "p.h5ad"), "p.h5ad exists")
     assert_says(refused(*start, "p.h5ad/q.h5ad"), "p.h5ad")
-    assert_says(refused(*start, "q.csv"), "must end in .h5ad or .parquet")
+    (here / "folder.h5ad").mkdir()
+    assert_says(refused(*start, "folder.h5ad", "--overwrite"), "folder.h5ad is a folder")
     assert_says(refused(*start[:-3], "--requests", "none.csv", "--out", "q.h5ad"), "none.csv does not exist")
 
 
@@ -139,7 +140,7 @@ def test_rank_prints_the_best_and_writes_all(here, capsys, model, screen):
     table = pd.read_csv(here / "out" / "ranking.csv")
     assert list(table["rank"]) == [1, 2]
     said = capsys.readouterr().out
-    for piece in ("1 of the --up genes are not in the model: GENE_9", "p_above", "2 perturbations; no change scores 0"):
+    for piece in ("1 of the up genes are not in the model: GENE_9", "p_above", "2 perturbations; no change scores 0"):
         assert piece in said
     call(*rank, "--up", "gene_1,gene_4", "--down", "gene_2,gene_3", "--out", "again.csv")
     assert (here / "again.csv").read_text() == (here / "out" / "ranking.csv").read_text()
@@ -175,4 +176,4 @@ def test_bad_rankings_are_refused_in_one_line(refused, here, model, screen, word
 def test_a_ranking_that_exists_is_refused(refused, here, model, screen):
     (here / "r.csv").write_text("mine")
     line = refused("screen", "rank", model, "--controls", screen, "--up", "gene_1", "--out", "r.csv")
-    assert_says(line, "--out r.csv exists", "--overwrite")
+    assert_says(line, "r.csv exists", "--overwrite")

@@ -9,7 +9,7 @@ from anndata.io import write_elem
 from scipy import sparse
 
 from perturbdiff.config import DataConfig, Preprocessing
-from perturbdiff.data.screen import Screen, expression_of, read_h5ad_parts, write_h5ad
+from perturbdiff.data.screen import Screen, expression_of, read_h5ad_parts
 from perturbdiff.data.vocab import GeneVocab
 from tests.screens import counts_screen, log1p_cp10k, read, real_screen, shared, written
 
@@ -402,33 +402,19 @@ def test_a_damaged_x_is_refused_before_it_is_used(adata, tmp_path, change):
         Screen.read(edited(adata, tmp_path / "screen.h5ad", change), CONFIG)
 
 
+def test_an_adata_is_read_as_its_file(adata, tmp_path):
+    path = written(adata, tmp_path / "screen.h5ad")
+    in_memory = Screen.read(adata, CONFIG)
+    assert_equal(in_memory, Screen.read(path, CONFIG))
+    assert (in_memory.path, Screen.read(path, CONFIG).path) == ("screen in memory", str(path))
+
+
 def test_obs_that_is_no_table_is_refused(tmp_path):
     with h5py.File(tmp_path / "arrays.h5ad", "w") as file:
         for name, shape in (("X", (3, 2)), ("obs", 3), ("var", 2)):
             write_elem(file, name, np.ones(shape))
     with pytest.raises(ValueError, match="obs and var must be tables"):
         read_h5ad_parts(tmp_path / "arrays.h5ad")
-
-
-# ---------------------------------------------------------------- writing
-
-
-def test_a_written_file_is_read_back_and_replaces_an_older_one(adata, tmp_path):
-    path = tmp_path / "new" / "folder" / "screen.h5ad"
-    write_h5ad(adata[:9].copy(), path)
-    write_h5ad(adata, path)
-    assert_equal(Screen.read(path, CONFIG), read(adata))
-    assert [p.name for p in path.parent.iterdir()] == ["screen.h5ad"]
-
-
-def test_a_write_that_fails_leaves_the_older_file_and_nothing_half_written(adata, tmp_path):
-    path = written(adata, tmp_path / "screen.h5ad")
-    before = path.read_bytes()
-    adata.uns["cannot be written"] = object()
-    with pytest.raises(Exception, match="No method registered for writing"):
-        write_h5ad(adata, path)
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
 
 
 # ---------------------------------------------------------------- summary

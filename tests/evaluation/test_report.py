@@ -12,7 +12,7 @@ from perturbdiff.data.screen import Screen
 from perturbdiff.data.splits import make_split, write_split
 from perturbdiff.evaluation.held_out import predict_held_out
 from perturbdiff.evaluation.metrics import METRICS, score_condition
-from perturbdiff.evaluation.report import CEILING, MODEL, Report, _training_effects, evaluate, evaluate_file
+from perturbdiff.evaluation.report import CEILING, MODEL, Report, _training_effects, evaluate, score_conditions
 from perturbdiff.hub.records import SplitRecord
 from perturbdiff.model import PerturbDiff
 from perturbdiff.training import run as training_run
@@ -58,7 +58,7 @@ def test_held_out_conditions_are_predicted_with_as_many_cells_as_measured(run, s
 
 
 def test_every_method_is_scored_on_every_held_out_condition(screen, split):
-    report = evaluate(truth_as_prediction(screen, np.flatnonzero(split.test)), screen, "batch", split)
+    report = score_conditions(truth_as_prediction(screen, np.flatnonzero(split.test)), screen, "batch", split)
     conditions = {(p, c, b) for p, c, b in screen.obs[split.test][["perturbation", "cell_type", "batch"]].to_numpy()}
     for _, rows in report.scores.groupby("method"):
         assert {tuple(row) for row in rows[["perturbation", "cell_type", "batch"]].to_numpy()} == conditions
@@ -68,7 +68,7 @@ def test_every_method_is_scored_on_every_held_out_condition(screen, split):
 
 
 def test_the_truth_scores_perfectly_and_beats_every_baseline(screen, split):
-    means = evaluate(truth_as_prediction(screen, np.flatnonzero(split.test)), screen, "batch", split).means()
+    means = score_conditions(truth_as_prediction(screen, np.flatnonzero(split.test)), screen, "batch", split).means()
     assert means.loc[MODEL, "pearson_delta"] == pytest.approx(1.0)
     assert means.loc[MODEL, "mse_of_means"] == pytest.approx(0.0, abs=1e-12)
     assert means.loc[MODEL, "variance_ratio"] == pytest.approx(1.0)
@@ -81,7 +81,7 @@ def test_scores_are_those_of_the_matched_real_cells(screen, split):
     rows = np.flatnonzero(((obs["perturbation"] == "pert_1") & (obs["cell_type"] == "type_0")).to_numpy() & split.train)
     predicted = truth_as_prediction(screen, rows)
     predicted.obs["perturbation"] = "pert_0"
-    report = evaluate(predicted, screen, "batch", split)
+    report = score_conditions(predicted, screen, "batch", split)
     for batch in ("batch_0", "batch_1"):
         here = (obs["cell_type"] == "type_0") & (obs["batch"] == batch)
 
@@ -100,26 +100,26 @@ def test_scores_are_those_of_the_matched_real_cells(screen, split):
 
 def test_held_out_cells_do_not_reach_the_baselines(screen, split):
     predicted = truth_as_prediction(screen, np.flatnonzero(split.test))
-    before = evaluate(predicted, screen, "batch", split)
+    before = score_conditions(predicted, screen, "batch", split)
     X = screen.expression.X.copy()
     X.data[np.repeat(split.test, np.diff(X.indptr))] += 50  # other measured cells, same training cells
     changed = replace(screen, expression=replace(screen.expression, X=X))
     a = _training_effects(screen, screen.expression, split, "batch")
     b = _training_effects(changed, changed.expression, split, "batch")
     np.testing.assert_array_equal(a.effect, b.effect)
-    after = evaluate(predicted, changed, "batch", split)
+    after = score_conditions(predicted, changed, "batch", split)
     assert not np.allclose(before.means()["mse_of_means"].loc["ridge"], after.means()["mse_of_means"].loc["ridge"])
 
 
 def test_undefined_scores_are_counted_and_shown(screen, split):
-    report = evaluate(truth_as_prediction(screen, np.flatnonzero(split.test)), screen, "batch", split)
+    report = score_conditions(truth_as_prediction(screen, np.flatnonzero(split.test)), screen, "batch", split)
     assert report.undefined().loc["no change", "pearson_delta"] == 3  # its delta is zero in each condition
     assert "nan [3 NaN]" in report.table()
     assert "mean over 3 held-out conditions" in report.table()
 
 
 def test_scores_are_saved_as_csv_and_json(screen, split, tmp_path):
-    report = evaluate(truth_as_prediction(screen, np.flatnonzero(split.test)), screen, "batch", split)
+    report = score_conditions(truth_as_prediction(screen, np.flatnonzero(split.test)), screen, "batch", split)
     csv, as_json = report.save(tmp_path)
     again = Report(pd.read_csv(csv))
     pd.testing.assert_frame_equal(again.means(), report.means(), check_names=False)
@@ -139,8 +139,8 @@ def test_evaluating_files_gives_what_evaluating_arrays_gives(run, screen, split,
     predicted = truth_as_prediction(screen, np.flatnonzero(split.test))
     predicted.write_h5ad(tmp_path / "p.h5ad")
     write_split(split, screen, tmp_path / "split.json")
-    report = evaluate_file(tmp_path / "p.h5ad", run.data.screen, tmp_path / "split.json")
-    pd.testing.assert_frame_equal(report.means(), evaluate(predicted, screen, "batch", split).means())
+    report = evaluate(tmp_path / "p.h5ad", run.data.screen, tmp_path / "split.json")
+    pd.testing.assert_frame_equal(report.means(), score_conditions(predicted, screen, "batch", split).means())
     sha256 = json.loads((tmp_path / "split.json").read_text())["sha256"]
     assert report.record().split == SplitRecord(("pert_0:type_0", "pert_2:type_1:batch_1"), sha256)
     assert report.record().data == "screen.h5ad"
@@ -148,7 +148,7 @@ def test_evaluating_files_gives_what_evaluating_arrays_gives(run, screen, split,
 
 def test_without_a_split_the_model_stands_beside_no_change_only(screen):
     rows = np.flatnonzero((screen.obs["perturbation"] == "pert_1").to_numpy())
-    report = evaluate(truth_as_prediction(screen, rows), screen, "batch")
+    report = score_conditions(truth_as_prediction(screen, rows), screen, "batch")
     assert list(report.means().index) == [MODEL, "no change", CEILING]
     assert len(report.scores) == 3 * 4
     assert report.record().split is None
@@ -157,7 +157,7 @@ def test_without_a_split_the_model_stands_beside_no_change_only(screen):
 def test_where_controls_match_by_cell_type_batches_are_one_condition(screen, split):
     predicted = truth_as_prediction(screen, np.flatnonzero(split.test))
     predicted.obs["batch"] = "another name"
-    report = evaluate(predicted, screen, "cell_type", split)
+    report = score_conditions(predicted, screen, "cell_type", split)
     assert set(report.scores["batch"]) == {"all"}
     assert report.means().loc[MODEL, "pearson_delta"] == pytest.approx(1.0)
 
@@ -165,15 +165,15 @@ def test_where_controls_match_by_cell_type_batches_are_one_condition(screen, spl
 def test_predictions_that_cannot_be_compared_are_refused(screen, split):
     predicted = truth_as_prediction(screen, np.flatnonzero(split.test))
     with pytest.raises(KeyError, match="perturbation"):
-        evaluate(anndata.AnnData(predicted.X, None, predicted.var), screen, "batch", split)
+        score_conditions(anndata.AnnData(predicted.X, None, predicted.var), screen, "batch", split)
     elsewhere = predicted.copy()
     elsewhere.obs["cell_type"] = "type_9"
     with pytest.raises(ValueError, match="no predicted condition was measured"):
-        evaluate(elsewhere, screen, "batch", split)
+        score_conditions(elsewhere, screen, "batch", split)
     foreign = predicted.copy()
     foreign.var_names = [f"other_{i}" for i in range(foreign.n_vars)]
     with pytest.raises(ValueError, match="40 of the 40 predicted genes are not in"):
-        evaluate(foreign, screen, "batch", split)
+        score_conditions(foreign, screen, "batch", split)
 
 
 def test_counts_are_not_taken_for_predictions(run, screen, split, tmp_path):
@@ -185,7 +185,7 @@ def test_counts_are_not_taken_for_predictions(run, screen, split, tmp_path):
     )
     counts.write_h5ad(tmp_path / "counts.h5ad")
     with pytest.raises(ValueError, match="holds counts"):
-        evaluate_file(tmp_path / "counts.h5ad", run.data.screen)
+        evaluate(tmp_path / "counts.h5ad", run.data.screen)
 
 
 def test_the_measured_cells_are_normalised_as_the_predictions_were(run, tmp_path):
@@ -197,12 +197,10 @@ def test_the_measured_cells_are_normalised_as_the_predictions_were(run, tmp_path
     predicted = predict_held_out(model, screen, split, "batch", seed=0)
     predicted.write_h5ad(tmp_path / "p.h5ad")
     write_split(split, screen, tmp_path / "split.json")
-    expected = evaluate(predicted, screen, "batch", split).means()
-    report = evaluate_file(tmp_path / "p.h5ad", config.data.screen, tmp_path / "split.json")
+    expected = score_conditions(predicted, screen, "batch", split).means()
+    report = evaluate(tmp_path / "p.h5ad", config.data.screen, tmp_path / "split.json")
     pd.testing.assert_frame_equal(report.means(), expected)
-    other = evaluate_file(
-        tmp_path / "p.h5ad", config.data.screen, tmp_path / "split.json", ["data.target_sum=10000"]
-    ).means()
+    other = evaluate(predicted, config.data.screen, tmp_path / "split.json", data={"target_sum": 10000}).means()
     assert abs(other.loc[MODEL, "mse_of_means"] - expected.loc[MODEL, "mse_of_means"]) > 0.1
 
 

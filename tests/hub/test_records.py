@@ -11,7 +11,6 @@ import pytest
 
 from perturbdiff.data.screen import Screen
 from perturbdiff.evaluation.metrics import METRICS
-from perturbdiff.evaluation.report import evaluate
 from perturbdiff.files import typed
 from perturbdiff.hub.records import (
     AtlasRecord,
@@ -91,7 +90,7 @@ def test_an_evaluation_is_read_as_it_was_written(tmp_path):
     rows = (~screen.is_control).nonzero()[0]
     truth = anndata.AnnData(screen.expression.log1p(rows), screen.obs.iloc[rows])
     truth.var_names = list(screen.expression.genes.names)
-    report = evaluate(truth, screen, "batch")
+    report = score_conditions(truth, screen, "batch")
     _, path = report.save(tmp_path)
     record = read_evaluation(json.loads(path.read_text()))
     assert record == report.record()

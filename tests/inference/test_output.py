@@ -1,6 +1,7 @@
 import json
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -8,8 +9,10 @@ import pytest
 from anndata import AnnData
 from scipy import sparse
 
-import perturbdiff.inference.output as predicted_cells
-from perturbdiff.inference.output import join_h5ad, join_parquet, read_predicted, read_said, write_parquet
+import perturbdiff.inference.output as output
+from perturbdiff.inference.output import join_predicted, read_metadata, read_predicted, write_predicted
+
+READ = {"h5ad": anndata.read_h5ad, "parquet": read_predicted}
 
 
 def predicted_of(n_cells, seed, ensembl=False, n_genes=7):
@@ -31,36 +34,48 @@ def predicted_of(n_cells, seed, ensembl=False, n_genes=7):
     return AnnData(X, obs=obs, var=var, uns={"perturbdiff": {"model": "m", "seed": seed, "unseen": ["batch x"]}})
 
 
+def parts_in(folder, predicted):
+    parts = [folder / f"{number}.parquet" for number in range(len(predicted))]
+    for cells, part in zip(predicted, parts, strict=True):
+        write_predicted(cells, part)
+    return parts
+
+
 def assert_same_cells(one, other):
     np.testing.assert_array_equal(one.X.toarray(), other.X.toarray())
+    assert one.X.dtype == np.float32
     assert list(one.obs_names) == list(other.obs_names)
     assert list(one.var_names) == list(other.var_names)
     assert list(one.obs.columns) == list(other.obs.columns)
-    for name in one.obs:
-        assert list(one.obs[name]) == list(other.obs[name])
+    for name, values in one.obs.items():
+        assert list(values) == list(other.obs[name])
+        numbers = pd.api.types.is_numeric_dtype(other.obs[name])
+        assert values.dtype == (other.obs[name].dtype if numbers else "category")
     assert list(one.var.get("ensembl_id", [])) == list(other.var.get("ensembl_id", []))
 
 
 @pytest.fixture(params=[1, 3, 1000])
 def chunk(request, monkeypatch):
-    monkeypatch.setattr(predicted_cells, "CHUNK_CELLS", request.param)
+    monkeypatch.setattr(output, "CHUNK_CELLS", request.param)
 
 
 @pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("suffix", READ)
 @pytest.mark.parametrize("ensembl", [False, True])
-def test_parquet_gives_back_what_was_predicted(tmp_path, ensembl):
-    predicted = predicted_of(10, 3, ensembl)
-    write_parquet(predicted, tmp_path / "p.parquet")
-    again = read_predicted(tmp_path / "p.parquet")
-    assert_same_cells(again, predicted)
-    assert again.uns["perturbdiff"] == predicted.uns["perturbdiff"]
-    assert again.X.dtype == np.float32
-    assert [path.name for path in tmp_path.iterdir()] == ["p.parquet"]
+def test_a_file_gives_back_what_was_predicted(tmp_path, suffix, ensembl):
+    path = tmp_path / f"p.{suffix}"
+    write_predicted(predicted_of(2, 1), path)
+    write_predicted(predicted_of(10, 3, ensembl), path)  # replaces it
+    again = READ[suffix](path)
+    assert_same_cells(again, predicted_of(10, 3, ensembl))
+    said = again.uns["perturbdiff"]
+    assert (said["model"], said["seed"], list(said["unseen"])) == ("m", 3, ["batch x"])
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_pyarrow_and_pandas_read_it_without_us(tmp_path):
     predicted = predicted_of(10, 3)
-    write_parquet(predicted, tmp_path / "p.parquet")
+    write_predicted(predicted, tmp_path / "p.parquet")
     genes = json.loads(pq.read_schema(tmp_path / "p.parquet").metadata[b"perturbdiff"])["genes"]
     table = pd.read_parquet(tmp_path / "p.parquet")
     assert list(table["perturbation"]) == ["p3"] * 10
@@ -70,48 +85,49 @@ def test_pyarrow_and_pandas_read_it_without_us(tmp_path):
 
 
 @pytest.mark.usefixtures("chunk")
-@pytest.mark.parametrize(("join", "read", "suffix"), [(join_h5ad, anndata.read_h5ad, "h5ad"),
-                                                      (join_parquet, read_predicted, "parquet")])  # fmt: skip
-def test_parts_are_joined_in_their_order(tmp_path, join, read, suffix):
+@pytest.mark.parametrize("suffix", READ)
+def test_parts_are_joined_in_their_order(tmp_path, suffix):
     predicted = [predicted_of(n, seed, ensembl=True) for seed, n in enumerate((4, 1, 9))]
-    parts = [tmp_path / f"{seed}.parquet" for seed in range(3)]
-    for one, part in zip(predicted, parts, strict=True):
-        write_parquet(one, part)
     uns = {"model": "m", "requests": {"perturbation": ["p0", "p1", "p2"]}}
-    assert join(parts, uns, tmp_path / f"all.{suffix}") == 14
-    joined = read(tmp_path / f"all.{suffix}")
+    join_predicted(parts_in(tmp_path, predicted), uns, tmp_path / f"all.{suffix}")
+    joined = READ[suffix](tmp_path / f"all.{suffix}")
     assert_same_cells(joined, anndata.concat(predicted, merge="same"))
     assert joined.uns["perturbdiff"]["model"] == "m"
     assert list(joined.uns["perturbdiff"]["requests"]["perturbation"]) == ["p0", "p1", "p2"]
-    assert joined.obs["perturbation"].dtype == "category"
 
 
-def test_small_parts_share_row_groups(tmp_path):
-    parts = []
-    for seed in range(6):
-        parts.append(tmp_path / f"{seed}.parquet")
-        write_parquet(predicted_of(3, seed), parts[-1])
-    join_parquet(parts, {}, tmp_path / "all.parquet")
+def test_small_parts_share_row_groups_and_compressed_chunks(tmp_path):
+    parts = parts_in(tmp_path, [predicted_of(3, seed) for seed in range(6)])
+    join_predicted(parts, {}, tmp_path / "all.parquet")
     assert pq.ParquetFile(tmp_path / "all.parquet").num_row_groups == 1
+    join_predicted(parts, {}, tmp_path / "all.h5ad")
+    with h5py.File(tmp_path / "all.h5ad") as file:
+        for name in ("data", "indices"):
+            assert (file["X"][name].compression, file["X"][name].id.get_num_chunks()) == ("gzip", 1)
 
 
-def test_an_output_is_whole_or_not_there(tmp_path, monkeypatch):
-    write_parquet(predicted_of(4, 0), tmp_path / "0.parquet")
-    (tmp_path / "1.parquet").write_bytes(b"PAR1")
-    for join, name in ((join_h5ad, "all.h5ad"), (join_parquet, "all.parquet")):
-        with pytest.raises(Exception, match="arquet"):
-            join([tmp_path / "0.parquet", tmp_path / "1.parquet"], {}, tmp_path / name)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.parquet", "1.parquet"]
+@pytest.mark.parametrize("suffix", READ)
+def test_an_output_is_whole_or_what_was_there_before(tmp_path, suffix):
+    parts = [*parts_in(tmp_path, [predicted_of(4, 0)]), tmp_path / "1.parquet"]
+    parts[1].write_bytes(b"PAR1")
+    out = tmp_path / f"all.{suffix}"
+    out.write_text("before")
+    with pytest.raises(ValueError, match="arquet"):
+        join_predicted(parts, {}, out)
+    broken = predicted_of(4, 0)
+    broken.uns["perturbdiff"]["cannot be written"] = object()
+    with pytest.raises(Exception, match=r"No method registered for writing|is not JSON"):
+        write_predicted(broken, out)
+    assert out.read_text() == "before"
+    assert sorted(tmp_path.iterdir()) == sorted([*parts, out])
 
 
-@pytest.mark.parametrize("content", [b"", b"PAR1", b"nonsense" * 99])
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"nonsense" * 99, None])
 def test_something_else_is_refused(tmp_path, content):
-    (tmp_path / "p.parquet").write_bytes(content)
-    with pytest.raises(ValueError, match="not a whole file of predicted cells"):
-        read_said(tmp_path / "p.parquet")
-
-
-def test_parquet_of_others_is_refused(tmp_path):
-    pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "p.parquet")
-    with pytest.raises(ValueError, match="not a whole file of predicted cells"):
-        read_predicted(tmp_path / "p.parquet")
+    if content is None:
+        pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "p.parquet")
+    else:
+        (tmp_path / "p.parquet").write_bytes(content)
+    for read in (read_metadata, read_predicted):
+        with pytest.raises(ValueError, match="not a whole file of predicted cells"):
+            read(tmp_path / "p.parquet")

@@ -11,7 +11,7 @@ from perturbdiff.config import DataConfig, ObsColumns
 from perturbdiff.data.screen import Screen, control_cells
 from perturbdiff.data.simulate import SimulationConfig, simulate
 from perturbdiff.inference.ranking import find_genes, rank_perturbations
-from tests.screens import counts_screen, log1p_cp10k
+from tests.screens import counts_screen, log1p_cp10k, written
 from tests.untrained import untrained
 
 NAMES = ("A", "B", "C", "D")
@@ -47,7 +47,9 @@ def signature_by_hand(model, controls, name, up, down, n_cells, n_populations, s
 
 @pytest.mark.parametrize(("up", "down"), [(UP, DOWN), (UP, []), ([], DOWN)])
 def test_a_signature_score_is_that_of_a_double_loop(model, controls, up, down):
-    table = rank_perturbations(model, controls, up, down, n_cells=9, n_populations=3, seed=4).set_index("perturbation")
+    table = rank_perturbations(model, controls, up=up, down=down, n_cells=9, n_populations=3, seed=4).set_index(
+        "perturbation"
+    )
     scores = {name: signature_by_hand(model, controls, name, up, down, 9, 3, 4) for name in NAMES}
     assert set(table.index) == set(NAMES)
     for name, own in scores.items():
@@ -58,8 +60,8 @@ def test_a_signature_score_is_that_of_a_double_loop(model, controls, up, down):
     assert list(table.index) == sorted(NAMES, key=lambda name: -scores[name].mean())
     assert list(table["rank"]) == [1, 2, 3, 4]
     for name in NAMES:
-        places = [1 + sum(scores[other][k] > scores[name][k] for other in NAMES) for k in range(3)]
-        assert (table.loc[name, "rank_low"], table.loc[name, "rank_high"]) == (min(places), max(places))
+        ranks = [1 + sum(scores[other][k] > scores[name][k] for other in NAMES) for k in range(3)]
+        assert (table.loc[name, "rank_low"], table.loc[name, "rank_high"]) == (min(ranks), max(ranks))
     assert table["trained"].all()
 
 
@@ -95,26 +97,46 @@ def test_no_change_scores_nothing(controls):
     predicted = model.predict(controls, perturbation="A")
     start = pd.DataFrame(log1p_cp10k(controls.X), index=controls.obs_names).loc[predicted.obs["source_control"]]
     np.testing.assert_allclose(predicted.X.toarray(), start, atol=2e-3)  # the model predicts no change
-    table = rank_perturbations(model, controls, UP, DOWN, n_cells=7, n_populations=3)
+    table = rank_perturbations(model, controls, up=UP, down=DOWN, n_cells=7, n_populations=3)
     assert table["score"].abs().max() < 2e-3
 
 
 def test_candidates_see_the_same_cells_and_noise(model, controls, monkeypatch):
     # The score of one candidate does not depend on the others, and two names of one label would tie.
-    every = rank_perturbations(model, controls, UP, n_populations=2).set_index("perturbation")
-    some = rank_perturbations(model, controls, UP, candidates=["C", "A+B", "C"], n_populations=2)
+    every = rank_perturbations(model, controls, up=UP, n_populations=2).set_index("perturbation")
+    some = rank_perturbations(model, controls, up=UP, candidates=["C", "A+B", "C"], n_populations=2)
     assert sorted(some["perturbation"]) == ["A+B", "C"]
     assert some.set_index("perturbation").loc["C", "score"] == every.loc["C", "score"]
     seen = []
     predict = model.predict
     monkeypatch.setattr(model, "predict", lambda *a, **k: seen.append(predict(*a, **k)) or seen[-1])
-    rank_perturbations(model, controls, UP, n_populations=2)
+    rank_perturbations(model, controls, up=UP, n_populations=2)
     for other in seen[1:]:
         assert list(other.obs["source_control"]) == list(seen[0].obs["source_control"])
 
 
+def test_files_are_ranked_as_what_they_hold(model, controls, tmp_path, capsys):
+    adata = counts_screen(n=8)
+    screen = written(adata, tmp_path / "screen.h5ad")
+    model.save_pretrained(tmp_path / "model")
+    few = {"n_cells": 5, "n_populations": 2, "cell_type": "NK"}
+    table = rank_perturbations(tmp_path / "model", screen, up="gene_1", down=["gene_2", "nothing"], **few)
+    assert "note        1 of the down genes are not in the model: nothing" in capsys.readouterr().out
+    of_type = controls[controls.obs["cell_type"] == "NK"].copy()
+    pd.testing.assert_frame_equal(table, rank_perturbations(model, of_type, up=["gene_1"], down=["gene_2"], **few))
+    pd.testing.assert_frame_equal(table, rank_perturbations(model, controls, up=["gene_1"], down=["gene_2"], **few))
+    with pytest.raises(ValueError, match="are no controls"):
+        rank_perturbations(model, adata, up=UP)
+    reference = written(adata[adata.obs["perturbation"] == "A", :9], tmp_path / "reference.h5ad")
+    by_file, by_cells = (
+        rank_perturbations(model, controls, towards=towards, candidates="A", **few)
+        for towards in (reference, anndata.read_h5ad(reference))
+    )
+    pd.testing.assert_frame_equal(by_file, by_cells)
+
+
 def test_one_population_says_nothing_of_uncertainty(model, controls):
-    table = rank_perturbations(model, controls, UP, n_populations=1)
+    table = rank_perturbations(model, controls, up=UP, n_populations=1)
     assert table[["sd", "p_above"]].isna().all(axis=None)
     assert list(table["rank_low"]) == list(table["rank_high"]) == list(table["rank"])
 
@@ -138,17 +160,17 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("how", "error", "message"), BAD.values(), ids=BAD)
-def test_what_cannot_be_ranked_is_refused(model, controls, how, error, message):
-    towards = {"controls": controls, "one": controls[:1].copy()}.get(how.get("towards"))
+@pytest.mark.parametrize(("wanted", "error", "message"), BAD.values(), ids=BAD)
+def test_what_cannot_be_ranked_is_refused(model, controls, wanted, error, message):
+    towards = {"controls": controls, "one": controls[:1].copy()}.get(wanted.get("towards"))
     with pytest.raises(error, match=message):
-        rank_perturbations(model, controls, **{**how, **({} if towards is None else {"towards": towards})})
+        rank_perturbations(model, controls, **{**wanted, **({} if towards is None else {"towards": towards})})
 
 
 def test_no_varying_gene_is_refused(model, controls):
     same = anndata.concat([controls[:1]] * 5, index_unique="-")
     with pytest.raises(ValueError, match="no gene varies"):
-        rank_perturbations(model, same, UP)
+        rank_perturbations(model, same, up=UP)
 
 
 @pytest.mark.slow
@@ -187,7 +209,7 @@ def test_the_ranking_recovers_the_true_order_of_a_simulated_screen(tmp_path):
     up, down = order[-8:], order[:8]
     z = {p: (measured(p).mean(0) - control.mean(0)) / sd for p in change}
     true_score = {p: z[p][up].mean() - z[p][down].mean() for p in change}
-    table = rank_perturbations(model, controls, list(names[up]), list(names[down]), cell_type="type_1", n_populations=3)
+    table = rank_perturbations(model, controls, up=names[up], down=names[down], cell_type="type_1", n_populations=3)
     assert table["perturbation"][0] == "pert_2"
     assert table["p_above"][0] > 0.9
     assert stats.spearmanr(table["score"], [true_score[p] for p in table["perturbation"]]).statistic > 0.8

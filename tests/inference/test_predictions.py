@@ -13,14 +13,14 @@ import pytest
 import torch
 from filelock import FileLock
 
-import perturbdiff.inference.answers as answers_module
+import perturbdiff.inference.predictions as predictions
 from perturbdiff.config import ObsColumns
 from perturbdiff.data.screen import control_cells
 from perturbdiff.hub.records import Calibration
-from perturbdiff.inference.answers import predict_requests
 from perturbdiff.inference.intervals import mean_expression, population_summary
 from perturbdiff.inference.output import read_predicted
-from perturbdiff.inference.requests import Request
+from perturbdiff.inference.predictions import predict_request, predict_requests
+from perturbdiff.inference.requests import COLUMNS, Request
 from tests.processes import PATIENCE
 from tests.screens import ROOT, counts_screen, written
 from tests.untrained import untrained
@@ -54,36 +54,47 @@ def read(path):
     return anndata.read_h5ad(path) if path.suffix == ".h5ad" else read_predicted(path)
 
 
-def alone(model, controls, request):
-    obs = controls.obs
-    chosen = (obs["cell_type"] == request.cell_type) | (request.cell_type is None)
-    chosen &= (obs["batch"] == request.batch) | (request.batch is None)
-    r = request
-    return model.predict(
-        controls[chosen].copy(), r.perturbation, r.cell_type, r.batch, r.n_cells, r.n_populations, seed=r.seed
-    )
+def alone(model, controls, request, **sampling):
+    return model.predict(controls, **{name: getattr(request, name) for name in COLUMNS}, **sampling)
 
 
 def interrupt_after(monkeypatch, n):
-    """The process stops when it begins the prediction after the n-th."""
-    predict, done = answers_module._predict, []
+    """The process stops in the prediction after the n-th; the list gets the numbers of those before."""
+    write, done = predictions.write_predicted, []
 
-    def stopping(*arguments):
+    def stopping(cells, part):
         if len(done) == n:
             raise KeyboardInterrupt
-        done.append(arguments[3])
-        return predict(*arguments)
+        done.append(int(part.stem.removeprefix("part-")))
+        write(cells, part)
 
-    monkeypatch.setattr(answers_module, "_predict", stopping)
+    monkeypatch.setattr(predictions, "write_predicted", stopping)
     return done
 
 
 @pytest.mark.parametrize("suffix", ["h5ad", "parquet"])
-def test_each_request_is_predicted_as_it_would_be_alone(model, controls, tmp_path, suffix):
-    out = tmp_path / "new" / f"all.{suffix}"
-    answers = predict_requests(model, controls, REQUESTS, out)
+def test_a_single_prediction_is_a_file_of_what_the_model_predicts(model, screen, controls, tmp_path, suffix):
+    model.training = replace(model.training, calibration=CALIBRATION)
+    out, genes = tmp_path / f"one.{suffix}", tmp_path / "genes.csv"
+    done = predict_request(model, screen, REQUESTS[1], out, summary=genes, steps=1)
+    expected = alone(model, controls, REQUESTS[1], steps=1)
     found = read(out)
-    assert answers.n_cells == found.n_obs
+    np.testing.assert_array_equal(found.X.toarray(), expected.X.toarray())
+    assert list(found.obs_names) == list(expected.obs_names)
+    pd.testing.assert_frame_equal(found.obs.astype(str), expected.obs.astype(str))
+    assert found.uns["perturbdiff"].keys() == expected.uns["perturbdiff"].keys()
+    width = pd.read_csv(genes).eval("(upper - lower)[(mean > 0) | (control_mean > 0)]").median()
+    assert done.widths == pytest.approx([width], rel=1e-6)
+    with pytest.raises(FileExistsError, match=f"one.{suffix} exists"):
+        predict_request(model, screen, REQUESTS[1], out)
+
+
+@pytest.mark.parametrize("suffix", ["h5ad", "parquet"])
+def test_each_request_is_predicted_as_it_would_be_alone(model, screen, controls, tmp_path, suffix):
+    out = tmp_path / "new" / f"all.{suffix}"
+    done = predict_requests(model, screen, REQUESTS, out)
+    found = read(out)
+    assert done.n_cells == found.n_obs
     assert found.obs_names.is_unique
     assert list(found.var_names) == list(model.genes.names)
     for number, request in enumerate(REQUESTS):
@@ -101,7 +112,7 @@ def test_the_file_says_what_was_asked_and_how_it_was_made(model, controls, tmp_p
     other = controls.copy()
     other.obs["cell_type"] = other.obs["cell_type"].astype(str).replace("T", "B cell")
     requests = [Request("A", "NK"), Request("B", "B cell", n_populations=3), Request("B", "B cell", seed=4)]
-    answers = predict_requests(model, other, requests, tmp_path / f"all.{suffix}", steps=1)
+    done = predict_requests(model, other, requests, tmp_path / f"all.{suffix}", steps=1)
     said = read(tmp_path / f"all.{suffix}").uns["perturbdiff"]
     assert (said["n_steps"], said["x_kind"], said["target_sum"]) == (1, "log1p", 1e4)
     assert "seed" not in said  # they differ
@@ -115,8 +126,8 @@ def test_the_file_says_what_was_asked_and_how_it_was_made(model, controls, tmp_p
         "seed": ["0", "0", "4"],
         "unseen": ["", "cell_type B cell", "cell_type B cell"],
     }
-    assert answers.unseen == {"cell_type B cell": [1, 2]}
-    assert np.isnan(answers.widths).tolist() == [True, False, True]
+    assert done.unseen == {"cell_type B cell": [1, 2]}
+    assert np.isnan(done.widths).tolist() == [True, False, True]
 
 
 def test_the_summary_holds_each_gene_of_each_request(model, controls, tmp_path):
@@ -152,9 +163,9 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(model, controls, tmp_path, 
     (tmp_path / f"all.{suffix}.parts" / ".part-000003.parquet.partial").write_bytes(b"half")
     with pytest.MonkeyPatch.context() as patch:
         second = interrupt_after(patch, 99)
-        answers = predict_requests(model, controls, REQUESTS, out)
+        done = predict_requests(model, controls, REQUESTS, out)
     assert first + second == [0, 1, 2, 3, 4]
-    assert answers.n_found == 2
+    assert done.n_found == 2
     if suffix == "parquet":
         assert out.read_bytes() == undisturbed.read_bytes()
     one, other = read(out), read(undisturbed)
@@ -210,9 +221,9 @@ def test_parts_of_another_run_are_never_mixed_in(model, controls, tmp_path, chan
         interrupt_after(patch, 1)
         with pytest.raises(KeyboardInterrupt):
             predict_requests(model, controls, REQUESTS, tmp_path / "all.h5ad")
-    model, controls, requests, how = change(model, controls)
+    model, controls, requests, sampling = change(model, controls)
     with pytest.raises(ValueError, match=f"1 predictions of a run that had another {what}; give the same command"):
-        predict_requests(model, controls, requests, tmp_path / "all.h5ad", **how)
+        predict_requests(model, controls, requests, tmp_path / "all.h5ad", **sampling)
     assert (tmp_path / "all.h5ad.parts" / "part-000000.parquet").exists()
 
 
@@ -225,18 +236,17 @@ BAD = {
         ValueError,
         "line 2 .*301,989,888 cells",
     ),
-    "suffix": ([Request("A")], {"out": "all.csv"}, ValueError, "must end in .h5ad or .parquet"),
+    "format": ([Request("A")], {"out": "all.csv"}, ValueError, "all.csv must end in .h5ad or .parquet"),
     "steps": ([Request("A")], {"steps": 2000}, ValueError, "between 1 and"),
     "overlap": ([Request("A")], {"min_gene_overlap": 2}, ValueError, "between 0 and 1"),
 }
 
 
-@pytest.mark.parametrize(("requests", "how", "error", "message"), BAD.values(), ids=BAD)
-def test_what_cannot_be_is_refused_and_nothing_is_left(model, controls, tmp_path, requests, how, error, message):
-    out = tmp_path / how.get("out", "all.h5ad")
-    how = {name: value for name, value in how.items() if name != "out"}
+@pytest.mark.parametrize(("requests", "options", "error", "message"), BAD.values(), ids=BAD)
+def test_what_cannot_be_is_refused_and_nothing_is_left(model, controls, tmp_path, requests, options, error, message):
+    options = {"out": "all.h5ad", **options}
     with pytest.raises(error, match=message):
-        predict_requests(model, controls, requests, out, **how)
+        predict_requests(model, controls, requests, tmp_path / options.pop("out"), **options)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -270,13 +280,13 @@ def test_a_second_run_beside_the_first_is_refused(model, controls, tmp_path):
         predict_requests(model, controls, REQUESTS, tmp_path / "all.h5ad")
 
 
-def test_shares_are_dealt_once_and_evenly():
+def test_shares_are_assigned_once_and_evenly():
     n_cells = [5, 1, 9, 3, 3, 8, 2, 2]
-    shares = answers_module._dealt([0, 2, 3, 4, 5, 6, 7], n_cells, 3)
+    shares = predictions._assigned([0, 2, 3, 4, 5, 6, 7], n_cells, 3)
     assert sorted(number for share in shares for number in share) == [0, 2, 3, 4, 5, 6, 7]
     loads = [sum(n_cells[number] for number in share) for share in shares]
     assert max(loads) - min(loads) <= 3
-    assert answers_module._dealt([], n_cells, 2) == [[], []]
+    assert predictions._assigned([], n_cells, 2) == [[], []]
 
 
 @pytest.mark.slow

@@ -1,0 +1,379 @@
+"""Predictions into files: one request, or many that are kept one by one as they are made and joined at the end.
+
+Each request is predicted as `PerturbDiff.predict` would alone, whatever the others are and whoever does it. Of many,
+each is written to `OUT.parts/` as soon as it is done: a run that was killed goes on where it was, and under a launcher
+(`accelerate launch`, torchrun) the processes share the requests, and the result is that of one, bit for bit. Memory is
+that of the largest request, and for an .h5ad that of obs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from filelock import FileLock, Timeout
+from torch import distributed as dist
+
+from perturbdiff._version import __version__
+from perturbdiff.config import as_dict
+from perturbdiff.data.expression import as_csr
+from perturbdiff.data.screen import expression_of
+from perturbdiff.files import check_output, json_sha256, progress, read_json, short, write_json, write_whole
+from perturbdiff.inference.intervals import (
+    Calibration,
+    certainty,
+    mean_expression,
+    median_width,
+    population_summary,
+)
+from perturbdiff.inference.output import FORMATS, join_predicted, read_metadata, read_predicted, write_predicted
+from perturbdiff.inference.requests import COLUMNS, Request, check_requests, context_rows, controls_for
+from perturbdiff.model import MAX_PREDICTED_CELLS, PerturbDiff
+
+RUN = "run.json"  # in the folder of parts: what they are of
+MAX_WAIT = timedelta(days=2)  # for the slowest process
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What was predicted and written.
+
+    n_requests, n_found
+        Requests, None where one was predicted alone; and those of them that an earlier run had done.
+    uns
+        uns["perturbdiff"] of the first request.
+    unseen
+        Labels that training has not seen, and the numbers of the requests that have them.
+    widths
+        Of each request, the median interval width (log1p) over the expressed genes; NaN where it is not known.
+    """
+
+    out: Path
+    summary: Path | None
+    n_cells: int
+    n_genes: int
+    n_requests: int | None
+    n_found: int
+    uns: dict[str, Any]
+    unseen: dict[str, list[int]]
+    widths: np.ndarray
+    calibration: Calibration | None
+
+    def text(self) -> str:
+        """For a person, several lines."""
+        uns, lines = self.uns, []
+        if self.n_requests is not None:
+            found = f", {self.n_found:,} of them done before" if self.n_found else ""
+            lines.append(f"requests    {self.n_requests:,}{found}")
+        lines.append(f"genes       {uns['n_genes_matched']:,} of {self.n_genes:,} matched by {uns['genes_matched_by']}")
+        for label, numbers in sorted(self.unseen.items()):
+            first = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
+            which = "" if self.n_requests is None else f", in {len(numbers):,} requests (number {first})"
+            lines.append(f"unseen      {label}{which}: predicted from features or control cells alone")
+        lines.append(f"sampler     {uns['sampler']}, {uns['n_steps']} steps, guidance {uns['guidance_scale']:g}")
+        lines.append(f"certainty   {certainty(self.calibration, self.widths)}")
+        lines.append(f"written     {self.out}: {self.n_cells:,} cells, {self.n_genes:,} genes")
+        if self.summary is not None:
+            lines.append(f"            {self.summary}: mean, spread and interval of each gene")
+        return "\n".join(lines)
+
+
+def predict_request(
+    model: PerturbDiff,
+    controls: AnnData | str | Path,
+    request: Request,
+    out: str | Path,
+    *,
+    summary: str | Path | None = None,
+    overwrite: bool = False,
+    **sampling: Any,
+) -> Predictions:
+    """Predict one request into a file that holds what `PerturbDiff.predict` returns. Otherwise as `predict_requests`.
+
+    `summary` then has the columns of `intervals.population_summary` alone.
+    """
+    out, summary = _check_outputs(out, summary, overwrite)
+    calibration = model.training.calibration
+    controls = controls_for(model, controls, request.cell_type, request.batch)
+    predicted, table = _predict(model, controls, request, calibration, **sampling)
+    write_predicted(predicted, out)
+    if summary is not None:
+        write_whole(summary, lambda temporary: table.to_csv(temporary, index=False))
+    uns = predicted.uns["perturbdiff"]
+    unseen = {label: [0] for label in uns["unseen"]}
+    widths = np.array([median_width(table)])
+    return Predictions(out, summary, predicted.n_obs, predicted.n_vars, None, 0, uns, unseen, widths, calibration)
+
+
+def predict_requests(
+    model: PerturbDiff,
+    controls: AnnData | str | Path,
+    requests: Sequence[Request],
+    out: str | Path,
+    *,
+    summary: str | Path | None = None,
+    overwrite: bool = False,
+    guidance_scale: float | None = None,
+    steps: int | None = None,
+    sampler: str | None = None,
+    min_gene_overlap: float = 0.5,
+) -> Predictions | None:
+    """Predict each request from the control cells of its cell type and batch, and write all cells into one file.
+
+    Parameters
+    ----------
+    controls
+        Control cells of all contexts, or an .h5ad, whose control cells are taken. A request is predicted from those
+        with its cell type and batch; where obs has no such column, or the request leaves it open, from all.
+    out
+        FILE.h5ad, an AnnData as `PerturbDiff.predict` returns it, or FILE.parquet (see `output`). obs has the number of
+        the `request`, from 0.
+    summary
+        A csv to write: request and perturbation, then the columns of `intervals.population_summary`.
+    overwrite
+        Replace `out` and `summary`.
+    guidance_scale, steps, sampler, min_gene_overlap
+        As `PerturbDiff.predict`, for all requests.
+
+    Returns
+    -------
+    What was written; None in a process that only helped.
+
+    Raises
+    ------
+    FileExistsError
+        `out` or `summary` exists, or another run writes the same.
+    KeyError, ValueError
+        Before anything is predicted: an `out` of another format, an unknown perturbation with the nearest ones, no such
+        controls, a number that cannot be, X as in `PerturbDiff.predict`; or the parts that are there are of another
+        run.
+    """
+    out, summary = _check_outputs(out, summary, overwrite)
+    sampling = {
+        "guidance_scale": guidance_scale, "steps": steps, "sampler": sampler, "min_gene_overlap": min_gene_overlap,
+    }  # fmt: skip
+    check_requests(model, requests)
+    calibration = model.training.calibration
+    controls = controls_for(model, controls)
+    model.genes.align(expression_of(controls, model.preprocessing).genes, min_gene_overlap)
+    rows = context_rows(controls.obs, model.config.obs, requests)
+    n_cells = [(r.n_cells or len(own)) * r.n_populations for r, own in zip(requests, rows, strict=True)]
+    for request, n in zip(requests, n_cells, strict=True):
+        if n > MAX_PREDICTED_CELLS:
+            raise ValueError(
+                f"{request.where}{n:,} cells asked for; a request is at most {MAX_PREDICTED_CELLS:,}: use several."
+            )
+    folder = out.with_name(f"{out.name}.parts")
+    parts = [folder / f"part-{number:06d}.parquet" for number in range(len(requests))]
+    with _processes() as (rank, world_size, wait_for_all), _alone_in(folder, rank):
+        if rank == 0:
+            _begin(folder, _identity(model, controls, requests, sampling))
+        wait_for_all()
+        done = [_is_whole(part) for part in parts]
+        wait_for_all()  # to have looked, before anybody writes
+        todo = [number for number in range(len(requests)) if not done[number]]
+        own_share = _assigned(todo, n_cells, world_size)[rank]
+        total = sum(n_cells[number] for number in own_share)
+        before = sum(n_cells) - total if world_size == 1 else 0
+        with progress(before + total, "predict", "cell", before, shown=rank == 0) as bar:
+            for number in own_share:
+                cells = controls[rows[number]].copy()
+                predicted, table = _predict(model, cells, requests[number], calibration, **sampling, bar=bar)
+                predicted.obs.insert(0, "request", number)
+                predicted.obs_names = pd.Index([f"{number}-{cell}" for cell in range(predicted.n_obs)])
+                predicted.uns["perturbdiff"]["interval_width"] = median_width(table)
+                write_predicted(predicted, parts[number])
+        wait_for_all()
+        if rank > 0:
+            return None
+        made = [read_metadata(part)["uns"] for part in parts]
+        widths = np.array([uns.pop("interval_width") for uns in made], dtype=np.float64)
+        join_predicted(parts, _common(made, requests), out)
+        if summary is not None:
+            means = (mean_expression(model, controls[own]) for own in rows)
+            _write_summary(parts, requests, means, calibration, summary)
+        _clear(folder)
+    unseen: dict[str, list[int]] = {}
+    for number, uns in enumerate(made):
+        for label in uns["unseen"]:
+            unseen.setdefault(label, []).append(number)
+    return Predictions(
+        out, summary, sum(n_cells), len(model.genes), len(parts), sum(done), made[0], unseen, widths, calibration
+    )
+
+
+def _check_outputs(out: str | Path, summary: str | Path | None, overwrite: bool) -> tuple[Path, Path | None]:
+    out = check_output(out, *FORMATS, overwrite=overwrite)
+    return out, None if summary is None else check_output(summary, overwrite=overwrite)
+
+
+def _predict(
+    model: PerturbDiff, controls: AnnData, request: Request, calibration: Calibration | None, **sampling: Any
+) -> tuple[AnnData, pd.DataFrame]:
+    predicted = model.generate(
+        controls,
+        request.perturbation,
+        request.cell_type,
+        request.batch,
+        n_cells=request.n_cells,
+        n_populations=request.n_populations,
+        seed=request.seed,
+        **sampling,
+    )
+    return predicted, population_summary(predicted, mean_expression(model, controls), calibration)
+
+
+def _common(made: Sequence[Mapping[str, Any]], requests: Sequence[Request]) -> dict[str, Any]:
+    # uns of the joined file: what is the same in all, and a table of the requests.
+    common = {key: value for key, value in made[0].items() if all(uns[key] == value for uns in made)}
+    table = {name: [getattr(request, name) for request in requests] for name in COLUMNS}
+    table = {name: ["" if v is None else str(v) for v in values] for name, values in table.items()}
+    table["unseen"] = ["; ".join(uns["unseen"]) for uns in made]
+    return {**common, "unseen": sorted({label for uns in made for label in uns["unseen"]}), "requests": table}
+
+
+def _write_summary(
+    parts: Sequence[Path],
+    requests: Sequence[Request],
+    control_means: Iterator[np.ndarray],
+    calibration: Calibration | None,
+    path: Path,
+) -> None:
+    def write(temporary: Path) -> None:
+        for number, (part, request, mean) in enumerate(zip(parts, requests, control_means, strict=True)):
+            table = population_summary(read_predicted(part), mean, calibration)
+            table.insert(0, "request", number)
+            table.insert(1, "perturbation", request.perturbation)
+            table.to_csv(temporary, mode="a" if number else "w", header=not number, index=False)
+
+    write_whole(path, write)
+
+
+# ---------------------------------------------------------------- the folder of parts
+
+
+def _identity(
+    model: PerturbDiff, controls: AnnData, requests: Sequence[Request], sampling: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the cells of a run are a function of; what differs is named by its key."""
+    weights, cells = hashlib.sha256(), hashlib.sha256()
+    for name, tensor in sorted(model.denoiser.state_dict().items()):
+        weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        weights.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
+    settings = (as_dict(model.config.sampling), as_dict(model.config.diffusion), as_dict(model.preprocessing))
+    names = (model.genes.names, asdict(model.vocabularies), model.config.set_size)
+    weights.update(json.dumps([*settings, *names]).encode())
+    X = as_csr(controls.X)
+    for values in (X.indptr.astype(np.int64), X.indices.astype(np.int64), X.data):
+        cells.update(np.ascontiguousarray(values).data)
+    cells.update(json.dumps([controls.var_names.astype(str).tolist(), controls.obs.astype(str).to_csv()]).encode())
+    return {
+        "requests": json_sha256([[getattr(request, name) for name in COLUMNS] for request in requests]),
+        "model": weights.hexdigest(),
+        "controls": cells.hexdigest(),
+        "settings": dict(sampling),
+        "library_version": __version__,
+        "device": model.device.type,
+    }
+
+
+def _begin(folder: Path, identity: dict[str, Any]) -> None:
+    run = folder / RUN
+    parts = sorted(folder.glob("part-*.parquet"))
+    if parts and not run.is_file():
+        raise ValueError(f"{folder} holds parts of nobody knows what; remove it, or choose another name.")
+    if parts and (before := read_json(run, 1 << 20)) != identity:
+        changed = ", ".join(key for key in identity if before.get(key) != identity[key]) or "keys"
+        raise ValueError(
+            f"{folder} holds {len(parts)} predictions of a run that had another {changed}; give the same command again "
+            "to go on, or remove the folder to begin anew."
+        )
+    write_json(run, identity)
+
+
+def _clear(folder: Path) -> None:
+    # What a run has made there, and nothing else.
+    for pattern in ("part-*.parquet", ".part-*.partial", RUN, ".lock"):
+        for path in folder.glob(pattern):
+            path.unlink()
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _is_whole(part: Path) -> bool:
+    try:
+        return part.exists() and bool(read_metadata(part))
+    except ValueError:  # it is predicted again
+        return False
+
+
+def _assigned(todo: Sequence[int], n_cells: Sequence[int], world_size: int) -> list[list[int]]:
+    # The largest first, each to who has least.
+    shares: list[list[int]] = [[] for _ in range(world_size)]
+    loads = [(0, rank) for rank in range(world_size)]
+    for number in sorted(todo, key=lambda number: (-n_cells[number], number)):
+        load, rank = heapq.heappop(loads)
+        shares[rank].append(number)
+        heapq.heappush(loads, (load + n_cells[number], rank))
+    return [sorted(share) for share in shares]
+
+
+# ---------------------------------------------------------------- processes
+
+
+@contextmanager
+def _alone_in(folder: Path, rank: int) -> Iterator[None]:
+    # The lock ends with its process, however that ends; an empty folder is not left behind.
+    folder.mkdir(parents=True, exist_ok=True)
+    if rank > 0:
+        yield
+        return
+    lock = folder / ".lock"
+    try:
+        with FileLock(lock, timeout=0):
+            try:
+                yield
+            finally:
+                if not any(folder.glob("part-*.parquet")):
+                    _clear(folder)
+    except Timeout as error:
+        raise FileExistsError(f"another process writes {folder}; wait for its end, or stop it.") from error
+
+
+@contextmanager
+def _processes() -> Iterator[tuple[int, int, Callable[[], None]]]:
+    """Rank, number of processes as the launcher says them, and a function that waits for all.
+
+    Parts on disk are all that the processes tell each other.
+    """
+    world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if world_size == 1:
+        yield 0, 1, lambda: None
+        return
+
+    def wait_for_all() -> None:
+        try:
+            dist.monitored_barrier(timeout=MAX_WAIT)
+        except RuntimeError as error:
+            raise ConnectionError(
+                f"another process has failed or does not answer ({short(error)}); give the same command again: what "
+                "is done is kept."
+            ) from error
+
+    dist.init_process_group("gloo", timeout=MAX_WAIT)
+    try:
+        yield rank, world_size, wait_for_all
+    finally:
+        dist.destroy_process_group()
