@@ -11,7 +11,7 @@ import pytest
 
 from perturbdiff.data.screen import Screen
 from perturbdiff.evaluation.metrics import METRICS
-from perturbdiff.files import typed
+from perturbdiff.evaluation.report import score_conditions
 from perturbdiff.hub.records import (
     AtlasRecord,
     Calibration,
