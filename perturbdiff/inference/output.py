@@ -21,7 +21,6 @@ import h5py
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from anndata import AnnData
 from anndata.io import sparse_dataset, write_elem
@@ -43,7 +42,7 @@ def write_predicted(predicted: AnnData, path: Path) -> None:
         return
     ensembl = predicted.var["ensembl_id"].tolist() if "ensembl_id" in predicted.var else None
     metadata = {"genes": predicted.var_names.tolist(), "ensembl": ensembl, "uns": predicted.uns["perturbdiff"]}
-    starts = range(0, max(predicted.n_obs, 1), CHUNK_CELLS)
+    starts = range(0, predicted.n_obs, CHUNK_CELLS)
     tables = (_table(predicted[start : start + CHUNK_CELLS]) for start in starts)
     write_whole(path, lambda temporary: _write_tables(tables, metadata, temporary))
 
@@ -54,8 +53,7 @@ def read_predicted(path: str | Path) -> AnnData:
     Raises ValueError where it is something else.
     """
     metadata = read_metadata(path)
-    blocks = [_csr(table, metadata) for table in _chunks([path], VALUES)]
-    X = sparse.vstack([_no_cells(metadata), *blocks], format="csr")
+    X = sparse.vstack([_csr(table, metadata) for table in _chunks([path], VALUES)], format="csr")
     return AnnData(X=X, obs=_obs([path]), var=_var(metadata), uns={"perturbdiff": metadata["uns"]})
 
 
@@ -84,8 +82,9 @@ def _join_h5ad(parts: Sequence[Path], metadata: dict[str, Any], path: Path) -> N
     # anndata.experimental.concat_on_disk opens all parts at once, and leaves uns and the compression out.
     with h5py.File(path, "w") as file:
         write_elem(file, "/", AnnData(obs=_obs(parts), var=_var(metadata), uns={"perturbdiff": metadata["uns"]}))
-        of_values = {"compression": "gzip", "chunks": (HDF5_CHUNK,), "indptr_dtype": np.int64}
-        write_elem(file, "X", _no_cells(metadata), dataset_kwargs=of_values)
+        no_cells = sparse.csr_matrix((0, len(metadata["genes"])), dtype=np.float32)
+        storage = {"compression": "gzip", "chunks": (HDF5_CHUNK,), "indptr_dtype": np.int64}
+        write_elem(file, "X", no_cells, dataset_kwargs=storage)
         X = sparse_dataset(file["X"])
         for table in _chunks(parts, VALUES):
             X.append(_csr(table, metadata))
@@ -103,11 +102,13 @@ def _write_tables(tables: Iterable[pa.Table], metadata: dict[str, Any], path: Pa
 def _chunks(paths: Sequence[str | Path], columns: list[str] | None = None) -> Iterator[pa.Table]:
     # Small parts together: a row group of ten cells costs as much as one of thousands.
     waiting: list[pa.RecordBatch] = []
-    for batch in ds.dataset(paths).to_batches(columns=columns, batch_size=CHUNK_CELLS, use_threads=False):
-        waiting.append(batch)
-        if sum(map(len, waiting)) >= CHUNK_CELLS:
-            yield pa.Table.from_batches(waiting)
-            waiting = []
+    for path in paths:  # one by one: a data set of pyarrow's keeps the metadata of every file in memory
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(CHUNK_CELLS, columns=columns, use_threads=False):
+                waiting.append(batch)
+                if sum(map(len, waiting)) >= CHUNK_CELLS:
+                    yield pa.Table.from_batches(waiting)
+                    waiting = []
     if waiting:
         yield pa.Table.from_batches(waiting)
 
@@ -131,14 +132,10 @@ def _csr(table: pa.Table, metadata: dict[str, Any]) -> sparse.csr_matrix:
     return sparse.csr_matrix(csr, shape=(len(table), len(metadata["genes"])))
 
 
-def _no_cells(metadata: dict[str, Any]) -> sparse.csr_matrix:
-    return sparse.csr_matrix((0, len(metadata["genes"])), dtype=np.float32)
-
-
 def _obs(paths: Sequence[str | Path]) -> pd.DataFrame:
     columns = [name for name in pq.read_schema(paths[0]).names if name not in VALUES]
-    table = ds.dataset(paths).to_table(columns=columns, use_threads=False)
-    obs = table.to_pandas(strings_to_categorical=True)
+    tables = [table.replace_schema_metadata() for table in _chunks(paths, columns)]
+    obs = pa.concat_tables(tables).to_pandas(strings_to_categorical=True)
     return obs.set_index(pd.Index(obs.pop("cell").astype(str).to_numpy()))
 
 

@@ -78,13 +78,10 @@ def test_what_is_unseen_is_said_by_request(here, capsys, model, screen):
     assert "unseen      cell_type Treg, in 1 requests (number 1)" in capsys.readouterr().out
 
 
-BAD_REQUESTS = {
+BAD_REQUESTS = {  # more in tests/inference
     "unknown": ("perturbation\nA\na\n", ["line 3 of the requests: perturbation 'a'", "did you mean A?"]),
     "context": ("perturbation,batch\nA,b3\n", ["line 2", "no control cell has batch 'b3'", "did you mean b2, b1?"]),
-    "column": ("drug\nA\n", ["no column 'perturbation'"]),
     "number": ("perturbation,n_cells\nA,-1\n", ["line 2: n_cells (-1)", "at least 1"]),
-    "empty": ("", ["no column 'perturbation'"]),
-    "text": ("perturbation,n_cells\nA,many\n", ["n_cells (many)"]),
 }
 
 
@@ -104,6 +101,12 @@ def test_outputs_that_exist_or_cannot_be_written_are_refused(refused, here, mode
     (here / "folder.h5ad").mkdir()
     assert_says(refused(*start, "folder.h5ad", "--overwrite"), "folder.h5ad is a folder")
     assert_says(refused(*start[:-3], "--requests", "none.csv", "--out", "q.h5ad"), "none.csv does not exist")
+
+
+@pytest.mark.parametrize("what", [["--perturbation", "A"], ["--requests", "r.csv"]])
+def test_an_output_of_no_known_format_is_refused_before_the_model_is_looked_for(refused, what):
+    line = refused("predict", "no_model", "--controls", "none.h5ad", *what, "--out", "q.csv")
+    assert_says(line, "output q.csv must end in .h5ad or .parquet")
 
 
 def split_of(screen, folder, part, selector):
@@ -150,17 +153,15 @@ def test_rank_prints_the_best_and_writes_all(here, capsys, model, screen):
     assert set(pd.read_csv(here / "towards.csv")["perturbation"]) == {"A+B", "B"}
 
 
-BAD_RANKS = {
+BAD_RANKS = {  # more in tests/inference
     "nothing": ([], ["give genes (up, down) or a reference population"]),
-    "both": (["--up", "gene_1", "--towards", "SCREEN"], ["one of them"]),
-    "unknown": (["--up", "ISG15,MX1"], ["none of the 2 up genes (ISG15, MX1)"]),
     "missing list": (["--up", "genes.txt"], ["--up genes.txt does not exist"]),
     "empty list": (["--down", "none.txt"], ["--down none.txt names nothing"]),
     "binary list": (["--down", "binary.txt"], ["--down binary.txt is not a text file"]),
     "only commas": (["--up", ",,"], ["--up ,, names nothing"]),
-    "candidates": (["--up", "gene_1", "--candidates", "A,Q"], ["perturbation 'Q' is not known"]),
     "reference": (["--towards", "none.txt"], ["none.txt is not a readable .h5ad"]),
     "no reference": (["--towards", "nowhere.h5ad"], ["nowhere.h5ad does not exist"]),
+    "output": (["--up", "gene_1", "--out", "none.txt"], ["none.txt exists", "--overwrite"]),
     "cell type": (["--up", "gene_1", "--cell-type", "nk"], ["no control cell with cell_type 'nk'"]),
 }
 
@@ -170,10 +171,4 @@ def test_bad_rankings_are_refused_in_one_line(refused, here, model, screen, word
     (here / "none.txt").write_text("# nothing\n")
     (here / "binary.txt").write_bytes(b"\xff\xfe\x00")
     words = [str(screen) if word == "SCREEN" else word for word in words]
-    assert_says(refused("screen", "rank", model, "--controls", screen, *words, "--out", "r.csv"), *pieces)
-
-
-def test_a_ranking_that_exists_is_refused(refused, here, model, screen):
-    (here / "r.csv").write_text("mine")
-    line = refused("screen", "rank", model, "--controls", screen, "--up", "gene_1", "--out", "r.csv")
-    assert_says(line, "r.csv exists", "--overwrite")
+    assert_says(refused("screen", "rank", model, "--controls", screen, "--out", "r.csv", *words), *pieces)

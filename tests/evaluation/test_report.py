@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from perturbdiff.data.expression import as_csr
 from perturbdiff.data.screen import Screen
 from perturbdiff.data.splits import make_split, write_split
 from perturbdiff.evaluation.held_out import predict_held_out
@@ -44,6 +43,17 @@ def truth_as_prediction(screen, rows):
     )
 
 
+@pytest.fixture
+def truth(screen, split):
+    """What was measured of the held-out conditions, as a prediction."""
+    return truth_as_prediction(screen, np.flatnonzero(split.test))
+
+
+@pytest.fixture(scope="module")
+def report(screen, split):
+    return score_conditions(truth_as_prediction(screen, np.flatnonzero(split.test)), screen, "batch", split)
+
+
 def test_held_out_conditions_are_predicted_with_as_many_cells_as_measured(run, screen, split):
     model = PerturbDiff.from_pretrained(f"{run.out}/model", device="cpu")
     predicted = predict_held_out(model, screen, split, "batch", seed=0)
@@ -57,8 +67,7 @@ def test_held_out_conditions_are_predicted_with_as_many_cells_as_measured(run, s
         assert list(source[column]) == list(predicted.obs[column].astype(str))
 
 
-def test_every_method_is_scored_on_every_held_out_condition(screen, split):
-    report = score_conditions(truth_as_prediction(screen, np.flatnonzero(split.test)), screen, "batch", split)
+def test_every_method_is_scored_on_every_held_out_condition(screen, split, report):
     conditions = {(p, c, b) for p, c, b in screen.obs[split.test][["perturbation", "cell_type", "batch"]].to_numpy()}
     for _, rows in report.scores.groupby("method"):
         assert {tuple(row) for row in rows[["perturbation", "cell_type", "batch"]].to_numpy()} == conditions
@@ -67,8 +76,8 @@ def test_every_method_is_scored_on_every_held_out_condition(screen, split):
     ]  # fmt: skip
 
 
-def test_the_truth_scores_perfectly_and_beats_every_baseline(screen, split):
-    means = score_conditions(truth_as_prediction(screen, np.flatnonzero(split.test)), screen, "batch", split).means()
+def test_the_truth_scores_perfectly_and_beats_every_baseline(report):
+    means = report.means()
     assert means.loc[MODEL, "pearson_delta"] == pytest.approx(1.0)
     assert means.loc[MODEL, "mse_of_means"] == pytest.approx(0.0, abs=1e-12)
     assert means.loc[MODEL, "variance_ratio"] == pytest.approx(1.0)
@@ -98,28 +107,24 @@ def test_scores_are_those_of_the_matched_real_cells(screen, split):
             assert row[name] == pytest.approx(value), name
 
 
-def test_held_out_cells_do_not_reach_the_baselines(screen, split):
-    predicted = truth_as_prediction(screen, np.flatnonzero(split.test))
-    before = score_conditions(predicted, screen, "batch", split)
+def test_held_out_cells_do_not_reach_the_baselines(screen, split, truth, report):
     X = screen.expression.X.copy()
     X.data[np.repeat(split.test, np.diff(X.indptr))] += 50  # other measured cells, same training cells
     changed = replace(screen, expression=replace(screen.expression, X=X))
     a = _training_effects(screen, screen.expression, split, "batch")
     b = _training_effects(changed, changed.expression, split, "batch")
     np.testing.assert_array_equal(a.effect, b.effect)
-    after = score_conditions(predicted, changed, "batch", split)
-    assert not np.allclose(before.means()["mse_of_means"].loc["ridge"], after.means()["mse_of_means"].loc["ridge"])
+    after = score_conditions(truth, changed, "batch", split)
+    assert not np.allclose(report.means()["mse_of_means"].loc["ridge"], after.means()["mse_of_means"].loc["ridge"])
 
 
-def test_undefined_scores_are_counted_and_shown(screen, split):
-    report = score_conditions(truth_as_prediction(screen, np.flatnonzero(split.test)), screen, "batch", split)
+def test_undefined_scores_are_counted_and_shown(report):
     assert report.undefined().loc["no change", "pearson_delta"] == 3  # its delta is zero in each condition
     assert "nan [3 NaN]" in report.table()
     assert "mean over 3 held-out conditions" in report.table()
 
 
-def test_scores_are_saved_as_csv_and_json(screen, split, tmp_path):
-    report = score_conditions(truth_as_prediction(screen, np.flatnonzero(split.test)), screen, "batch", split)
+def test_scores_are_saved_as_csv_and_json(split, report, tmp_path):
     csv, as_json = report.save(tmp_path)
     again = Report(pd.read_csv(csv))
     pd.testing.assert_frame_equal(again.means(), report.means(), check_names=False)
@@ -135,15 +140,17 @@ def test_scores_are_saved_as_csv_and_json(screen, split, tmp_path):
     assert saved["split"] == {"hold_out": list(split.config.hold_out), "sha256": None}
 
 
-def test_evaluating_files_gives_what_evaluating_arrays_gives(run, screen, split, tmp_path):
-    predicted = truth_as_prediction(screen, np.flatnonzero(split.test))
-    predicted.write_h5ad(tmp_path / "p.h5ad")
+def test_files_and_arrays_score_alike(run, screen, split, truth, report, tmp_path):
+    truth.write_h5ad(tmp_path / "p.h5ad")
     write_split(split, screen, tmp_path / "split.json")
-    report = evaluate(tmp_path / "p.h5ad", run.data.screen, tmp_path / "split.json")
-    pd.testing.assert_frame_equal(report.means(), score_conditions(predicted, screen, "batch", split).means())
-    sha256 = json.loads((tmp_path / "split.json").read_text())["sha256"]
-    assert report.record().split == SplitRecord(("pert_0:type_0", "pert_2:type_1:batch_1"), sha256)
-    assert report.record().data == "screen.h5ad"
+    measured = anndata.read_h5ad(run.data.screen)
+    by_file = evaluate(tmp_path / "p.h5ad", run.data.screen, tmp_path / "split.json")
+    in_memory = evaluate(truth, measured, tmp_path / "split.json")
+    for found in (by_file, in_memory):
+        pd.testing.assert_frame_equal(found.scores, report.scores)
+        sha256 = json.loads((tmp_path / "split.json").read_text())["sha256"]
+        assert found.record().split == SplitRecord(("pert_0:type_0", "pert_2:type_1:batch_1"), sha256)
+    assert (by_file.data, in_memory.data) == ("screen.h5ad", "screen in memory")
 
 
 def test_without_a_split_the_model_stands_beside_no_change_only(screen):
@@ -154,38 +161,31 @@ def test_without_a_split_the_model_stands_beside_no_change_only(screen):
     assert report.record().split is None
 
 
-def test_where_controls_match_by_cell_type_batches_are_one_condition(screen, split):
-    predicted = truth_as_prediction(screen, np.flatnonzero(split.test))
-    predicted.obs["batch"] = "another name"
-    report = score_conditions(predicted, screen, "cell_type", split)
+def test_where_controls_match_by_cell_type_batches_are_one_condition(screen, split, truth):
+    truth.obs["batch"] = "another name"
+    report = score_conditions(truth, screen, "cell_type", split)
     assert set(report.scores["batch"]) == {"all"}
     assert report.means().loc[MODEL, "pearson_delta"] == pytest.approx(1.0)
 
 
-def test_predictions_that_cannot_be_compared_are_refused(screen, split):
-    predicted = truth_as_prediction(screen, np.flatnonzero(split.test))
+def test_predictions_that_cannot_be_compared_are_refused(screen, split, truth):
     with pytest.raises(KeyError, match="perturbation"):
-        score_conditions(anndata.AnnData(predicted.X, None, predicted.var), screen, "batch", split)
-    elsewhere = predicted.copy()
+        score_conditions(anndata.AnnData(truth.X, None, truth.var), screen, "batch", split)
+    elsewhere = truth.copy()
     elsewhere.obs["cell_type"] = "type_9"
     with pytest.raises(ValueError, match="no predicted condition was measured"):
         score_conditions(elsewhere, screen, "batch", split)
-    foreign = predicted.copy()
+    foreign = truth.copy()
     foreign.var_names = [f"other_{i}" for i in range(foreign.n_vars)]
     with pytest.raises(ValueError, match="40 of the 40 predicted genes are not in"):
         score_conditions(foreign, screen, "batch", split)
 
 
-def test_counts_are_not_taken_for_predictions(run, screen, split, tmp_path):
-    rows = np.flatnonzero(split.test)
-    counts = anndata.AnnData(
-        as_csr(screen.expression.X[rows]).astype(np.float32),
-        screen.obs.iloc[rows],
-        pd.DataFrame(index=list(screen.expression.genes.names)),
-    )
-    counts.write_h5ad(tmp_path / "counts.h5ad")
-    with pytest.raises(ValueError, match="holds counts"):
-        evaluate(tmp_path / "counts.h5ad", run.data.screen)
+def test_counts_are_not_taken_for_predictions(run, tmp_path):
+    with pytest.raises(ValueError, match=r"screen\.h5ad holds counts"):
+        evaluate(run.data.screen, run.data.screen)
+    with pytest.raises(ValueError, match="the predictions hold counts"):
+        evaluate(anndata.read_h5ad(run.data.screen), run.data.screen)
 
 
 def test_the_measured_cells_are_normalised_as_the_predictions_were(run, tmp_path):
@@ -195,13 +195,17 @@ def test_the_measured_cells_are_normalised_as_the_predictions_were(run, tmp_path
     split = make_split(screen, config.split, config.training.seed)
     model = PerturbDiff.from_pretrained(tmp_path / "out" / "model", device="cpu")
     predicted = predict_held_out(model, screen, split, "batch", seed=0)
+    path = tmp_path / "split.json"
     predicted.write_h5ad(tmp_path / "p.h5ad")
-    write_split(split, screen, tmp_path / "split.json")
+    write_split(split, screen, path)
     expected = score_conditions(predicted, screen, "batch", split).means()
-    report = evaluate(tmp_path / "p.h5ad", config.data.screen, tmp_path / "split.json")
-    pd.testing.assert_frame_equal(report.means(), expected)
-    other = evaluate(predicted, config.data.screen, tmp_path / "split.json", data={"target_sum": 10000}).means()
+    for given in (predicted, tmp_path / "p.h5ad"):
+        pd.testing.assert_frame_equal(evaluate(given, config.data.screen, path).means(), expected)
+    other = evaluate(predicted, config.data.screen, path, data={"target_sum": 10000}).means()
     assert abs(other.loc[MODEL, "mse_of_means"] - expected.loc[MODEL, "mse_of_means"]) > 0.1
+    words = ["data.target_sum=10000"]  # win over settings
+    by_word = evaluate(predicted, config.data.screen, path, overrides=words, **{"data.target_sum": 7})
+    pd.testing.assert_frame_equal(by_word.means(), other)
 
 
 def test_the_scores_of_a_demo_name_its_screen_and_split(run, tmp_path):
