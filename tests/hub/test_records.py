@@ -12,6 +12,7 @@ import pytest
 from perturbdiff.data.screen import Screen
 from perturbdiff.evaluation.metrics import METRICS
 from perturbdiff.evaluation.report import score_conditions
+from perturbdiff.files import typed
 from perturbdiff.hub.records import (
     AtlasRecord,
     Calibration,
