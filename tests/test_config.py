@@ -1,6 +1,7 @@
 import ast
 import dataclasses
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -126,7 +127,11 @@ def test_typos_and_wrong_types_are_errors_that_name_key_and_value(word, text):
         "optim.plateau_ratio=-0.5", "optim.grad_clip=0.0", "optim.ema_decay=1.01", "optim.ema_every=0",
         "training.n_steps=-5", "training.seed=-1", "training.log_every=0", "training.validate_every=0",
         "training.early_stop_patience=0", "training.save_every=0", "training.keep_states=0",
-        "split.validation_fraction=1.2", "sampling.n_steps=1001", "denoiser.n_heads=7",
+        "split.validation_fraction=1.2", "sampling.n_steps=1001", "denoiser.n_heads=7", "denoiser.control_weight=1.5",
+        "data.prefetch=-1", "data.min_set_size=17", "data.n_streams=0", "data.n_streams=5", "training.timeout=0.0",
+        "training.profile_steps=-1", "training.validate_sets=0", "training.accumulation_steps=0", "adapt.lr_ratio=0.0",
+        "adapt.lora_rank=0", "adapt.lora_alpha=-1.0", "diffusion.p_drop_perturbation=1.5",
+        "diffusion.p_features_only=-0.5", "denoiser.published_encoding.doses=-1",
     ],
 )  # fmt: skip
 def test_values_out_of_range_are_errors_that_name_key_value_and_rule(word):
@@ -134,6 +139,32 @@ def test_values_out_of_range_are_errors_that_name_key_value_and_rule(word):
     with pytest.raises(ValueError, match=rf"{key} \({value}\) must ") as error:
         load(word)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "rule"),
+    [
+        ("optim.lr=0.0", "be greater than 0."), ("training.seed=-1", "not be negative."),
+        ("sampling.eta=1.5", "be between 0 and 1."), ("optim.beta1=1.0", "be at least 0 and less than 1."),
+        ("data.min_set_size=0", "be at least 1."), ("data.n_hvg=0", "be at least 1, or null."),
+    ],
+)  # fmt: skip
+def test_the_rule_says_what_may_be_given(word, rule):
+    with pytest.raises(ValueError, match=re.escape(f"{word.replace('=', ' (')}) must {rule}") + "$"):
+        load(word)
+
+
+def test_weights_of_atlases_have_bounds_and_all_have_one_or_none():
+    def weighted(*weights):
+        atlases = [{"path": "x", **({} if weight is None else {"weight": weight})} for weight in weights]
+        return load(given={"out": "x", "data": {"atlases": atlases}})
+
+    weighted(None, None)
+    weighted(1.0, 2.5)
+    with pytest.raises(ValueError, match=r"data.atlases\[1\].weight \(0.0\) must be greater than 0, or null"):
+        weighted(1.0, 0.0)
+    with pytest.raises(ValueError, match=r"weights \[1.0, None\] must be given to all atlases or to none"):
+        weighted(1.0, None)
 
 
 FLOATS = [

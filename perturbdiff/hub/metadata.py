@@ -15,8 +15,8 @@ from perturbdiff.config import (
     ObsColumns,
     Preprocessing,
     SamplingConfig,
+    check_bounds,
     check_denoiser,
-    check_preprocessing,
     check_sampling,
 )
 from perturbdiff.data.vocab import GeneVocab, LabelVocab, Vocabularies
@@ -94,7 +94,7 @@ def parse_metadata(folder: ModelFolder) -> ModelMetadata:
         raise ValueError(f"{where}: names are missing or not as they should be ({short(error)}).") from error
     if not len(genes):
         raise ValueError(f"{where}: genes.json names no genes; get the folder again.")
-    check_preprocessing(preprocessing)
+    check_bounds(preprocessing, "preprocessing.")
     _refuse_unbelievable(where, model)
     separators = (vocabularies.combination_separator, vocabularies.dose_separator)
     for text in (*asdict(model.obs).values(), *separators, preprocessing.library_size_col):

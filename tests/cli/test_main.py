@@ -421,7 +421,7 @@ BAD_CONFIGS = {
     "no sampling": (lambda config: config.pop("sampling"), ["lacks sampling"]),
     "no hashes": (changed("sha256", {}), ["sha256 must name the files", "missing"]),
     "fewer hashes": (lambda config: config["sha256"].pop("genes.json"), ["sha256 must name the files", "missing"]),
-    "other steps": (changed("sampling.n_steps", 0), ["sampling.n_steps (0)", "between 1 and"]),
+    "other steps": (changed("sampling.n_steps", 0), ["sampling.n_steps (0)", "greater than 0"]),
 }
 
 
