@@ -25,10 +25,11 @@ from perturbdiff.data.screen import expression_of
 from perturbdiff.data.vocab import GeneVocab, LabelVocab, Vocabularies, nearest
 from perturbdiff.diffusion.generate import Context, assign_sets, choose_controls, denoise_sets
 from perturbdiff.features.tables import FeatureTable
-from perturbdiff.files import few, progress
+from perturbdiff.files import few, printable, progress
 from perturbdiff.hub.adapter import check_adapter, read_adapter
 from perturbdiff.hub.card import check_card, eval_results_files, write_card
 from perturbdiff.hub.download import ModelSource, find_model
+from perturbdiff.hub.info import model_summary
 from perturbdiff.hub.metadata import ModelMetadata, parse_metadata
 from perturbdiff.hub.model_folder import (
     CARD,
@@ -96,6 +97,10 @@ class PerturbDiff:
         self.training = training
         self.evaluation = evaluation
         self.name = name
+
+    def __repr__(self) -> str:
+        first = f"PerturbDiff {printable(self.name)}: {self.n_parameters:,} parameters on {self.device}"
+        return f"{first}\n{model_summary(self._metadata())}"
 
     @classmethod
     def from_pretrained(

@@ -219,6 +219,14 @@ def test_a_model_says_what_it_knows_and_where_it_is(model):
     assert model.to(dtype=torch.float32) is model
     with pytest.raises(ValueError, match="floating point"):
         model.to(dtype=torch.int64)
+    first, *lines = repr(model).splitlines()
+    assert first.startswith("PerturbDiff model: ")
+    assert first.endswith(" parameters on cpu")
+    assert [line[2:16].strip() for line in lines] == [
+        "X", "genes", "perturbations", "cell types", "trained on", "scores",
+    ]  # fmt: skip
+    assert "3: pert_0, pert_1, pert_2" in repr(model)
+    assert "held out pert_0:type_0" in repr(model)
 
 
 def test_a_combination_of_known_perturbations_is_predicted(model, controls):

@@ -198,3 +198,15 @@ def test_no_modules_import_each_other_in_a_circle():
 def test_the_search_for_circles_finds_one():
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
     assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_the_tree_in_contributing_is_the_tree():
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
+    lines = text.split("```\nperturbdiff/\n")[1].split("\nrecipes/")[0].splitlines()
+    folders, listed = [""] * 9, set()
+    for line in lines:
+        name, depth = line.split()[0], (len(line) - len(line.lstrip())) // 2
+        folders[depth] = folders[depth - 1] + name if name.endswith("/") else ""
+        if not name.endswith("/"):
+            listed.add(folders[depth - 1] + name)
+    assert listed == {str(path.relative_to(PACKAGE)) for path in SOURCES if path.name != "__init__.py"}

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from perturbdiff.data.vocab import Vocabularies
-from perturbdiff.files import inside, printable
+from perturbdiff.files import few, inside, printable
 from perturbdiff.hub.download import ModelSource
+from perturbdiff.hub.metadata import ModelMetadata
 from perturbdiff.hub.model_folder import GOLDEN, ModelFolder, tensor_header
 from perturbdiff.hub.records import EvaluationRecord, TrainingRecord
 
@@ -49,6 +50,21 @@ def model_info(source: ModelSource) -> str:
     }
     text = [f"{name:<14}{printable(str(value))[:MAX_LINE]}" for name, value in lines.items()]
     return "\n".join([*text, *_scores(said.evaluation)])
+
+
+def model_summary(said: ModelMetadata) -> str:
+    """The same in six lines, without where it comes from."""
+    training, scores = said.training, said.evaluation.scores if said.evaluation else {}
+    held_out = f"; held out {few(list(training.hold_out))}" if training.hold_out else ""
+    lines = {
+        "X": "raw counts" if said.preprocessing.input_kind == "counts" else "log1p values",
+        "genes": _shown(said.genes.names),
+        "perturbations": _shown(said.vocabularies.perturbations.names),
+        "cell types": _shown(said.vocabularies.cell_types.names),
+        "trained on": _origin(training) + held_out,
+        "scores": ", ".join(f"{name} {value:.3g}" for name, value in scores.items()) or "none",
+    }
+    return "\n".join(f"  {name:<14}{printable(text)[:MAX_LINE]}" for name, text in lines.items())
 
 
 def difference(a: ModelSource, b: ModelSource) -> str:
