@@ -214,7 +214,7 @@ def evaluate(
         not in the screen.
     """
     if isinstance(predictions, AnnData):
-        X, obs, var, name = predictions.X, predictions.obs, predictions.var, "predictions"
+        X, obs, var, name = predictions.X, predictions.obs, predictions.var, "the AnnData"
         uns = predictions.uns.get("perturbdiff", {})
     else:
         (X, obs, var), name = read_h5ad_parts(predictions), str(predictions)

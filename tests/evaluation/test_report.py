@@ -181,10 +181,10 @@ def test_predictions_that_cannot_be_compared_are_refused(screen, split, truth):
         score_conditions(foreign, screen, "batch", split)
 
 
-def test_counts_are_not_taken_for_predictions(run, tmp_path):
+def test_counts_are_not_taken_for_predictions(run):
     with pytest.raises(ValueError, match=r"screen\.h5ad holds counts"):
         evaluate(run.data.screen, run.data.screen)
-    with pytest.raises(ValueError, match="the predictions hold counts"):
+    with pytest.raises(ValueError, match="the AnnData holds counts"):
         evaluate(anndata.read_h5ad(run.data.screen), run.data.screen)
 
 
