@@ -14,7 +14,7 @@ import perturbdiff.diffusion.generate as prediction
 from perturbdiff import PerturbDiff
 from perturbdiff.config import ObsColumns
 from perturbdiff.data.screen import control_cells
-from perturbdiff.training.loop import train
+from perturbdiff.training.loop import fit
 from tests.simulated import SIMULATION, tiny_config, write_screen
 
 
@@ -27,7 +27,7 @@ def screen(tmp_path_factory):
 def model(screen, tmp_path_factory):
     # Enough steps that the condition matters.
     config = tiny_config(screen, tmp_path_factory.mktemp("run"), "training.n_steps=40", "optim.lr=0.01")
-    return PerturbDiff.from_pretrained(train(config).folder / "model", device="cpu")
+    return PerturbDiff.from_pretrained(fit(config).folder / "model", device="cpu")
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ from perturbdiff.training.watchdog import WAITING, Watchdog
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a call of `train` leaves behind.
+    """What a call of `fit` leaves behind.
 
     model
         The EMA weights, at the best validation with early stopping.
@@ -62,7 +62,7 @@ class TrainingResult:
     stopped_by: str | None
 
 
-def train(
+def fit(
     config: Config,
     screen: Screen | None = None,
     stop_at: int | None = None,

@@ -81,7 +81,7 @@ def train(
     Raises
     ------
     FileNotFoundError, ValueError, KeyError, OSError
-        Bad settings or data; a held-out perturbation that nothing is known of; as `training.loop.train`.
+        Bad settings or data; a held-out perturbation that nothing is known of; as `training.loop.fit`.
     """
     config = load_config(recipe, overrides, _given(screen, out, atlases, hold_out, settings))
     return run(config, screen if isinstance(screen, AnnData) else None, score)
@@ -189,7 +189,7 @@ def run(config: Config, adata: AnnData | None = None, score: bool = True) -> Run
     origin = adata if adata is not None else config.data.screen
     screen = None if origin is None else Screen.read(origin, config.data)
     score = score and screen is not None and bool(config.split.hold_out)
-    result = loop.train(config, screen, check=_refuse_unpredictable if score else None)
+    result = loop.fit(config, screen, check=_refuse_unpredictable if score else None)
     folder, written = result.folder, [result.folder / "model"]
     if not score or screen is None or result.stopped_by is not None or os.environ.get("RANK", "0") != "0":
         return Run(result.model, folder, result.step, None, tuple(written), result.stopped_by)

@@ -26,7 +26,7 @@ from perturbdiff.config import load_build_config, load_config
 from perturbdiff.data.expression import highly_variable_genes
 from perturbdiff.data.screen import Screen
 from perturbdiff.model import PerturbDiff
-from perturbdiff.training.loop import train
+from perturbdiff.training.loop import fit
 from perturbdiff.training.run import finetune
 from perturbdiff.training.run import train as train_and_score
 
@@ -102,7 +102,7 @@ def pretrain(folder: Path, unperturbed: Path, controls: anndata.AnnData, options
     atlases = [{"path": str(folder / "atlas"), "sets": "marginal"}]
     given = {"out": str(folder / "pretrained"), "data": {"atlases": atlases, "n_hvg": None}}
     words = [f"training.n_steps={options.pretrain_steps}", f"training.seed={options.seed}"]
-    return train(load_config(FROM_SCRATCH, words, given)).model
+    return fit(load_config(FROM_SCRATCH, words, given)).model
 
 
 def fraction_of(cells: np.ndarray, part: float, seed: int) -> np.ndarray:

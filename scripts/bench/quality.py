@@ -29,7 +29,7 @@ import pandas as pd
 from perturbdiff.config import load_config
 from perturbdiff.data.screen import Screen
 from perturbdiff.model import PerturbDiff
-from perturbdiff.training.loop import train
+from perturbdiff.training.loop import fit
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "train"
 TASKS = {  # recipe, and the obs column whose values a fold holds out
@@ -68,7 +68,7 @@ def run(task: str, options: argparse.Namespace, settings: list[str]) -> dict[str
         config = load_config(RECIPES / f"{recipe}.yaml", [*DATA, *settings], given)
         screen = Screen.from_parts(train_cells.X, train_cells.obs, train_cells.var, config.data, task)
         started = time.process_time()
-        model = train(config, screen).model
+        model = fit(config, screen).model
         trained = time.process_time()
         predicted = anndata.concat(predictions(model, real, config.training.seed), index_unique="-")
         done = time.process_time()

@@ -15,7 +15,7 @@ import anndata
 import pytest
 
 from perturbdiff import PerturbDiff
-from perturbdiff.training.loop import train
+from perturbdiff.training.loop import fit
 from tests.processes import PATIENCE
 from tests.screens import ROOT
 from tests.simulated import tiny_config, write_screen
@@ -43,7 +43,7 @@ def screen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def model_folder(screen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("space") / "run"
-    return train(tiny_config(screen, out, "training.n_steps=20", "optim.lr=0.01", hold_out=())).folder / "model"
+    return fit(tiny_config(screen, out, "training.n_steps=20", "optim.lr=0.01", hold_out=())).folder / "model"
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import torch
 from perturbdiff.cli.main import main
 from perturbdiff.hub.records import read_evaluation
 from perturbdiff.model import PerturbDiff
-from perturbdiff.training.loop import train
+from perturbdiff.training.loop import fit
 from tests.conftest import GOLDEN
 from tests.simulated import tiny_config, write_screen
 
@@ -67,7 +67,7 @@ def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(capsys, tmp_pat
 
 def test_scores_of_predictions_are_put_into_the_folder_of_their_model(capsys, tmp_path):
     screen = write_screen(tmp_path)
-    folder = train(tiny_config(screen, tmp_path / "run")).folder / "model"
+    folder = fit(tiny_config(screen, tmp_path / "run")).folder / "model"
     predicted = tmp_path / "predicted.h5ad"
     words = ("--controls", screen, "--perturbation", "pert_0", "--cell-type", "type_0")
     run(capsys, "predict", folder, *words, "--out", predicted)

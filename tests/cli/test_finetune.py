@@ -12,7 +12,7 @@ import perturbdiff
 from perturbdiff.cli.main import main
 from perturbdiff.hub.records import read_evaluation
 from perturbdiff.model import PerturbDiff
-from perturbdiff.training.loop import train
+from perturbdiff.training.loop import fit
 from tests.localhub.client import TOKEN, led_to, refused
 from tests.localhub.server import LocalHub
 from tests.simulated import tiny_config, write_screen
@@ -33,7 +33,7 @@ def checkpoint(screen, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint")
     adata = anndata.read_h5ad(screen)
     adata[adata.obs["perturbation"] != "pert_2", :30].copy().write_h5ad(folder / "part.h5ad")
-    return train(tiny_config(folder / "part.h5ad", folder / "run", "training.n_steps=2", hold_out=())).folder / "model"
+    return fit(tiny_config(folder / "part.h5ad", folder / "run", "training.n_steps=2", hold_out=())).folder / "model"
 
 
 @pytest.fixture(scope="module")

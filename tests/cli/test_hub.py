@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from perturbdiff.cli.main import main
 from perturbdiff.hub.model_folder import WEIGHTS, read_folder
 from perturbdiff.model import PerturbDiff
-from perturbdiff.training.loop import train
+from perturbdiff.training.loop import fit
 from tests.hub.test_card import EVALUATION
 from tests.localhub.client import TOKEN, finish, led_to, no_secrets_in, refused, start
 from tests.localhub.server import Fault, LocalHub, Repo
@@ -31,7 +31,7 @@ def screen(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def trained(screen, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    model = PerturbDiff.from_pretrained(train(tiny_config(screen, folder / "run")).folder / "model", device="cpu")
+    model = PerturbDiff.from_pretrained(fit(tiny_config(screen, folder / "run")).folder / "model", device="cpu")
     model.evaluation = EVALUATION
     model.save_pretrained(folder / "kang")
     return folder / "kang"

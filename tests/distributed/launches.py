@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from perturbdiff.config import load_config
-from perturbdiff.training.loop import train
+from perturbdiff.training.loop import fit
 from tests.atlases import write_atlas
 from tests.processes import PATIENCE, alive_with
 from tests.screens import ROOT
@@ -128,7 +128,7 @@ def alone(recipe, out, *words, stop_at=None):
     """The run of one process, this one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", Path(recipe).parent / "cache")
-        return train(load_config(recipe, words, {"out": str(out)}), stop_at=stop_at)
+        return fit(load_config(recipe, words, {"out": str(out)}), stop_at=stop_at)
 
 
 def finished(engine, recipe, out, *words, **more):

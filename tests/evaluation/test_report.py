@@ -15,7 +15,7 @@ from perturbdiff.evaluation.report import CEILING, MODEL, Report, _training_effe
 from perturbdiff.hub.records import SplitRecord
 from perturbdiff.model import PerturbDiff
 from perturbdiff.training import run as training_run
-from perturbdiff.training.loop import train
+from perturbdiff.training.loop import fit
 from tests.simulated import tiny_config, write_screen
 
 
@@ -23,7 +23,7 @@ from tests.simulated import tiny_config, write_screen
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     config = tiny_config(write_screen(folder), folder / "out", hold_out=("pert_0:type_0", "pert_2:type_1:batch_1"))
-    train(config)
+    fit(config)
     return config
 
 
@@ -190,7 +190,7 @@ def test_counts_are_not_taken_for_predictions(run):
 
 def test_the_measured_cells_are_normalised_as_the_predictions_were(run, tmp_path):
     config = tiny_config(Path(run.data.screen), tmp_path / "out", "data.target_sum=500")
-    train(config)
+    fit(config)
     screen = Screen.read(config.data.screen, config.data)
     split = make_split(screen, config.split, config.training.seed)
     model = PerturbDiff.from_pretrained(tmp_path / "out" / "model", device="cpu")

@@ -29,7 +29,7 @@ from perturbdiff.hub.records import (
     TrainingRecord,
 )
 from perturbdiff.model import PerturbDiff
-from perturbdiff.training.loop import train
+from perturbdiff.training.loop import fit
 from tests.atlases import write_atlas
 from tests.simulated import tiny_config, write_screen
 
@@ -311,7 +311,7 @@ def test_the_code_of_a_card_names_exactly_this_model_and_perturbation(name):
 
 def test_a_card_runs_as_printed(tmp_path, monkeypatch):
     config = tiny_config(write_screen(tmp_path), tmp_path / "out")
-    folder = train(config).folder / "model"
+    folder = fit(config).folder / "model"
     screen = anndata.read_h5ad(config.data.screen)
     controls = screen[screen.obs["perturbation"] == "control"][:12]
     controls.write_h5ad(tmp_path / "controls.h5ad")

@@ -17,7 +17,7 @@ from perturbdiff.hub.download import SMALL_FILES, find_model, list_models, pull_
 from perturbdiff.hub.model_folder import CARD, CONFIG, MAX_JSON_BYTES, WEIGHTS, WEIGHTS_INDEX, read_folder
 from perturbdiff.hub.registry import entry_of
 from perturbdiff.model import PerturbDiff
-from perturbdiff.training.loop import train
+from perturbdiff.training.loop import fit
 from tests.localhub.client import TOKEN, finish, led_to, no_secrets_in, refused, start
 from tests.localhub.repos import Refused
 from tests.localhub.server import Fault, LocalHub, Repo
@@ -30,7 +30,7 @@ CHANGED = "genes.json"  # of which other content is of the same size
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    return train(tiny_config(write_screen(folder), folder / "run")).folder / "model"
+    return fit(tiny_config(write_screen(folder), folder / "run")).folder / "model"
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from perturbdiff.hub.info import difference, model_info
 from perturbdiff.hub.model_folder import GOLDEN, WEIGHTS, read_folder
 from perturbdiff.hub.records import AtlasRecord, ConversionRecord, TrainingRecord
 from perturbdiff.model import PerturbDiff
-from perturbdiff.training.loop import train
+from perturbdiff.training.loop import fit
 from tests.hub.test_card import EVALUATION
 from tests.simulated import tiny_config, write_screen
 
@@ -25,7 +25,7 @@ ODD = "\x1b[31mred\u202e\x07\nnext"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    return train(tiny_config(write_screen(folder), folder / "run")).folder / "model"
+    return fit(tiny_config(write_screen(folder), folder / "run")).folder / "model"
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from perturbdiff.data.screen import control_cells
 from perturbdiff.hub.model_folder import CONFIG, GOLDEN, JSON_FILES, SHARD, WEIGHTS, WEIGHTS_INDEX, config_hash
 from perturbdiff.hub.records import ConversionRecord, TrainingRecord
 from perturbdiff.model import PerturbDiff
-from perturbdiff.training.loop import train
+from perturbdiff.training.loop import fit
 from tests.simulated import tiny_config, write_screen
 
 HASHED_FILES = (*JSON_FILES, WEIGHTS, GOLDEN)
@@ -24,7 +24,7 @@ FORMAT_1 = Path(__file__).parent / "format_1"  # written by the version that wro
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
-    return train(tiny_config(write_screen(folder), folder / "run")).folder / "model"
+    return fit(tiny_config(write_screen(folder), folder / "run")).folder / "model"
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from perturbdiff.data.screen import control_cells
 from perturbdiff.hub.model_folder import CARD, CONFIG, OWN_FILES, WEIGHTS, WEIGHTS_INDEX
 from perturbdiff.hub.push import Publication, publish
 from perturbdiff.model import PerturbDiff, push_folder
-from perturbdiff.training.loop import train
+from perturbdiff.training.loop import fit
 from tests.hub.test_card import EVALUATION
 from tests.localhub.client import TOKEN, finish, led_to, no_secrets_in, refused, start
 from tests.localhub.server import Fault, LocalHub, Repo
@@ -38,7 +38,7 @@ def screen(tmp_path_factory) -> Path:
 def model(screen, tmp_path_factory) -> Path:
     """A model folder with an evaluation."""
     folder = tmp_path_factory.mktemp("trained")
-    trained = load(train(tiny_config(screen, folder / "run")).folder / "model")
+    trained = load(fit(tiny_config(screen, folder / "run")).folder / "model")
     trained.evaluation = EVALUATION
     trained.save_pretrained(folder / "kang")
     return folder / "kang"

@@ -11,7 +11,7 @@ from perturbdiff.hub.download import find_model
 from perturbdiff.hub.model_folder import read_folder
 from perturbdiff.hub.registry import REGISTRY, RegistryEntry, entry_of, find_entry, read_registry
 from perturbdiff.model import PerturbDiff
-from perturbdiff.training.loop import train
+from perturbdiff.training.loop import fit
 from tests.simulated import tiny_config, write_screen
 
 DIGEST = "0123456789abcdef" * 4
@@ -21,7 +21,7 @@ ENTRY = f"repo: lab/kang\n    revision: v1\n    sha256: {DIGEST}"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    return train(tiny_config(write_screen(folder), folder / "run")).folder / "model"
+    return fit(tiny_config(write_screen(folder), folder / "run")).folder / "model"
 
 
 @pytest.fixture

@@ -176,7 +176,7 @@ def test_no_varying_gene_is_refused(model, controls):
 @pytest.mark.slow
 def test_the_ranking_recovers_the_true_order_of_a_simulated_screen(tmp_path):
     from perturbdiff import PerturbDiff
-    from perturbdiff.training.loop import train
+    from perturbdiff.training.loop import fit
     from tests.simulated import tiny_config
 
     # Six perturbations; the signature is of the genes that pert_2 moves most. Training does not see the second cell
@@ -192,7 +192,7 @@ def test_the_ranking_recovers_the_true_order_of_a_simulated_screen(tmp_path):
     )  # fmt: skip
     held_out = ("pert_0:type_1", "pert_2:type_1", "pert_4:type_1")
     config = tiny_config(tmp_path / "screen.h5ad", tmp_path / "run", *words, hold_out=held_out)
-    model = PerturbDiff.from_pretrained(train(config).folder / "model", device="cpu")
+    model = PerturbDiff.from_pretrained(fit(config).folder / "model", device="cpu")
     change = {p: truth.log_fold_change(p, "type_1", "batch_0") for p in truth.perturbations[1:]}
     order = np.argsort(change["pert_2"])
     names = np.array(truth.genes)

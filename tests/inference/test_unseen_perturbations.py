@@ -14,7 +14,7 @@ from perturbdiff.data.simulate import SimulationConfig, simulate
 from perturbdiff.features.coexpression import coexpression_table
 from perturbdiff.features.tables import FeatureTable
 from perturbdiff.training.dataset import TrainingSet
-from perturbdiff.training.loop import train
+from perturbdiff.training.loop import fit
 from tests.simulated import tiny_config, write_screen
 
 NEW = "pert_9"
@@ -41,7 +41,7 @@ def config(screen, table, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(config):
-    return PerturbDiff.from_pretrained(train(config).folder / "model", device="cpu")
+    return PerturbDiff.from_pretrained(fit(config).folder / "model", device="cpu")
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_a_dose_between_known_ones_acts_between_them(tmp_path):
     words = ["data.dose_col=dose", "training.n_steps=250", "optim.lr=0.003", "diffusion.p_drop_label=0"]
     hold_out = ("pert_0@0.4", "pert_1@0.4")
     config = tiny_config(tmp_path / "screen.h5ad", tmp_path / "run", *words, hold_out=hold_out)
-    model = train(config).model
+    model = fit(config).model
     assert model.vocabularies.perturbations.names == ("pert_0", "pert_1")
     controls = control_cells(tmp_path / "screen.h5ad", model.config.obs, None, None)
     measured = anndata.read_h5ad(tmp_path / "screen.h5ad")
@@ -152,10 +152,10 @@ def test_a_dose_between_known_ones_acts_between_them(tmp_path):
 
 def test_resuming_a_run_with_features_changes_no_bit(screen, table, tmp_path):
     words = [f"data.perturbation_features=[{table}]", "data.combination_separator=+"]
-    straight = train(tiny_config(screen, tmp_path / "straight", *words)).model
+    straight = fit(tiny_config(screen, tmp_path / "straight", *words)).model
     stopped = tiny_config(screen, tmp_path / "stopped", *words)
-    assert train(stopped, stop_at=3).step == 3
-    resumed = train(stopped).model
+    assert fit(stopped, stop_at=3).step == 3
+    resumed = fit(stopped).model
     expected, found = straight.denoiser.state_dict(), resumed.denoiser.state_dict()
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())

@@ -5,7 +5,7 @@ from pathlib import Path
 import anndata
 import pytest
 
-from perturbdiff.training.loop import train
+from perturbdiff.training.loop import fit
 from perturbdiff.training.run import finetune
 from tests.simulated import tiny_config, write_screen
 
@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
     adata.obs["perturbation"] = adata.obs["perturbation"].astype(str).replace(genes)
     adata.write_h5ad(folder / "screen.h5ad")
     adata[adata.obs["cell_type"] == "type_1", :30].copy().write_h5ad(folder / "part.h5ad")
-    train(tiny_config(folder / "part.h5ad", folder / "run", "training.n_steps=2", hold_out=()))
+    fit(tiny_config(folder / "part.h5ad", folder / "run", "training.n_steps=2", hold_out=()))
     return folder
 
 

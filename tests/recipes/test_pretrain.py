@@ -15,7 +15,7 @@ from perturbdiff import PerturbDiff
 from perturbdiff.config import AtlasConfig, SplitConfig, as_dict, load_build_config, load_config, reference_denoiser
 from perturbdiff.nn.conditioning import VocabSizes
 from perturbdiff.nn.denoiser import Denoiser
-from perturbdiff.training.loop import train
+from perturbdiff.training.loop import fit
 from tests.atlases import write_atlas
 from tests.screens import ROOT, real_screen
 
@@ -152,7 +152,7 @@ def test_it_takes_a_step_when_it_is_shrunk(path, tmp_path, monkeypatch):
         denoiser=replace(config.denoiser, width=8, depth=1, n_heads=2, covariate_dim=4),
         training=replace(config.training, n_steps=1, validate_every=1, compile=False, mixed_precision="no"),
     )
-    assert train(config).step == 1
+    assert fit(config).step == 1
 
 
 def run(folder, *command):

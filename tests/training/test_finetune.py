@@ -17,7 +17,7 @@ from perturbdiff.hub.records import StartRecord
 from perturbdiff.model import PerturbDiff
 from perturbdiff.nn.denoiser import build_denoiser
 from perturbdiff.nn.lora import BACKBONE, changed_layers
-from perturbdiff.training.loop import train
+from perturbdiff.training.loop import fit
 from perturbdiff.training.start import prepare, settings_of
 from tests.screens import log1p_cp10k
 from tests.simulated import SIMULATION, TINY, tiny_config, write_screen
@@ -31,7 +31,7 @@ def checkpoint(tmp_path_factory) -> Path:
     """The model of a short run on the first screen: pert_0 to pert_2, type_0 and type_1."""
     folder = tmp_path_factory.mktemp("checkpoint")
     config = tiny_config(write_screen(folder), folder / "run", "training.n_steps=4", "optim.lr=0.01", hold_out=())
-    return train(config).folder / "model"
+    return fit(config).folder / "model"
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_a_run_takes_what_it_is_not_told_from_the_checkpoint(checkpoint, screen,
 
 
 def test_the_model_has_the_genes_of_the_screen_and_the_labels_of_both(checkpoint, screen, tmp_path):
-    result = train(tuned(screen, checkpoint, tmp_path / "run"))
+    result = fit(tuned(screen, checkpoint, tmp_path / "run"))
     model = PerturbDiff.from_pretrained(tmp_path / "run" / "model")
     assert set(model.genes.names) == set(anndata.read_h5ad(screen).var_names)
     assert model.vocabularies.perturbations.names == ("pert_0", "pert_1", "pert_2", "novel")
@@ -88,7 +88,7 @@ def test_the_model_has_the_genes_of_the_screen_and_the_labels_of_both(checkpoint
 
 
 def test_what_is_matched_and_new_is_said(checkpoint, screen, tmp_path, capsys):
-    train(tuned(screen, checkpoint, tmp_path / "run"))
+    fit(tuned(screen, checkpoint, tmp_path / "run"))
     said = capsys.readouterr().out
     assert "30 of 34 genes matched by name; 4 new (own_0, own_1, own_2, own_3); 10 of the checkpoint's left out" in said
     for words in ("1 new perturbation labels: novel", "1 new cell type labels: monocyte", "1 new batch labels: day_9"):
@@ -98,7 +98,7 @@ def test_what_is_matched_and_new_is_said(checkpoint, screen, tmp_path, capsys):
 def test_without_steps_known_labels_are_predicted_as_the_checkpoint_does(checkpoint, tmp_path):
     """The screen of the checkpoint itself, a learning rate of nearly nothing: the same weights to rounding."""
     source = checkpoint.parents[1] / "screen.h5ad"
-    train(tuned(source, checkpoint, tmp_path / "run", "optim.lr=1e-12", "training.n_steps=1"))
+    fit(tuned(source, checkpoint, tmp_path / "run", "optim.lr=1e-12", "training.n_steps=1"))
     before, after = weights(checkpoint), weights(tmp_path / "run" / "model")
     assert before.keys() == after.keys()
     assert all(torch.allclose(before[name], after[name], atol=1e-9, rtol=0) for name in before)
@@ -109,7 +109,7 @@ def test_the_backbone_stays_bit_for_bit_and_the_rest_moves(method, checkpoint, s
     config = tuned(screen, checkpoint, tmp_path / "run", f"adapt.method={method}", "optim.lr=0.01")
     start = prepare(config, None, tmp_path / "run", resuming=False)
     begin = start.plain({name: p.detach().clone() for name, p in start.denoiser.named_parameters()})
-    train(config)
+    fit(config)
     after, before = weights(tmp_path / "run" / "model"), weights(checkpoint)
     changed = {f"{layer}.weight" for layer in changed_layers(PerturbDiff.from_pretrained(checkpoint).denoiser)}
     assert len(changed) == 14  # in each of two blocks qkv, proj, MLP, two modulations; in the first the MLP of controls
@@ -123,7 +123,7 @@ def test_the_backbone_stays_bit_for_bit_and_the_rest_moves(method, checkpoint, s
 def test_what_does_not_train_has_no_gradient_and_no_moments(checkpoint, screen, tmp_path):
     from safetensors.torch import load_file
 
-    train(tuned(screen, checkpoint, tmp_path / "run", "adapt.method=frozen"))
+    fit(tuned(screen, checkpoint, tmp_path / "run", "adapt.method=frozen"))
     [state] = (tmp_path / "run" / "states").iterdir()
     moments = {name.split(".", 1)[-1] for name in load_file(state / "optimizer.safetensors")}
     assert not any(name.startswith(BACKBONE) for name in moments)
@@ -139,11 +139,11 @@ def test_stopping_and_running_again_continues_bit_identically_without_the_checkp
     own = tmp_path / "base"
     PerturbDiff.from_pretrained(checkpoint, device="cpu").save_pretrained(own)
     config = tuned(screen, own, tmp_path / "straight", *words)
-    train(config)
+    fit(config)
     stopped = replace(config, out=str(tmp_path / "stopped"))
-    train(stopped, stop_at=3)
+    fit(stopped, stop_at=3)
     own.rename(tmp_path / "gone")
-    assert train(stopped).step == 6
+    assert fit(stopped).step == 6
     assert losses(tmp_path / "straight") == losses(tmp_path / "stopped")
     assert same(weights(tmp_path / "straight" / "model"), weights(tmp_path / "stopped" / "model"))
 
@@ -155,7 +155,7 @@ def test_copied_parts_move_by_lr_ratio_and_new_ones_by_the_full_rate(checkpoint,
     config = tuned(screen, checkpoint, tmp_path / "run", *words, *(f"optim.{word}" for word in optim))
     start = prepare(config, None, tmp_path / "run", resuming=False)
     begin = {name: p.detach().clone() for name, p in start.denoiser.named_parameters()}
-    train(config)
+    fit(config)
     after = weights(tmp_path / "run" / "model")
     steps = {name: float((after[name] - begin[name]).abs().max()) for name in begin}
     assert {name for name in begin if "blocks" not in name and "embed_t" not in name} >= start.new_parts
@@ -167,7 +167,7 @@ def test_copied_parts_move_by_lr_ratio_and_new_ones_by_the_full_rate(checkpoint,
 
 
 def test_a_merged_adapter_is_the_model_of_the_run_and_another_base_is_refused(checkpoint, screen, tmp_path):
-    train(tuned(screen, checkpoint, tmp_path / "run", "adapt.method=lora", "optim.lr=0.01"))
+    fit(tuned(screen, checkpoint, tmp_path / "run", "adapt.method=lora", "optim.lr=0.01"))
     adapter = tmp_path / "run" / "adapter"
     merged = PerturbDiff.from_pretrained(adapter, base=checkpoint, device="cpu")
     own = PerturbDiff.from_pretrained(tmp_path / "run" / "model", device="cpu")
@@ -181,7 +181,7 @@ def test_a_merged_adapter_is_the_model_of_the_run_and_another_base_is_refused(ch
     with pytest.raises(FileNotFoundError, match="was a folder; say where it is"):
         PerturbDiff.from_pretrained(adapter)
     with pytest.raises(ValueError, match="adapter is an adapter, and adapters are of whole models"):
-        train(tuned(screen, adapter, tmp_path / "again", "adapt.method=lora"))
+        fit(tuned(screen, adapter, tmp_path / "again", "adapt.method=lora"))
 
 
 def test_a_label_of_a_batch_that_tells_nothing_stays_hidden(checkpoint, tmp_path):
@@ -211,7 +211,7 @@ def test_nearest_gives_a_new_cell_type_the_row_of_the_one_with_the_most_similar_
 def test_a_screen_in_memory_gives_the_run_of_its_file(checkpoint, screen, tmp_path):
     for name in ("file", "memory"):
         config = tuned(screen, checkpoint, tmp_path / name)
-        train(config, None if name == "file" else Screen.read(screen, config.data))
+        fit(config, None if name == "file" else Screen.read(screen, config.data))
     assert losses(tmp_path / "file") == losses(tmp_path / "memory")
 
 
@@ -219,10 +219,10 @@ def test_a_screen_in_memory_gives_the_run_of_its_file(checkpoint, screen, tmp_pa
 def test_the_published_conditioning_is_tuned_too(method, checkpoint, screen, tmp_path):
     words = ("denoiser.conditioning=reference", "denoiser.output=direct", "denoiser.covariate_dim=4")
     source = tiny_config(checkpoint.parents[1] / "screen.h5ad", tmp_path / "base", *words, hold_out=())
-    train(source)
+    fit(source)
     config = tuned(screen, tmp_path / "base" / "model", tmp_path / "run", f"adapt.method={method}")
     assert config.denoiser == source.denoiser
-    train(config)
+    fit(config)
     model = PerturbDiff.from_pretrained(tmp_path / "run" / "model", device="cpu")
     assert model.denoiser.conditioning.encoder.transform.out_features == len(model.genes) == 34
 
@@ -233,7 +233,7 @@ def test_the_published_conditioning_is_tuned_too(method, checkpoint, screen, tmp
 def test_another_architecture_is_refused_by_key_before_anything_is_written(checkpoint, screen, tmp_path):
     config = tuned(screen, checkpoint, tmp_path / "run", "denoiser.width=32")
     with pytest.raises(ValueError, match=r"denoiser\.width is 16 in the checkpoint and 32 in the settings"):
-        train(config)
+        fit(config)
     assert not (tmp_path / "run").exists()
 
 
@@ -242,7 +242,7 @@ def test_log1p_values_for_a_checkpoint_of_counts_are_refused(checkpoint, tmp_pat
     adata.X = log1p_cp10k(adata.X).astype(np.float32)
     adata.write_h5ad(tmp_path / "log.h5ad")
     with pytest.raises(ValueError, match="X holds log1p, and checkpoint model was trained on counts"):
-        train(tuned(tmp_path / "log.h5ad", checkpoint, tmp_path / "run"))
+        fit(tuned(tmp_path / "log.h5ad", checkpoint, tmp_path / "run"))
 
 
 def test_a_converted_checkpoint_with_frozen_tables_is_refused(checkpoint, tmp_path):
@@ -257,14 +257,14 @@ def test_a_converted_checkpoint_with_frozen_tables_is_refused(checkpoint, tmp_pa
 
 
 def test_a_state_of_another_adaptation_is_refused(checkpoint, screen, tmp_path):
-    train(tuned(screen, checkpoint, tmp_path / "run"), stop_at=2)
+    fit(tuned(screen, checkpoint, tmp_path / "run"), stop_at=2)
     with pytest.raises(ValueError, match=r"adapt\.method was 'full', is 'lora'"):
-        train(tuned(screen, checkpoint, tmp_path / "run", "adapt.method=lora"))
+        fit(tuned(screen, checkpoint, tmp_path / "run", "adapt.method=lora"))
 
 
 def test_a_state_that_another_process_saved_while_the_data_were_read_is_not_passed_over(screen, checkpoint, tmp_path):
     config = tuned(screen, checkpoint, tmp_path / "run")
-    train(config, stop_at=2)
+    fit(config, stop_at=2)
     with pytest.raises(FileExistsError, match=r"another process has trained in .* meanwhile"):
-        train(config, check=lambda data: train(config, stop_at=4) and None)
-    assert train(config).step == 6
+        fit(config, check=lambda data: fit(config, stop_at=4) and None)
+    assert fit(config).step == 6

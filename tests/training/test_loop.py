@@ -14,7 +14,7 @@ import torch
 from perturbdiff.data.screen import Screen
 from perturbdiff.model import PerturbDiff
 from perturbdiff.training import loop
-from perturbdiff.training.loop import train
+from perturbdiff.training.loop import fit
 from tests.processes import PATIENCE
 from tests.simulated import TINY, tiny_config, write_screen
 
@@ -41,20 +41,20 @@ def assert_same_weights(a, b):
 
 @pytest.mark.parametrize("words", [(), ("training.log_every=4", "diffusion.unbiased=true")])
 def test_stopping_and_running_again_continues_bit_identically(screen, tmp_path, words):
-    straight = train(tiny_config(screen, tmp_path / "straight", *words))
+    straight = fit(tiny_config(screen, tmp_path / "straight", *words))
     assert straight.stopped_by is None
     config = tiny_config(screen, tmp_path / "stopped", *words)
-    first = train(config, stop_at=3)
+    first = fit(config, stop_at=3)
     assert (first.step, first.stopped_by) == (3, "stop_at=3")
-    second = train(config)
+    second = fit(config)
     assert (second.step, second.stopped_by) == (6, None)
     assert losses(tmp_path / "straight") == losses(tmp_path / "stopped")
     assert_same_weights(tmp_path / "straight" / "model", tmp_path / "stopped" / "model")
 
 
 def test_another_seed_gives_other_losses(screen, tmp_path):
-    train(tiny_config(screen, tmp_path / "a"))
-    train(tiny_config(screen, tmp_path / "b", "training.seed=1"))
+    fit(tiny_config(screen, tmp_path / "a"))
+    fit(tiny_config(screen, tmp_path / "b", "training.seed=1"))
     assert losses(tmp_path / "a") != losses(tmp_path / "b")
 
 
@@ -62,26 +62,26 @@ def test_the_global_random_state_is_neither_read_nor_moved(screen, tmp_path):
     torch.manual_seed(1)
     np.random.seed(1)
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    train(tiny_config(screen, tmp_path / "a"))
+    fit(tiny_config(screen, tmp_path / "a"))
     assert torch.equal(before[0], torch.get_rng_state())
     assert (before[1] == np.random.get_state()[1]).all()
     torch.manual_seed(2)
-    train(tiny_config(screen, tmp_path / "b"))
+    fit(tiny_config(screen, tmp_path / "b"))
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
 
 def test_a_finished_run_is_not_trained_again(screen, tmp_path):
     config = tiny_config(screen, tmp_path / "run")
-    train(config)
+    fit(config)
     before = losses(tmp_path / "run")
-    assert train(config).step == 6
+    assert fit(config).step == 6
     assert losses(tmp_path / "run") == before
 
 
 def test_training_lowers_the_validation_loss(screen, tmp_path):
     # A condition whose perturbation is trained in the other batch of the same cell type.
     words = ("split.validation=['pert_1:type_1:batch_1']", "training.n_steps=60", "training.validate_every=20")
-    train(tiny_config(screen, tmp_path / "run", *words, "optim.lr=0.005"))
+    fit(tiny_config(screen, tmp_path / "run", *words, "optim.lr=0.005"))
     values = [line["validation_loss"] for line in losses(tmp_path / "run") if "validation_loss" in line]
     assert len(values) == 3
     assert values[-1] < values[0]
@@ -90,8 +90,8 @@ def test_training_lowers_the_validation_loss(screen, tmp_path):
 def test_validation_does_not_change_training(screen, tmp_path):
     often = tiny_config(screen, tmp_path / "often", "split.validation=[pert_1:type_1]", "training.validate_every=1")
     seldom = tiny_config(screen, tmp_path / "seldom", "split.validation=[pert_1:type_1]", "training.validate_every=6")
-    train(often)
-    train(seldom)
+    fit(often)
+    fit(seldom)
     trained = [[line for line in losses(tmp_path / name) if "loss" in line] for name in ("often", "seldom")]
     assert trained[0] == trained[1]
 
@@ -104,7 +104,7 @@ def test_early_stopping_ends_the_run_and_keeps_the_weights_of_least_energy_dista
         "split.validation=[pert_1:type_1]", "training.early_stop_patience=2", "optim.lr=0.3", "optim.warmup_steps=0",
         "training.n_steps=40", "optim.ema_decay=0.0",
     )  # fmt: skip
-    result = train(tiny_config(screen, tmp_path / "run", *words))
+    result = fit(tiny_config(screen, tmp_path / "run", *words))
     lines = [line for line in losses(tmp_path / "run") if "validation_loss" in line]
     values = {line["step"]: line["validation_energy_distance"] for line in lines}
     best = min(values, key=values.get)
@@ -112,54 +112,54 @@ def test_early_stopping_ends_the_run_and_keeps_the_weights_of_least_energy_dista
     assert result.step == best + 4  # two validations, two steps apart
     assert result.model.training.steps == best
     stopped_at_best = tiny_config(screen, tmp_path / "best", *words)
-    train(stopped_at_best, stop_at=best)
+    fit(stopped_at_best, stop_at=best)
     assert_same_weights(tmp_path / "run" / "model", tmp_path / "best" / "model")
 
 
 def test_early_stopping_resumes_bit_identically(screen, tmp_path):
     words = ("split.validation=[pert_1:type_1]", "training.early_stop_patience=50", "training.n_steps=8")
-    train(tiny_config(screen, tmp_path / "straight", *words))
+    fit(tiny_config(screen, tmp_path / "straight", *words))
     stopped = tiny_config(screen, tmp_path / "stopped", *words, "training.save_every=3")
-    train(stopped, stop_at=5)
-    train(stopped)
+    fit(stopped, stop_at=5)
+    fit(stopped)
     assert losses(tmp_path / "straight") == losses(tmp_path / "stopped")
     assert_same_weights(tmp_path / "straight" / "model", tmp_path / "stopped" / "model")
 
 
 def test_a_non_finite_loss_stops_with_step_and_condition_and_keeps_the_state(screen, tmp_path):
     config = tiny_config(screen, tmp_path / "run")
-    train(config, stop_at=2)
+    fit(config, stop_at=2)
     poisoned = Screen.read(screen, config.data)
     cells = (poisoned.obs["perturbation"] == "pert_2").to_numpy()
     poisoned.expression.library_size[cells] = 1e-38  # counts over it are beyond float32
     with pytest.raises(FloatingPointError, match=r"step [3-6] .*perturbation 'pert_2', cell type 'type_"):
-        train(config, screen=poisoned)
+        fit(config, screen=poisoned)
     assert PerturbDiff.from_pretrained(tmp_path / "run" / "model").training.steps == 2
 
 
 def test_other_settings_are_refused_in_a_run_folder_and_named(screen, tmp_path):
-    train(tiny_config(screen, tmp_path / "run"), stop_at=2)
+    fit(tiny_config(screen, tmp_path / "run"), stop_at=2)
     with pytest.raises(ValueError, match=r"optim\.lr was 0\.0005, is 0\.1"):
-        train(tiny_config(screen, tmp_path / "run", "optim.lr=0.1"))
-    train(tiny_config(screen, tmp_path / "run", "training.save_every=50"))  # moves no number
+        fit(tiny_config(screen, tmp_path / "run", "optim.lr=0.1"))
+    fit(tiny_config(screen, tmp_path / "run", "training.save_every=50"))  # moves no number
 
 
 def test_a_second_run_is_kept_out_of_the_folder_while_the_first_lives(screen, tmp_path):
     hold = "import sys\nfrom filelock import FileLock\nwith FileLock(sys.argv[1]):\n  print(1, flush=True)\n  input()"
     config = tiny_config(screen, tmp_path / "run")
-    train(config, stop_at=2)
+    fit(config, stop_at=2)
     command = [sys.executable, "-c", hold, str(tmp_path / "run" / ".lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         with pytest.raises(FileExistsError, match="another process is training in"):
-            train(config)
+            fit(config)
         other.kill()
-    assert train(config).step == 6
+    assert fit(config).step == 6
 
 
 def test_bad_data_writes_nothing(screen, tmp_path):
     with pytest.raises(ValueError, match="pert_99"):
-        train(tiny_config(screen, tmp_path / "run", hold_out=("pert_99",)))
+        fit(tiny_config(screen, tmp_path / "run", hold_out=("pert_99",)))
     assert not (tmp_path / "run").exists()
 
 
@@ -181,16 +181,16 @@ def assert_close_weights(a, b, atol):
 @pytest.mark.parametrize("words", [(), ("diffusion.unbiased=true", "data.set_size=16", "data.min_set_size=4")])
 def test_accumulation_changes_only_the_rounding(screen, tmp_path, n_parts, words):
     # Cells of a step count the same, also where sets are of different sizes.
-    train(tiny_config(screen, tmp_path / "whole", *words))
-    train(tiny_config(screen, tmp_path / "parts", f"training.accumulation_steps={n_parts}", *words))
+    fit(tiny_config(screen, tmp_path / "whole", *words))
+    fit(tiny_config(screen, tmp_path / "parts", f"training.accumulation_steps={n_parts}", *words))
     assert_close_losses(tmp_path / "whole", tmp_path / "parts", rtol=1e-5)
     assert_close_weights(tmp_path / "whole" / "model", tmp_path / "parts" / "model", atol=1e-5)
 
 
 def test_a_run_goes_on_with_another_accumulation(screen, tmp_path):
-    train(tiny_config(screen, tmp_path / "whole"))
-    train(tiny_config(screen, tmp_path / "run"), stop_at=3)
-    result = train(tiny_config(screen, tmp_path / "run", "training.accumulation_steps=2"))
+    fit(tiny_config(screen, tmp_path / "whole"))
+    fit(tiny_config(screen, tmp_path / "run"), stop_at=3)
+    result = fit(tiny_config(screen, tmp_path / "run", "training.accumulation_steps=2"))
     assert result.stopped_by is None
     assert_close_losses(tmp_path / "whole", tmp_path / "run", rtol=1e-5)
 
@@ -207,10 +207,10 @@ def test_compiled_blocks_give_the_same_losses(screen, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # or its workers outlive the test
     words = ["denoiser.depth=1", "training.n_steps=4"]
-    train(tiny_config(screen, tmp_path / "plain", *words))
+    fit(tiny_config(screen, tmp_path / "plain", *words))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    train(tiny_config(screen, tmp_path / "compiled", "training.compile=true", *words))
+    fit(tiny_config(screen, tmp_path / "compiled", "training.compile=true", *words))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert_close_losses(tmp_path / "plain", tmp_path / "compiled", rtol=1e-4)
     assert weights(tmp_path / "plain" / "model").keys() == weights(tmp_path / "compiled" / "model").keys()
@@ -218,8 +218,8 @@ def test_compiled_blocks_give_the_same_losses(screen, tmp_path, monkeypatch):
 
 def test_bf16_trains_close_to_fp32_and_keeps_fp32_weights(screen, tmp_path):
     words = ["split.validation=[pert_1:type_1]", "training.n_steps=20"]
-    train(tiny_config(screen, tmp_path / "fp32", *words))
-    train(tiny_config(screen, tmp_path / "bf16", "training.mixed_precision=bf16", *words))
+    fit(tiny_config(screen, tmp_path / "fp32", *words))
+    fit(tiny_config(screen, tmp_path / "bf16", "training.mixed_precision=bf16", *words))
     trained = [[line["loss"] for line in losses(tmp_path / name) if "loss" in line] for name in ("fp32", "bf16")]
     assert len(trained[1]) == 20
     assert np.isfinite(trained[1]).all()
@@ -239,9 +239,9 @@ def test_validation_is_logged_with_null_where_a_score_is_undefined(screen, tmp_p
         return {**validate(*arguments), "validation_pearson_delta": math.nan}
 
     validate, words = loop.validate, ["split.validation=[pert_1:type_1]"]
-    train(tiny_config(screen, tmp_path / "run", *words), stop_at=4)
+    fit(tiny_config(screen, tmp_path / "run", *words), stop_at=4)
     monkeypatch.setattr(loop, "validate", without_pearson)
-    train(tiny_config(screen, tmp_path / "run", *words))
+    fit(tiny_config(screen, tmp_path / "run", *words))
     lines = [line for line in losses(tmp_path / "run") if "validation_loss" in line]
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert all(line.keys() == {"step", *(f"validation_{name}" for name in VALIDATED)} for line in lines)
@@ -265,14 +265,14 @@ def test_a_gradient_that_is_not_finite_stops_and_keeps_the_state(screen, tmp_pat
         return start
 
     prepare, config = loop.prepare, tiny_config(screen, tmp_path / "run")
-    train(config, stop_at=3)
+    fit(config, stop_at=3)
     with monkeypatch.context() as patch:
         patch.setattr(loop, "prepare", poisoned)
         with pytest.raises(FloatingPointError, match=r"gradient is not finite at step 4, .*Lower optim\.lr"):
-            train(config)
+            fit(config)
     assert [path.name for path in (tmp_path / "run" / "states").iterdir()] == ["step_00000003"]
-    train(config)
-    train(tiny_config(screen, tmp_path / "straight"))
+    fit(config)
+    fit(tiny_config(screen, tmp_path / "straight"))
     assert losses(tmp_path / "run") == losses(tmp_path / "straight")
     assert_same_weights(tmp_path / "run" / "model", tmp_path / "straight" / "model")
 
@@ -287,15 +287,15 @@ def test_a_kill_between_model_folder_and_state_leaves_no_state_without_its_model
         raise KeyboardInterrupt
 
     config = tiny_config(screen, tmp_path / "run")
-    train(config, stop_at=2)
+    fit(config, stop_at=2)
     with monkeypatch.context() as patch:
         patch.setattr(f"perturbdiff.training.loop.{killed}", kill)
         with pytest.raises(KeyboardInterrupt):
-            train(config, stop_at=4)
+            fit(config, stop_at=4)
     assert [path.name for path in (tmp_path / "run" / "states").iterdir()] == ["step_00000002"]
     assert PerturbDiff.from_pretrained(tmp_path / "run" / "model").training.steps == model_at
-    train(config)
-    train(tiny_config(screen, tmp_path / "straight"))
+    fit(config)
+    fit(tiny_config(screen, tmp_path / "straight"))
     assert losses(tmp_path / "run") == losses(tmp_path / "straight")
     assert_same_weights(tmp_path / "run" / "model", tmp_path / "straight" / "model")
 
@@ -308,18 +308,18 @@ def test_a_full_disk_ends_the_run_with_a_message_and_the_same_call_goes_on_when_
         pytest.skip("only root may mount a small disk")
     try:
         config = tiny_config(screen, disk / "run", "denoiser.width=32")
-        train(config, stop_at=2)
+        fit(config, stop_at=2)
         model = (disk / "run" / "model" / "model.safetensors").stat().st_size
         assert model > 100_000
         filesystem = os.statvfs(disk)
         (disk / "filler").write_bytes(bytes(filesystem.f_bavail * filesystem.f_frsize - 90_000))  # metrics have room
         with pytest.raises(OSError, match=r"step 6 could not be saved .*; step 2 still is\. Make room"):
-            train(config)
+            fit(config)
         assert [path.name for path in (disk / "run" / "states").iterdir()] == ["step_00000002"]
         assert PerturbDiff.from_pretrained(disk / "run" / "model").training.steps == 2
         (disk / "filler").unlink()
-        train(config)
-        train(tiny_config(screen, tmp_path / "straight", "denoiser.width=32"))
+        fit(config)
+        fit(tiny_config(screen, tmp_path / "straight", "denoiser.width=32"))
         assert losses(disk / "run") == losses(tmp_path / "straight")
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
@@ -346,7 +346,7 @@ for number in range(1, int(sys.argv[2]) + 1):
 @pytest.mark.slow
 def test_a_model_folder_can_be_opened_while_a_run_keeps_replacing_it(screen, tmp_path):
     """Another process replaces it during the reads; each reads one of them whole."""
-    train(tiny_config(screen, tmp_path / "run"))
+    fit(tiny_config(screen, tmp_path / "run"))
     folder, n_saves, seen = tmp_path / "run" / "model", 100, []
     command = [sys.executable, "-c", SAVER, str(folder), str(n_saves)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as saver:
@@ -371,7 +371,7 @@ def test_a_model_folder_can_be_opened_while_a_run_keeps_replacing_it(screen, tmp
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_the_same_command_goes_on_bit_identically(screen, tmp_path, number):
-    train(tiny_config(screen, tmp_path / "straight", "training.n_steps=400"))
+    fit(tiny_config(screen, tmp_path / "straight", "training.n_steps=400"))
     command = [
         sys.executable, "-m", "perturbdiff", "train", "--screen", str(screen), "--hold-out", "pert_0:type_0",
         "--out", str(tmp_path / "stopped"), *TINY, "training.n_steps=400",

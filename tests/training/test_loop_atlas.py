@@ -11,7 +11,7 @@ from perturbdiff import PerturbDiff
 from perturbdiff.atlas.build.run import build
 from perturbdiff.config import BuildConfig, DataConfig, SourceConfig, load_config
 from perturbdiff.data.screen import Screen
-from perturbdiff.training.loop import train
+from perturbdiff.training.loop import fit
 from perturbdiff.training.run_folder import with_streams
 from tests.atlases import atlas_of_screen, write_atlas
 from tests.screens import real_screen
@@ -40,7 +40,7 @@ def atlas(screen, tmp_path_factory):
 
 def run_of(out, data, *words, hold_out=("pert_0:type_0",), stop_at=None):
     given = {"out": str(out), "data": data, "split": {"hold_out": list(hold_out)}}
-    return train(load_config(None, [*TINY, *words], given), stop_at=stop_at)
+    return fit(load_config(None, [*TINY, *words], given), stop_at=stop_at)
 
 
 def losses(out):
@@ -55,7 +55,7 @@ def on(*atlases, **settings):
 @pytest.mark.parametrize("n_hvg", ["null", "20"])
 def test_losses_on_an_atlas_equal_those_on_the_screen_it_holds(screen, atlas, tmp_path, n_hvg):
     words = [f"data.n_hvg={n_hvg}", "split.validation_fraction=0.1"]
-    train(tiny_config(screen, tmp_path / "screen", *words))
+    fit(tiny_config(screen, tmp_path / "screen", *words))
     result = run_of(tmp_path / "atlas", on(atlas), *words)
     assert losses(tmp_path / "atlas") == losses(tmp_path / "screen")
     splits = [json.loads((tmp_path / name / "split.json").read_text()) for name in ("screen", "atlas")]

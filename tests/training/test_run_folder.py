@@ -3,18 +3,18 @@ import os
 
 import pytest
 
-from perturbdiff.training.loop import train
+from perturbdiff.training.loop import fit
 from perturbdiff.training.run_folder import leave_marker
 from tests.simulated import tiny_config, write_screen
 
 
 def test_a_stopped_run_says_why_and_where_until_it_goes_on(tmp_path):
     config = tiny_config(write_screen(tmp_path), tmp_path / "run")
-    train(config, stop_at=2)
+    fit(config, stop_at=2)
     marker = tmp_path / "run" / "stopped.json"
     assert json.loads(marker.read_text()) == {"stopped_by": "stop_at=2", "step": 2}
     (tmp_path / "run" / ".model-left").mkdir()  # by a kill during a save
-    train(config)
+    fit(config)
     assert not marker.exists()
     assert not (tmp_path / "run" / ".model-left").exists()
 

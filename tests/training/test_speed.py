@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from perturbdiff.training import speed
-from perturbdiff.training.loop import train
+from perturbdiff.training.loop import fit
 from perturbdiff.training.speed import WARM_UP_STEPS, Pace, Trace
 from tests.simulated import tiny_config, write_screen
 
@@ -102,10 +102,10 @@ def test_no_trace_is_written_unless_asked_for(tmp_path):
 
 def test_a_run_traces_the_steps_that_its_settings_ask_for(tmp_path):
     screen = write_screen(tmp_path)
-    train(tiny_config(screen, tmp_path / "run", "training.profile_steps=2"))
+    fit(tiny_config(screen, tmp_path / "run", "training.profile_steps=2"))
     assert [path.name for path in (tmp_path / "run" / "profile").iterdir()] == ["rank_00000.json"]
     file = tmp_path / "run" / "profile" / "rank_00000.json"
     assert len(steps_of(file)) == 2
     assert "fused_adamw" in file.read_text()
-    train(tiny_config(screen, tmp_path / "other"))
+    fit(tiny_config(screen, tmp_path / "other"))
     assert not (tmp_path / "other" / "profile").exists()
