@@ -256,7 +256,6 @@ class AdaptConfig:
     init_from: Optional[str] = None  # model folder, name or owner/name[@REVISION] to start from; null: random weights
     # frozen: blocks stay as they are, gene layers and conditioning train; lora: low-rank changes of the blocks besides.
     method: Literal["full", "frozen", "lora"] = "full"
-    new_genes: Literal["neighbours", "mean"] = "neighbours"  # start as the mean of co-expressed shared genes, or of all
     new_labels: Literal["mean", "nearest"] = "mean"  # nearest: cell types and batches, by their control cells
     # Learning rate of what is copied as it is, as a part of optim.lr; tensors with anything new get optim.lr itself.
     lr_ratio: float = bounded(1.0, above=0)
@@ -450,18 +449,16 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def as_dict(settings: Any) -> dict[str, Any]:
-    """A settings dataclass as plain JSON values."""
-    plain = OmegaConf.to_container(OmegaConf.structured(settings))
-    assert isinstance(plain, dict), "a dataclass becomes a dict"
-    return {str(key): value for key, value in plain.items()}
+    """A settings dataclass as JSON values."""
+    values = OmegaConf.to_container(OmegaConf.structured(settings))
+    assert isinstance(values, dict), "a dataclass becomes a dict"
+    return {str(key): value for key, value in values.items()}
 
 
 def from_dict(schema: type[T], values: dict[str, Any]) -> T:
-    """The dataclass `schema` from plain values (a model folder's json); unknown keys are refused."""
+    """The dataclass `schema` from JSON values (a model folder's json); unknown keys are refused."""
     if "${" in str(values):  # OmegaConf would resolve it, and so read the environment of whoever opens the folder
-        raise ValueError(
-            f"{schema.__name__} holds an interpolation ('${{'); settings from a model folder must be plain."
-        )
+        raise ValueError(f"{schema.__name__} holds an interpolation ('${{'); settings from a model folder are values.")
     try:
         settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(values)))
     except OmegaConfBaseException as error:

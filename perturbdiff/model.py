@@ -565,7 +565,7 @@ class PerturbDiff:
         # Two sets of three cells, one masked; known and null labels.
         generator = torch_generator("cpu", 0, "golden check")
         shape = (2, 3, len(self.genes))
-        sizes = VocabSizes.of(self.vocabularies)
+        sizes = VocabSizes.from_vocabularies(self.vocabularies)
         first, last = min(0, sizes.perturbations - 1), sizes.perturbations - 1
         several = self.config.denoiser.conditioning == "labels" and self.config.denoiser.interaction
         alone, together = [[first], [last]], [[first, -1], [last, len(self.vocabularies.perturbations) - 1]]

@@ -49,7 +49,7 @@ class Controls:
     n_genes_matched: int
     matched_by: str
 
-    def of(self, cell_type: str | None) -> AnnData:
+    def select(self, cell_type: str | None) -> AnnData:
         """Those of one cell type; all if None, or where the file has no such labels."""
         if cell_type is None or self.cell_type_column is None:
             return self.cells

@@ -114,7 +114,7 @@ def predict_response(
             f"{n_cells:,} cells in {n_populations} populations are {n_cells * n_populations:,}; the app predicts at "
             f"most {MAX_PREDICTED:,} at a time."
         )
-    cells = controls.of(cell_type)
+    cells = controls.select(cell_type)
     predicted = model.generate(
         cells,
         perturbation=(separator or "").join(perturbations),

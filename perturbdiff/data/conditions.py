@@ -52,12 +52,12 @@ class ConditionIndex:
     def build(cls, screen: Screen, cells: np.ndarray) -> ConditionIndex:
         """Index the cells of a screen where `cells` (n_cells,) is True."""
         perturbation, cell_type, batch = (screen.obs[name][cells] for name in LABELS)
-        index = cls.of_labels(perturbation, cell_type, batch, screen.control_label)
+        index = cls.from_labels(perturbation, cell_type, batch, screen.control_label)
         chosen = np.flatnonzero(cells)
         return replace(index, rows=chosen if index.rows is None else chosen[index.rows])
 
     @classmethod
-    def of_labels(cls, perturbation: Any, cell_type: Any, batch: Any, control_label: str) -> ConditionIndex:
+    def from_labels(cls, perturbation: Any, cell_type: Any, batch: Any, control_label: str) -> ConditionIndex:
         """Index cells by their labels, (n,) each: strings, or pandas categoricals, which are faster."""
         (p, p_names), (c, c_names), (b, b_names) = (_codes(labels) for labels in (perturbation, cell_type, batch))
         n_perturbations, n_batches = max(len(p_names), 1), max(len(b_names), 1)
@@ -76,7 +76,7 @@ class ConditionIndex:
         return cls(codes, (p_names, c_names, b_names), first, n_cells, is_control, np.zeros(len(first), np.int32), rows)
 
     @classmethod
-    def of_conditions(
+    def from_conditions(
         cls, perturbation: Any, cell_type: Any, batch: Any, is_control: np.ndarray, n_cells: np.ndarray
     ) -> ConditionIndex:
         """The index of cells that lie in the order of these conditions, (n_conditions,) each."""
@@ -177,7 +177,7 @@ class Groups:
     def n_cells(self) -> np.ndarray:
         return self.ends[self.begin[1:] - 1]
 
-    def of(self, group: int) -> np.ndarray:
+    def in_group(self, group: int) -> np.ndarray:
         """Conditions of a group."""
         return self.members[self.begin[group] : self.begin[group + 1]]
 

@@ -66,7 +66,7 @@ class ConcatenatedCells:
     ends: np.ndarray  # rows up to and with each part
 
     @classmethod
-    def of(cls, parts: Sequence[Cells], n_cells: Sequence[int]) -> ConcatenatedCells:
+    def concatenate(cls, parts: Sequence[Cells], n_cells: Sequence[int]) -> ConcatenatedCells:
         """Parts with the same genes and preprocessing, and how many cells each has."""
         return cls(tuple(parts), np.cumsum(n_cells))
 

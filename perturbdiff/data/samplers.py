@@ -131,7 +131,7 @@ class _Sets:
 
     def _cell_set(self, key: tuple[int, int], epoch: int, group: int, start: int, stop: int) -> CellSet:
         groups, run = self.groups, max(1, self.set_size // RUNS_PER_SET)
-        condition, n = int(groups.of(group)[0]), int(groups.n_cells[group])
+        condition, n = int(groups.in_group(group)[0]), int(groups.n_cells[group])
         positions = shuffled_positions(n, start, stop, run, self.seed, "cells of a condition", epoch, group)
         rows = groups.rows(group, positions)
         if self.sources[groups.index.source[condition]].marginal:

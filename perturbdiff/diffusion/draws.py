@@ -5,6 +5,7 @@ B = sets, S = cells per set, G = genes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -54,10 +55,9 @@ def training_draws(batch: CellSetBatch, config: DiffusionConfig, seed: int, with
         torch.randint(config.n_timesteps, (), generator=generator, out=t[b])
         torch.rand(5, generator=generator, out=uniform[b])
         torch.randn(set_size, batch.n_genes, generator=generator, out=noise[b])
-    of_context = config.p_drop_label
-    of_perturbation = of_context if config.p_drop_perturbation is None else config.p_drop_perturbation
-    p_drop = torch.tensor([of_perturbation, of_context, of_context], device=device)
-    hide_perturbation, hide_cell_type, hide_batch = (uniform[:, :3] < p_drop).unbind(1)
+    p_context, p_perturbation = config.p_drop_label, config.p_drop_perturbation
+    p_drop = [p_context if p_perturbation is None else p_perturbation, p_context, p_context]
+    hide_perturbation, hide_cell_type, hide_batch = (uniform[:, :3] < torch.tensor(p_drop, device=device)).unbind(1)
     labels = replace(
         batch.labels,
         perturbation=batch.labels.perturbation.masked_fill(hide_perturbation[:, None], NULL),
@@ -65,34 +65,35 @@ def training_draws(batch: CellSetBatch, config: DiffusionConfig, seed: int, with
         batch=batch.labels.batch.masked_fill(hide_batch, NULL),
         hidden=uniform[:, 3] < config.p_drop_cond,
     )
-    if with_features:  # a draw of its own, so that the others are those of a model without features
-        draws = [torch_generator(device, seed, "unlabelled", *key) for key in batch.keys]
-        chosen = [torch.rand((), generator=generator, device=device) < config.p_features_only for generator in draws]
-        labels = replace(labels, features_only=torch.stack(chosen) if chosen else hide_batch)
+    if with_features:  # draws of their own, under the key they always had, so that no number moves
+        labels = replace(
+            labels, features_only=_keyed(torch.rand, batch, (), seed, "unlabelled") < config.p_features_only
+        )
     return Draws(t, noise, uniform[:, 4] < config.p_self_cond, labels, _rounding(batch, config, seed))
+
+
+def validation_draws(batch: CellSetBatch, config: DiffusionConfig, seed: int, n_t: int = 8) -> Draws:
+    """Fixed draws: t from an even grid over the schedule, noise by set, no dropout, no self-conditioning."""
+    device = batch.mask.device
+    grid = [int((k + 0.5) / n_t * config.n_timesteps) for k in range(n_t)]
+    t = torch.tensor([grid[number % n_t] for _, number in batch.keys], dtype=torch.int64, device=device)
+    noise = _keyed(torch.randn, batch, (batch.mask.shape[1], batch.n_genes), seed, "validation noise")
+    never = torch.zeros(len(t), dtype=torch.bool, device=device)
+    return Draws(t, noise, never, batch.labels, _rounding(batch, config, seed))
+
+
+def uniform_draws(batch: CellSetBatch, seed: int, purpose: str) -> Tensor:
+    """(B, S, G) uniform numbers, keyed by set."""
+    return _keyed(torch.rand, batch, (batch.mask.shape[1], batch.n_genes), seed, purpose)
 
 
 def _rounding(batch: CellSetBatch, config: DiffusionConfig, seed: int) -> Tensor | None:
     return uniform_draws(batch, seed, "rounding") if config.whole_counts else None
 
 
-def uniform_draws(batch: CellSetBatch, seed: int, purpose: str) -> Tensor:
-    """(B, S, G) uniform numbers, keyed by set."""
-    drawn = torch.empty(*batch.mask.shape, batch.n_genes, device=batch.mask.device)
+def _keyed(draw: Callable[..., Tensor], batch: CellSetBatch, shape: tuple[int, ...], seed: int, purpose: str) -> Tensor:
+    """(B, *shape) numbers, each set's from a generator of its own."""
+    drawn = torch.empty(len(batch.keys), *shape, device=batch.mask.device)
     for b, key in enumerate(batch.keys):
-        torch.rand(drawn.shape[1:], generator=torch_generator(drawn.device, seed, purpose, *key), out=drawn[b])
+        draw(shape, generator=torch_generator(drawn.device, seed, purpose, *key), out=drawn[b])
     return drawn
-
-
-def validation_draws(batch: CellSetBatch, config: DiffusionConfig, seed: int, n_t: int = 8) -> Draws:
-    """Fixed draws: t from an even grid over the schedule, noise by set, no dropout, no self-conditioning."""
-    n_sets, set_size = batch.mask.shape
-    device = batch.mask.device
-    grid = [int((k + 0.5) / n_t * config.n_timesteps) for k in range(n_t)]
-    noise = torch.empty(n_sets, set_size, batch.n_genes, device=device)
-    for b, key in enumerate(batch.keys):
-        generator = torch_generator(device, seed, "validation noise", *key)
-        torch.randn(set_size, batch.n_genes, generator=generator, out=noise[b])
-    t = torch.tensor([grid[number % n_t] for _, number in batch.keys], dtype=torch.int64, device=device)
-    never = torch.zeros(n_sets, dtype=torch.bool, device=device)
-    return Draws(t, noise, never, batch.labels, _rounding(batch, config, seed))

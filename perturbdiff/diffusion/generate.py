@@ -63,15 +63,15 @@ def _representative(expression: Expression, chosen: np.ndarray, seed: int, popul
     outside[chosen] = False
     chosen = chosen.copy()
     for _ in range(exchanges):
-        place = generator.integers(n)
-        leaves = X[chosen[place]].toarray().ravel()
-        distance = square + square[chosen[place]] - 2 * (X @ leaves)  # |x - leaving cell|^2
+        position = generator.integers(n)
+        leaves = X[chosen[position]].toarray().ravel()
+        distance = square + square[chosen[position]] - 2 * (X @ leaves)  # |x - leaving cell|^2
         change = 2 * n * (X @ off - leaves @ off) + distance  # of n^2 |off|^2
         change[~outside] = np.inf
         if change[comes := int(change.argmin())] < 0:
             off += (X[comes].toarray().ravel() - leaves) / n
-            outside[[chosen[place], comes]] = True, False
-            chosen[place] = comes
+            outside[[chosen[position], comes]] = True, False
+            chosen[position] = comes
     return chosen
 
 
@@ -132,6 +132,7 @@ def denoise_sets(
 def sample_batch(
     denoiser: Denoiser, batch: CellSetBatch, sampling: SamplingConfig, diffusion: DiffusionConfig, seed: int
 ) -> Tensor:
+    """Cells of the batch's conditions from its controls, (B, S, G) model units; random by seed and the sets' keys."""
     schedule = Schedule(diffusion.schedule, diffusion.n_timesteps)
     # Noise comes from one generator a set, so that a set's cells do not depend on its neighbours.
     _, control = batch.dense()

@@ -40,7 +40,7 @@ class VocabSizes:
     doses: bool = False
 
     @classmethod
-    def of(cls, vocabularies: Vocabularies) -> VocabSizes:
+    def from_vocabularies(cls, vocabularies: Vocabularies) -> VocabSizes:
         return cls(
             len(vocabularies.labelled),
             len(vocabularies.cell_types),

@@ -205,4 +205,4 @@ class Denoiser(nn.Module):
 
 def build_denoiser(config: DenoiserConfig, n_genes: int, vocabularies: Vocabularies) -> Denoiser:
     """A fresh denoiser for these genes and labels."""
-    return Denoiser(config, n_genes, VocabSizes.of(vocabularies))
+    return Denoiser(config, n_genes, VocabSizes.from_vocabularies(vocabularies))

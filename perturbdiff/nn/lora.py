@@ -45,11 +45,11 @@ def inject_lora(denoiser: Denoiser, rank: int, alpha: float) -> None:
 
 
 def merged(weights: Mapping[str, Tensor], scaling: float) -> dict[str, Tensor]:
-    """Weights under the names of a plain denoiser, low-rank changes added; `scaling` is alpha / rank."""
-    plain = {name.replace(BASE, "."): tensor for name, tensor in weights.items() if ".lora_" not in name}
+    """Weights under a denoiser's own names, low-rank changes added; `scaling` is alpha / rank."""
+    own = {name.replace(BASE, "."): tensor for name, tensor in weights.items() if ".lora_" not in name}
     for layer, a, b in low_rank(weights):
-        plain[f"{layer}.weight"] = plain[f"{layer}.weight"] + scaling * (b @ a)
-    return plain
+        own[f"{layer}.weight"] = own[f"{layer}.weight"] + scaling * (b @ a)
+    return own
 
 
 def low_rank(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -61,6 +61,6 @@ def low_rank(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tenso
 
 
 def changed_layers(denoiser: nn.Module) -> list[str]:
-    """Layers of a plain denoiser that `inject_lora` changes."""
+    """Layers of a denoiser that `inject_lora` changes."""
     linear = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
     return [name for name in linear if re.fullmatch(LAYERS, name)]

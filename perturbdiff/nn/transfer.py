@@ -74,22 +74,19 @@ class Names:
 class Rules:
     """How what is new starts, and what it is told from.
 
-    new_genes
-        neighbours: the mean of the five shared genes that `expression` correlates most with; mean: of all shared genes.
-        A gene that is constant in `expression` starts from the mean.
     new_labels
         mean: of the rows that were trained. nearest: the row of the known label whose control profile is closest, where
         `profiles` has both. A new perturbation with features that the checkpoint understands starts from the null row,
         as an unseen perturbation with features was trained; others from the mean.
     expression
-        (n, G) log1p values of cells, of the wanted genes.
+        (n, G) log1p values of cells, of the wanted genes: a new gene is the mean of the five shared genes that it
+        correlates most with. Constant ones, and all without `expression`, are the mean of all shared genes.
     profiles
         By kind ("cell_type", "batch") and label: (G,) mean log1p expression of control cells.
     tables
         Features of perturbations, by table.
     """
 
-    new_genes: Literal["neighbours", "mean"] = "neighbours"
     new_labels: Literal["mean", "nearest"] = "mean"
     expression: np.ndarray | None = None
     profiles: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
@@ -249,7 +246,7 @@ def _genes(known: GeneVocab, wanted: GeneVocab, rules: Rules) -> tuple[Sources, 
         )
     new, shared = np.flatnonzero(positions < 0), np.flatnonzero(positions >= 0)
     mean = positions[shared][None]
-    if rules.new_genes == "mean" or rules.expression is None or not len(new):
+    if rules.expression is None or not len(new):
         return Sources(positions, ((new, mean),)), alignment.matched_by
     neighbours, defined = nearest_by_correlation(rules.expression, new, shared)
     groups = (new[defined], positions[neighbours[defined]]), (new[~defined], mean)

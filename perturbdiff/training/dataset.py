@@ -49,7 +49,7 @@ class IndexedCells:
     sources: Sequence[SetSource]
 
     @classmethod
-    def of(
+    def build(
         cls,
         cells: Cells,
         index: ConditionIndex,
@@ -147,7 +147,7 @@ class TrainingSet:
         return self.train.cells
 
     @classmethod
-    def of(
+    def from_screen(
         cls,
         screen: Screen,
         config: Config,
@@ -182,7 +182,7 @@ class TrainingSet:
         return cls._indexed(config, screen, cells, split, match, train, validation, *made)
 
     @classmethod
-    def of_atlases(
+    def from_atlases(
         cls, config: Config, known_tables: Sequence[FeatureTable] = (), known_genes: GeneVocab | None = None
     ) -> TrainingSet:
         """Open the atlases of config.data, split their conditions, choose genes, match controls, collect labels.
@@ -240,7 +240,7 @@ class TrainingSet:
             lines = coverage(tables, vocabularies.labelled).splitlines()
             description += "".join(f"\nfeatures    {line}" for line in lines)
             vocabularies = with_tables(vocabularies, tables)
-        indexed = IndexedCells.of(cells[0], train, match, vocabularies, sources, config.data.set_size)
+        indexed = IndexedCells.build(cells[0], train, match, vocabularies, sources, config.data.set_size)
         sampler = indexed.sampler(config)
         if sampler.n_sets == 0:
             raise ValueError(
@@ -250,7 +250,7 @@ class TrainingSet:
         if validation is not None:
             only_controls = (SetSource(),) * len(sources)  # unperturbed cells are not held out, so nothing to score
             try:
-                validated = IndexedCells.of(
+                validated = IndexedCells.build(
                     cells[1], validation, match, vocabularies, only_controls, config.data.set_size
                 )
             except KeyError as error:
@@ -336,12 +336,12 @@ def _cached_cells(
     for atlas in atlases:
         atlas.download()
     n_cells = [len(atlas) for atlas in atlases]
-    cells = ConcatenatedCells.of([atlas.arrow_cells(None, preprocessing) for atlas in atlases], n_cells)
+    cells = ConcatenatedCells.concatenate([atlas.arrow_cells(None, preprocessing) for atlas in atlases], n_cells)
     if n_hvg is None or n_hvg >= len(cells.genes):
         return cells
     chosen = _with_known(_highly_variable_genes(cells, train, n_hvg), known_genes, cells.genes)
     genes = cells.genes.select(chosen)
-    return ConcatenatedCells.of([atlas.arrow_cells(genes, preprocessing) for atlas in atlases], n_cells)
+    return ConcatenatedCells.concatenate([atlas.arrow_cells(genes, preprocessing) for atlas in atlases], n_cells)
 
 
 def _feature_tables(
@@ -368,11 +368,11 @@ def _coexpression(cells: Cells, train: ConditionIndex, seed: int) -> FeatureTabl
             "data.perturbation_features=[coexpression] needs a pass over cells, which data.streamed=true does not "
             "make; give a table instead."
         )
-    X = sample_log1p(cells, train, CELLS_OF_LOADINGS, seed, "loadings")
+    X = subsample_log1p(cells, train, CELLS_OF_LOADINGS, seed, "loadings")
     return coexpression_table(X, cells.genes.names, name=COEXPRESSION).directions()
 
 
-def sample_log1p(cells: Cells, index: ConditionIndex, most: int, seed: int, purpose: str) -> sparse.csr_matrix:
+def subsample_log1p(cells: Cells, index: ConditionIndex, most: int, seed: int, purpose: str) -> sparse.csr_matrix:
     """log1p values of at most so many cells of some conditions, drawn by (seed, purpose)."""
     ends = np.cumsum(index.n_cells)
     n = int(ends[-1])
@@ -391,7 +391,7 @@ def _log1p(cells: Cells, rows: np.ndarray) -> sparse.csr_matrix:
 def _index(atlas: Atlas) -> ConditionIndex:
     column = atlas.conditions.column
     perturbation, cell_type, batch = (column(name).combine_chunks().to_pandas() for name in LABELS)
-    return ConditionIndex.of_conditions(
+    return ConditionIndex.from_conditions(
         perturbation, cell_type, batch, column("is_control").to_numpy(), column("n_cells").to_numpy()
     )
 

@@ -137,13 +137,13 @@ def _counted(config: Config) -> DataSize:
     data = config.data
     if data.screen is not None:
         screen = Screen.read(data.screen, data)
-        made = TrainingSet.of(screen, config)
+        made = TrainingSet.from_screen(screen, config)
         taken = made.cells.take(np.linspace(0, len(screen) - 1, min(len(screen), SAMPLE)).astype(np.int64))
         per_cell = len(taken.values) / (len(taken.indptr) - 1)
     else:  # streamed, nothing is read but the manifests; genes are then not chosen, and weights not possible
         unweighted = [replace(atlas, weight=None) for atlas in data.atlases]
         data = replace(data, streamed=True, n_hvg=None, n_streams=None, atlases=unweighted)
-        made = TrainingSet.of_atlases(replace(config, data=data))
+        made = TrainingSet.from_atlases(replace(config, data=data))
         per_cell = sum(map(_stored_values, made.atlases)) / sum(map(len, made.atlases))
     index = made.train.index
     marginal = marginal_conditions(index, made.train.sources)
@@ -151,7 +151,7 @@ def _counted(config: Config) -> DataSize:
     n_cells = int(index.n_cells[trained].sum())
     with_controls = float(index.n_cells[trained & ~marginal].sum() / n_cells)
     source, n_genes = f"counted in {data.screen or 'the atlas'}", len(made.cells.genes)
-    return DataSize(source, n_cells, n_genes, per_cell, with_controls, VocabSizes.of(made.vocabularies))
+    return DataSize(source, n_cells, n_genes, per_cell, with_controls, VocabSizes.from_vocabularies(made.vocabularies))
 
 
 def _stored_values(atlas: Atlas) -> int:

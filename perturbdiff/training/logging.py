@@ -108,9 +108,9 @@ class MetricsFile:
 
     def write(self, **values: Any) -> None:
         """Append a line; values that are not finite become null, since JSON has no NaN."""
-        plain = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
+        finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
         with open(self.path, "a") as file:
-            file.write(json.dumps(plain, allow_nan=False) + "\n")
+            file.write(json.dumps(finite, allow_nan=False) + "\n")
 
 
 class Tracker(Protocol):

@@ -391,7 +391,7 @@ class _Run:
     def _denoiser_with(self, weights: dict[str, Tensor]) -> Denoiser:
         with torch.device("meta"):
             denoiser = build_denoiser(self.config.denoiser, len(self.data.cells.genes), self.data.vocabularies)
-        denoiser.load_state_dict(self.start.plain(weights), assign=True)
+        denoiser.load_state_dict(self.start.own_weights(weights), assign=True)
         return denoiser.to(self.device).eval().requires_grad_(False)
 
     def _model(self, weights: dict[str, Tensor]) -> PerturbDiff:

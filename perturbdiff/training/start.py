@@ -29,7 +29,7 @@ from perturbdiff.model import PerturbDiff
 from perturbdiff.nn.denoiser import Denoiser, build_denoiser
 from perturbdiff.nn.lora import freeze_backbone, inject_lora, merged
 from perturbdiff.nn.transfer import Names, Rules, adapt, check_architecture, extended, tables_of
-from perturbdiff.training.dataset import IndexedCells, TrainingSet, marginal_conditions, sample_log1p
+from perturbdiff.training.dataset import IndexedCells, TrainingSet, marginal_conditions, subsample_log1p
 
 ADAPTATION = "adaptation.json"  # in the run folder: what a resumption must know of the checkpoint
 CELLS_OF_GENES = 4096  # cells at most whose expression says which genes go together
@@ -80,8 +80,8 @@ class Start:
     summary: str
     scaling: float | None = None  # of low-rank changes
 
-    def plain(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Weights and frozen tables under the names of a plain denoiser."""
+    def own_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights and frozen tables under a denoiser's own names, low-rank changes added."""
         own = dict(weights) if self.scaling is None else merged(weights, self.scaling)
         return {**own, **dict(self.denoiser.named_buffers())}
 
@@ -159,13 +159,16 @@ def settings_of(init_from: str) -> dict[str, Any]:
 
 
 def prepare(config: Config, screen: Screen | None, out: Path, resuming: bool) -> Start:
-    """Read the data of a run and make what it trains. Raises as `TrainingSet.of`, `find_checkpoint`, `make_start`."""
+    """Read the data of a run and make what it trains.
+
+    Raises as `TrainingSet.from_screen`, `find_checkpoint`, `make_start`.
+    """
     checkpoint = find_checkpoint(config, out, resuming)
     known = ([], None) if checkpoint is None else (checkpoint.tables(), checkpoint.model.genes)
     if config.data.screen is None:
-        data = TrainingSet.of_atlases(config, *known)
+        data = TrainingSet.from_atlases(config, *known)
     else:
-        data = TrainingSet.of(screen or Screen.read(config.data.screen, config.data), config, *known)
+        data = TrainingSet.from_screen(screen or Screen.read(config.data.screen, config.data), config, *known)
     return make_start(config, data, checkpoint, out / ADAPTATION if resuming else None)
 
 
@@ -268,17 +271,17 @@ def _rules(config: Config, data: TrainingSet, checkpoint: Checkpoint) -> Rules:
     # Streamed cells come shard by shard: no sample of all of them.
     if not isinstance(data.cells, StreamedCells):
         n_new = int((data.cells.genes.align(checkpoint.model.genes, 0.0).columns < 0).sum())
-        if n_new and config.adapt.new_genes == "neighbours":
-            expression = sample_log1p(data.cells, index, CELLS_OF_GENES, seed, "adaptation").toarray()
+        if n_new:
+            expression = subsample_log1p(data.cells, index, CELLS_OF_GENES, seed, "adaptation").toarray()
         if config.adapt.new_labels == "nearest":
             profiles = {kind: _profiles(data.train, column, seed) for column, kind in ((1, "cell_type"), (2, "batch"))}
-    return Rules(config.adapt.new_genes, config.adapt.new_labels, expression, profiles, data.tables)
+    return Rules(config.adapt.new_labels, expression, profiles, data.tables)
 
 
 def _profiles(cells: IndexedCells, column: int, seed: int) -> dict[str, np.ndarray]:
     index, made = cells.index, {}
     for code in np.unique(index.codes[index.is_control, column]):
         controls = index.select(index.is_control & (index.codes[:, column] == code))
-        X = sample_log1p(cells.cells, controls, CELLS_OF_PROFILE, seed, "adaptation")
+        X = subsample_log1p(cells.cells, controls, CELLS_OF_PROFILE, seed, "adaptation")
         made[index.names[column][code]] = np.asarray(X.mean(0)).ravel()
     return made

@@ -77,12 +77,12 @@ def _measure(shape: Shape, order: str, n_cells: int, repeats: int) -> dict[str, 
         is_control = np.asarray(labels[0] == CONTROL)
 
         def work() -> ConditionIndex:
-            return ConditionIndex.of_conditions(labels[0], labels[1], labels[2], is_control, sizes)
+            return ConditionIndex.from_conditions(labels[0], labels[1], labels[2], is_control, sizes)
     else:
         labels = _labels(shape, order, n_cells, rng)
 
         def work() -> ConditionIndex:
-            return ConditionIndex.of_labels(labels[0], labels[1], labels[2], CONTROL)
+            return ConditionIndex.from_labels(labels[0], labels[1], labels[2], CONTROL)
 
     report: dict[str, float] = {"label_gb": round(sum(label.codes.nbytes for label in labels) / 1e9, 3)}
     if order == "nested":

@@ -223,10 +223,10 @@ def _reading(atlas: Atlas, args: argparse.Namespace) -> tuple[dict[str, dict[str
     import datasets
 
     start = time.process_time()
-    training = TrainingSet.of_atlases(config)
+    training = TrainingSet.from_atlases(config)
     cache_s = time.process_time() - start
     start = time.process_time()
-    training = TrainingSet.of_atlases(config)
+    training = TrainingSet.from_atlases(config)
     again_s = time.process_time() - start
     cache = {"cpu_s": round(cache_s, 3), "cpu_s_when_there": round(again_s, 3)}
     cache["cells_per_cpu_s"] = round(len(atlas) / cache_s)
@@ -241,7 +241,7 @@ def _reading(atlas: Atlas, args: argparse.Namespace) -> tuple[dict[str, dict[str
     config.data.streamed = False
     config.data.atlases, config.data.screen = [], str(args.folder / "cells.h5ad")
     read = Screen.read(config.data.screen, config.data)
-    screen = TrainingSet.of(read, config)
+    screen = TrainingSet.from_screen(read, config)
     rates["a screen in memory, sparse"] = _of_batches(screen, config, args, lambda batch: None)
     sets = screen.train.sampler(config).batch(0, 0)
     names = read.obs.index[np.concatenate([rows for s in sets for rows in (s.rows, s.control_rows)])]
@@ -287,7 +287,7 @@ def _of_sampler(training: TrainingSet, config: Config, args: argparse.Namespace)
 def _of_stream(config: Config, args: argparse.Namespace) -> dict[str, int]:
     # Each shard is read once an epoch, so that nothing less than an epoch says what a cell takes.
     def work() -> tuple[int, int]:
-        training = TrainingSet.of_atlases(config)
+        training = TrainingSet.from_atlases(config)
         sampler = training.train.sampler(config)
         perturbed = controls = 0
         for step in range(sampler.steps_per_epoch):

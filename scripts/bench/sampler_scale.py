@@ -69,7 +69,7 @@ def make_index(args: argparse.Namespace, share: float = 1.0, name: str = "") -> 
     more = round(args.cells * share) - len(condition)  # than one a condition
     n_cells = 1 + np.diff(np.rint(parts / parts[-1] * more).astype(np.int64), prepend=0)
     start = time.process_time()
-    index = ConditionIndex.of_conditions(perturbation, cell_type, batch, is_control, n_cells)
+    index = ConditionIndex.from_conditions(perturbation, cell_type, batch, is_control, n_cells)
     return index, time.process_time() - start
 
 

@@ -32,8 +32,8 @@ def test_only_the_controls_of_a_file_are_taken(screen, model):
     assert list(controls.cell_types) == sorted(table["cell_type"].unique())
     for cell_type in controls.cell_types:
         expected = control_cells(screen, model.config.obs, cell_type, None)
-        assert list(controls.of(cell_type).obs_names) == list(expected.obs_names)
-        assert (controls.of(cell_type).X != expected.X).nnz == 0
+        assert list(controls.select(cell_type).obs_names) == list(expected.obs_names)
+        assert (controls.select(cell_type).X != expected.X).nnz == 0
 
 
 def test_without_cell_types_in_the_file_those_of_the_model_can_be_chosen(upload, model):
@@ -42,7 +42,7 @@ def test_without_cell_types_in_the_file_those_of_the_model_can_be_chosen(upload,
     cells.write_h5ad(upload)
     controls = read_controls(upload, "a file", model, Limits())
     assert controls.cell_types == model.vocabularies.cell_types.names
-    assert controls.of(controls.cell_types[0]).n_obs == controls.cells.n_obs
+    assert controls.select(controls.cell_types[0]).n_obs == controls.cells.n_obs
 
 
 def test_each_limit_is_checked(upload, model):

@@ -23,7 +23,7 @@ def respond(model, controls, perturbations=("pert_0",), cell_type="type_0", n_ce
 
 def test_changes_are_the_differences_of_means_largest_first(model, controls):
     response = respond(model, controls, n_populations=3)
-    X = controls.of("type_0").X.toarray()
+    X = controls.select("type_0").X.toarray()
     control = np.log1p(X * 1e4 / X.sum(axis=1, keepdims=True)).mean(axis=0)
     predicted = response.predicted.X.toarray()
     changes = response.changes(7)

@@ -295,7 +295,7 @@ def labelled(found):
     """Index of (perturbation, cell_type, batch, marginal) conditions of two cells each, and which are marginal."""
     columns = [[c[i] for c in found] for i in range(3)]
     is_control = np.array([c[0] == "control" for c in found], bool)
-    index = ConditionIndex.of_conditions(*columns, is_control, np.full(len(found), 2))
+    index = ConditionIndex.from_conditions(*columns, is_control, np.full(len(found), 2))
     return index, np.array([c[3] for c in found], bool)
 
 

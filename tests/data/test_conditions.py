@@ -37,7 +37,7 @@ def index_of_conditions(found):
     """The index of cells that lie as their conditions do."""
     columns = [[c[i] for c in found] for i in range(3)]
     is_control = np.array([c[0] == "control" for c in found], bool)
-    return ConditionIndex.of_conditions(*columns, is_control, np.array([c[3] for c in found], np.int64))
+    return ConditionIndex.from_conditions(*columns, is_control, np.array([c[3] for c in found], np.int64))
 
 
 def as_dict(index):
@@ -82,7 +82,7 @@ def test_the_index_of_labels_in_any_order_holds_the_rows_of_each_condition_in_or
     order = list(range(len(cells)))
     random.shuffle(order)
     for some in (cells, cells.iloc[order].reset_index(drop=True), cells.sort_values(["cell_type", "batch", *LABELS])):
-        index = ConditionIndex.of_labels(*(some[name] for name in LABELS), "control")
+        index = ConditionIndex.from_labels(*(some[name] for name in LABELS), "control")
         expected = rows_by_label(some)
         sorted_labels = sorted(expected, key=lambda label: (label[1], label[2], label[0]))
         assert as_dict(index) == [
@@ -99,9 +99,9 @@ def test_categoricals_with_unused_and_unsorted_categories_give_the_index_of_thei
         categories = [*NAMES[name], "never", "0"]
         random.shuffle(categories)
         categorical[name] = pd.Categorical(cells[name], categories=categories, ordered=random.random() < 0.5)
-    of_strings = ConditionIndex.of_labels(*(cells[name].to_numpy() for name in LABELS), "control")
+    of_strings = ConditionIndex.from_labels(*(cells[name].to_numpy() for name in LABELS), "control")
     for given_as in (categorical.values(), [pd.Series(c) for c in categorical.values()]):
-        index = ConditionIndex.of_labels(*given_as, "control")
+        index = ConditionIndex.from_labels(*given_as, "control")
         assert as_dict(index) == as_dict(of_strings)
         assert index.names == of_strings.names == tuple(tuple(sorted(set(cells[name]))) for name in LABELS)
 
@@ -110,14 +110,14 @@ def test_categoricals_with_unused_and_unsorted_categories_give_the_index_of_thei
 def test_rows_stay_in_order_whether_cells_have_few_labels_or_many(n_labels):
     rng = np.random.default_rng(0)
     cells = pd.DataFrame(np.tile(rng.integers(n_labels, size=(100, 3)), (3, 1)).astype(str), columns=LABELS)
-    index = ConditionIndex.of_labels(*(cells[name] for name in LABELS), "1")
+    index = ConditionIndex.from_labels(*(cells[name] for name in LABELS), "1")
     assert {index.labels(c): index.cells(c).tolist() for c in range(len(index))} == rows_by_label(cells)
 
 
 def test_cells_that_lie_in_order_need_no_number_each():
     cells = expanded([("A", "NK", "b", 3), ("control", "NK", "b", 2), ("A", "T", "b", 4)])
-    assert ConditionIndex.of_labels(*(cells[name] for name in LABELS), "control").rows is None
-    assert ConditionIndex.of_labels(*(cells[::-1][name] for name in LABELS), "control").rows is not None
+    assert ConditionIndex.from_labels(*(cells[name] for name in LABELS), "control").rows is None
+    assert ConditionIndex.from_labels(*(cells[::-1][name] for name in LABELS), "control").rows is not None
 
 
 def test_labels_that_sort_differently_than_they_are_counted_stay_apart():
@@ -128,7 +128,7 @@ def test_labels_that_sort_differently_than_they_are_counted_stay_apart():
 
 def test_no_cells_and_one_cell_have_an_index():
     for labels in ([], ["control"], ["A"]):
-        index = ConditionIndex.of_labels(labels, ["T"] * len(labels), ["b"] * len(labels), "control")
+        index = ConditionIndex.from_labels(labels, ["T"] * len(labels), ["b"] * len(labels), "control")
         assert as_dict(index) == [((label, "T", "b"), [0], 1, label == "control") for label in labels]
         assert len(match_controls(index, "batch", np.zeros(len(index), bool)).groups) == labels.count("control")
 
@@ -142,7 +142,7 @@ def test_the_index_of_conditions_is_that_of_their_cells(found):
     in_order = sorted(found, key=lambda c: (c[1], c[2], c[0]))
     cells = expanded(in_order)
     assert as_dict(index_of_conditions(in_order)) == as_dict(
-        ConditionIndex.of_labels(*(cells[name] for name in LABELS), "control")
+        ConditionIndex.from_labels(*(cells[name] for name in LABELS), "control")
     )
 
 
@@ -167,7 +167,7 @@ def test_sources_one_after_the_other_keep_their_labels_and_get_their_rows(source
 def test_selected_conditions_are_those_asked_for(found, random):
     cells = expanded(found).sample(frac=1, random_state=random.randrange(100))
     for index in (
-        ConditionIndex.of_labels(*(cells[name].to_numpy() for name in LABELS), "control"),
+        ConditionIndex.from_labels(*(cells[name].to_numpy() for name in LABELS), "control"),
         index_of_conditions(found),
     ):
         mask = np.array([random.random() < 0.5 for _ in range(len(index))], bool)
@@ -209,7 +209,7 @@ def test_groups_hold_the_cells_of_their_conditions_one_after_the_other(found, da
     for group, key in enumerate(sorted(set(keys.tolist()))):
         members = chosen[keys == key].tolist()
         rows = [row for condition in members for row in index.cells(condition).tolist()]
-        assert groups.of(group).tolist() == members
+        assert groups.in_group(group).tolist() == members
         assert groups.n_cells[group] == len(rows)
         places = np.array(data.draw(st.lists(st.integers(0, len(rows) - 1), max_size=8)), np.int64)
         assert groups.rows(group, places).tolist() == [rows[place] for place in places]

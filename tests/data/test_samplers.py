@@ -43,7 +43,7 @@ class Laid:
         first_rows = [sum(lengths[:i]) for i in range(len(sources))]
         cells = [(i, *label) for i, found in enumerate(sources) for *label, n in found for _ in range(n)]
         indexes = [
-            ConditionIndex.of_conditions(
+            ConditionIndex.from_conditions(
                 *([c[i] for c in found] for i in range(3)),
                 np.array([c[0] == "control" for c in found], bool),
                 np.array([c[3] for c in found], np.int64),

@@ -278,7 +278,7 @@ def test_no_held_out_cell_reaches_training(hold_out, validation):
     assert held_out
     split = SplitConfig(hold_out, validation, 0.0)
     config = config_for("memory", "unused", "data.n_hvg=null", split=split)
-    data = TrainingSet.of(screen, config)
+    data = TrainingSet.from_screen(screen, config)
     assert not held_out & set(data.origin.obs.index[data.train.index.rows])
     sampler = data.train.sampler(config)
     seen = set()
@@ -297,7 +297,7 @@ def test_no_held_out_cell_reaches_training(hold_out, validation):
 def test_no_test_cell_is_validated_on():
     screen, _ = marked_screen(["A:NK"], [])
     config = config_for(split=SplitConfig(["A:NK"], ["*:NK"], 0.0))
-    data = TrainingSet.of(screen, config)
+    data = TrainingSet.from_screen(screen, config)
     sampler = data.validation.sampler(config)
     seen = {row for step in range(sampler.steps_per_epoch) for s in sampler.batch(0, step) for row in s.rows}
     expected = (screen.obs["cell_type"] == "NK") & (screen.obs["perturbation"] != "A") & ~screen.is_control

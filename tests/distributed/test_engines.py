@@ -68,7 +68,7 @@ def test_a_process_whose_lanes_have_no_shards_left_waits_and_all_train_as_one(re
         "data.sets_per_batch=4",
     ]
     config = load_config(recipe, words, {"out": "unused"})
-    sampler = TrainingSet.of_atlases(config).train.sampler(config)
+    sampler = TrainingSet.from_atlases(config).train.sampler(config)
     sizes = [[len(sampler.batch(*sampler.position(step), rank, 2)) for rank in (0, 1)] for step in range(LAST)]
     assert any(0 in of_ranks for of_ranks in sizes)
     alone(recipe, tmp_path / "one", *words)

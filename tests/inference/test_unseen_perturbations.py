@@ -100,7 +100,7 @@ def test_what_has_neither_row_nor_features_is_an_error(model, controls):
 
 def test_loadings_are_of_training_cells_and_the_models_genes(screen, config):
     read = Screen.read(screen, config.data)
-    data = TrainingSet.of(read, config)
+    data = TrainingSet.from_screen(read, config)
     assert [table.name for table in data.tables] == ["esm2", "coexpression"]
     X = data.cells.log1p(np.flatnonzero(data.split.train))
     expected = coexpression_table(X, data.cells.genes.names).directions()
@@ -110,14 +110,14 @@ def test_loadings_are_of_training_cells_and_the_models_genes(screen, config):
 
 def test_tables_of_a_checkpoint_stand_in_place_of_new_loadings(screen, config):
     known = FeatureTable("coexpression", ("gene_0",), np.ones((1, 5), np.float32))
-    data = TrainingSet.of(Screen.read(screen, config.data), config, [known])
+    data = TrainingSet.from_screen(Screen.read(screen, config.data), config, [known])
     assert data.tables[1] is known
 
 
 def test_two_tables_of_one_name_are_refused(screen, table, tmp_path):
     config = tiny_config(screen, tmp_path / "run", f"data.perturbation_features=[{table},{table}]")
     with pytest.raises(ValueError, match="must have different names"):
-        TrainingSet.of(Screen.read(screen, config.data), config)
+        TrainingSet.from_screen(Screen.read(screen, config.data), config)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from tests.screens import config_for, counts_screen, log1p_cp10k, read, screen_w
 
 def training_set(adata, *words, hold_out=(), validation=(), fraction=0.0):
     split = SplitConfig(list(hold_out), list(validation), fraction)
-    return TrainingSet.of(read(adata), config_for("memory", "unused", *words, split=split))
+    return TrainingSet.from_screen(read(adata), config_for("memory", "unused", *words, split=split))
 
 
 def spoiled(adata, chosen):
@@ -50,7 +50,7 @@ def test_genes_of_a_checkpoint_are_kept_beside_the_variable_ones(adata):
     plain = training_set(adata, "data.n_hvg=15")
     known = GeneVocab((*[str(name) for name in adata.var_names[[70, 3, 41]]], "of another panel"))
     config = config_for("memory", "unused", "data.n_hvg=15", split=SplitConfig([], [], 0.0))
-    data = TrainingSet.of(read(adata), config, known_genes=known)
+    data = TrainingSet.from_screen(read(adata), config, known_genes=known)
     kept = set(plain.cells.genes.names) | set(known.names[:3])
     assert data.cells.genes.names == tuple(name for name in adata.var_names if name in kept)
 
@@ -156,10 +156,10 @@ def test_a_screen_and_the_atlas_built_from_it_have_one_index_and_deal_the_same_c
     path = written(adata, tmp_path / "screen.h5ad")
     build(BuildConfig(str(tmp_path / "atlas"), [SourceConfig(str(path))]), workers=1, shard_bytes=1000)
     split = SplitConfig(["A:NK"], [], 0.2)
-    of_screen = TrainingSet.of(read(adata), config_for("memory", "unused", split=split))
+    of_screen = TrainingSet.from_screen(read(adata), config_for("memory", "unused", split=split))
     config = config_for("memory", "unused", split=split)
     config.data.screen, config.data.atlases = None, [AtlasConfig(str(tmp_path / "atlas"))]
-    of_atlas = TrainingSet.of_atlases(config)
+    of_atlas = TrainingSet.from_atlases(config)
     names = np.concatenate([pq.read_table(p)["cell"].to_numpy() for p in sorted((tmp_path / "atlas/data").iterdir())])
     assert len(list((tmp_path / "atlas/data").iterdir())) > 1
     assert of_atlas.vocabularies == of_screen.vocabularies

@@ -61,7 +61,7 @@ def screen(tmp_path_factory):
 
 def real_batch(screen, *words: str) -> tuple[Config, TrainingSet, CellSetBatch]:
     config = tiny_config(screen, screen.parent / "run", *words, hold_out=())
-    made = TrainingSet.of(Screen.read(screen, config.data), config)
+    made = TrainingSet.from_screen(Screen.read(screen, config.data), config)
     return config, made, made.train.batch(made.train.sampler(config), 0, 0, 0, 1)
 
 
@@ -76,7 +76,7 @@ def real_batch(screen, *words: str) -> tuple[Config, TrainingSet, CellSetBatch]:
 )
 def test_weights_gradients_moments_and_average_take_the_bytes_they_take_in_a_step(screen, words):
     config, made, batch = real_batch(screen, "diffusion.p_drop_cond=0.5", *words)
-    size = replace(SIZE, n_genes=batch.n_genes, labels=VocabSizes.of(made.vocabularies))
+    size = replace(SIZE, n_genes=batch.n_genes, labels=VocabSizes.from_vocabularies(made.vocabularies))
     denoiser = Denoiser(config.denoiser, batch.n_genes, size.labels)
     optimizer = make_optimizer(denoiser, config.optim)
     draws = training_draws(batch, config.diffusion, 0)
@@ -123,7 +123,7 @@ def test_activations_are_within_two_per_cent_of_what_the_allocator_held(screen, 
         f"denoiser.width={8 * rng.integers(4, 9)}", f"training.mixed_precision={precision}",
     )  # fmt: skip
     batch = replace(batch, mask=torch.ones_like(batch.mask))
-    size = replace(SIZE, n_genes=batch.n_genes, labels=VocabSizes.of(made.vocabularies))
+    size = replace(SIZE, n_genes=batch.n_genes, labels=VocabSizes.from_vocabularies(made.vocabularies))
     denoiser = Denoiser(config.denoiser, batch.n_genes, size.labels)
     held = allocated_peak(config, denoiser, batch, seed)
     assert math.isclose(step_work(config, size, n_sets).activations, held, rel_tol=0.02)
@@ -235,7 +235,7 @@ def nbytes(batch: CellSetBatch) -> int:
 def test_a_batch_takes_the_bytes_of_one_of_an_atlas_of_the_same_density(tmp_path):
     config = recipe("data.set_size=1", "data.sets_per_batch=9")
     config.data.atlases = [AtlasConfig(path=str(write_atlas(tmp_path / "atlas")))]
-    train = TrainingSet.of_atlases(config).train
+    train = TrainingSet.from_atlases(config).train
     batch = train.batch(train.sampler(config), 0, 0, 0, 1)
     assert batch.mask.all()
     stored = (len(batch.cells.values) + len(batch.controls.values)) / (2 * batch.mask.numel())
@@ -246,7 +246,7 @@ def test_a_batch_takes_the_bytes_of_one_of_an_atlas_of_the_same_density(tmp_path
 def test_sizes_of_a_screen_are_those_that_train_would_find(screen):
     config, made, _ = real_batch(screen)
     size = data_size(config)
-    assert size.labels == VocabSizes.of(made.vocabularies)
+    assert size.labels == VocabSizes.from_vocabularies(made.vocabularies)
     assert size.n_genes == len(made.cells.genes)
     assert size.n_cells == made.train.index.n_cells[~made.train.index.is_control].sum()
     X = made.cells.X
@@ -261,7 +261,7 @@ def test_sizes_of_atlases_are_counted_where_they_are_folders(tmp_path):
     # 9 + 1 + 12 + 4 perturbed cells, A and B, NK and T, b1 and b2
     assert (size.n_cells, size.labels, size.n_genes) == (26, VocabSizes(2, 2, 2), 20)
     assert size.with_controls == 1.0
-    stored = np.diff(TrainingSet.of_atlases(config).cells.take(np.arange(44)).indptr)
+    stored = np.diff(TrainingSet.from_atlases(config).cells.take(np.arange(44)).indptr)
     assert size.values_per_cell == np.maximum(stored, 1).mean()  # an empty cell counts as one value
     config.data.atlases = [AtlasConfig(path=str(atlas), sets="marginal")]
     marginal = data_size(config)

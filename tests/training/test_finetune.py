@@ -108,7 +108,7 @@ def test_without_steps_known_labels_are_predicted_as_the_checkpoint_does(checkpo
 def test_the_backbone_stays_bit_for_bit_and_the_rest_moves(method, checkpoint, screen, tmp_path):
     config = tuned(screen, checkpoint, tmp_path / "run", f"adapt.method={method}", "optim.lr=0.01")
     start = prepare(config, None, tmp_path / "run", resuming=False)
-    begin = start.plain({name: p.detach().clone() for name, p in start.denoiser.named_parameters()})
+    begin = start.own_weights({name: p.detach().clone() for name, p in start.denoiser.named_parameters()})
     fit(config)
     after, before = weights(tmp_path / "run" / "model"), weights(checkpoint)
     changed = {f"{layer}.weight" for layer in changed_layers(PerturbDiff.from_pretrained(checkpoint).denoiser)}

@@ -47,7 +47,7 @@ def case(screen, read):
 
     def made(*words):
         config = tiny_config(screen, screen.parent / "run", VALIDATED, *words)
-        cells = TrainingSet.of(read, config).validation
+        cells = TrainingSet.from_screen(read, config).validation
         return config, cells, cells.sampler(config)
 
     return made
@@ -57,7 +57,7 @@ def case(screen, read):
 def denoiser(screen, read):
     """A denoiser whose head and gates are not zero any more."""
     config = tiny_config(screen, screen.parent / "run", VALIDATED)
-    data = TrainingSet.of(read, config)
+    data = TrainingSet.from_screen(read, config)
     with torch.random.fork_rng():
         torch.manual_seed(3)
         made = build_denoiser(config.denoiser, len(data.cells.genes), data.vocabularies)
@@ -288,7 +288,7 @@ def test_a_streamed_condition_is_one_condition_over_its_shards(read, tmp_path, w
     data = {"atlases": [{"path": str(atlas)}], "streamed": True, "n_streams": 2, "n_hvg": None}
     given = {"out": str(tmp_path / "run"), "data": data, "split": {"hold_out": ["pert_0:type_0"]}}
     config = load_config(None, [*TINY, VALIDATED, "sampling.whole_counts=false"], given)
-    cells = TrainingSet.of_atlases(config).validation
+    cells = TrainingSet.from_atlases(config).validation
     sampler = cells.sampler(config)
     found = together(FromControls(shifted), config, cells, sampler, world_size)
     assert cells.cells._open == {}

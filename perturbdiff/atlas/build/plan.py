@@ -35,7 +35,7 @@ GROUP_TIMES = 8  # what a row group takes while it is gathered and written as Pa
 VALUE_BYTES = 14  # of a value of a chunk that waits to be written
 MOST_VALUES = 1 << 24  # of a chunk; more saves nothing
 BLOCK_CELLS = 1 << 18  # one piece of work where only labels or moments are read
-HOW = Preprocessing("counts", 1e4, 10.0)
+PREPROCESSING = Preprocessing("counts", 1e4, 10.0)
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Plan:
         return cls(genes, sort, tuple(content["source_cells"]), *numbers)
 
 
-def make_plan(crew: Crew[Inputs], samples: Sequence[Sample], max_values: int, task: tuple[int, int] | None) -> Plan:
+def make_plan(crew: Crew[Inputs], densities: Sequence[Density], max_values: int, task: tuple[int, int] | None) -> Plan:
     """Look at all labels and, where the rule asks for it, at all values.
 
     Raises
@@ -137,14 +137,14 @@ def make_plan(crew: Crew[Inputs], samples: Sequence[Sample], max_values: int, ta
     vocabs = {source.name: source.genes for source in inputs.sources}
     space = merge_genes(vocabs, config.genes, table)
     pieces = [source.chunks(READ_VALUES) for source in inputs.sources]
-    chunks = _chunks(pieces, [sample.mean() for sample in samples], max_values)
+    chunks = _chunks(pieces, [density.mean() for density in densities], max_values)
     kept, counts, selections = _conditions(crew, pieces, chunks)
     if (n := n_selected(config.genes)) is not None:
         variable = [moments.highly_variable(n) for moments in _moments(crew, pieces, task)]
         space = space.among(variable)
     value_type = config.count_type if inputs.sources[0].input_kind == "counts" else "float32"
     value_bytes = np.dtype(gene_type(len(space.genes))).itemsize + np.dtype(value_type).itemsize
-    means = np.array([sample.mean(columns >= 0) for sample, columns in zip(samples, space.columns, strict=True)])
+    means = np.array([density.mean(columns >= 0) for density, columns in zip(densities, space.columns, strict=True)])
     # Buckets are a little smaller than shards, as sizes are estimates; CELL_BYTES is for cells without counts.
     sizes, bucket = np.maximum(means * value_bytes, CELL_BYTES), max(inputs.shard_bytes * 4 // 5, 1)
     sort = Sort(
@@ -152,7 +152,7 @@ def make_plan(crew: Crew[Inputs], samples: Sequence[Sample], max_values: int, ta
         sources=inputs.sources,
         columns=space.columns,
         gene_names=space.genes.names,
-        conditions=Conditions.of(counts, sizes, bucket),
+        conditions=Conditions.from_counts(counts, sizes, bucket),
         chunks=kept,
         pieces=np.array([piece for ranges in pieces for piece in ranges], dtype=np.int64).reshape(-1, 2),
         value_type=value_type,
@@ -161,7 +161,7 @@ def make_plan(crew: Crew[Inputs], samples: Sequence[Sample], max_values: int, ta
     )
     source_cells = tuple(selection.n_cells for selection in selections)
     disk = float(((1.5 * means * value_bytes + 2 * CELL_BYTES) * source_cells).sum())
-    return Plan(space.genes, sort, source_cells, max_values, row_bytes(inputs, samples), int(disk))
+    return Plan(space.genes, sort, source_cells, max_values, row_bytes(inputs, densities), int(disk))
 
 
 def _chunks(pieces: list[list[tuple[int, int]]], means: list[float], max_values: int) -> list[tuple[int, int, int]]:
@@ -240,7 +240,7 @@ def _moments_of(inputs: Inputs, part: tuple[int, int, list[tuple[int, int]]]) ->
     if path.exists():
         return
     source = inputs.sources[number]
-    moments, preprocessing = GeneMoments(len(source.genes)), replace(HOW, input_kind=source.input_kind)
+    moments, preprocessing = GeneMoments(len(source.genes)), replace(PREPROCESSING, input_kind=source.input_kind)
     kept = source.labels(block[0][0], block[-1][1])["row"].to_numpy()
     for first, last in block:
         rows = kept[slice(*np.searchsorted(kept, (first, last)))] - first
@@ -267,8 +267,8 @@ def _blocks(pieces: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """Stored values of each gene of a source in a few of its cells."""
+class Density:
+    """How many values of each gene a source stores in a few of its cells."""
 
     n_cells: int
     n_values: np.ndarray
@@ -277,8 +277,8 @@ class Sample:
         return float(self.n_values[kept].sum() / max(self.n_cells, 1))
 
 
-def sample(source: Source) -> Sample:
-    """A few pieces of a source, spread over it."""
+def density(source: Source) -> Density:
+    """From a few pieces of a source, spread over it."""
     ranges = source.chunks(READ_VALUES)
     n_values, n_cells = np.zeros(len(source.genes), dtype=np.int64), 0
     for i in np.unique(np.linspace(0, len(ranges) - 1, min(4, len(ranges))).astype(int)) if ranges else ():
@@ -286,14 +286,14 @@ def sample(source: Source) -> Sample:
         X, _ = source.read(first, first + -(-(last - first) // 2))
         n_values += np.bincount(X.indices, minlength=len(n_values))
         n_cells += X.shape[0]
-    return Sample(n_cells, n_values)
+    return Density(n_cells, n_values)
 
 
-def row_bytes(inputs: Inputs, samples: Sequence[Sample]) -> float:
+def row_bytes(inputs: Inputs, densities: Sequence[Density]) -> float:
     """Genes and values of a cell of the source that has most, before any gene is left out."""
     small = inputs.config.count_type == "uint16" and inputs.sources[0].input_kind == "counts"
     width = np.dtype(gene_type(sum(len(source.genes) for source in inputs.sources))).itemsize + (2 if small else 4)
-    return width * max(sample.mean() for sample in samples)
+    return width * max(density.mean() for density in densities)
 
 
 def share_memory(max_memory: int, workers: int, cell_bytes: float, known: int | None) -> tuple[int, int, int]:

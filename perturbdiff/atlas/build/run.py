@@ -21,7 +21,16 @@ import pyarrow as pa
 
 from perturbdiff._version import __version__
 from perturbdiff.atlas.build.genes import GeneSpace, n_selected
-from perturbdiff.atlas.build.plan import GROUP_TIMES, HOW, Inputs, Plan, make_plan, row_bytes, sample, share_memory
+from perturbdiff.atlas.build.plan import (
+    GROUP_TIMES,
+    PREPROCESSING,
+    Inputs,
+    Plan,
+    density,
+    make_plan,
+    row_bytes,
+    share_memory,
+)
 from perturbdiff.atlas.build.sort import Sort, merge_bucket, spill_chunk, written
 from perturbdiff.atlas.build.sources.base import Source, open_source
 from perturbdiff.atlas.build.workers import Crew
@@ -85,14 +94,14 @@ def build(
         inputs.folder.mkdir(parents=True, exist_ok=True)
         _check_settings(inputs)
         known = inputs.plan if (inputs.folder / "plan").is_dir() else None
-        samples = [sample(source) for source in inputs.sources] if known is None else []
-        cell_bytes = known.cell_bytes if known else row_bytes(inputs, samples)
+        densities = [density(source) for source in inputs.sources] if known is None else []
+        cell_bytes = known.cell_bytes if known else row_bytes(inputs, densities)
         n_workers, memory, max_values = share_memory(
             max_memory, workers or os.cpu_count() or 1, cell_bytes, known.max_values if known else None
         )
         with Crew(inputs, n_workers) as crew:
             if known is None:
-                make_plan(crew, samples, max_values, task).write()
+                make_plan(crew, densities, max_values, task).write()
             plan = inputs.plan
             _report(plan)
             if not all(plan.sort.bucket_file(i).exists() for i in range(plan.sort.conditions.n_buckets)):
@@ -254,11 +263,9 @@ def _finish(inputs: Inputs, plan: Plan, out: Path) -> None:
     info = AtlasInfo(
         library_version=__version__,
         input_kind=kind,
-        normalisation=(
-            f"Models read log1p(count * {HOW.target_sum:g} / library_size) / {HOW.scale:g}, or as they were told."
-            if kind == "counts"
-            else f"Models read value / {HOW.scale:g}, or as they were told."
-        ),
+        normalisation="Models read "
+        + (f"log1p(count * {PREPROCESSING.target_sum:g} / library_size)" if kind == "counts" else "value")
+        + f" / {PREPROCESSING.scale:g}, or as they were told.",
         n_cells=int(firsts[-1]),
         n_genes=len(plan.genes),
         n_conditions=len(conditions),

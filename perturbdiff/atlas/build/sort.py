@@ -59,7 +59,9 @@ class Conditions:
     n_parts: np.ndarray
 
     @classmethod
-    def of(cls, counts: dict[tuple[str, str, str], np.ndarray], cell_bytes: np.ndarray, bucket: int) -> Conditions:
+    def from_counts(
+        cls, counts: dict[tuple[str, str, str], np.ndarray], cell_bytes: np.ndarray, bucket: int
+    ) -> Conditions:
         """Conditions and buckets of about `bucket` bytes.
 
         Parameters
@@ -294,7 +296,7 @@ class _Run:
     n_name_bytes: int
 
     @classmethod
-    def of(cls, sort: Sort, chunk: int, bucket: int) -> _Run | None:
+    def open(cls, sort: Sort, chunk: int, bucket: int) -> _Run | None:
         path, n_buckets = sort.chunk_file(chunk), sort.conditions.n_buckets
         with open(path, "rb") as file:
             (cell, name, value), end = _read(file, bucket * 3 * _OFFSETS.itemsize, _OFFSETS, 6).reshape(2, 3).tolist()
@@ -314,7 +316,7 @@ class _Run:
 
 def merge_bucket(sort: Sort, bucket: int, memory: int) -> int:
     """Write the shards of a bucket, of whose values about `memory` bytes are held at once. Returns the cells."""
-    runs = [run for chunk in range(len(sort.chunks)) if (run := _Run.of(sort, chunk, bucket)) is not None]
+    runs = [run for chunk in range(len(sort.chunks)) if (run := _Run.open(sort, chunk, bucket)) is not None]
     parts, names = [], []
     for run in runs:
         with open(run.path, "rb") as spill:

@@ -319,7 +319,7 @@ def test_stored_zeros_are_left_out(tmp_path, log1p):
 
 
 def test_log1p_values_are_not_taken_for_counts_because_the_first_cells_are_empty(tmp_path, monkeypatch):
-    monkeypatch.setattr(source_h5ad, "_SAMPLE_VALUES", 30)
+    monkeypatch.setattr(source_h5ad, "_PROBE_VALUES", 30)
     monkeypatch.setattr(source_h5ad, "_MAX_ROWS", 4)
     adata = counts_screen(n=20)
     dense = np.zeros(adata.shape, np.float32)
@@ -329,10 +329,10 @@ def test_log1p_values_are_not_taken_for_counts_because_the_first_cells_are_empty
 
 
 def test_fractions_in_a_file_taken_for_counts_are_an_error_with_the_setting_to_change(tmp_path, monkeypatch):
-    monkeypatch.setattr(source_h5ad, "_SAMPLE_VALUES", 30)
+    monkeypatch.setattr(source_h5ad, "_PROBE_VALUES", 30)
     adata = counts_screen(n=40)
     chunks = open_h5ad(written(adata, tmp_path / "a.h5ad")).chunks(30)
-    sampled = {chunks[i] for i in np.linspace(0, len(chunks) - 1, source_h5ad._SAMPLE).astype(int)}
+    sampled = {chunks[i] for i in np.linspace(0, len(chunks) - 1, source_h5ad._PROBES).astype(int)}
     first, _ = next(chunk for chunk in chunks if chunk not in sampled)
     adata.X.data[adata.X.indptr[first]] = 0.5
     source = open_h5ad(written(adata, tmp_path / "a.h5ad"))
@@ -343,7 +343,7 @@ def test_fractions_in_a_file_taken_for_counts_are_an_error_with_the_setting_to_c
 
 
 def test_raw_counts_among_log1p_values_are_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(source_h5ad, "_SAMPLE_VALUES", 3000)
+    monkeypatch.setattr(source_h5ad, "_PROBE_VALUES", 3000)
     adata = counts_screen(n_genes=40, n=40)
     half = len(adata) // 2
     dense = np.minimum(adata.X.toarray(), 9)

@@ -48,7 +48,7 @@ class OtherAtlas:
         atlas.download()  # nothing to do for a folder
         assert atlas.folder is not None, "download sets it"
         files = LocalFiles(atlas.folder, tuple(shard.file for shard in atlas.info.shards))
-        groups = RowGroups.of(files, files.names, "genes")
+        groups = RowGroups.open(files, files.names, "genes")
         atlas = replace(atlas, conditions=atlas.conditions.slice(0, 0))  # labels are read from the shards
         return cls(config, config.name or Path(config.path).name, len(atlas), atlas, groups)
 

@@ -112,7 +112,7 @@ def open_source(config: SourceConfig) -> Source:
     config = replace(config, name=config.name or (path.stem if kind == "h5ad" else path.resolve().name))
     if kind == "h5ad":
         return H5adSource.open(config)
-    files: ParquetFiles = HubFiles.of(config.path) if on_hub else LocalFiles.of(config.path)
+    files: ParquetFiles = HubFiles.open(config.path) if on_hub else LocalFiles.open(config.path)
     if kind == "atlas" or (kind == "auto" and "atlas.json" in files.names):
         return OtherAtlas.open(config)
     return TahoeSource.open(config, files)

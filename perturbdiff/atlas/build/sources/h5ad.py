@@ -29,8 +29,8 @@ from perturbdiff.data.expression import InputKind, library_sizes
 from perturbdiff.data.screen import LABELS, genes_of
 from perturbdiff.data.vocab import GeneVocab
 
-_SAMPLE = 8  # positions of a file looked at to tell counts from log1p values
-_SAMPLE_VALUES = 1 << 18  # values of each
+_PROBES = 8  # positions of a file looked at to tell counts from log1p values
+_PROBE_VALUES = 1 << 18  # values of each
 _MAX_ROWS = 1 << 18  # cells read together, however empty: their labels need memory too
 
 
@@ -92,14 +92,14 @@ class H5adSource:
         """As declared, or for "auto" what a sample of the cells holds; `read` checks that the others agree."""
         if self.config.input_kind != "auto":
             return self.config.input_kind
-        chunks = self.chunks(_SAMPLE_VALUES)
-        sample = [chunks[i] for i in np.unique(np.linspace(0, len(chunks) - 1, _SAMPLE).astype(int)) if chunks]
-        found = {chunk: self._kind_of(*chunk) for chunk in sample}
+        chunks = self.chunks(_PROBE_VALUES)
+        probed = [chunks[i] for i in np.unique(np.linspace(0, len(chunks) - 1, _PROBES).astype(int)) if chunks]
+        found = {chunk: self._kind_of(*chunk) for chunk in probed}
         if set(found.values()) == {None}:  # empty cells say nothing: look on
-            sample = list(islice((chunk for chunk in chunks if self._kind_of(*chunk)), 1))
-            found = {chunk: self._kind_of(*chunk) for chunk in sample}
+            probed = list(islice((chunk for chunk in chunks if self._kind_of(*chunk)), 1))
+            found = {chunk: self._kind_of(*chunk) for chunk in probed}
         kind: InputKind = "log1p" if "log1p" in found.values() else "counts"
-        for chunk in sample:  # what is wrong is better said before the work than in the middle of it
+        for chunk in probed:  # what is wrong is better said before the work than in the middle of it
             self._checked(chunk[0], chunk[1], kind)
         return kind
 

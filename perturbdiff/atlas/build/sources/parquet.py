@@ -47,7 +47,7 @@ class LocalFiles:
     names: tuple[str, ...]
 
     @classmethod
-    def of(cls, folder: str | Path) -> LocalFiles:
+    def open(cls, folder: str | Path) -> LocalFiles:
         found = (path for path in Path(folder).rglob("*") if path.is_file())
         return cls(Path(folder), tuple(sorted(path.relative_to(folder).as_posix() for path in found)))
 
@@ -78,7 +78,7 @@ class HubFiles:
     names: tuple[str, ...]
 
     @classmethod
-    def of(cls, repo: str) -> HubFiles:
+    def open(cls, repo: str) -> HubFiles:
         import httpx2
         import huggingface_hub  # only those who read from the Hub wait for it
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -122,7 +122,7 @@ class RowGroups:
     values: np.ndarray
 
     @classmethod
-    def of(cls, files: ParquetFiles, names: Sequence[str], column: str) -> RowGroups:
+    def open(cls, files: ParquetFiles, names: Sequence[str], column: str) -> RowGroups:
         with ThreadPoolExecutor(8) as pool:
             footers = list(pool.map(files.footer, names))
         groups = []

@@ -79,7 +79,7 @@ class TahoeSource:
                 "the schema of Tahoe-100M has data/*.parquet and metadata/gene_metadata.parquet."
             )
         genes, column_of = _tahoe_genes(files.local(min(tables, key=len)))
-        groups = RowGroups.of(files, data, "expressions")
+        groups = RowGroups.open(files, data, "expressions")
         columns = files.footer(data[0]).schema.to_arrow_schema().names
         samples = None
         if config.perturbation_col is not None and config.perturbation_col not in columns:
