@@ -112,12 +112,14 @@ def add_hub_commands(commands: Any) -> None:
 
 
 def _push(arguments: argparse.Namespace) -> None:
+    from perturbdiff.hub.download import own_folder
     from perturbdiff.hub.metadata import parse_metadata
     from perturbdiff.hub.model_folder import read_folder
     from perturbdiff.hub.registry import entry_of
     from perturbdiff.model import PerturbDiff, push_folder
 
-    folder = read_folder(arguments.model)  # not a repo id
+    arguments.model = own_folder(arguments.model)
+    folder = read_folder(arguments.model)
     if arguments.license is not None:
         if folder.is_adapter:
             raise ValueError("an adapter has no license of its own; leave --license out.")

@@ -278,17 +278,20 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from perturbdiff.evaluation.report import evaluate
+    from perturbdiff.hub.download import own_folder
     from perturbdiff.model import PerturbDiff
+
+    folder = None if arguments.model is None else own_folder(arguments.model)
 
     if arguments.out is not None and Path(arguments.out).exists() and not Path(arguments.out).is_dir():
         raise FileExistsError(f"--out {arguments.out} is a file; give a folder.")
     report = evaluate(arguments.predictions, arguments.screen, arguments.split, overrides=arguments.settings)
     print(report.table())
-    if arguments.model is not None:
-        model = PerturbDiff.from_pretrained(arguments.model, device="cpu")
+    if folder is not None:
+        model = PerturbDiff.from_pretrained(folder, device="cpu")
         model.evaluation = report.record()
-        model.save_pretrained(arguments.model)
-        print(f"scores put into {arguments.model}")
+        model.save_pretrained(folder)
+        print(f"scores put into {folder}")
     if arguments.out is not None:
         out = Path(arguments.out)
         out.mkdir(parents=True, exist_ok=True)

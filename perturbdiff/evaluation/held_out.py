@@ -16,6 +16,7 @@ from perturbdiff.data.screen import Screen
 from perturbdiff.data.splits import Split, read_split
 from perturbdiff.evaluation.report import Report, held_out_rows, read_measured, score_conditions
 from perturbdiff.files import progress
+from perturbdiff.hub.download import own_folder
 from perturbdiff.inference.intervals import Calibration, calibrate
 from perturbdiff.inference.output import write_predicted
 from perturbdiff.model import PerturbDiff
@@ -79,6 +80,7 @@ def calibrate_model(
     The screen is read as the model's own was, where overrides and settings (as of `train`) say nothing else. Raises as
     `calibrate`, `evaluate` and `PerturbDiff.from_pretrained`.
     """
+    folder = own_folder(folder)
     model = PerturbDiff.from_pretrained(folder)
     columns, preprocessing = model.config.obs, model.preprocessing
     known = {

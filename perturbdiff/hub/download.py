@@ -172,6 +172,16 @@ def find_model(
     )
 
 
+def own_folder(path: str | Path) -> Path:
+    """The model folder at a path, or in the folder of a run, to be written to.
+
+    Raises FileNotFoundError where there is none, as for a repo.
+    """
+    if not Path(path).is_dir():
+        raise FileNotFoundError(f"model folder {str(path)!r} does not exist; give a folder made by save_pretrained.")
+    return find_model(path).folder
+
+
 def pull(
     repo: str,
     repo_type: str,

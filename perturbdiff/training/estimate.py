@@ -216,7 +216,7 @@ def step_work(config: Config, data: DataSize, n_sets: int) -> StepWork:
             mask=mask, dense=lambda: (torch.empty(shape), torch.empty(shape)), one_count=lambda: torch.empty(shape[:2])
         )
         with _Counter(denoiser) as first, torch.no_grad(), torch.autocast("cpu", torch.bfloat16, in_bf16):
-            denoiser(torch.empty(shape), ids, torch.empty(shape), labels, None, mask, mask)
+            denoiser(torch.empty(shape), ids, torch.empty(shape), labels, None, mask)
         with _Counter(denoiser) as step:
             rounding = torch.empty(shape) if config.diffusion.whole_counts else None
             # All sets see a first estimate, by number: which ones a mask chooses depends on values.

@@ -55,7 +55,7 @@ def test_every_comment_on_a_setting_is_printed(name):
 def test_the_values_that_a_setting_may_have_are_printed(capsys):
     lines = printed(capsys, "settings").splitlines()
     assert "  sampler: ddim  # ddim | ddpm" in lines
-    assert "  trackers: [tensorboard]  # tensorboard | wandb; besides metrics.jsonl" in lines
+    assert "  trackers: [tensorboard]  # tensorboard | wandb" in lines
 
 
 def test_an_unknown_section_is_an_error_that_names_the_nearest(capsys):
