@@ -226,7 +226,7 @@ def test_a_changed_or_missing_file_is_named(folder, adapter, name):
         (ADAPTER_CONFIG, setting(modules_to_save=["head"]), "modules_to_save must be conditioning, effect"),
         ("training.json", setting(init_from=None), "init_from in training.json must give"),
         ("training.json", base(sha256="0" * 63), "init_from in training.json must give"),
-        ("training.json", base(name=7), "init_from in training.json must give"),
+        ("training.json", base(name=7), r"init_from.name \(7\) must be a text"),
         ("training.json", base(revision="main"), "init_from in training.json must give"),
         ("training.json", base(sha256="0" * 64), r"trained on base \(sha256 0{12}\), and .* is another model, base \("),
         (CONFIG, part("denoiser", depth=2), "target_modules must list layers"),
