@@ -51,7 +51,7 @@ def recipe(*words: str, expected: dict[str, int] | None = None) -> Config:
     sizes = {"cells": 10**6, "genes": 300, "genes_per_cell": 60, "perturbations": 9, "cell_types": 4, "batches": 3}
     atlas = {"path": "nowhere/atlas", "expected": expected or sizes}
     given = {"out": "unused", "data": {"atlases": [atlas], "n_hvg": None, "set_size": 16, "sets_per_batch": 64}}
-    return load_config(None, ["denoiser.width=32", "denoiser.depth=2", "denoiser.n_heads=2", *words], given)
+    return load_config(None, ["denoiser.width=32", "denoiser.depth=1", "denoiser.n_heads=2", *words], given)
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_gradients_are_no_activations():
 
 def test_activations_of_one_more_set_are_those_of_any_other():
     config = settings("training.mixed_precision=bf16")
-    two, four, eight = (step_work(config, SIZE, n).activations for n in (8, 16, 32))
+    two, four, eight = (step_work(config, SIZE, n).activations for n in (4, 8, 16))
     assert math.isclose(eight - four, 2 * (four - two), rel_tol=0.02)
 
 
@@ -172,8 +172,10 @@ def mmd_flops(n_sets: int, s: int, g: int) -> float:
     return (3 + 1 + 2) * linear(n_sets * s, g, s)
 
 
-@pytest.mark.parametrize(("n_sets", "s", "g", "depth"), [(1, 4, 7, 1), (3, 8, 30, 2), (5, 6, 50, 4)])
-@pytest.mark.parametrize(("precision", "p_first"), [("'no'", 0.5), ("bf16", 0.25), ("bf16", 0)])
+@pytest.mark.parametrize(
+    ("n_sets", "s", "g", "depth", "precision", "p_first"),
+    [(1, 4, 7, 1, "'no'", 0.5), (3, 8, 30, 2, "bf16", 0.25), (5, 6, 50, 4, "bf16", 0)],
+)
 def test_flops_are_those_counted_by_hand(n_sets, s, g, depth, precision, p_first):
     words = f"data.set_size={s}", f"denoiser.depth={depth}", f"diffusion.p_self_cond={p_first}"
     config = settings(*words, f"training.mixed_precision={precision}")
@@ -374,8 +376,8 @@ def test_it_tells_what_fits(monkeypatch, memory, note):
 
 
 def test_a_large_model_does_not_fit_whole_and_fits_in_shares():
-    words = "denoiser.width=2048", "denoiser.depth=12", "denoiser.n_heads=16", "data.set_size=1"
-    found = estimate(recipe(*words), Cluster(64, "rtx4090"))
+    words = "denoiser.width=6144", "denoiser.depth=2", "data.set_size=1"
+    found = estimate(recipe(*words), Cluster(64, "a100-40gb"))
     assert found.fits == {"DDP": False, "ZeRO-1": True, "ZeRO-2": True, "ZeRO-3": True}
     assert found.engine == "ZeRO-1"
     assert "; ZeRO-1 does" in found.notes[0]
