@@ -20,6 +20,10 @@ from tests.processes import alive_with
 # How long an example takes says how busy the machine is.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
+
+# A shell starts what it puts into the background deaf to Ctrl-C, and so are the processes that it starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 GOLDEN = Path(os.environ.get("PERTURBDIFF_GOLDEN", Path(__file__).parents[1] / "../shared/golden"))
 
 
