@@ -157,7 +157,7 @@ class PerturbDiff:
         return cls._load(source, golden_check, base).to(where, dtype)
 
     @classmethod
-    def _load(cls, source: ModelSource, golden_check: bool, base: str | Path | None) -> PerturbDiff:
+    def _load(cls, source: ModelSource, golden_check: bool, base: str | Path | None = None) -> PerturbDiff:
         if source.repo is not None:
             return cls._read(source, golden_check, base)
         for _ in range(READ_AGAIN):
@@ -191,7 +191,7 @@ class PerturbDiff:
         return cls(**vars(convert_checkpoint(checkpoint, genes, dataset, weights)), name=Path(checkpoint).stem)
 
     @classmethod
-    def _read(cls, source: ModelSource, golden_check: bool, base: str | Path | None) -> PerturbDiff:
+    def _read(cls, source: ModelSource, golden_check: bool, base: str | Path | None = None) -> PerturbDiff:
         folder, metadata = source.read()
         denoiser = denoiser_of(metadata)  # no memory is taken before its shapes were compared with the file's
         max_bytes = max_tensor_bytes(denoiser)
@@ -201,7 +201,7 @@ class PerturbDiff:
             adapter = read_adapter(folder, metadata, denoiser)
             where = adapter.base_on_hub if base is None else base
             found = _found(where, None, None, source.cache_dir, source.local_files_only, source.token)
-            adapter.merge(denoiser, cls._load(adapter.check_base(found), golden_check, None).denoiser.state_dict())
+            adapter.merge(denoiser, cls._load(adapter.check_base(found), golden_check).denoiser.state_dict())
         elif base is not None:
             raise ValueError(f"{source.name} is a whole model, not an adapter: it has no base; leave that out.")
         else:
