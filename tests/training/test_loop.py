@@ -183,7 +183,7 @@ def test_accumulation_changes_only_the_rounding(screen, tmp_path, n_parts, words
     # Cells of a step count the same, also where sets are of different sizes.
     fit(tiny_config(screen, tmp_path / "whole", *words))
     fit(tiny_config(screen, tmp_path / "parts", f"training.accumulation_steps={n_parts}", *words))
-    assert_close_losses(tmp_path / "whole", tmp_path / "parts", rtol=1e-5)
+    assert_close_losses(tmp_path / "whole", tmp_path / "parts", rtol=1e-4)
     assert_close_weights(tmp_path / "whole" / "model", tmp_path / "parts" / "model", atol=1e-5)
 
 

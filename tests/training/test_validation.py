@@ -196,10 +196,10 @@ def test_the_loss_is_the_mean_over_cells_of_each_sets_loss(case, denoiser):
 
 def test_the_measured_cells_themselves_have_no_distance_and_the_right_direction(case):
     config, cells, sampler = case("sampling.whole_counts=false")  # of the controls, which are of other depths
-    energy, no_change, pearson = values(alone(Oracle(cells, sampler), config, cells, sampler))
+    distance, no_change, pearson = values(alone(Oracle(cells, sampler), config, cells, sampler))
     expected = np.mean([energy(m, m) for _, m, _ in sets_looked_at(cells, sampler) if len(m) == 8])
-    assert energy < 0 < no_change  # a cell is at no distance from itself, and these pairs count
-    assert energy == pytest.approx(expected, rel=0.5)
+    assert distance < 0 < no_change  # a cell is at no distance from itself, and these pairs count
+    assert distance == pytest.approx(expected, rel=0.5)
     assert pearson == pytest.approx(1)
 
 

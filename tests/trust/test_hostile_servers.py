@@ -44,7 +44,7 @@ def test_weights_larger_than_the_settings_allow_are_not_downloaded(reader, hub, 
     assert not hub.gets(GOLDEN)
 
 
-@pytest.mark.parametrize("name", [CONFIG, "genes.json", "README.md"])
+@pytest.mark.parametrize("name", [CONFIG, "genes.json"])
 def test_small_files_that_are_large_are_not_downloaded(reader, hub, repo, tmp_path, name):
     repo.sizes[name] = 10**12
     assert_refused(reader.load(NAME, cache_dir=str(tmp_path / "cache")), name)
