@@ -267,7 +267,7 @@ def _of_batches(
         for _ in range(n_batches or args.batches):
             batch = training.train.batch(sampler, *sampler.position(next(steps)), 0, 1)
             use(batch)
-            perturbed, controls = perturbed + len(batch.cells.place), controls + len(batch.controls.place)
+            perturbed, controls = perturbed + len(batch.cells.position), controls + len(batch.controls.position)
         return perturbed, controls
 
     return _rate(work, args.repeats)
@@ -292,7 +292,7 @@ def _of_stream(config: Config, args: argparse.Namespace) -> dict[str, int]:
         perturbed = controls = 0
         for step in range(sampler.steps_per_epoch):
             batch = training.train.batch(sampler, 0, step, 0, 1)
-            perturbed, controls = perturbed + len(batch.cells.place), controls + len(batch.controls.place)
+            perturbed, controls = perturbed + len(batch.cells.position), controls + len(batch.controls.position)
         return perturbed, controls
 
     return _rate(work, max(1, args.repeats // 2))

@@ -122,7 +122,7 @@ def _streamed(args: argparse.Namespace) -> dict[str, object]:
     pools = match_controls(index, "batch").preferring(own, args.set_size)
     sampler = StreamedSampler(index, pools, borders, args.ranks, args.set_size, args.sets_per_batch, SEED)
     start_s = time.process_time() - start
-    shards, ends = sampler._lanes(0)
+    shards, ends = sampler._streams(0)
     per_lane = np.array([int(end[-1]) if len(end) else 0 for end in ends])
     read = np.sort(np.concatenate([np.array(lane, dtype=np.int64) for lane in shards]))
     assert np.array_equal(read, np.flatnonzero(sampler._sets.per_source)), "each shard is read once, by one lane"
@@ -130,7 +130,7 @@ def _streamed(args: argparse.Namespace) -> dict[str, object]:
     rng = np.random.default_rng(SEED + 2)
     start = time.process_time()
     for lane in _some(rng, args.ranks, 4).tolist():  # all steps of it
-        sets = np.concatenate([sampler._dealt(0, step, lane) for step in range(sampler.n_steps(0))])
+        sets = np.concatenate([sampler._assigned(0, step, lane) for step in range(sampler.n_steps(0))])
         first, n = sampler._sets.first_of_source[shards[lane]], sampler._sets.per_source[shards[lane]]
         expected = [np.arange(a, a + b) for a, b in zip(first, n, strict=True)]
         assert np.array_equal(np.sort(sets), np.sort(np.concatenate([*expected, sets[:0]]))), "all sets of its shards"
@@ -170,7 +170,7 @@ def _mixture(args: argparse.Namespace) -> dict[str, object]:
     # Which set of which epoch of its own atlas each set is, over two epochs of the mixture.
     start = time.process_time()
     dealt = [
-        sampler._of_epoch(epoch, sampler._dealt(epoch, step))
+        sampler._of_epoch(epoch, sampler._assigned(epoch, step))
         for epoch in (0, 1)
         for step in range(sampler.steps_per_epoch)
     ]
@@ -201,7 +201,7 @@ def _mixture(args: argparse.Namespace) -> dict[str, object]:
 def _check_spans(sampler: CellSetSampler) -> float:
     """The sets of an epoch are dealt once each, and make up each condition exactly; CPU-seconds of it."""
     start = time.process_time()
-    numbers = np.concatenate([sampler._dealt(0, step) for step in range(sampler.steps_per_epoch)])
+    numbers = np.concatenate([sampler._assigned(0, step) for step in range(sampler.steps_per_epoch)])
     assert np.array_equal(np.sort(numbers), np.arange(sampler.n_sets)), "each number of an epoch is dealt once"
     sets = sampler._sets
     total = int(sets.per_source.sum())
