@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 part=()
 if [ "${1:-}" = --fast ]; then
-  part=(-m "not slow")
+  part=(-m "not slow" --hypothesis-profile=fast)
   shift
 fi
 bash scripts/bootstrap.sh test
@@ -15,6 +15,9 @@ if [ ${#part[@]} = 0 ] && ! command -v chromium >/dev/null && command -v apt-get
 fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-.venv/bin/mypy
+.venv/bin/mypy & # the first time it takes as long as the fast tests
+types=$!
+trap 'kill "$types" 2>/dev/null || true' EXIT
 # One thread a process: two workers with two threads each would fight for two cores.
 OMP_NUM_THREADS=1 .venv/bin/pytest -n "${TEST_WORKERS:-2}" "${part[@]}" "$@"
+wait "$types" || { echo "test: mypy found something, see above" >&2; exit 1; }

@@ -18,8 +18,10 @@ from torch import Tensor
 from tests.processes import alive_with
 
 # How long an example takes says how busy the machine is.
-settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("any machine")
+on_any_machine = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("whole", on_any_machine, max_examples=60)
+settings.register_profile("fast", on_any_machine, max_examples=10)
+settings.load_profile("whole")  # scripts/test.sh --fast asks for the other
 
 # A shell starts what it puts into the background deaf to Ctrl-C, and so are the processes that it starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -10,6 +10,8 @@ import pytest
 
 from tests.screens import quality_file, real_screen
 
+pytestmark = pytest.mark.slow
+
 BENCH = Path(__file__).parents[1] / "scripts" / "bench"
 
 
@@ -68,7 +70,6 @@ def test_the_scale_benchmark_checks_what_it_deals():
         assert report[part]["batch_of_a_rank_cpu_ms"]["worst"] > 0
 
 
-@pytest.mark.slow
 def test_the_loader_benchmark_builds_and_reads_in_every_way_and_runs_again_on_what_it_kept(tmp_path):
     tiny = ("--cells", 1500, "--genes", 300, "--set-size", 16, "--batches", 1, "--rows", 50, "--repeats", 1)
     tiny = (*tiny, "--shard-mb", 1, "--folder", tmp_path / "kept")
@@ -89,7 +90,6 @@ def test_the_loader_benchmark_builds_and_reads_in_every_way_and_runs_again_on_wh
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
-@pytest.mark.slow
 def test_the_scaling_benchmark_runs_one_and_two_processes_and_says_what_they_cost():
     model = ("--sets", 2, "--set-size", 16, "--genes", 200, "--width", 32, "--depth", 1)
     report = run("scaling", "--steps", 2, 6, "--repeats", 1, *model)
@@ -101,7 +101,6 @@ def test_the_scaling_benchmark_runs_one_and_two_processes_and_says_what_they_cos
     assert report["processes"]["1"]["efficiency"] == 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fold", [(), ("--fold", "PW030")])
 def test_the_quality_benchmark_predicts_what_the_protocol_scores(fold):
     tasks = quality_file("score.py").parent
@@ -128,7 +127,6 @@ def test_a_fold_of_a_quality_task_hides_training_cells_and_looks_at_no_test_cell
     assert set(real.obs_names) <= set(every.obs_names)
 
 
-@pytest.mark.slow
 def test_the_few_shot_benchmark_pretrains_and_compares():
     data = real_screen("stoeckius2018_pbmc_hto_unperturbed.h5ad").parent
     lines = run("few_shot", "--data", data, "--percent", 10, "--pretrain-steps", 2, "training.n_steps=2", lines=True)

@@ -296,6 +296,7 @@ def test_settings_are_written_and_read_back_unchanged(tmp_path):
     assert load_config(tmp_path / "config.yaml") == config
 
 
+@pytest.mark.slow
 @settings(derandomize=True, max_examples=20)
 @given(st.text(st.characters(codec="utf-8", exclude_characters="$", exclude_categories=["Cc"]), min_size=1), st.data())
 def test_any_label_and_number_survive_being_written(tmp_path_factory, label, data):

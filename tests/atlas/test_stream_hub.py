@@ -17,6 +17,8 @@ from tests.localhub.server import SIGNATURE, Fault, LocalHub, Repo
 from tests.processes import PATIENCE
 from tests.simulated import TINY, tiny_config, write_screen
 
+pytestmark = pytest.mark.slow
+
 REPO = "lab/atlas"
 TOKEN = "hf_NobodyMayReadThis"
 SHARDS = [f"data/cells-{i:05d}.parquet" for i in range(6)]
@@ -359,7 +361,6 @@ for words in json.loads(sys.argv[1]):
 )
 
 
-@pytest.mark.slow
 def test_runs_from_a_repo_equal_those_from_the_folder_also_after_a_kill(folder, hub, tmp_path):
     breaking = {shard: Fault(times=2, cut_after=4000) for shard in SHARDS}
     hub.faults |= breaking

@@ -12,6 +12,8 @@ from perturbdiff.cli.main import main
 from tests.cli.test_main import TINY, assert_says, contents, here, only_line, refused  # noqa: F401 (fixtures)
 from tests.screens import counts_screen, log1p_cp10k, written
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def screens(tmp_path_factory):

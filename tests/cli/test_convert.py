@@ -12,6 +12,8 @@ from perturbdiff.training.loop import fit
 from tests.conftest import GOLDEN
 from tests.simulated import tiny_config, write_screen
 
+pytestmark = pytest.mark.slow
+
 CHECKPOINT = GOLDEN / "tiny_official.ckpt"
 with_golden = pytest.mark.skipif(not CHECKPOINT.exists(), reason=f"no published checkpoints at {GOLDEN}")
 

@@ -11,6 +11,8 @@ from tests.cli.test_main import assert_says, here, refused  # noqa: F401 (fixtur
 from tests.screens import counts_screen, written
 from tests.simulated import TINY, write_screen
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -18,7 +18,7 @@ from tests.localhub.server import LocalHub
 from tests.simulated import tiny_config, write_screen
 
 # The Hub's client passes file objects in a way that its own HTTP library warns about.
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")]
 FEW = ["training.device=cpu", "training.n_steps=2", "data.sets_per_batch=4"]
 
 

@@ -18,7 +18,7 @@ from tests.localhub.server import Fault, LocalHub, Repo
 from tests.simulated import tiny_config, write_screen
 
 # The client passes file objects in a way that its own HTTP library warns about.
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")]
 
 NAME = "lab/kang"
 
@@ -201,7 +201,6 @@ def test_a_hub_out_of_order_is_one_line(hub, trained, tmp_path, capsys, operatio
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
 def test_fresh_processes_push_and_pull_without_a_secret(hub, trained, tmp_path):
     # Nothing of the client is patched in them: they have their environment only.
     out, _ = finish(start(hub.url, tmp_path / "fresh", "hub", "push", trained, NAME, "--tag", "v1"))

@@ -532,6 +532,7 @@ def command(folder, *argv):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_code_2_and_one_line(tmp_path):
     done = command(tmp_path, "train", "--screen", "none.h5ad", "--out", "out")
     assert (done.returncode, done.stdout) == (2, "")
@@ -539,6 +540,7 @@ def test_the_command_ends_with_code_2_and_one_line(tmp_path):
     assert contents(tmp_path) == {}
 
 
+@pytest.mark.slow
 def test_the_command_refuses_a_damaged_model_with_code_2_and_one_line(tmp_path, run, screen):
     shutil.copytree(run / "model", tmp_path / "model")
     flip_a_bit(tmp_path / "model" / "genes.json")
@@ -549,6 +551,7 @@ def test_the_command_refuses_a_damaged_model_with_code_2_and_one_line(tmp_path, 
     assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_debug_shows_the_traceback(tmp_path, here):
     done = command(tmp_path, "train", "--debug", "--screen", "none.h5ad", "--out", "out")
     assert done.returncode == 1
@@ -558,6 +561,7 @@ def test_debug_shows_the_traceback(tmp_path, here):
         main(["screen", "info", "none.h5ad", "--debug"])
 
 
+@pytest.mark.slow
 def test_a_good_command_ends_with_code_0_and_a_clean_stderr(tmp_path, screen):
     done = command(tmp_path, "screen", "info", screen)
     assert (done.returncode, done.stderr) == (0, "")

@@ -10,6 +10,8 @@ import pytest
 
 from perturbdiff.cli.main import main
 
+pytestmark = pytest.mark.slow
+
 RECIPE = """
 data:
   n_hvg: null

@@ -15,6 +15,8 @@ from tests.cli.test_main import assert_says, here, refused  # noqa: F401 (fixtur
 from tests.screens import counts_screen, read, written
 from tests.untrained import untrained
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def screen(tmp_path_factory):

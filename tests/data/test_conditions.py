@@ -12,7 +12,7 @@ from perturbdiff.data.samplers import draw_controls
 from tests.screens import counts_screen, read, screen_with_cells
 
 LABELS = ["perturbation", "cell_type", "batch"]
-PROPERTY = settings(derandomize=True, max_examples=60)
+PROPERTY = settings(derandomize=True)
 NAMES = {
     "perturbation": ["A", "B+A", "control", "b", "ä", "10", "9"],
     "cell_type": ["T", "NK", "t cell"],

@@ -54,6 +54,7 @@ def test_first_draws_of_consecutive_keys_look_independent():
     assert abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 0.09  # 4 / sqrt(2000)
 
 
+@pytest.mark.slow
 def test_another_process_with_another_hash_seed_draws_the_same():
     code = (
         "from perturbdiff.data.rng import *;"

@@ -332,6 +332,7 @@ def test_another_seed_gives_other_cells_and_another_truth(tmp_path):
     assert not np.allclose(*changes)
 
 
+@pytest.mark.slow
 def test_peak_memory_does_not_hold_the_cells(tmp_path):
     def peak(cells):
         config = SimulationConfig(
@@ -368,6 +369,7 @@ def test_an_interrupted_write_leaves_nothing_and_keeps_the_old_file(tmp_path, mo
     assert (tmp_path / "old.h5ad").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_killed_write_leaves_no_file_under_the_final_name(tmp_path):
     code = (
         "import sys; from perturbdiff.data.simulate import *\n"

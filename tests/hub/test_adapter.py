@@ -22,6 +22,8 @@ from perturbdiff.nn.denoiser import build_denoiser
 from perturbdiff.nn.lora import BACKBONE, changed_layers, inject_lora, merged
 from tests.untrained import untrained
 
+pytestmark = pytest.mark.slow
+
 PEFT = "base_model.model."
 BIAS = f"{PEFT}head.bias"
 LABELS = DenoiserConfig(width=8, depth=3, n_heads=2, mean_effect=True)  # more layers than peft lists by full name

@@ -32,9 +32,13 @@ from tests.localhub.server import Fault, LocalHub, Repo
 from tests.processes import PATIENCE
 
 # The client passes file objects in a way that its own HTTP library warns about.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Use 'content=<...>':DeprecationWarning", "ignore:It seems that you are about to commit a data:UserWarning"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(
+        "ignore:Use 'content=<...>':DeprecationWarning",
+        "ignore:It seems that you are about to commit a data:UserWarning",
+    ),
+]
 
 NAME = "lab/atlas"
 CARD = "README.md"

@@ -23,6 +23,8 @@ from tests.localhub.repos import Refused
 from tests.localhub.server import Fault, LocalHub, Repo
 from tests.simulated import tiny_config, write_screen
 
+pytestmark = pytest.mark.slow
+
 NAME = "lab/kang"
 CHANGED = "genes.json"  # of which other content is of the same size
 
@@ -203,7 +205,6 @@ def test_offline_asks_nothing_and_says_what_is_missing(hub, tmp_path, monkeypatc
     assert hub.log == []
 
 
-@pytest.mark.slow
 def test_fresh_processes_load_from_a_mirror_and_then_offline_from_the_cache(hub, tmp_path):
     # Their HF_ENDPOINT and HF_HUB_OFFLINE are of the environment; those of this process are patched.
     out, _ = finish(start(hub.url + "/", tmp_path / "fresh", "hub", "verify", NAME))
@@ -312,7 +313,6 @@ def test_weights_that_the_settings_cannot_need_are_not_downloaded(hub, model, tm
     assert hub.gets(CHANGED) == before
 
 
-@pytest.mark.slow
 def test_a_server_that_falls_silent_is_given_up(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 3)
     hub.faults[WEIGHTS] = Fault(stalls=True, cut_after=0)
@@ -386,7 +386,6 @@ def test_weights_of_another_model_fail_the_golden_check_of_a_pull(hub, model, tm
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.slow
 def test_a_pull_that_is_killed_goes_on_with_the_same_command(hub, model, tmp_path):
     out = tmp_path / "out/kang"
     hub.faults[WEIGHTS] = Fault(times=1, cut_after=50_000, stalls=True)

@@ -22,7 +22,7 @@ from tests.localhub.server import Fault, LocalHub, Repo
 from tests.simulated import tiny_config, write_screen
 
 # The client passes file objects in a way that its own HTTP library warns about.
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")]
 
 NAME = "lab/kang"
 WRITING = {"batch", "put", "verify", "commit", "branch", "tag", "preupload"}

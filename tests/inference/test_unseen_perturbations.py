@@ -17,6 +17,8 @@ from perturbdiff.training.dataset import TrainingSet
 from perturbdiff.training.loop import fit
 from tests.simulated import tiny_config, write_screen
 
+pytestmark = pytest.mark.slow
+
 NEW = "pert_9"
 
 
@@ -120,7 +122,6 @@ def test_two_tables_of_one_name_are_refused(screen, table, tmp_path):
         TrainingSet.from_screen(Screen.read(screen, config.data), config)
 
 
-@pytest.mark.slow
 def test_a_dose_between_known_ones_acts_between_them(tmp_path):
     """Three doses of a drug, the middle one never trained on."""
     simulation = SimulationConfig(

@@ -29,7 +29,7 @@ from tests.localhub.server import SIGNATURE, USER, Fault, LocalHub, Repo
 from tests.processes import PATIENCE
 
 # The client passes file objects in a way that its own HTTP library warns about.
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")]
 
 WRITE, READ = "hf_MayWrite", "hf_MayRead"
 NAME = f"{USER}/thing"

@@ -9,6 +9,8 @@ from perturbdiff.training.loop import fit
 from perturbdiff.training.run import finetune
 from tests.simulated import tiny_config, write_screen
 
+pytestmark = pytest.mark.slow
+
 RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "finetune").glob("*.yaml"))
 SMALL = ["training.device=cpu", "training.n_steps=2", "data.sets_per_batch=4", "training.validate_every=1"]
 

@@ -18,6 +18,8 @@ from accelerate.utils import DistributedType
 from tests.processes import PATIENCE
 from tests.screens import ROOT
 
+pytestmark = pytest.mark.slow
+
 LAUNCH = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 SCRIPTS = sorted((ROOT / "recipes" / "slurm").glob("*.sbatch"))
 PRETRAIN = ROOT / "recipes" / "slurm" / "pretrain.sbatch"
@@ -304,7 +306,6 @@ pathlib.Path(out, "stopped.json").write_text("{}")
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("launch", ["cpu_ddp", "cpu_zero2"])
 def test_processes_on_two_nodes_meet_and_all_of_them_hear_the_warning(cluster, launch):
     if "zero" in launch and find_spec("deepspeed") is None:

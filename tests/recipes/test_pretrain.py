@@ -19,6 +19,8 @@ from perturbdiff.training.loop import fit
 from tests.atlases import write_atlas
 from tests.screens import ROOT, real_screen
 
+pytestmark = pytest.mark.slow
+
 RECIPES = ROOT / "recipes"
 PRETRAIN = sorted((RECIPES / "pretrain").glob("*.yaml"))
 PUBLISHED = [path for path in PRETRAIN if path.stem != "tiny"]
@@ -192,7 +194,6 @@ def metrics(run_folder):
     return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.slow
 def test_tiny_trains_on_one_process_and_predicts_better_than_no_change(folder):
     config = load_config(RECIPES / "pretrain" / "tiny.yaml")
     run(folder, "perturbdiff", "pretrain", "recipes/pretrain/tiny.yaml")
@@ -209,7 +210,6 @@ def test_tiny_trains_on_one_process_and_predicts_better_than_no_change(folder):
     assert model.vocabularies.perturbations.names == ("IFN-beta",)
 
 
-@pytest.mark.slow
 def test_tiny_trains_on_two_processes_as_on_one(folder):
     words = ["training.n_steps=4", "training.log_every=1", "training.validate_every=4"]
     run(folder, "perturbdiff", "pretrain", "recipes/pretrain/tiny.yaml", "out=runs/one", *words)

@@ -25,6 +25,8 @@ from perturbdiff.reference import checkpoint
 from perturbdiff.reference.checkpoint import Inert, TensorRef, open_checkpoint, unwrap
 from tests.conftest import GOLDEN
 
+pytestmark = pytest.mark.slow
+
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden numbers at {GOLDEN}")
 PROTO = b"\x80\x02"
 

@@ -32,6 +32,8 @@ from perturbdiff.nn.denoiser import Denoiser
 from perturbdiff.reference.convert import convert_checkpoint, covariate_encoder_from_reference, denoiser_from_reference
 from tests.conftest import GOLDEN
 
+pytestmark = pytest.mark.slow
+
 DEAD = re.compile(r"control_final_layer|gene_embedding\.(gene_embedding|layer_norm)")
 
 

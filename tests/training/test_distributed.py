@@ -15,6 +15,8 @@ from tests.processes import PATIENCE
 from tests.screens import ROOT
 from tests.simulated import TINY, write_screen
 
+pytestmark = pytest.mark.slow
+
 ACCELERATE = Path(sys.executable).parent / "accelerate"
 LAUNCHERS = ("ACCELERATE_", "SLURM_", "FSDP_", "MEGATRON_", "DEEPSPEED_")
 RENDEZVOUS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -151,7 +153,6 @@ def test_one_process_trains_with_the_recipes_settings(variables, words, made):
     assert done.stdout.strip() == made
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", [["--cpu", "--num_processes", "2"], ["--num_processes", "2"]], ids=" ".join)
 def test_accelerate_launch_that_starts_one_process_instead_of_two_ends_with_an_explanation(tmp_path, how):
     screen, out = write_screen(tmp_path), tmp_path / "run"

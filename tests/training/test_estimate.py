@@ -38,6 +38,8 @@ from perturbdiff.training.optim import make_optimizer
 from tests.atlases import write_atlas
 from tests.simulated import tiny_config, write_screen
 
+pytestmark = pytest.mark.slow
+
 SIZE = DataSize("test", n_cells=1, n_genes=30, values_per_cell=6.0, with_controls=1.0, labels=VocabSizes(5, 3, 2))
 
 

@@ -22,6 +22,8 @@ from perturbdiff.training.start import prepare, settings_of
 from tests.screens import log1p_cp10k
 from tests.simulated import SIMULATION, TINY, tiny_config, write_screen
 
+pytestmark = pytest.mark.slow
+
 RUN = [word for word in TINY if not word.startswith(("denoiser.", "sampling.", "data.set_size"))]
 METHODS = ["full", "frozen", "lora"]
 

@@ -18,6 +18,8 @@ from perturbdiff.training.loop import fit
 from tests.processes import PATIENCE
 from tests.simulated import TINY, tiny_config, write_screen
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def screen(tmp_path_factory):
@@ -195,7 +197,6 @@ def test_a_run_goes_on_with_another_accumulation(screen, tmp_path):
     assert_close_losses(tmp_path / "whole", tmp_path / "run", rtol=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler warns of itself
 def test_compiled_blocks_give_the_same_losses(screen, tmp_path, monkeypatch):
     from torch._inductor import cpp_builder, exc
@@ -343,7 +344,6 @@ for number in range(1, int(sys.argv[2]) + 1):
 """
 
 
-@pytest.mark.slow
 def test_a_model_folder_can_be_opened_while_a_run_keeps_replacing_it(screen, tmp_path):
     """Another process replaces it during the reads; each reads one of them whole."""
     fit(tiny_config(screen, tmp_path / "run"))
@@ -368,7 +368,6 @@ def test_a_model_folder_can_be_opened_while_a_run_keeps_replacing_it(screen, tmp
     assert [path.name for path in (tmp_path / "run").glob(".model-*")] == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_the_same_command_goes_on_bit_identically(screen, tmp_path, number):
     fit(tiny_config(screen, tmp_path / "straight", "training.n_steps=400"))

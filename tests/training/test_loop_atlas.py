@@ -17,6 +17,8 @@ from tests.atlases import atlas_of_screen, write_atlas
 from tests.screens import real_screen
 from tests.simulated import TINY, tiny_config, write_screen
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
@@ -65,7 +67,6 @@ def test_losses_on_an_atlas_equal_those_on_the_screen_it_holds(screen, atlas, tm
     assert result.model.genes == genes
 
 
-@pytest.mark.slow
 def test_losses_on_a_real_screen_equal_those_on_the_atlas_built_from_it(tmp_path):
     path = real_screen("kang2018_pbmc_ifnb.h5ad")
     build(BuildConfig(str(tmp_path / "kang"), [SourceConfig(str(path))]), workers=1)

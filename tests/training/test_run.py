@@ -13,6 +13,8 @@ from perturbdiff.model import PerturbDiff
 from perturbdiff.training.run import demo, run
 from tests.simulated import TINY, tiny_config, write_screen
 
+pytestmark = pytest.mark.slow
+
 REAL_DATA = Path(os.environ.get("PERTURBDIFF_REAL_DATA", Path(__file__).parents[2] / "../shared/data"))
 
 
@@ -81,7 +83,6 @@ def test_what_is_no_screen_is_a_type_error(tmp_path):
         perturbdiff.train(3, tmp_path / "run")
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not REAL_DATA.is_dir(), reason=f"no real screens at {REAL_DATA}; set PERTURBDIFF_REAL_DATA")
 def test_interferon_response_of_an_unseen_cell_type_is_better_than_no_change(tmp_path):
     words = ["training.n_steps=80", "data.n_hvg=1000", "denoiser.width=96", "training.device=cpu"]

@@ -100,6 +100,7 @@ def test_no_trace_is_written_unless_asked_for(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_run_traces_the_steps_that_its_settings_ask_for(tmp_path):
     screen = write_screen(tmp_path)
     fit(tiny_config(screen, tmp_path / "run", "training.profile_steps=2"))

@@ -17,6 +17,8 @@ from perturbdiff.training.optim import make_optimizer
 from perturbdiff.training.partition import full_moments, full_weights, load_moments
 from perturbdiff.training.state import TENSOR_FILES, Progress, latest_state, open_state, save_state, saved_states
 
+pytestmark = pytest.mark.slow
+
 
 class Run:
     """What training keeps, of the smallest denoiser."""

@@ -17,6 +17,8 @@ from perturbdiff.training.validation import validate
 from tests.atlases import atlas_of_screen
 from tests.simulated import TINY, tiny_config, write_screen
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 # 4 conditions (2 perturbed contexts of 2 batches) of 20 cells: 3 sets each, the last one of 4 cells.
 VALIDATED = "split.validation=['pert_1:type_1','pert_2:type_0']"

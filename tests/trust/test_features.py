@@ -19,6 +19,8 @@ import safetensors.numpy
 
 from tests.trust.attacks import ESCAPES, TERABYTE, assert_refused
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 COMMAND = "true # owned"
 NAMES = [f"GENE{i}" for i in range(20)]

@@ -23,6 +23,8 @@ from tests.trust.attacks import (
     stating,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def evaluation(**change: Any) -> str:
     return json.dumps({**EVALUATION, **change})

@@ -20,6 +20,8 @@ from perturbdiff.model import PerturbDiff
 from tests.localhub.server import Repo
 from tests.trust.attacks import ESCAPES, NAME, assert_refused, change_config, forge, put, stating
 
+pytestmark = pytest.mark.slow
+
 
 class Trap:
     """Unpickled, it leaves a mark."""

@@ -14,6 +14,8 @@ from perturbdiff.hub.model_folder import CONFIG, JSON_FILES, config_hash, read_f
 from perturbdiff.model import PerturbDiff
 from tests.trust.attacks import ESCAPES, assert_refused, forge, giant, nested, put
 
+pytestmark = pytest.mark.slow
+
 
 def keys_of(content: dict[str, Any], before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     for key, value in content.items():
@@ -29,7 +31,6 @@ ODD_VALUES = [
 ]  # fmt: skip
 
 
-@pytest.mark.slow
 def test_every_setting_of_another_kind_is_refused_or_taken_as_it_is(folder):
     """A value is refused, or is what the model then has: it is never made to fit, and never falls back to a default."""
     config = json.loads((folder / CONFIG).read_text())

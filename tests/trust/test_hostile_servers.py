@@ -13,6 +13,8 @@ from perturbdiff.hub.model_folder import CONFIG, GOLDEN, WEIGHTS
 from tests.localhub.server import Fault, LocalHub, Repo
 from tests.trust.attacks import NAME, assert_refused, load_bytes
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def repo(hub: LocalHub, folder: Path) -> Repo:

@@ -21,6 +21,8 @@ from perturbdiff.hub.model_folder import CONFIG, GOLDEN, JSON_FILES, WEIGHTS, ch
 from perturbdiff.model import PerturbDiff
 from tests.trust.attacks import ESCAPES, TERABYTE, assert_refused, forge, load_bytes, nested, put
 
+pytestmark = pytest.mark.slow
+
 
 def tensor_file(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()

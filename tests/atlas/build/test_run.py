@@ -26,6 +26,8 @@ from perturbdiff.data.screen import Screen
 from tests.processes import PATIENCE
 from tests.screens import ROOT, counts_screen, log1p_cp10k, screen_with_cells, written
 
+pytestmark = pytest.mark.slow
+
 MB = 1 << 20
 SMALL = 3000  # bytes of a shard: some dozen shards and buckets from a screen of a few hundred cells
 
@@ -488,7 +490,6 @@ for line in sys.stdin:
 """
 
 
-@pytest.mark.slow
 def test_a_build_killed_anywhere_goes_on_to_the_same_bytes(reference, tmp_path, pieces):
     settings, expected = reference
     plain = {key: value for key, value in vars(settings(tmp_path)).items() if key != "out"}
@@ -531,7 +532,6 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("moment", ["spill", "shards"])
 def test_workers_end_with_a_build_that_is_stopped(tmp_path, how, moment):

@@ -24,6 +24,8 @@ from perturbdiff.data.screen import LABELS, Screen
 from tests.atlases import atlas_of_screen, write_atlas
 from tests.screens import counts_screen, real_screen, written
 
+pytestmark = pytest.mark.slow
+
 
 def open_h5ad(path: Path, **given_settings):
     return open_source(SourceConfig(path=str(path), **given_settings))
