@@ -102,9 +102,11 @@ def rank_perturbations(
         raise ValueError("give genes (up, down) or a reference population (towards), one of them.")
     if not isinstance(model, PerturbDiff):
         model = PerturbDiff.from_pretrained(model)
-    if candidates is None or candidates == "all":
-        candidates = model.perturbations if candidates else model.vocabularies.labelled
+    if candidates is None:
+        candidates = model.vocabularies.labelled
     labels = list(dict.fromkeys(_names(candidates)))
+    if labels == ["all"]:
+        labels = list(model.perturbations)
     if not labels:
         raise ValueError("no candidates; name perturbations, or leave candidates out for all that were trained.")
     model.vocabularies.encode([(label, None, None) for label in labels])
@@ -143,8 +145,8 @@ def find_genes(genes: GeneVocab, names: Iterable[str]) -> tuple[list[int], list[
     return list(found), list(missing)
 
 
-def _names(names: str | Sequence[str]) -> Sequence[str]:
-    return [names] if isinstance(names, str) else names
+def _names(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
 
 
 def _cells(source: AnnData | str | Path) -> AnnData:

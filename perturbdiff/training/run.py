@@ -49,8 +49,8 @@ def train(
     screen: str | Path | AnnData | None = None,
     out: str | Path | None = None,
     *,
-    atlases: Sequence[str | Path] = (),
-    hold_out: Sequence[str] = (),
+    atlases: str | Path | Sequence[str | Path] = (),
+    hold_out: str | Sequence[str] = (),
     recipe: str | Path | None = None,
     overrides: Sequence[str] = (),
     score: bool = True,
@@ -65,9 +65,9 @@ def train(
     out
         Run folder; by default the recipe's. The same call goes on with a run that was stopped.
     atlases
-        Folders or repo ids, instead of a screen.
+        Folders or repo ids, one or several, instead of a screen.
     hold_out
-        Conditions never trained on, as "PERTURBATION:CELL_TYPE" or "batch=NAME".
+        Conditions never trained on, as "PERTURBATION:CELL_TYPE" or "batch=NAME", one or several.
     recipe
         Name of one that ships with the package (`perturbdiff recipes`), or path of a yaml file.
     overrides
@@ -92,8 +92,8 @@ def finetune(
     init_from: str | Path | None = None,
     out: str | Path | None = None,
     *,
-    atlases: Sequence[str | Path] = (),
-    hold_out: Sequence[str] = (),
+    atlases: str | Path | Sequence[str | Path] = (),
+    hold_out: str | Sequence[str] = (),
     recipe: str | Path | None = None,
     overrides: Sequence[str] = (),
     score: bool = True,
@@ -138,8 +138,8 @@ def preview(
     *,
     overrides: Sequence[str] = (),
     recipe: str | Path | None = None,
-    atlases: Sequence[str | Path] = (),
-    hold_out: Sequence[str] = (),
+    atlases: str | Path | Sequence[str | Path] = (),
+    hold_out: str | Sequence[str] = (),
     **settings: Any,
 ) -> str:
     """What `finetune` finds and would do: data, split, genes and labels matched. Writes nothing; raises as it."""
@@ -162,13 +162,13 @@ def demo(
     screen: str | Path | None = None,
     out: str | Path = "runs/demo",
     *,
-    hold_out: Sequence[str] = (),
+    hold_out: str | Sequence[str] = (),
     recipe: str | Path | None = None,
     overrides: Sequence[str] = (),
 ) -> Run:
     """`train` on a screen that is simulated where none is given; something must be held out. Raises as `train`."""
     if screen is None:
-        screen, hold_out = simulated_screen(Path(out)), hold_out or HELD_OUT_OF_SIMULATION
+        screen, hold_out = simulated_screen(Path(out)), hold_out if len(hold_out) else HELD_OUT_OF_SIMULATION
     config = load_config(recipe, overrides, _given(screen, out, (), hold_out, {}))
     if not config.split.hold_out:
         raise ValueError("nothing is held out; give --hold-out, for example PERTURBATION:CELL_TYPE or batch=NAME.")
@@ -201,8 +201,8 @@ def run(config: Config, adata: AnnData | None = None, score: bool = True) -> Run
 def _given(
     screen: str | Path | AnnData | None,
     out: str | Path | None,
-    atlases: Sequence[str | Path],
-    hold_out: Sequence[str],
+    atlases: str | Path | Sequence[str | Path],
+    hold_out: str | Sequence[str],
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     if screen is not None and not isinstance(screen, str | Path | AnnData):
@@ -213,10 +213,10 @@ def _given(
         given["out"] = str(out)
     if screen is not None:
         data["screen"] = IN_MEMORY if isinstance(screen, AnnData) else str(screen)
-    if atlases:
-        data["atlases"] = [{"path": str(path)} for path in atlases]
-    if hold_out:
-        given.setdefault("split", {})["hold_out"] = [hold_out] if isinstance(hold_out, str) else list(hold_out)
+    if len(paths := [atlases] if isinstance(atlases, str | Path) else atlases):
+        data["atlases"] = [{"path": str(path)} for path in paths]
+    if len(names := [hold_out] if isinstance(hold_out, str) else hold_out):
+        given.setdefault("split", {})["hold_out"] = [str(name) for name in names]
     return given
 
 

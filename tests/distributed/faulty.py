@@ -59,7 +59,7 @@ def poisoned(step: int, rank: int) -> None:
 
     def poison(parts, cells):
         part = parts[0]
-        part.cells.library_size[part.cells.place < part.mask.shape[1]] = 1e-38
+        part.cells.library_size[part.cells.position < part.mask.shape[1]] = 1e-38
         return parts
 
     _change_batches(step, rank, poison)
@@ -75,9 +75,9 @@ def _change_batches(step, rank, change):
 
     make = IndexedCells.batches
 
-    def changed(cells, sampler, epoch, place, *rest):
-        parts = make(cells, sampler, epoch, place, *rest)
-        late = epoch * sampler.steps_per_epoch + place + 1 >= step
+    def changed(cells, sampler, epoch, position, *rest):
+        parts = make(cells, sampler, epoch, position, *rest)
+        late = epoch * sampler.steps_per_epoch + position + 1 >= step
         return change(parts, cells) if late and rank == RANK else parts
 
     IndexedCells.batches = changed

@@ -104,7 +104,8 @@ def test_no_change_scores_nothing(controls):
 def test_candidates_see_the_same_cells_and_noise(model, controls, monkeypatch):
     # The score of one candidate does not depend on the others, and two names of one label would tie.
     every = rank_perturbations(model, controls, up=UP, n_populations=2).set_index("perturbation")
-    some = rank_perturbations(model, controls, up=UP, candidates=["C", "A+B", "C"], n_populations=2)
+    names = np.array(["C", "A+B", "C"])
+    some = rank_perturbations(model, controls, up=np.array(UP), candidates=names, n_populations=2)
     assert sorted(some["perturbation"]) == ["A+B", "C"]
     assert some.set_index("perturbation").loc["C", "score"] == every.loc["C", "score"]
     seen = []

@@ -3,6 +3,7 @@ import os
 from pathlib import Path
 
 import anndata
+import numpy as np
 import pytest
 
 import perturbdiff
@@ -70,6 +71,7 @@ def test_training_from_python_is_the_same_as_by_words_and_files(tmp_path):
         perturbdiff.train(adata, tmp_path / "a", hold_out=[hold_out], **sections),
         perturbdiff.train(str(screen), str(tmp_path / "b"), hold_out=hold_out, overrides=TINY),
         perturbdiff.train(screen, tmp_path / "c", overrides=TINY, **{"split.hold_out": [hold_out]}),
+        perturbdiff.train(screen, tmp_path / "d", hold_out=np.array([hold_out]), overrides=TINY),
     ]
     weights = [run.model.denoiser.state_dict() for run in runs]
     for other in weights[1:]:
