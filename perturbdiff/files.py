@@ -9,18 +9,18 @@ import hashlib
 import json
 import math
 import os
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     from tqdm import tqdm
-
-T = TypeVar("T")
 
 MAX_DEPTH = 64  # of JSON
 MAX_BRACKETS = 1 << 20  # in JSON: an empty list or object takes thirty times the memory of its two characters
@@ -78,18 +78,21 @@ def check_output(path: str | Path, *endings: str, overwrite: bool = False) -> Pa
     return path
 
 
-def write_whole(path: Path, write: Callable[[Path], T]) -> T:
-    """Let `write` fill a file beside `path` and put it there, on disk: the new file whole, or what was there before."""
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """A file to fill that then becomes `path`, on disk: the new file whole, or what was there before.
+
+    It lies beside `path`, under a name of this process's own: another may be writing the same.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
     try:
-        result = write(temporary)
+        yield temporary
         to_disk(temporary)
         temporary.replace(path)
         to_disk(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
-    return result
 
 
 def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
@@ -126,7 +129,8 @@ def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
 
 def write_text(path: Path, text: str) -> None:
     """As UTF-8, whole."""
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    with written(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

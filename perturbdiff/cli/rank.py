@@ -51,7 +51,7 @@ def add_rank_command(screen_commands: Any) -> None:
 
 
 def _rank(arguments: argparse.Namespace) -> None:
-    from perturbdiff.files import check_output, write_whole
+    from perturbdiff.files import check_output, written
     from perturbdiff.inference.ranking import rank_perturbations
 
     out = check_output(arguments.out, overwrite=arguments.overwrite)
@@ -72,7 +72,8 @@ def _rank(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         **sampling_of(arguments),
     )
-    write_whole(out, lambda temporary: table.to_csv(temporary, index=False))
+    with written(out) as temporary:
+        table.to_csv(temporary, index=False)
     print(table.head(SHOWN).to_string(index=False, float_format=lambda value: f"{value:.3f}"))
     print(f"written     {out}: {len(table):,} perturbations; no change scores 0")
 

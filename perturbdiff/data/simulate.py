@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from anndata.io import write_elem
 from numpy.typing import NDArray
 from scipy.special import roots_jacobi, softmax
 
-from perturbdiff.files import progress
+from perturbdiff.files import progress, written
 
 CONTROL = "control"
 
@@ -249,16 +248,9 @@ def simulate(config: SimulationConfig, path: str | Path, chunk_cells: int = 4096
     """
     if chunk_cells < 1:
         raise ValueError(f"chunk_cells ({chunk_cells}) must be at least 1; 4096 is the default.")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     truth = ground_truth(config)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with h5py.File(partial, "w") as file:
-            _write_screen(file, truth, chunk_cells)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with written(Path(path)) as temporary, h5py.File(temporary, "w") as file:
+        _write_screen(file, truth, chunk_cells)
     return truth
 
 

@@ -21,7 +21,7 @@ from perturbdiff.config import SplitConfig
 from perturbdiff.data.rng import numpy_generator
 from perturbdiff.data.screen import LABELS, Screen
 from perturbdiff.data.vocab import nearest
-from perturbdiff.files import json_sha256
+from perturbdiff.files import json_sha256, write_json
 
 PARTS = ("train", "validation", "test")
 MIN_CONDITIONS_TO_VALIDATE = 10
@@ -104,9 +104,7 @@ def make_split(screen: Labelled, config: SplitConfig, seed: int, marginal: np.nd
 
 
 def write_split(split: Split, screen: Labelled, path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(split.as_json(screen), indent=1) + "\n")
-    temporary.replace(path)
+    write_json(path, split.as_json(screen))
 
 
 def read_split(path: str | Path, screen: Screen) -> Split:

@@ -22,7 +22,7 @@ from perturbdiff.data.splits import Split, read_split
 from perturbdiff.data.vocab import GeneVocab
 from perturbdiff.evaluation.baselines import BASELINES, TrainingEffects, shift_cells
 from perturbdiff.evaluation.metrics import METRICS, mean_scores, score_condition, split_half_ceiling
-from perturbdiff.files import progress, write_json
+from perturbdiff.files import progress, write_json, written
 from perturbdiff.hub.records import EvaluationRecord, SplitRecord
 
 MODEL = "PerturbDiff"
@@ -110,7 +110,8 @@ class Report:
     def save(self, folder: Path) -> list[Path]:
         """Write scores.csv (by condition) and scores.json (`record`); returns their paths."""
         csv, as_json = folder / "scores.csv", folder / "scores.json"
-        self.scores.to_csv(csv, index=False)
+        with written(csv) as temporary:
+            self.scores.to_csv(temporary, index=False)
         write_json(as_json, self.record().as_json())
         return [csv, as_json]
 

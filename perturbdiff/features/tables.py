@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from perturbdiff.data.vocab import LabelVocab, Vocabularies
 from perturbdiff.features.files import MAX_LETTERS, read_vectors
-from perturbdiff.files import few, write_whole
+from perturbdiff.files import few, written
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,8 @@ def write_table(table: FeatureTable, path: Path) -> None:
     """Write a .parquet that `read_table` reads, whole or not at all."""
     columns = {"name": pa.array(table.names)}
     columns |= {f"f{i}": pa.array(values) for i, values in enumerate(np.ascontiguousarray(table.values.T))}
-    write_whole(path, lambda temporary: pq.write_table(pa.table(columns), temporary))
+    with written(path) as temporary:
+        pq.write_table(pa.table(columns), temporary)
 
 
 def with_tables(vocabularies: Vocabularies, tables: Sequence[FeatureTable]) -> Vocabularies:

@@ -26,7 +26,7 @@ from anndata import AnnData
 from anndata.io import sparse_dataset, write_elem
 from scipy import sparse
 
-from perturbdiff.files import short, write_whole
+from perturbdiff.files import short, written
 
 FORMATS = (".h5ad", ".parquet")
 METADATA = b"perturbdiff"
@@ -38,13 +38,15 @@ VALUES = ["genes", "log1p"]  # the columns of X
 def write_predicted(predicted: AnnData, path: Path) -> None:
     """Write what `PerturbDiff.predict` returned in the format of the name's ending, whole or not at all."""
     if path.suffix != ".parquet":
-        write_whole(path, lambda temporary: predicted.write_h5ad(temporary, compression="gzip"))
+        with written(path) as temporary:
+            predicted.write_h5ad(temporary, compression="gzip")
         return
     ensembl = predicted.var["ensembl_id"].tolist() if "ensembl_id" in predicted.var else None
     metadata = {"genes": predicted.var_names.tolist(), "ensembl": ensembl, "uns": predicted.uns["perturbdiff"]}
     starts = range(0, predicted.n_obs, CHUNK_CELLS)
     tables = (_table(predicted[start : start + CHUNK_CELLS]) for start in starts)
-    write_whole(path, lambda temporary: _write_tables(tables, metadata, temporary))
+    with written(path) as temporary:
+        _write_tables(tables, metadata, temporary)
 
 
 def read_predicted(path: str | Path) -> AnnData:
@@ -72,10 +74,11 @@ def join_predicted(parts: Sequence[Path], uns: dict[str, Any], path: Path) -> No
     Memory is that of some thousand cells, and for an .h5ad that of obs.
     """
     metadata = {**read_metadata(parts[0]), "uns": uns}
-    if path.suffix == ".parquet":
-        write_whole(path, lambda temporary: _write_tables(_chunks(parts), metadata, temporary))
-    else:
-        write_whole(path, lambda temporary: _join_h5ad(parts, metadata, temporary))
+    with written(path) as temporary:
+        if path.suffix == ".parquet":
+            _write_tables(_chunks(parts), metadata, temporary)
+        else:
+            _join_h5ad(parts, metadata, temporary)
 
 
 def _join_h5ad(parts: Sequence[Path], metadata: dict[str, Any], path: Path) -> None:

@@ -30,7 +30,7 @@ from perturbdiff._version import __version__
 from perturbdiff.config import as_dict
 from perturbdiff.data.expression import as_csr
 from perturbdiff.data.screen import expression_of
-from perturbdiff.files import check_output, json_sha256, progress, read_json, short, write_json, write_whole
+from perturbdiff.files import check_output, json_sha256, progress, read_json, short, write_json, written
 from perturbdiff.inference.intervals import (
     Calibration,
     certainty,
@@ -110,7 +110,8 @@ def predict_request(
     predicted, table = _predict(model, controls, request, calibration, **sampling)
     write_predicted(predicted, out)
     if summary is not None:
-        write_whole(summary, lambda temporary: table.to_csv(temporary, index=False))
+        with written(summary) as temporary:
+            table.to_csv(temporary, index=False)
     uns = predicted.uns["perturbdiff"]
     unseen = {label: [0] for label in uns["unseen"]}
     widths = np.array([median_width(table)])
@@ -251,14 +252,12 @@ def _write_summary(
     calibration: Calibration | None,
     path: Path,
 ) -> None:
-    def write(temporary: Path) -> None:
+    with written(path) as temporary:
         for number, (part, request, mean) in enumerate(zip(parts, requests, control_means, strict=True)):
             table = population_summary(read_predicted(part), mean, calibration)
             table.insert(0, "request", number)
             table.insert(1, "perturbation", request.perturbation)
             table.to_csv(temporary, mode="a" if number else "w", header=not number, index=False)
-
-    write_whole(path, write)
 
 
 # ---------------------------------------------------------------- the folder of parts

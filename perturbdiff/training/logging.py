@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from perturbdiff.config import Config, as_dict
+from perturbdiff.files import write_text
 
 
 class Metrics:
@@ -102,9 +102,7 @@ class MetricsFile:
                         kept.append(line)
                 except (ValueError, KeyError):
                     continue  # a line that a kill cut short
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept))
-        os.replace(temporary, path)
+        write_text(path, "".join(f"{line}\n" for line in kept))
 
     def write(self, **values: Any) -> None:
         """Append a line; values that are not finite become null, since JSON has no NaN."""
@@ -152,7 +150,7 @@ class WandB:
         run_id = path.read_text().strip() if path.exists() else ""
         if not run_id:
             run_id = secrets.token_hex(4)
-            path.write_text(f"{run_id}\n")
+            write_text(path, f"{run_id}\n")
         self._run = wandb.init(
             project="perturbdiff",
             id=run_id,

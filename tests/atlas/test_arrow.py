@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 
@@ -76,7 +76,6 @@ def atlas(request, tmp_path_factory):
 
 
 @given(rows=rows_of_runs)
-@settings(max_examples=60)
 def test_cells_of_the_arrow_cache_are_the_cells_that_were_written(atlas, rows):
     opened, cells, X, library = atlas
     taken = cells.take(np.array(rows, dtype=np.int64))
@@ -95,7 +94,6 @@ def test_cells_of_the_arrow_cache_are_the_cells_that_were_written(atlas, rows):
     rows=rows_of_runs,
     genes=st.permutations(range(N_GENES)).flatmap(lambda p: st.integers(1, N_GENES).map(lambda n: p[:n])),
 )
-@settings(max_examples=60)
 def test_genes_are_chosen_by_name_and_renumbered(atlas, rows, genes):
     opened, whole, X, library = atlas
     wanted = GeneVocab(tuple(NAMES[g] for g in genes))
@@ -113,7 +111,6 @@ def test_genes_are_chosen_by_name_and_renumbered(atlas, rows, genes):
     skipped=st.integers(0, 9),
     chunk=st.integers(1, N_CELLS + 9),
 )
-@settings(max_examples=60)
 def test_slices_and_chunks_of_tables_make_no_difference(rows, cuts, skipped, chunk):
     X = random_cells(N_CELLS + 9, N_GENES, 4)
     library = np.arange(N_CELLS + 9)

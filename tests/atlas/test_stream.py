@@ -125,7 +125,7 @@ def dense(taken, n_genes):
     return values
 
 
-@settings(derandomize=True, max_examples=40)
+@settings(derandomize=True)
 @given(st.data())
 def test_rows_of_open_shards_and_controls_of_any_are_those_of_the_atlas(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp() / "streamed"

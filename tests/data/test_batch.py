@@ -299,7 +299,7 @@ def labelled(found):
     return index, np.array([c[3] for c in found], bool)
 
 
-@settings(derandomize=True, max_examples=100)
+@settings(derandomize=True)
 @given(CONDITIONS, st.sampled_from(["+", None]), st.booleans())
 def test_known_labels_are_those_that_some_set_is_trained_with(found, separator, with_batches):
     index, marginal = labelled(found)
@@ -318,7 +318,7 @@ def test_known_labels_are_those_that_some_set_is_trained_with(found, separator, 
         assert vocabularies_of(index, separator, with_batches) == known
 
 
-@settings(derandomize=True, max_examples=100)
+@settings(derandomize=True)
 @given(CONDITIONS, CONDITIONS, st.booleans(), st.sampled_from(["+", None]), st.booleans())
 def test_the_labels_of_an_index_are_those_of_its_conditions_one_by_one(found, others, trained, separator, with_batches):
     index, marginal = labelled(found)

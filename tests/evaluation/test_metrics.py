@@ -14,7 +14,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse, stats
 from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score
@@ -97,7 +97,6 @@ def assert_same_scores(ours: dict[str, float], theirs: dict[str, float]) -> None
     )
 
 
-@settings(max_examples=50)
 @given(st.integers(2, 12), st.integers(2, 12), st.integers(1, 9), st.integers(0, 10**6))
 def test_distances_of_sets_equal_double_loops(n: int, m: int, genes: int, seed: int) -> None:
     rng = np.random.default_rng(seed)

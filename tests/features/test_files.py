@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -73,7 +73,6 @@ def assert_holds(path, names, values):
         np.testing.assert_array_equal(table.values[table.names.index(name)], row)
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     data=st.data(),
     names=st.lists(st.text("abcXYZ019 ,\"'β-_.", min_size=1, max_size=8), min_size=1, max_size=6, unique=True),

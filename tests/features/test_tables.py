@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -42,7 +42,6 @@ def standard(some):
     return (some.values - centre) * np.float32(scale)
 
 
-@settings(max_examples=100, deadline=None)
 @given(hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2), elements=st.integers(-1000, 1000)))
 def test_standard_columns_are_centred_and_their_values_have_a_mean_square_of_one(values):
     out = standard(table([f"G{i}" for i in range(len(values))], values))

@@ -9,7 +9,7 @@ import datasets
 import pytest
 import yaml
 from huggingface_hub import DatasetCard, ModelCard, parse_eval_result_entries
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
@@ -358,7 +358,6 @@ def check_page(text, expected):
         assert len({len(line.split("|")) for line in table.splitlines()}) == 1, table
 
 
-@settings(max_examples=60)
 @given(lists, lists, names, names, names)
 @example(ODD[:4], ODD[4:8], ODD[7], ODD[4], ODD[0])
 @example(ODD[20:24], ODD[24:28], ODD[11], ODD[29], ODD[30])
@@ -407,7 +406,6 @@ def atlas_of(**changed):
     return AtlasInfo(**{**said, **changed})
 
 
-@settings(max_examples=40)
 @given(names, names, names)
 @example(ODD[0], ODD[4], ODD[7])
 def test_data_set_cards_of_odd_names_are_safe(name, file, license):

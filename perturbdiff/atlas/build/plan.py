@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 
 from perturbdiff.atlas.build.genes import merge_genes, n_selected, read_gene_table
-from perturbdiff.atlas.build.sort import CELL_BYTES, Conditions, Sort, written
+from perturbdiff.atlas.build.sort import CELL_BYTES, Conditions, Sort
 from perturbdiff.atlas.build.sources.base import Selection, Source
 from perturbdiff.atlas.build.workers import Crew
 from perturbdiff.atlas.format import ROW_GROUP, SORTED_BY, gene_type
 from perturbdiff.config import BuildConfig, Preprocessing
 from perturbdiff.data.expression import GeneMoments, log1p_normalised
 from perturbdiff.data.vocab import GeneVocab
-from perturbdiff.files import progress
+from perturbdiff.files import progress, write_json, written
 
 MB = 1 << 20
 PROCESS_BYTES = 320 * MB  # of a process that holds no cells: libraries, and memory that is not given back
@@ -90,9 +90,8 @@ class Plan:
         }
         arrays = {name: getattr(conditions, name) for name in ("keys", "n_cells", "first_bucket", "n_parts")}
         arrays |= {f"columns_{i}": columns for i, columns in enumerate(sort.columns)}
-        with written(temporary / "plan.json") as file:
-            file.write(json.dumps(content).encode())
-        with written(temporary / "plan.npz") as file:
+        write_json(temporary / "plan.json", content)
+        with written(temporary / "plan.npz") as partial, open(partial, "wb") as file:
             np.savez(file, chunks=sort.chunks, pieces=sort.pieces, **arrays)
         try:
             temporary.rename(sort.folder / "plan")
@@ -247,7 +246,7 @@ def _moments_of(inputs: Inputs, part: tuple[int, int, list[tuple[int, int]]]) ->
         if len(rows):
             X, library_size = source.read(first, last)
             moments.add(log1p_normalised(X[rows], library_size[rows], preprocessing))
-    with written(path) as file:
+    with written(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, n_cells=moments.n_cells, total=moments.total, total_square=moments.total_square)
 
 

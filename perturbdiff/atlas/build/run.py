@@ -31,7 +31,7 @@ from perturbdiff.atlas.build.plan import (
     row_bytes,
     share_memory,
 )
-from perturbdiff.atlas.build.sort import Sort, merge_bucket, spill_chunk, written
+from perturbdiff.atlas.build.sort import Sort, merge_bucket, spill_chunk
 from perturbdiff.atlas.build.sources.base import Source, open_source
 from perturbdiff.atlas.build.workers import Crew
 from perturbdiff.atlas.card import atlas_card
@@ -47,7 +47,7 @@ from perturbdiff.atlas.format import (
 )
 from perturbdiff.atlas.store import Atlas
 from perturbdiff.config import BuildConfig
-from perturbdiff.files import progress, sha256, to_disk
+from perturbdiff.files import progress, sha256, to_disk, write_json
 
 
 def build(
@@ -169,8 +169,7 @@ def _check_settings(inputs: Inputs) -> None:
     }
     path = inputs.folder / "settings.json"
     if not (inputs.folder / "plan").is_dir() and not (inputs.folder / "moments").is_dir():  # there is no work to keep
-        with written(path) as file:
-            file.write(json.dumps(settings, indent=1).encode())
+        write_json(path, settings)
     found = json.loads(path.read_bytes())
     different = [key for key, value in json.loads(json.dumps(settings)).items() if found.get(key) != value]
     if different:

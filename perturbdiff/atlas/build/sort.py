@@ -6,11 +6,7 @@ what a bucket becomes depends on its cells alone: not on chunks, processes, memo
 
 from __future__ import annotations
 
-import json
-import os
-import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +21,7 @@ from scipy import sparse
 from perturbdiff.atlas.build.sources.base import Source
 from perturbdiff.atlas.format import ROW_GROUP, SORTED_BY, gene_type, parquet_options, shard_schema
 from perturbdiff.data.rng import cell_order_key
-from perturbdiff.files import sha256
+from perturbdiff.files import sha256, write_json, written
 
 CELL_BYTES = 64  # what a cell takes beside its values, in memory and in a spill file
 _CELL = np.dtype(
@@ -219,7 +215,7 @@ def spill_chunk(sort: Sort, chunk: int) -> int:
     offsets[:, 0] = begins
     for column, name in ((1, "name_bytes"), (2, "n_values")):
         offsets[:, column] = _starts(cells[name])[begins]
-    with written(sort.chunk_file(chunk)) as file:
+    with written(sort.chunk_file(chunk)) as temporary, open(temporary, "wb") as file:
         file.write(offsets.tobytes() + cells.tobytes() + b"".join(encoded))
         file.write(genes.data)
         file.write(values.data)
@@ -333,7 +329,8 @@ def merge_bucket(sort: Sort, bucket: int, memory: int) -> int:
     sizes = cells["n_values"][order].astype(np.int64) * sort.value_bytes
     for i, (first, last) in enumerate(cuts(sizes, cells["condition"][order], sort.shard_bytes)):
         path = sort.shard_file(bucket, i)
-        with written(path) as file, pq.ParquetWriter(file, schema, **parquet_options(schema.names[-1])) as writer:
+        options = parquet_options(schema.names[-1])
+        with written(path) as temporary, pq.ParquetWriter(temporary, schema, **options) as writer:
             groups = [order[start : min(start + ROW_GROUP, last)] for start in range(first, last, ROW_GROUP)]
             for rows, genes, values in reader.groups(groups):
                 starts = _starts(cells["n_values"][rows]).astype(np.int32)
@@ -350,8 +347,7 @@ def merge_bucket(sort: Sort, bucket: int, memory: int) -> int:
                 table = pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
                 writer.write_table(table, row_group_size=ROW_GROUP)
         shards.append({"file": path.name, "n_cells": last - first, "sha256": sha256(path), "size": path.stat().st_size})
-    with written(sort.bucket_file(bucket)) as file:
-        file.write(json.dumps({"n_cells": len(order), "shards": shards}).encode())
+    write_json(sort.bucket_file(bucket), {"n_cells": len(order), "shards": shards})
     return len(order)
 
 
@@ -435,21 +431,6 @@ def _text(encoded: np.ndarray, lengths: np.ndarray) -> pa.Array:
 
 
 # ------------------------------------------------------------------------------------------------- files
-
-
-@contextmanager
-def written(path: Path) -> Iterator[BinaryIO]:
-    """A file that gets its name when it is whole and on the disk; another process may be writing the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read(file: BinaryIO, position: int, kind: np.dtype, n: int) -> np.ndarray:

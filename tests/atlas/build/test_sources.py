@@ -67,7 +67,7 @@ def same_as_screen(source, path: Path, max_values: int = 64, **data_settings) ->
 # ------------------------------------------------------------------------------------------------- .h5ad
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     form=st.sampled_from(["dense", "csr", "unsorted"]),
     dtype=st.sampled_from(["float32", "float64", "int32", "int64", "uint8"]),
