@@ -7,6 +7,7 @@ Sizes that come from data (genes, labels) are not settings: they are passed to w
 # No `from __future__ import annotations` here: OmegaConf resolves these annotations at run time.
 import difflib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING as REQUIRED
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -385,16 +386,15 @@ def _resolved(
     given: Mapping[str, Any] | None,
     base: Mapping[str, Any] | None = None,
 ) -> T:
-    merged = OmegaConf.structured(schema)
+    parts: list[Any] = [dict(base or {}), {} if recipe is None else _read_yaml(recipe), dict(given or {})]
+    for word in overrides:
+        if "=" not in word:
+            raise ValueError(f"override {word!r} is not key=value; for example training.n_steps=500.")
+        parts.append(_read_word(word))
+    for part in parts:
+        _refuse_interpolations(part)
     try:
-        merged = OmegaConf.merge(merged, dict(base or {}))
-        if recipe is not None:
-            merged = OmegaConf.merge(merged, _read_yaml(recipe))
-        merged = OmegaConf.merge(merged, dict(given or {}))
-        for word in overrides:
-            if "=" not in word:
-                raise ValueError(f"override {word!r} is not key=value; for example training.n_steps=500.")
-            merged = OmegaConf.merge(merged, _read_word(word))
+        merged = OmegaConf.merge(OmegaConf.structured(schema), *parts)
         config = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, TypeError) as error:
         raise ValueError(_one_line(error)) from error
@@ -457,8 +457,7 @@ def as_dict(settings: Any) -> dict[str, Any]:
 
 def from_dict(schema: type[T], values: dict[str, Any]) -> T:
     """The dataclass `schema` from JSON values (a model folder's json); unknown keys are refused."""
-    if "${" in str(values):  # OmegaConf would resolve it, and so read the environment of whoever opens the folder
-        raise ValueError(f"{schema.__name__} holds an interpolation ('${{'); settings from a model folder are values.")
+    _refuse_interpolations(values)
     try:
         settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(values)))
     except OmegaConfBaseException as error:
@@ -566,6 +565,15 @@ def check_sampling(sampling: SamplingConfig, diffusion: DiffusionConfig) -> None
         raise ValueError(
             f"sampling.{key} ({sampling.n_calls}) must be between 1 and diffusion.n_timesteps "
             f"({diffusion.n_timesteps})."
+        )
+
+
+def _refuse_interpolations(values: Any) -> None:
+    # OmegaConf would put the reader's environment in their place, and a run writes its settings where others read them.
+    if text := re.search(r"[^\s'\"]*\$\{[^'\"]{,40}", str(values)):
+        raise ValueError(
+            f"settings hold {text[0]!r}; nothing in them is filled in: write the value, or give it on the "
+            "command line, where the shell does (data.screen=$FOLDER/screen.h5ad)."
         )
 
 

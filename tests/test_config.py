@@ -105,7 +105,7 @@ def test_values_are_what_their_words_look_like():
         ("split.hold_out[0]=A", "config: "),
         ("split.hold_out=[A", r"'\[A' is not yaml; quote it: split.hold_out=\"'\[A'\""),
         ("data.control_label=@x", "'@x' is not yaml; quote it"),
-        ("data.control_label=${nope}", "Interpolation key 'nope' not found"),
+        ("data.control_label=${nope}", r"settings hold '\$\{nope\}'; nothing in them is filled in"),
     ],
 )
 def test_typos_and_wrong_types_are_errors_that_name_key_and_value(word, text):
@@ -326,10 +326,10 @@ def test_a_settings_class_survives_being_plain_values(value):
         ({"width": 3.5}, r"'3.5' .*Integer \(key width\)"),
         ({"output": "cross"}, r"'cross', expected one of \['direct', 'control_residual'\]"),
         ({"width": None}, r"\(key width\)"),
-        ({"width": "${oc.env:HOME}"}, "holds an interpolation"),
-        ({"output": "${oc.env:PERTURBDIFF_TEST_SECRET}"}, "holds an interpolation"),
-        ({"a": [{"b": "${x}"}]}, "holds an interpolation"),
-        ({"${x}": 1}, "holds an interpolation"),
+        ({"width": "${oc.env:HOME}"}, "nothing in them is filled in"),
+        ({"output": "${oc.env:PERTURBDIFF_TEST_SECRET}"}, "nothing in them is filled in"),
+        ({"a": [{"b": "${x}"}]}, "nothing in them is filled in"),
+        ({"${x}": 1}, "nothing in them is filled in"),
     ],
 )
 def test_plain_values_with_unknown_keys_wrong_types_or_interpolations_are_refused(monkeypatch, values, text):

@@ -6,16 +6,15 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
 from anndata import AnnData
 
+from perturbdiff.data.h5ad import PARTS, open_h5ad, unpacked_bytes
 from perturbdiff.data.screen import control_cells, expression_of, genes_of
 from perturbdiff.model import PerturbDiff
 
-PARTS = ("X", "obs", "var")  # what is read of an .h5ad
 MIN_GENE_OVERLAP = 0.5  # of the model's genes
 
 
@@ -104,15 +103,11 @@ def _look(path: str | Path, limits: Limits | None) -> int:
     """Cells in the file, known without reading it. Raises ValueError for what must not be read."""
     if limits is not None and (size := Path(path).stat().st_size) > limits.file_bytes:
         raise ValueError(f"{path} has {_megabytes(size)}; the app takes at most {_megabytes(limits.file_bytes)}.")
-    try:
-        with h5py.File(path, "r") as file:
-            if missing := [part for part in PARTS if file.get(part, getlink=True) is None]:
-                raise ValueError(f"{path} is not an .h5ad: it has no {', '.join(missing)}. Write it with AnnData.")
-            unpacked = sum(_unpacked_bytes(file, part, str(path)) for part in PARTS)
-            X = file["X"]
-            shape = X.shape if isinstance(X, h5py.Dataset) else tuple(X.attrs.get("shape", ()))
-    except (OSError, RuntimeError) as error:  # RuntimeError: of h5py, on damaged groups
-        raise ValueError(f"{path} is not an .h5ad, or it is damaged; write it with AnnData.") from error
+    with open_h5ad(path) as file:
+        if missing := [part for part in PARTS if part not in file]:
+            raise ValueError(f"{path} is not an .h5ad: it has no {', '.join(missing)}. Write it with AnnData.")
+        X = file["X"]
+        shape = X.shape if isinstance(X, h5py.Dataset) else tuple(X.attrs.get("shape", ()))
     if len(shape) != 2:
         raise ValueError(f"X of {path} is not a matrix of cells by genes; write the file with AnnData.")
     n_cells = int(shape[0])
@@ -121,32 +116,12 @@ def _look(path: str | Path, limits: Limits | None) -> int:
             f"{path} has {n_cells:,} cells; the app takes at most {limits.cells:,}. Upload the control cells only, "
             "or fewer of them."
         )
-    if limits is not None and unpacked > limits.unpacked_bytes:
+    if limits is not None and (unpacked := unpacked_bytes(path)) > limits.unpacked_bytes:
         raise ValueError(
             f"{path} unpacks to {_megabytes(unpacked)}; the app takes at most {_megabytes(limits.unpacked_bytes)}. "
             "Upload fewer cells, or X as a sparse matrix."
         )
     return n_cells
-
-
-def _unpacked_bytes(file: h5py.File, part: str, path: str) -> int:
-    # HDF5 can point to other files of this machine (links, external storage, virtual data sets): nobody's upload may.
-    links = [file.get(part, getlink=True)]
-    datasets: list[h5py.Dataset] = []
-
-    def keep(_: str, item: Any) -> None:
-        if isinstance(item, h5py.Dataset):
-            datasets.append(item)
-
-    if all(isinstance(link, h5py.HardLink) for link in links):
-        if isinstance(file[part], h5py.Group):
-            file[part].visititems_links(lambda _, link: links.append(link))
-            file[part].visititems(keep)
-        else:
-            keep(part, file[part])
-    if not all(isinstance(link, h5py.HardLink) for link in links) or any(d.external or d.is_virtual for d in datasets):
-        raise ValueError(f"{part} of {path} points to somewhere else; write the file with AnnData, which copies.")
-    return sum((dataset.size or 0) * dataset.dtype.itemsize for dataset in datasets)
 
 
 def _megabytes(n_bytes: int) -> str:

@@ -7,18 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pandas as pd
 from anndata import AnnData
-from anndata.io import read_elem
 from scipy import sparse
 
 from perturbdiff.config import DataConfig, ObsColumns, Preprocessing
 from perturbdiff.data.expression import CellRows, as_csr, input_kind, library_sizes, log1p_normalised
+from perturbdiff.data.h5ad import read_h5ad_parts
 from perturbdiff.data.rng import cell_order_key
 from perturbdiff.data.vocab import GeneVocab, nearest, split_label
-from perturbdiff.files import short
 
 LABELS = ("perturbation", "cell_type", "batch")
 IN_MEMORY = "screen in memory"  # in place of a path
@@ -79,7 +77,7 @@ class Screen:
     notes: tuple[str, ...]  # what was found or changed on reading, for people
 
     @classmethod
-    def read(cls, path: str | Path | AnnData, config: DataConfig) -> Screen:
+    def read(cls, path: str | Path | AnnData, config: DataConfig | None = None) -> Screen:
         """Read an .h5ad, or take an AnnData: X dense, CSR or CSC, compressed or not; only X, obs and var are read.
 
         Raises
@@ -87,6 +85,7 @@ class Screen:
         FileNotFoundError, ValueError, KeyError
             No such file; not an .h5ad; a column, the control label or X is not as configured (see `from_parts`).
         """
+        config = config or DataConfig()
         if isinstance(path, AnnData):
             return cls.from_parts(path.X, path.obs, path.var, config, IN_MEMORY)
         X, obs, var = read_h5ad_parts(path)
@@ -189,30 +188,6 @@ class Screen:
                 f"cells, median {sizes.median():,.0f}"
             )
         return "\n".join([*lines, *(f"note        {note}" for note in self.notes)])
-
-
-def read_h5ad_parts(path: str | Path) -> tuple[Any, pd.DataFrame, pd.DataFrame]:
-    """X, obs and var of an .h5ad, and nothing else of it.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        No such file; not HDF5, damaged, or without X, obs or var.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist or is not a file; give the path of an .h5ad.")
-    names = ("X", "obs", "var")
-    try:
-        with h5py.File(path, "r") as file:
-            missing = [name for name in names if name not in file]
-            X, obs, var = (None if missing else read_elem(file[name]) for name in names)
-    except Exception as error:  # on a damaged file h5py and anndata raise what comes, types of their own among it
-        raise ValueError(f"{path} is not a readable .h5ad ({short(error)}); write it with AnnData.") from error
-    if missing:
-        raise ValueError(f"{path} is not an .h5ad: it has no {', '.join(missing)}. Write it with AnnData.")
-    if not (isinstance(obs, pd.DataFrame) and isinstance(var, pd.DataFrame)):
-        raise ValueError(f"{path} is not an .h5ad: obs and var must be tables. Write it with AnnData.")
-    return X, obs, var
 
 
 def control_cells(path: str | Path, obs: ObsColumns, cell_type: str | None, batch: str | None) -> AnnData:

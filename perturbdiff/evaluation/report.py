@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pandas as pd
 from anndata import AnnData
@@ -17,7 +16,8 @@ from perturbdiff._version import __version__
 from perturbdiff.config import load_config, sections
 from perturbdiff.data.conditions import ConditionIndex, ControlMatch, resolve_control_match
 from perturbdiff.data.expression import as_csr, gene_means, input_kind
-from perturbdiff.data.screen import IN_MEMORY, Expression, Screen, genes_of, read_h5ad_parts, unique_names
+from perturbdiff.data.h5ad import open_h5ad, read_h5ad_parts
+from perturbdiff.data.screen import IN_MEMORY, Expression, Screen, genes_of, unique_names
 from perturbdiff.data.splits import Split, read_split
 from perturbdiff.data.vocab import GeneVocab
 from perturbdiff.evaluation.baselines import BASELINES, TrainingEffects, shift_cells
@@ -219,7 +219,7 @@ def evaluate(
         uns = predictions.uns.get("perturbdiff", {})
     else:
         (X, obs, var), name = read_h5ad_parts(predictions), str(predictions)
-        with h5py.File(predictions, "r") as file:
+        with open_h5ad(predictions, ("uns/perturbdiff",)) as file:
             uns = read_elem(file["uns/perturbdiff"]) if "uns/perturbdiff" in file else {}
     known = {}
     if "target_sum" in uns:  # files of others say nothing

@@ -13,7 +13,8 @@ from scipy import sparse
 from scipy.sparse.linalg import LinearOperator, eigsh
 
 from perturbdiff.config import DataConfig
-from perturbdiff.data.screen import read_expression, read_h5ad_parts
+from perturbdiff.data.h5ad import read_h5ad_parts
+from perturbdiff.data.screen import read_expression
 from perturbdiff.features.tables import FeatureTable
 
 DENSE = 512  # cells or genes up to which all eigenvectors are computed: Lanczos is inexact where rank is lacking

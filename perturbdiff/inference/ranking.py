@@ -26,7 +26,8 @@ from scipy.special import stdtr
 from scipy.stats import rankdata
 
 from perturbdiff.data.expression import as_csr, gene_means
-from perturbdiff.data.screen import Expression, expression_of, read_h5ad_parts, unique_names
+from perturbdiff.data.h5ad import read_h5ad_parts
+from perturbdiff.data.screen import Expression, expression_of, unique_names
 from perturbdiff.data.vocab import GeneVocab, nearest
 from perturbdiff.diffusion.distances import NO_SPREAD, cell_distances, energy_of
 from perturbdiff.files import few, progress

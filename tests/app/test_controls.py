@@ -1,11 +1,9 @@
 """Uploaded files: what is taken of them, and what is refused before it takes memory."""
 
 import os
-from pathlib import Path
 
 import anndata
 import h5py
-import numpy as np
 import pytest
 
 from perturbdiff.app.controls import Limits, read_controls, remove_old_files
@@ -53,55 +51,9 @@ def test_each_limit_is_checked(upload, model):
     refused(upload, model, "unpacks to", unpacked_bytes=1000)
 
 
-@pytest.mark.parametrize("place", ["X", "obs/bomb", "var/deep/bomb"])
-def test_a_small_file_that_unpacks_to_terabytes_is_refused_unread(upload, model, place):
-    with h5py.File(upload, "a") as file:
-        if place in file:
-            del file[place]
-        file.create_dataset(place, (10, 1 << 37), "f4", chunks=(1, 1 << 20), compression="gzip")
-    assert upload.stat().st_size < 1 << 20
-    refused(upload, model, r"unpacks to 5,242,88\d MB; the app takes at most 1,024 MB")
-
-
-def secret_file(folder: Path) -> Path:
-    path = folder / "secret.h5"
-    with h5py.File(path, "w") as file:
-        file["X"] = np.ones((3, 40))
-    return path
-
-
-def external_link(file, secret):
-    file["X"] = h5py.ExternalLink(secret, "/X")
-
-
-def soft_link(file, secret):
-    file["layer"] = np.ones((3, 40))
-    file["X"] = h5py.SoftLink("/layer")
-
-
-def external_storage(file, secret):
-    file.create_dataset("X", (3, 40), "u1", external=[(str(secret), 0, 120)])
-
-
-def virtual_dataset(file, secret):
-    layout = h5py.VirtualLayout((3, 40), "f8")
-    layout[:] = h5py.VirtualSource(secret, "X", (3, 40))
-    file.create_virtual_dataset("X", layout)
-
-
-def link_in_a_column(file, secret):
-    file["X"] = np.ones((3, 40))
-    file["obs"]["stolen"] = h5py.ExternalLink(secret, "/X")
-
-
-@pytest.mark.parametrize(
-    "point", [external_link, soft_link, external_storage, virtual_dataset, link_in_a_column], ids=lambda f: f.__name__
-)
-def test_a_file_that_points_to_other_files_of_the_machine_is_refused(upload, model, tmp_path, point):
-    with h5py.File(upload, "a") as file:
-        del file["X"]
-        point(file, secret_file(tmp_path))
-    refused(upload, model, "points to somewhere else")
+def test_a_file_that_is_none_is_refused(upload, model):
+    upload.write_bytes(upload.read_bytes()[:100])
+    refused(upload, model, "is not a readable .h5ad")
 
 
 def test_groups_that_hold_each_other_are_walked_once(upload, model):
@@ -109,12 +61,6 @@ def test_groups_that_hold_each_other_are_walked_once(upload, model):
     with h5py.File(upload, "a") as file:
         file["obs/loop"] = file["obs"]
     assert read_controls(upload, "a file", model, Limits()).cells.n_obs == expected.cells.n_obs
-
-
-@pytest.mark.parametrize("size", [0, 100, 5000])
-def test_a_file_cut_short_is_refused(upload, model, size):
-    upload.write_bytes(upload.read_bytes()[:size])
-    refused(upload, model, "is not an .h5ad, or it is damaged")
 
 
 def test_only_files_nobody_wrote_to_for_long_are_removed(tmp_path):

@@ -16,7 +16,7 @@ from perturbdiff.data.expression import (
     library_sizes,
     log1p_normalised,
 )
-from perturbdiff.data.screen import read_h5ad_parts
+from perturbdiff.data.h5ad import read_h5ad_parts
 from tests.screens import log1p_cp10k, quality_file, real_screen
 
 GENES = [f"gene_{g}" for g in range(6)]

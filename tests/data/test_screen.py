@@ -9,7 +9,8 @@ from anndata.io import write_elem
 from scipy import sparse
 
 from perturbdiff.config import DataConfig, Preprocessing
-from perturbdiff.data.screen import Screen, expression_of, read_h5ad_parts
+from perturbdiff.data.h5ad import read_h5ad_parts
+from perturbdiff.data.screen import Screen, expression_of
 from perturbdiff.data.vocab import GeneVocab
 from tests.screens import counts_screen, log1p_cp10k, read, real_screen, shared, written
 

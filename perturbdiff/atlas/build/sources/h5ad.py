@@ -26,6 +26,7 @@ from perturbdiff.atlas.build.sources.checks import (
 )
 from perturbdiff.config import SourceConfig
 from perturbdiff.data.expression import InputKind, library_sizes
+from perturbdiff.data.h5ad import open_h5ad
 from perturbdiff.data.screen import LABELS, genes_of
 from perturbdiff.data.vocab import GeneVocab
 
@@ -48,19 +49,18 @@ class H5adSource:
     @classmethod
     def open(cls, config: SourceConfig) -> H5adSource:
         path = Path(config.path)
-        with reading(path):
+        with open_h5ad(path) as file, reading(path):
             stat = path.stat()
-            with h5py.File(path, "r") as file:
-                missing = [name for name in ("X", "obs", "var") if name not in file]
-                tables = not missing and all(isinstance(file[name], h5py.Group) for name in ("obs", "var"))
-                var = read_elem(file["var"]) if tables else None
-                columns = _column_names(file["obs"]) if tables else []
-                index = _index(file["obs"]) if tables else None
-                n_obs = len(index) if isinstance(index, h5py.Dataset) else 0
-                X = file.get("X")
-                form, shape, dtype = _form(X)
-                lengths = [X[name].shape for name in ("data", "indices", "indptr")] if form == "csr" else []
-                ends = [int(X["indptr"][i]) for i in (0, -1)] if form == "csr" and lengths[2] != (0,) else [0, 0]
+            missing = [name for name in ("X", "obs", "var") if name not in file]
+            tables = not missing and all(isinstance(file[name], h5py.Group) for name in ("obs", "var"))
+            var = read_elem(file["var"]) if tables else None
+            columns = _column_names(file["obs"]) if tables else []
+            index = _index(file["obs"]) if tables else None
+            n_obs = len(index) if isinstance(index, h5py.Dataset) else 0
+            X = file.get("X")
+            form, shape, dtype = _form(X)
+            lengths = [X[name].shape for name in ("data", "indices", "indptr")] if form == "csr" else []
+            ends = [int(X["indptr"][i]) for i in (0, -1)] if form == "csr" and lengths[2] != (0,) else [0, 0]
         if missing or not isinstance(var, pd.DataFrame) or index is None:
             what = f"it has no {', '.join(missing)}" if missing else "obs and var must be tables"
             raise ValueError(f"{path} is not an .h5ad that can be read in parts: {what}. Write it with AnnData.")
@@ -109,12 +109,12 @@ class H5adSource:
 
     def chunks(self, max_values: int) -> list[tuple[int, int]]:
         if not self.is_sparse:
-            with reading(self.config.path), h5py.File(self.config.path, "r") as file:
+            with open_h5ad(self.config.path) as file, reading(self.config.path):
                 block = (file["X"].chunks or (1,))[0]
             rows = min(max(max_values // max(len(self.genes), 1), 1), _MAX_ROWS)
             rows -= rows % block if rows > block else 0  # a compressed block is not read twice
             return [(first, min(first + rows, self.n_cells)) for first in range(0, self.n_cells, rows)]
-        with reading(self.config.path), h5py.File(self.config.path, "r") as file:
+        with open_h5ad(self.config.path) as file, reading(self.config.path):
             indptr = file["X/indptr"][:]  # 8 bytes a cell
         if (np.diff(indptr) < 0).any():
             bad = int(np.argmax(np.diff(indptr) < 0))
@@ -132,7 +132,7 @@ class H5adSource:
 
     def all_labels(self, first: int, last: int) -> pd.DataFrame:
         columns = {name: getattr(self.config, f"{name}_col") for name in LABELS}
-        with reading(self.config.path), h5py.File(self.config.path, "r") as file:
+        with open_h5ad(self.config.path) as file, reading(self.config.path):
             names = _names(_index(file["obs"]), first, last)
             values = {c: _column(file["obs"], c, first, last) for c in set(columns.values()) if c is not None}
         found = {
@@ -160,7 +160,7 @@ class H5adSource:
         return checked(indptr, indices, values, self.genes, kind, detected, where, lambda row: self._cell(first + row))
 
     def _raw(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        with reading(self.config.path), h5py.File(self.config.path, "r") as file:
+        with open_h5ad(self.config.path) as file, reading(self.config.path):
             X = file["X"]
             if not self.is_sparse:
                 parts = []
@@ -180,7 +180,7 @@ class H5adSource:
             return indptr - begin, X["indices"][begin:end], values
 
     def _cell(self, row: int) -> str:
-        with reading(self.config.path), h5py.File(self.config.path, "r") as file:
+        with open_h5ad(self.config.path) as file, reading(self.config.path):
             return f"cell {_names(_index(file['obs']), row, row + 1)[0]!r} (row {row})"
 
     def _kind_of(self, first: int, last: int) -> InputKind | None:
@@ -191,7 +191,7 @@ class H5adSource:
         return "log1p" if (values != np.rint(values)).any() else "counts"
 
     def _library_column(self, column: str, first: int, last: int) -> np.ndarray:
-        with reading(self.config.path), h5py.File(self.config.path, "r") as file:
+        with open_h5ad(self.config.path) as file, reading(self.config.path):
             raw = _column(file["obs"], column, first, last)
             names = _names(_index(file["obs"]), first, last)
         values = pd.to_numeric(pd.Series(raw).astype(object), errors="coerce").to_numpy(dtype=np.float64)

@@ -1,0 +1,200 @@
+"""Open the .h5ad of a stranger: it lies in its own file and does not grow when it is read.
+
+HDF5 lets a file name parts of any other file of its reader (links, external storage, virtual data sets), store one text
+that a million cells point at, and claim arrays that nobody wrote. Files that AnnData writes do none of this.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pandas as pd
+from anndata.io import read_elem
+
+from perturbdiff.files import few, short
+
+PARTS = ("X", "obs", "var")
+MAX_OBJECTS = 100_000  # groups and arrays in what is read
+MAX_TEXT = 10_000  # bytes of one name, label or other text
+MAX_RATIO = 2_000  # of what is read to the size of the file; gzip reaches 1,030
+ALWAYS_READ = 64 << 20  # bytes that are read whatever the size of the file
+
+
+@contextmanager
+def open_h5ad(path: str | Path, parts: tuple[str, ...] = PARTS) -> Iterator[h5py.File]:
+    """The file, looked at before anything is read of these parts; all that opens an .h5ad does it here.
+
+    Raises
+    ------
+    FileNotFoundError
+        No such file.
+    ValueError
+        It is not HDF5 or damaged, or what a part holds lies elsewhere or grows beyond all measure when it is read.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist or is not a file; give the path of an .h5ad.")
+    stat = os.stat(path)
+    try:
+        _look(str(path), stat.st_size, stat.st_mtime_ns, parts)
+        file = h5py.File(path, "r")
+    except _Refused as error:
+        raise ValueError(str(error)) from None
+    except Exception as error:  # on a damaged file h5py raises what comes, types of its own among it
+        raise ValueError(f"{path} is not a readable .h5ad ({short(error)}); write it with AnnData.") from error
+    with file:
+        yield file
+
+
+def unpacked_bytes(path: str | Path, parts: tuple[str, ...] = PARTS) -> int:
+    """Memory that these parts take once they are read, at least. Raises as `open_h5ad`."""
+    with open_h5ad(path, parts):
+        stat = os.stat(path)
+        return _look(str(path), stat.st_size, stat.st_mtime_ns, parts)
+
+
+def read_h5ad_parts(path: str | Path) -> tuple[Any, pd.DataFrame, pd.DataFrame]:
+    """X, obs and var of an .h5ad, and nothing else of it.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As `open_h5ad`; without X, obs or var; more than this machine's memory.
+    """
+    with open_h5ad(path) as file:
+        missing = [name for name in PARTS if name not in file]
+        needed, memory = unpacked_bytes(path), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if needed > memory:
+            raise ValueError(
+                f"{path} takes {needed / 1e9:,.0f} GB of memory and this machine has {memory / 1e9:,.0f}; build an "
+                "atlas of it, which is read in parts (perturbdiff atlas build), or take fewer cells."
+            )
+        try:
+            X, obs, var = (None if missing else read_elem(file[name]) for name in PARTS)
+        except Exception as error:  # as above, and AnnData's own
+            raise ValueError(f"{path} is not a readable .h5ad ({short(error)}); write it with AnnData.") from error
+    if missing:
+        raise ValueError(f"{path} is not an .h5ad: it has no {', '.join(missing)}. Write it with AnnData.")
+    if not (isinstance(obs, pd.DataFrame) and isinstance(var, pd.DataFrame)):
+        raise ValueError(f"{path} is not an .h5ad: obs and var must be tables. Write it with AnnData.")
+    return X, obs, var
+
+
+class _Refused(Exception):
+    pass
+
+
+@lru_cache(maxsize=256)  # a source of an atlas is opened for each of its chunks
+def _look(path: str, size: int, mtime_ns: int, parts: tuple[str, ...]) -> int:
+    total = texts = 0
+    with h5py.File(path, "r") as file:
+        for part in parts:
+            for name, dataset in _datasets(file, part, path):
+                created = dataset.id.get_create_plist()
+                if created.get_layout() == h5py.h5d.VIRTUAL or created.get_external_count():
+                    raise _elsewhere(name, path)
+                kind = dataset.dtype
+                total += (dataset.size or 0) * kind.itemsize
+                if h5py.check_string_dtype(kind) is not None:
+                    lengths = _text_lengths(dataset, path, size)
+                    texts += int(lengths.sum())
+                    if lengths.max(initial=0) > MAX_TEXT:
+                        raise _Refused(
+                            f"{name} of {path} holds a text of {lengths.max():,} bytes; at most {MAX_TEXT:,} are read. "
+                            "Leave it out, or shorten it."
+                        )
+                elif kind.names:
+                    raise _Refused(
+                        f"{name} of {path} is a table as AnnData wrote it before 0.7; open it with anndata.read_h5ad "
+                        "and write it again."
+                    )
+                elif kind.hasobject:
+                    raise _Refused(f"{name} of {path} is of a type that AnnData does not write; write it with AnnData.")
+                # Texts of any length are never compressed.
+                if total > max(ALWAYS_READ, MAX_RATIO * size) or texts > max(ALWAYS_READ, size):
+                    raise _Refused(
+                        f"{name} of {path} grows beyond all measure: the file has {size:,} bytes, and "
+                        f"{max(total, texts):,} are to be read; write it with AnnData."
+                    )
+    return total + texts
+
+
+def _datasets(file: h5py.File, part: str, path: str) -> Iterator[tuple[str, h5py.Dataset]]:
+    # Links are named, and followed where they are names in this file: to each once.
+    names: list[bytes] = []
+
+    def keep(name: bytes, info: h5py.h5l.LinkInfo) -> _Refused | None:  # what the walk below ends with
+        if info.type != h5py.h5l.TYPE_HARD:
+            return _elsewhere(_text(name), path)
+        names.append(name)
+        if len(names) > MAX_OBJECTS:
+            return _Refused(f"{part} of {path} holds more than {MAX_OBJECTS:,} parts; write it with AnnData.")
+        return None
+
+    refused = None
+    for name in accumulate(part.encode().split(b"/"), lambda above, name: above + b"/" + name):
+        if not file.id.links.exists(name):
+            return
+        if refused := keep(name, file.id.links.get_info(name)):
+            raise refused
+    if isinstance(group := h5py.h5o.open(file.id, part.encode()), h5py.h5g.GroupID):
+        refused = group.links.visit(lambda name, info: keep(part.encode() + b"/" + name, info), info=True)
+    if refused is not None:
+        raise refused
+    for name in names:
+        if isinstance(item := h5py.h5o.open(file.id, name), h5py.h5d.DatasetID):
+            yield _text(name), h5py.Dataset(item)
+
+
+def _text(name: bytes) -> str:
+    return few([name.decode(errors="replace")])
+
+
+def _elsewhere(name: str, path: str) -> _Refused:
+    return _Refused(f"{name} of {path} points to somewhere else; write the file with AnnData, which copies.")
+
+
+def _text_lengths(dataset: h5py.Dataset, path: str, file_size: int) -> np.ndarray:
+    """Bytes of each text, known without reading many: as many cells as there are may point at one long text."""
+    n = dataset.size or 0
+    if not dataset.dtype.hasobject:
+        return np.array([dataset.dtype.itemsize])
+    if n * file_size <= ALWAYS_READ:
+        return np.array([len(text) for text in np.ravel(dataset[()])], dtype=np.int64)
+    if n <= 256:  # also those that lie in a header
+        return np.array([len(dataset[where]) for where in np.ndindex(dataset.shape)], dtype=np.int64)
+    # A text is stored as its length, 4 bytes, the address of its heap and 4 bytes more.
+    record = np.dtype(f"V{8 + dataset.file.id.get_create_plist().get_sizes()[0]}")
+    if dataset.chunks is None:
+        offset = dataset.id.get_offset()
+        if offset is None:
+            return np.zeros(1, dtype=np.int64)  # never written
+        stored = np.fromfile(path, dtype=record, count=dataset.size, offset=offset)
+    else:
+        stored = _records(dataset, record)
+    return np.frombuffer(stored.tobytes(), dtype="<u4").reshape(dataset.size, -1)[:, 0].astype(np.int64)
+
+
+def _records(dataset: h5py.Dataset, record: np.dtype) -> np.ndarray:
+    # The same chunks and filters in a file in memory; the library unpacks them.
+    created = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    created.set_chunk(dataset.chunks)
+    filters = dataset.id.get_create_plist()
+    for i in range(filters.get_nfilters()):
+        code, flags, values, _ = filters.get_filter(i)
+        created.set_filter(code, flags, values)
+    with h5py.File("records", "w", driver="core", backing_store=False) as memory:
+        space = h5py.h5s.create_simple(dataset.shape)
+        copy = h5py.h5d.create(memory.id, b"records", h5py.h5t.py_create(record), space, created)
+        for i in range(dataset.id.get_num_chunks()):
+            chunk = dataset.id.get_chunk_info(i)
+            mask, data = dataset.id.read_direct_chunk(chunk.chunk_offset)
+            copy.write_direct_chunk(chunk.chunk_offset, data, mask)
+        return np.asarray(h5py.Dataset(copy)[...])
