@@ -282,7 +282,7 @@ class Preprocessing:
     """How X becomes model input, log1p(count * target_sum / library_size) / scale; stored with the model."""
 
     input_kind: Literal["counts", "log1p"]
-    target_sum: float = bounded(REQUIRED, above=0)
+    target_sum: Optional[float] = bounded(REQUIRED, above=0)  # null: log1p values of nobody knows how many counts
     scale: float = bounded(REQUIRED, above=0)
     library_size_col: Optional[str] = None
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from perturbdiff._version import __version__
 from perturbdiff.config import ModelConfig, Preprocessing, SamplingConfig, as_dict, check_sampling, from_dict
 from perturbdiff.data.rng import torch_generator
-from perturbdiff.data.screen import expression_of
+from perturbdiff.data.screen import expression_of, in_model_space
 from perturbdiff.data.vocab import GeneVocab, LabelVocab, Vocabularies, nearest
 from perturbdiff.diffusion.generate import Context, assign_sets, choose_controls, denoise_sets
 from perturbdiff.features.tables import FeatureTable
@@ -416,7 +416,7 @@ class PerturbDiff:
             "n_steps": sampling.n_calls,
             "n_populations": n_populations,
             "x_kind": "log1p",
-            "target_sum": self.preprocessing.target_sum,
+            "target_sum": self.preprocessing.target_sum or 0.0,  # 0: nobody knows
             "library_size_col": self.preprocessing.library_size_col or "",
             "n_genes_matched": alignment.n_matched,
             "genes_matched_by": alignment.matched_by,
@@ -508,7 +508,10 @@ class PerturbDiff:
         return sampling
 
     def controls_of(self, controls: AnnData, layer: str | None, cell_type: str | None, batch: str | None) -> AnnData:
-        """The cells that `predict` starts from: X of the layer, those of the context; refuses perturbed ones."""
+        """The cells that `predict` starts from: X of the layer in the model's space, those of the context.
+
+        Refuses perturbed ones. Warns where X was in another space, or in one that nobody can know.
+        """
         if not isinstance(controls, AnnData):
             raise TypeError(
                 f"controls ({type(controls).__name__}) must be an AnnData of control cells; read a file with "
@@ -537,6 +540,7 @@ class PerturbDiff:
                     there = nearest(value, set(labels[chosen]))
                     raise ValueError(f"no control cell has {column} {value!r}; {there}.")
                 chosen &= (labels == value).to_numpy()
+        controls = in_model_space(controls, self.preprocessing)
         return controls if chosen.all() else controls[chosen].copy()
 
     def _contexts(self, obs: pd.DataFrame, cell_type: str | None, batch: str | None) -> list[Context]:

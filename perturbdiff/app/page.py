@@ -215,7 +215,7 @@ class _Bar:
 
 def _facts(model: PerturbDiff, name: str) -> str:
     known = model.vocabularies
-    kind = "raw counts or log1p" if model.preprocessing.input_kind == "counts" else "log1p values"
+    kind = "raw counts or log1p" if model.preprocessing.target_sum is not None else "log1p values"
     facts = {
         "Model": short(name, 80),
         "Genes": f"{len(model.genes):,}",

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from perturbdiff.data.expression import InputKind
+from perturbdiff.data.space import InputKind
 from perturbdiff.data.vocab import GeneVocab
 from perturbdiff.files import few, inside, sha256, short, write_json
 from perturbdiff.files import read_json as read_object

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
 
 from perturbdiff._version import __version__
 from perturbdiff.cli.app import add_app_command
@@ -26,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Likewise: DDP warns in every process that it looks for unused parameters, as training/distributed.py tells it to.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     arguments = _arguments(argv)
+    warnings.showwarning = _note
     try:
         arguments.run(arguments)
     except USER_ERRORS as error:
@@ -39,6 +43,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("perturbdiff: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _note(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    own = "perturbdiff" in Path(filename).parts and category is UserWarning
+    print(f"note        {message}" if own else f"{category.__name__}: {message}", file=sys.stderr)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

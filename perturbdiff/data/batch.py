@@ -44,7 +44,7 @@ class SparseCells:
         """(B, S, G) float32 in model units, log1p(count * target_sum / library_size) / scale; empty positions are 0."""
         per_cell = self.indptr.diff()
         values = self.values.float()
-        if preprocessing.input_kind == "counts":
+        if preprocessing.target_sum is not None and preprocessing.input_kind == "counts":
             factor = torch.where(self.library_size > 0, preprocessing.target_sum / self.library_size, 0.0)
             values = torch.log1p(values * factor.repeat_interleave(per_cell))
         fill = self._filled_by_scipy if values.device.type == "cpu" else self._filled
@@ -55,7 +55,7 @@ class SparseCells:
 
         Of log1p values, whose library sizes nobody knows, the smallest one that a cell has.
         """
-        if preprocessing.input_kind == "counts":
+        if preprocessing.target_sum is not None and preprocessing.input_kind == "counts":
             size = self.library_size
             values = torch.where(size > 0, torch.log1p(preprocessing.target_sum / size.clamp_min(1e-30)), 0.0)
         else:

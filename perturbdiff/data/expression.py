@@ -1,21 +1,16 @@
-"""Expression matrices: what kind X is, what it must not hold, normalisation, and highly variable genes."""
+"""Expression matrices: cells by row, normalisation, and highly variable genes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from scipy import sparse
 
 from perturbdiff.config import Preprocessing
 from perturbdiff.data.vocab import GeneVocab
-
-LOG1P_MAX = 15.0  # log1p of any normalised count stays under this; e**15 is 3.3 million
-_CHUNK = 1 << 24  # values looked at together
-
-InputKind = Literal["counts", "log1p"]
 
 
 @dataclass(frozen=True)
@@ -121,56 +116,6 @@ def as_csr(matrix: Any) -> sparse.csr_matrix:
     return csr
 
 
-def input_kind(
-    X: sparse.csr_matrix, genes: Sequence[str], declared: Literal["auto", "counts", "log1p"] = "auto"
-) -> InputKind:
-    """Detect whether X holds raw counts or log1p values, or check what was declared.
-
-    All whole numbers are counts; fractions under 15 are log1p.
-
-    Raises
-    ------
-    ValueError
-        A NaN, infinite or negative value, scaled data, values that are neither, or one kind declared as the other;
-        names gene and value.
-    """
-    fraction: int | None = None  # position of the first fractional value
-    top: int | None = None  # position of the largest value
-    for start in range(0, X.nnz, _CHUNK):
-        values = X.data[start : start + _CHUNK]
-        for wrong, what in ((~np.isfinite(values), "is not finite"), (values < 0, "is negative")):
-            if wrong.any():
-                position = start + int(wrong.argmax())
-                hint = " (z-scored or scaled data?)" if what == "is negative" else ""
-                raise ValueError(
-                    f"X of gene {_gene(X, genes, position)} holds {X.data[position]}, which {what}{hint}; "
-                    "X must be raw counts or log1p values. Give the file before scaling, or its raw layer as X."
-                )
-        if fraction is None and (fractional := values != np.rint(values)).any():
-            fraction = start + int(fractional.argmax())
-        largest = start + int(values.argmax())
-        top = largest if top is None or X.data[largest] > X.data[top] else top
-    if fraction is None and declared != "log1p":
-        return "counts"
-    if fraction is not None and declared == "counts":
-        raise ValueError(
-            f"X was declared as counts but gene {_gene(X, genes, fraction)} holds {X.data[fraction]:.6g}; counts are "
-            "whole numbers. Set data.input_kind=log1p, or give the raw counts."
-        )
-    if top is not None and X.data[top] >= LOG1P_MAX and fraction is None:
-        raise ValueError(
-            f"X was declared as log1p but gene {_gene(X, genes, top)} holds {X.data[top]:.6g}, too large for log1p "
-            f"values (under {LOG1P_MAX:g}), and all are whole numbers. Set data.input_kind=counts, or give log1p "
-            "values."
-        )
-    if top is not None and X.data[top] >= LOG1P_MAX:
-        raise ValueError(
-            f"X of gene {_gene(X, genes, top)} holds {X.data[top]:.6g}: fractions, yet too large for log1p values "
-            f"(under {LOG1P_MAX:g}); normalised but not log-transformed? Give raw counts or log1p values."
-        )
-    return "log1p"
-
-
 def library_sizes(X: sparse.csr_matrix) -> np.ndarray:
     """Total counts per cell over all genes of X, (n_cells,) float32."""
     return np.asarray(X.sum(axis=1, dtype=np.float64)).ravel().astype(np.float32)
@@ -185,6 +130,7 @@ def log1p_normalised(X: sparse.csr_matrix, library_size: np.ndarray, preprocessi
     """log1p(count * target_sum / library_size), float32; log1p input is returned as it is. No division by scale."""
     if preprocessing.input_kind == "log1p":
         return X.astype(np.float32)
+    assert preprocessing.target_sum is not None, "counts are normalised to a number"
     per_cell = np.divide(
         preprocessing.target_sum, library_size, out=np.zeros(len(library_size)), where=library_size > 0
     )
@@ -250,7 +196,3 @@ class GeneMoments:
                 score[inside] = (values - values.mean()) / (spread if spread > 0 else 1.0)
         chosen = np.argsort(-score, kind="stable")[:n]
         return np.sort(chosen)
-
-
-def _gene(X: sparse.csr_matrix, genes: Sequence[str], position: int) -> str:
-    return repr(genes[X.indices[position]])

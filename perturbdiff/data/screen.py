@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,9 +14,10 @@ from anndata import AnnData
 from scipy import sparse
 
 from perturbdiff.config import DataConfig, ObsColumns, Preprocessing
-from perturbdiff.data.expression import CellRows, as_csr, input_kind, library_sizes, log1p_normalised
+from perturbdiff.data.expression import CellRows, as_csr, library_sizes, log1p_normalised
 from perturbdiff.data.h5ad import read_h5ad_parts
 from perturbdiff.data.rng import cell_order_key
+from perturbdiff.data.space import LOG1P_MAX, RAW_COUNTS, UNKNOWN, Space, check_values, find_space, renormalised
 from perturbdiff.data.vocab import GeneVocab, nearest, split_label
 
 LABELS = ("perturbation", "cell_type", "batch")
@@ -31,12 +33,15 @@ class Expression:
         (n_cells, G) CSR: raw counts (uint16, or uint32 where one needs it) or log1p values (float32).
     library_size
         (n_cells,) float32 total counts per cell over all genes of the file; ones for log1p input.
+    note
+        What was found or changed in X, for people; empty where it was what it should be.
     """
 
     X: sparse.csr_matrix
     genes: GeneVocab
     library_size: np.ndarray
     preprocessing: Preprocessing
+    note: str = ""
 
     def __len__(self) -> int:
         return self.X.shape[0]
@@ -100,7 +105,8 @@ class Screen:
         KeyError
             An obs column is missing; the message lists those there.
         ValueError
-            X as in `expression.input_kind`; duplicate genes; missing labels; no cell has the control label.
+            X is neither counts nor logarithms, or not what was declared; duplicate genes; missing labels; no cell has
+            the control label.
         """
         notes = []
         labels = {
@@ -115,6 +121,8 @@ class Screen:
         if config.dose_col is not None:
             labels["perturbation"] = _with_doses(labels["perturbation"], obs, config, path)
         expression = read_expression(X, obs, var, config.input_kind, config, path)
+        if expression.note:
+            notes.append(expression.note)
         if config.target_sum is None:  # a panel of few genes has few counts; 1e4 would stretch them
             is_control = labels["perturbation"] == config.control_label
             expression = _with_median_of(expression, is_control, path)
@@ -168,8 +176,7 @@ class Screen:
             f"screen      {self.path}",
             f"cells       {len(self):,}: {(~control).sum():,} perturbed, {control.sum():,} {self.control_label!r}",
             f"genes       {len(self.expression.genes):,}",
-            f"X           {'raw counts' if preprocessing.input_kind == 'counts' else 'log1p values'}, "
-            f"{X.nnz / max(X.shape[0] * X.shape[1], 1):.1%} not zero, {top}",
+            f"X           {_kind(preprocessing)}, {X.nnz / max(X.shape[0] * X.shape[1], 1):.1%} not zero, {top}",
         ]
         if preprocessing.input_kind == "counts":
             column = preprocessing.library_size_col
@@ -188,6 +195,13 @@ class Screen:
                 f"cells, median {sizes.median():,.0f}"
             )
         return "\n".join([*lines, *(f"note        {note}" for note in self.notes)])
+
+
+def _kind(preprocessing: Preprocessing) -> str:
+    if preprocessing.input_kind == "counts":
+        return "raw counts"
+    known = preprocessing.target_sum
+    return "log1p values" if known is None else f"log1p values of {known:,.6g} counts a cell"
 
 
 def control_cells(path: str | Path, obs: ObsColumns, cell_type: str | None, batch: str | None) -> AnnData:
@@ -218,40 +232,103 @@ def control_cells(path: str | Path, obs: ObsColumns, cell_type: str | None, batc
 def read_expression(
     X: Any, obs: pd.DataFrame, var: pd.DataFrame, declared: str, config: DataConfig | Preprocessing, path: str
 ) -> Expression:
-    """Check X and find the library sizes; cells keep their order. Raises as `Screen.from_parts`."""
+    """Check X, find its space and the library sizes; cells keep their order. Raises as `Screen.from_parts`.
+
+    Logarithms become log1p values of `config.target_sum` counts a cell where X says of how many they are, and else stay
+    what they are; `target_sum` is then None.
+    """
     genes = genes_of(var)
     matrix = _cells_by_genes(X, len(obs), len(genes), path)
-    kind = input_kind(matrix, genes.names, declared)  # type: ignore[arg-type]
-    preprocessing = Preprocessing(kind, config.target_sum or 1e4, config.scale, config.library_size_col)
-    if kind == "log1p":
-        return Expression(matrix.astype(np.float32), genes, np.ones(len(obs), np.float32), preprocessing)
+    space = _space(matrix, genes, declared, path)
+    known = space.total is not None
+    target_sum = (config.target_sum or space.total) if known else None
+    values = matrix if space is RAW_COUNTS else renormalised(matrix, space, target_sum, list(obs.index.astype(str)))
+    if space.bases and not space.whole:
+        preprocessing = Preprocessing("log1p", target_sum, config.scale, config.library_size_col)
+        same = values.data is matrix.data or np.array_equal(values.data, matrix.data.astype(np.float32))
+        note = "" if known and same else _found(space, target_sum, same)
+        return Expression(values.astype(np.float32), genes, np.ones(len(obs), np.float32), preprocessing, note)
+    if known:  # normalised, without logarithm
+        preprocessing = Preprocessing("log1p", target_sum, config.scale, config.library_size_col)
+        return Expression(values, genes, np.ones(len(obs), np.float32), preprocessing, _found(space, target_sum, False))
+    preprocessing = Preprocessing("counts", config.target_sum or 1e4, config.scale, config.library_size_col)
     if preprocessing.library_size_col is None:
-        library = library_sizes(matrix)
+        library = library_sizes(matrix if not space.bases else values)
     else:
         library = _library_column(obs, preprocessing.library_size_col, path)
-    largest = matrix.data.max(initial=0)
+    largest = values.data.max(initial=0)
     if largest >= 2**32:
         raise ValueError(f"X of {path} holds a count of {largest:.0f}; counts must be under 2**32.")
-    return Expression(matrix.astype(np.uint16 if largest < 2**16 else np.uint32), genes, library, preprocessing)
+    counts = values.astype(np.uint16 if largest < 2**16 else np.uint32)
+    return Expression(counts, genes, library, preprocessing, "" if space is RAW_COUNTS else _found(space, None, False))
+
+
+def _space(X: sparse.csr_matrix, genes: GeneVocab, declared: str, path: str) -> Space:
+    """What X is by its own values, within what was declared of it."""
+    whole = check_values(X, genes.names)
+    space = RAW_COUNTS if whole else find_space(X)
+    top = int(X.data.argmax()) if X.nnz else None
+    if declared == "log1p" and not space.bases and top is not None:
+        if X.data[top] >= LOG1P_MAX or (space.certain and not whole):
+            raise ValueError(
+                f"X of {path} was declared as log1p but holds {space}: gene {genes.names[X.indices[top]]!r} holds "
+                f"{X.data[top]:.6g}. Set data.input_kind=counts, or give log1p values."
+            )
+        return UNKNOWN
+    if declared == "counts" and space.bases and space.certain:
+        raise ValueError(
+            f"X of {path} was declared as counts but holds {space}. Set data.input_kind=log1p, or give the raw counts."
+        )
+    return replace(RAW_COUNTS, whole=False) if declared == "counts" and not whole else space
+
+
+def _found(space: Space, target_sum: float | None, same: bool) -> str:
+    if space.whole:
+        return f"X holds {space}; " + ("the logarithm is undone" if space.bases else "rounding is undone")
+    if not space.bases and space.total is None:
+        sure = "" if space.certain else " (set data.input_kind=log1p if they are logarithms)"
+        return f"X holds counts with fractions, which are rounded{sure}; library sizes are their sums"
+    if target_sum is not None:
+        return f"X holds {space}; it becomes log1p values of {target_sum:,.6g} counts a cell"
+    found = f"X holds {space}" if space.certain else "X is taken for log1p values"
+    changed = "" if same else ", which become log1p values"
+    return (
+        f"{found}{changed}; of how many counts a cell cannot be checked, as cells sum to different numbers (were genes "
+        "left out after normalising?)"
+    )
 
 
 def expression_of(adata: AnnData, preprocessing: Preprocessing) -> Expression:
     """Cells of an AnnData prepared as a model's training cells were.
 
-    log1p values are taken as they are also where the model was trained on counts: they must then be
-    log1p(CP `target_sum`).
-
     Raises
     ------
     ValueError
-        X as in `expression.input_kind`; counts given to a model trained on log1p values, whose scale nobody knows.
+        X as in `read_expression`; counts given to a model trained on log1p values of nobody knows how many counts.
     """
     expression = read_expression(adata.X, adata.obs, adata.var, "auto", preprocessing, "the given AnnData")
     if preprocessing.input_kind == "log1p" and expression.preprocessing.input_kind == "counts":
-        raise ValueError(
-            "X holds counts, but this model was trained on log1p values; normalise X as its training data were."
-        )
+        if preprocessing.target_sum is None:
+            raise ValueError(
+                "X holds counts, but this model was trained on log1p values of nobody knows how many counts a cell; "
+                "normalise X as its training data were."
+            )
+        ones = np.ones(len(expression), np.float32)
+        return replace(expression, X=expression.log1p(), library_size=ones, preprocessing=preprocessing)
     return expression
+
+
+def in_model_space(adata: AnnData, preprocessing: Preprocessing) -> AnnData:
+    """The cells with X in the space of a model, and a warning where X was in another or nobody can know.
+
+    Of all cells that are at hand: what a file holds is found from many cells and not from a few of one context. Raises
+    as `expression_of`.
+    """
+    expression = expression_of(adata, preprocessing)
+    if not expression.note:
+        return adata
+    warnings.warn(expression.note, UserWarning, stacklevel=3)
+    return AnnData(X=expression.X, obs=adata.obs, var=adata.var)
 
 
 def genes_of(var: pd.DataFrame) -> GeneVocab:

@@ -11,13 +11,15 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from anndata.io import read_elem
+from scipy import sparse
 
 from perturbdiff._version import __version__
 from perturbdiff.config import load_config, sections
 from perturbdiff.data.conditions import ConditionIndex, ControlMatch, resolve_control_match
-from perturbdiff.data.expression import as_csr, gene_means, input_kind
+from perturbdiff.data.expression import as_csr, gene_means
 from perturbdiff.data.h5ad import open_h5ad, read_h5ad_parts
 from perturbdiff.data.screen import IN_MEMORY, Expression, Screen, genes_of, unique_names
+from perturbdiff.data.space import RAW_COUNTS, SAME, UNKNOWN, check_values, find_space
 from perturbdiff.data.splits import Split, read_split
 from perturbdiff.data.vocab import GeneVocab
 from perturbdiff.evaluation.baselines import BASELINES, TrainingEffects, shift_cells
@@ -223,13 +225,35 @@ def evaluate(
             uns = read_elem(file["uns/perturbdiff"]) if "uns/perturbdiff" in file else {}
     known = {}
     if "target_sum" in uns:  # files of others say nothing
-        known = {"target_sum": float(uns["target_sum"]), "library_size_col": str(uns["library_size_col"]) or None}
+        known = {
+            "target_sum": float(uns["target_sum"]) or None,
+            "library_size_col": str(uns["library_size_col"]) or None,
+        }
     measured, match, chosen = read_measured(screen, split, known, overrides, settings)
     values, genes = as_csr(X), genes_of(var)
-    if input_kind(values, genes.names, "auto") != "log1p":
-        raise ValueError(f"{name} holds counts; predictions are log1p values, as `perturbdiff predict` writes them.")
+    _refuse_other_space(values, genes, known, measured, name)
     predicted = AnnData(X=values, obs=obs.set_axis(unique_names(obs.index)), var=pd.DataFrame(index=list(genes.names)))
     return score_conditions(predicted, measured, match, chosen)
+
+
+def _refuse_other_space(
+    X: sparse.csr_matrix, genes: GeneVocab, known: Mapping[str, Any], measured: Screen, name: str
+) -> None:
+    space = RAW_COUNTS if check_values(X, genes.names) else find_space(X)
+    found, wanted = space.total, measured.expression.preprocessing.target_sum
+    if space.bases != UNKNOWN.bases or space.whole:
+        raise ValueError(f"{name} holds {space}; predictions are log1p values, as `perturbdiff predict` writes them.")
+    stated = known.get("target_sum", found)
+    differ = stated is not None and wanted is not None and abs(stated / wanted - 1) > SAME
+    if differ or ("target_sum" in known and (stated is None) != (wanted is None)):
+        raise ValueError(
+            f"{name} holds log1p values of {_counts(stated)}, and the measured cells become such of {_counts(wanted)}; "
+            "they cannot be compared. Leave data.target_sum out, or predict and measure in one space."
+        )
+
+
+def _counts(target_sum: float | None) -> str:
+    return "nobody knows how many counts a cell" if target_sum is None else f"{target_sum:,.6g} counts a cell"
 
 
 def read_measured(

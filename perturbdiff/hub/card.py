@@ -211,8 +211,8 @@ and `predicted.uns["perturbdiff"]` says how it was made and what was unseen."""
 def _expects(model: ModelMetadata) -> str:
     how, obs, known = model.preprocessing, model.config.obs, model.vocabularies
     perturbations = known.perturbations.names
-    if how.input_kind == "counts":
-        values = f"raw counts, or log1p values of {how.target_sum:g} counts a cell"
+    if how.target_sum is not None:
+        values = f"raw counts, or logarithms of any known number of counts: log1p of {how.target_sum:g} is made of them"
     else:
         values = "log1p values, normalised as the training data were; counts are refused"
     by = "name or Ensembl id" if model.genes.ensembl else "name"
@@ -277,7 +277,7 @@ def _training_data(training: TrainingRecord) -> str:
 
 
 def _preprocessing(how: Preprocessing) -> str:
-    if how.input_kind != "counts":
+    if how.target_sum is None:
         return f"The model's units are log1p values / {how.scale:g}; the division is done for you."
     column = how.library_size_col
     library = f"obs column {escaped(column)}" if column else "row sums of `X`, over all genes that are given"

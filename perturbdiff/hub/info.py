@@ -21,7 +21,7 @@ def model_info(source: ModelSource) -> str:
     folder, said = source.read()
     how, config, training = said.preprocessing, said.config, said.training
     names = said.vocabularies
-    counts = f"raw counts: log1p(count * {how.target_sum:g} / library size) / {how.scale:g} is done for you"
+    counts = f"raw counts: log1p(count * {how.target_sum or 0:g} / library size) / {how.scale:g} is done for you"
     lines = {
         "model": source.name
         + ("" if source.commit is None else f" at commit {source.commit}")
@@ -29,7 +29,7 @@ def model_info(source: ModelSource) -> str:
         "sha256": folder.sha256,
         "format": f"{folder.config['format_version']}, written by perturbdiff {folder.config['library_version']}",
         "license": training.license or "not stated",
-        "X": counts if how.input_kind == "counts" else "log1p values, normalised as the training data were",
+        "X": counts if how.target_sum is not None else "log1p values, normalised as the training data were",
         "library": f"obs column {how.library_size_col}" if how.library_size_col else "row sums of X",
         "genes": _shown(said.genes.names) + (", with Ensembl ids" if said.genes.ensembl else ""),
         "perturbations": _shown(names.perturbations.names),

@@ -27,7 +27,7 @@ from scipy.stats import rankdata
 
 from perturbdiff.data.expression import as_csr, gene_means
 from perturbdiff.data.h5ad import read_h5ad_parts
-from perturbdiff.data.screen import Expression, expression_of, unique_names
+from perturbdiff.data.screen import Expression, expression_of, in_model_space, unique_names
 from perturbdiff.data.vocab import GeneVocab, nearest
 from perturbdiff.diffusion.distances import NO_SPREAD, cell_distances, energy_of
 from perturbdiff.files import few, progress
@@ -117,7 +117,7 @@ def rank_perturbations(
     score = (
         _signature(model.genes, expression, up, down)
         if towards is None
-        else _nearness(model, expression, present, _cells(towards), min_gene_overlap)
+        else _nearness(model, expression, present, _cells(towards, model), min_gene_overlap)
     )
     n_cells = min(controls.n_obs, MAX_CELLS) if n_cells is None else n_cells
     scores = np.empty((len(labels), n_populations))
@@ -150,11 +150,11 @@ def _names(names: str | Sequence[str]) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
 
 
-def _cells(source: AnnData | str | Path) -> AnnData:
-    if isinstance(source, AnnData):
-        return source
-    X, obs, var = read_h5ad_parts(source)
-    return AnnData(X=X, obs=obs, var=var)
+def _cells(source: AnnData | str | Path, model: PerturbDiff) -> AnnData:
+    if not isinstance(source, AnnData):
+        X, obs, var = read_h5ad_parts(source)
+        source = AnnData(X=X, obs=obs, var=var)
+    return in_model_space(source, model.preprocessing)
 
 
 def _signature(genes: GeneVocab, controls: Expression, up: Sequence[str], down: Sequence[str]) -> Score:

@@ -13,7 +13,7 @@ import pandas as pd
 from anndata import AnnData
 
 from perturbdiff.config import ObsColumns
-from perturbdiff.data.screen import control_cells
+from perturbdiff.data.screen import control_cells, in_model_space
 from perturbdiff.data.vocab import nearest
 from perturbdiff.files import printable, short
 from perturbdiff.model import PerturbDiff
@@ -110,7 +110,7 @@ def controls_for(
     Raises as `PerturbDiff.predict` and `control_cells`.
     """
     if isinstance(controls, str | Path):
-        return control_cells(controls, model.config.obs, cell_type, batch)
+        return in_model_space(control_cells(controls, model.config.obs, cell_type, batch), model.preprocessing)
     return model.controls_of(controls, None, cell_type, batch)
 
 

@@ -307,7 +307,8 @@ def _common_preprocessing(atlases: Sequence[Atlas], config: Config) -> Preproces
                 f"differ ({', '.join(differ[:3])}{', ...' if len(differ) > 3 else ''}). Build one with "
                 "--genes OTHER/genes.parquet."
             )
-    return Preprocessing(first.info.input_kind, data.target_sum, data.scale, data.library_size_col)
+    target_sum = data.target_sum if first.info.input_kind == "counts" else None
+    return Preprocessing(first.info.input_kind, target_sum, data.scale, data.library_size_col)
 
 
 def _refuse_choosing_genes(n_genes: int, config: Config) -> None:

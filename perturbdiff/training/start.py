@@ -238,16 +238,16 @@ def _notes(config: Config, checkpoint: Checkpoint) -> list[str]:
     return [
         f"note        data.{name} is {value:g}, the checkpoint's {getattr(had, name):g}: it has learned another scale"
         for name, value in now.items()
-        if value is not None and value != getattr(had, name)
+        if None not in (value, getattr(had, name)) and value != getattr(had, name)
     ]
 
 
 def _check_same_input(checkpoint: Checkpoint, data: TrainingSet) -> None:
-    had, has = checkpoint.model.preprocessing.input_kind, data.cells.preprocessing.input_kind
-    if had != has:
+    had, has = checkpoint.model.preprocessing, data.cells.preprocessing
+    if had.target_sum is None and has.input_kind == "counts":
         raise ValueError(
-            f"X holds {has}, and checkpoint {checkpoint.base.name} was trained on {had}, whose scale may be another; "
-            f"give {had} to train on, or start from a checkpoint of {has}."
+            f"X holds counts, and checkpoint {checkpoint.base.name} was trained on log1p values of nobody knows how "
+            "many counts a cell; normalise X as its training data were, or start from a checkpoint of counts."
         )
 
 

@@ -7,12 +7,9 @@ import pytest
 from scipy import sparse
 
 from perturbdiff.config import Preprocessing
-from perturbdiff.data import expression as module
 from perturbdiff.data.expression import (
-    LOG1P_MAX,
     as_csr,
     highly_variable_genes,
-    input_kind,
     library_sizes,
     log1p_normalised,
 )
@@ -21,11 +18,6 @@ from tests.screens import log1p_cp10k, quality_file, real_screen
 
 GENES = [f"gene_{g}" for g in range(6)]
 COUNTS = np.array([[0, 3, 0, 1, 0, 0], [2, 0, 0, 0, 0, 7], [0, 0, 0, 0, 0, 0], [1, 1, 4, 0, 0, 0]], dtype=np.float32)
-
-
-def kind(values, declared="auto"):
-    X = as_csr(np.asarray(values))
-    return input_kind(X, GENES[: X.shape[1]], declared)
 
 
 def with_value(value, row=1, gene=5, base=COUNTS):
@@ -88,86 +80,6 @@ def test_sparse_indices_outside_the_matrix_are_refused(form, array, place, value
 def test_what_is_no_matrix_of_numbers_is_refused(given):
     with pytest.raises(ValueError, match="it must be a dense, CSR or CSC matrix"):
         as_csr(given)
-
-
-# ---------------------------------------------------------------- input_kind
-
-
-def test_whole_numbers_are_counts_and_fractions_under_the_limit_are_log1p():
-    assert kind(COUNTS) == "counts"
-    assert kind(COUNTS.astype(np.int64)) == "counts"
-    assert kind(log1p_cp10k(COUNTS)) == "log1p"
-    assert kind(with_value(np.nextafter(LOG1P_MAX, 0))) == "log1p"
-
-
-@pytest.mark.parametrize("shape", [(4, 6), (1, 6), (0, 6), (4, 0)])
-def test_matrices_of_zeros_one_cell_and_nothing_at_all_are_counts(shape):
-    assert kind(np.zeros(shape)) == "counts"
-    assert kind(np.zeros(shape), "counts") == "counts"
-    assert kind(np.zeros(shape), "log1p") == "log1p"
-
-
-def test_one_cell_is_enough_to_tell():
-    assert kind([[0, 2, 1]]) == "counts"
-    assert kind([[0, 0.69, 1.1]]) == "log1p"
-
-
-def test_one_fractional_value_among_counts_is_enough_to_refuse_them():
-    with pytest.raises(ValueError, match=r"gene 'gene_5' holds 40\.5: fractions, yet too large for log1p"):
-        kind(with_value(40.5))
-    with pytest.raises(ValueError, match=r"declared as counts but gene 'gene_5' holds 1\.5; .*data.input_kind=log1p"):
-        kind(with_value(1.5), "counts")
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(np.nan, "nan"), (np.inf, "inf"), (-np.inf, "-inf"), (-0.25, "-0.25"), (-3.0, "-3.0")]
-)
-@pytest.mark.parametrize("declared", ["auto", "counts", "log1p"])
-def test_nan_infinite_and_negative_values_are_refused_with_gene_and_value(value, text, declared):
-    with pytest.raises(ValueError, match=rf"X of gene 'gene_3' holds {text}, which is (not finite|negative)"):
-        kind(with_value(value, row=0, gene=3), declared)
-
-
-def test_scaled_data_are_called_so():
-    scaled = (COUNTS - COUNTS.mean(0)) / (COUNTS.std(0) + 1)
-    with pytest.raises(ValueError, match=r"z-scored or scaled"):
-        kind(scaled)
-
-
-def test_values_that_were_normalised_but_not_logged_are_refused_with_the_largest():
-    normalised = COUNTS / np.maximum(COUNTS.sum(1, keepdims=True), 1) * 1e4
-    with pytest.raises(ValueError, match=r"gene 'gene_5' holds 7777\.78: .*not log-transformed"):
-        kind(normalised)
-
-
-def test_log1p_values_must_stay_under_the_limit_also_where_they_are_whole_or_declared():
-    assert kind([[0, 1, 2]], "log1p") == "log1p"
-    for values in ([[0, 1, 400]], [[0, 1.5, 400]]):
-        with pytest.raises(ValueError, match=r"gene 'gene_2' holds 400"):
-            kind(values, "log1p")
-
-
-@pytest.mark.parametrize("place", range(10))
-def test_a_bad_value_is_found_in_whatever_chunk_it_lies(monkeypatch, place):
-    monkeypatch.setattr(module, "_CHUNK", 3)
-    values = np.full((2, 5), 2.0)
-    values.flat[place] = np.nan
-    with pytest.raises(ValueError, match=f"gene 'gene_{place % 5}' holds nan"):
-        kind(values)
-    values.flat[place] = 99.5
-    with pytest.raises(ValueError, match=rf"gene 'gene_{place % 5}' holds 99\.5"):
-        kind(values)
-    values.flat[place] = 0.5
-    assert kind(values) == "log1p"
-
-
-@pytest.mark.parametrize("place", range(10))
-def test_the_first_fractional_value_is_named_in_whatever_chunk_it_lies(monkeypatch, place):
-    monkeypatch.setattr(module, "_CHUNK", 3)
-    values = np.full((2, 5), 2.0)
-    values.flat[place:] = np.arange(place, 10) + 0.5
-    with pytest.raises(ValueError, match=rf"declared as counts but gene 'gene_{place % 5}' holds {place}\.5;"):
-        kind(values, "counts")
 
 
 # ---------------------------------------------------------------- normalisation

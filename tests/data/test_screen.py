@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 
 import anndata
 import h5py
@@ -291,14 +292,16 @@ def test_genes_are_brought_into_the_models_order_with_zeros_for_missing_ones(ada
     np.testing.assert_array_equal(aligned.library_size, dense.sum(1))
 
 
-def test_log1p_values_may_be_given_to_a_model_of_counts_but_not_the_reverse(adata):
+def test_counts_and_log1p_values_may_be_given_to_a_model_of_either_unless_nobody_knows_its_space(adata):
     logged = adata.copy()
     logged.X = log1p_cp10k(adata.X)
-    of_counts, of_log1p = Preprocessing("counts", 1e4, 10.0), Preprocessing("log1p", 1e4, 10.0)
-    from_counts, from_logged = expression_of(adata, of_counts), expression_of(logged, of_counts)
-    np.testing.assert_allclose(from_counts.log1p().toarray(), from_logged.log1p().toarray(), rtol=1e-6)
-    with pytest.raises(ValueError, match="X holds counts, but this model was trained on log1p values"):
-        expression_of(adata, of_log1p)
+    of_counts = Preprocessing("counts", 1e4, 10.0)
+    of_log1p, of_unknown = replace(of_counts, input_kind="log1p"), Preprocessing("log1p", None, 10.0)
+    from_counts = expression_of(adata, of_counts).log1p().toarray()
+    for cells, preprocessing in ((logged, of_counts), (logged, of_log1p), (adata, of_log1p), (logged, of_unknown)):
+        np.testing.assert_allclose(expression_of(cells, preprocessing).log1p().toarray(), from_counts, rtol=1e-6)
+    with pytest.raises(ValueError, match="X holds counts, but this model was trained on log1p values of nobody knows"):
+        expression_of(adata, of_unknown)
 
 
 # ---------------------------------------------------------------- files that are none

@@ -182,9 +182,9 @@ def test_predictions_that_cannot_be_compared_are_refused(screen, split, truth):
 
 
 def test_counts_are_not_taken_for_predictions(run):
-    with pytest.raises(ValueError, match=r"screen\.h5ad holds counts"):
+    with pytest.raises(ValueError, match=r"screen\.h5ad holds raw counts"):
         evaluate(run.data.screen, run.data.screen)
-    with pytest.raises(ValueError, match="the AnnData holds counts"):
+    with pytest.raises(ValueError, match="the AnnData holds raw counts"):
         evaluate(anndata.read_h5ad(run.data.screen), run.data.screen)
 
 
@@ -201,11 +201,14 @@ def test_the_measured_cells_are_normalised_as_the_predictions_were(run, tmp_path
     expected = score_conditions(predicted, screen, "batch", split).means()
     for given in (predicted, tmp_path / "p.h5ad"):
         pd.testing.assert_frame_equal(evaluate(given, config.data.screen, path).means(), expected)
-    other = evaluate(predicted, config.data.screen, path, data={"target_sum": 10000}).means()
-    assert abs(other.loc[MODEL, "mse_of_means"] - expected.loc[MODEL, "mse_of_means"]) > 0.1
-    words = ["data.target_sum=10000"]  # win over settings
-    by_word = evaluate(predicted, config.data.screen, path, overrides=words, **{"data.target_sum": 7})
-    pd.testing.assert_frame_equal(by_word.means(), other)
+    for words, settings in (((), {"data.target_sum": 7}), (["data.target_sum=null"], {"data.target_sum": 500})):
+        with pytest.raises(ValueError, match="holds log1p values of 500 counts a cell, and the measured cells become"):
+            evaluate(predicted, config.data.screen, path, overrides=words, **settings)
+    measured = anndata.read_h5ad(config.data.screen)
+    X = measured.X.toarray().astype(np.float64)
+    measured.X = np.log2(1 + X / X.sum(1, keepdims=True) * 500)
+    with pytest.raises(ValueError, match=r"holds log2\(1 \+ x\) of 500 .*; predictions are log1p values"):
+        evaluate(measured, config.data.screen, path)
 
 
 def test_the_scores_of_a_demo_name_its_screen_and_split(run, tmp_path):

@@ -241,7 +241,7 @@ def test_what_the_model_expects_is_that_of_its_folder():
     assert rows["cells of a set"] == "up to 8"
     assert "raw counts" in rows["`X` of the control cells"]
     with_ids = GeneVocab(MODEL.genes.names, ("E1", "E2"))
-    other = dict(rows_of(card(preprocessing=Preprocessing("log1p", 1e4, 10.0), genes=with_ids), "What it expects"))
+    other = dict(rows_of(card(preprocessing=Preprocessing("log1p", None, 10.0), genes=with_ids), "What it expects"))
     assert "counts are refused" in other["`X` of the control cells"]
     assert "or Ensembl id" in other["genes"]
     alone = card(labels={"combination_separator": None})

@@ -15,8 +15,8 @@ from perturbdiff.atlas.build.sources.checks import categorical, checked, label_t
 from perturbdiff.atlas.build.sources.parquet import LocalFiles, RowGroups, batches, lists
 from perturbdiff.atlas.store import Atlas
 from perturbdiff.config import SourceConfig
-from perturbdiff.data.expression import InputKind
 from perturbdiff.data.screen import LABELS
+from perturbdiff.data.space import InputKind
 from perturbdiff.data.vocab import GeneVocab
 
 

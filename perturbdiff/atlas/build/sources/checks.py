@@ -13,8 +13,9 @@ from scipy import sparse
 
 from perturbdiff.atlas.format import CONTROL_LABEL
 from perturbdiff.config import SourceConfig
-from perturbdiff.data.expression import LOG1P_MAX, InputKind, as_csr
+from perturbdiff.data.expression import as_csr
 from perturbdiff.data.screen import LABELS
+from perturbdiff.data.space import LOG1P_MAX, InputKind
 from perturbdiff.data.vocab import GeneVocab
 from perturbdiff.files import short
 

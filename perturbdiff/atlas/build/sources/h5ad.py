@@ -25,9 +25,10 @@ from perturbdiff.atlas.build.sources.checks import (
     selected,
 )
 from perturbdiff.config import SourceConfig
-from perturbdiff.data.expression import InputKind, library_sizes
+from perturbdiff.data.expression import library_sizes
 from perturbdiff.data.h5ad import open_h5ad
 from perturbdiff.data.screen import LABELS, genes_of
+from perturbdiff.data.space import InputKind
 from perturbdiff.data.vocab import GeneVocab
 
 _PROBES = 8  # positions of a file looked at to tell counts from log1p values

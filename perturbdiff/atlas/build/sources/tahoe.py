@@ -25,8 +25,9 @@ from perturbdiff.atlas.build.sources.checks import (
 from perturbdiff.atlas.build.sources.parquet import ParquetFiles, RowGroups, batches, lists
 from perturbdiff.atlas.format import CONTROL_LABEL
 from perturbdiff.config import SourceConfig
-from perturbdiff.data.expression import InputKind, library_sizes
+from perturbdiff.data.expression import library_sizes
 from perturbdiff.data.screen import LABELS
+from perturbdiff.data.space import InputKind
 from perturbdiff.data.vocab import GeneVocab
 
 TAHOE_DEFAULTS = {

@@ -1,0 +1,207 @@
+"""What the values of X are, found from the values: counts, or a logarithm of counts per so many.
+
+Cells are normalised to one sum before the logarithm is taken. So the row sums of b^x - 1 are equal for the right base b
+and for no other: base and sum are found exactly. Where genes were left out afterwards no sums are equal, but within a
+cell the values of b^x - 1 still are whole multiples of the smallest, that of one count: the base alone is found.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy import sparse
+
+LOG1P_MAX = 15.0  # log1p of any normalised count stays under this; e**15 is 3.3 million
+EQUAL = 2e-5  # relative difference of sums that are one sum: of rounding; genes left out differ by more
+SAME = 1e-4  # relative difference of two totals that are the same number of counts
+_CHUNK = 1 << 24  # values looked at together
+_CELLS = 500  # looked at to find a space
+_FEW = 5  # cells whose sums may be equal by chance, and which are no group normalised by itself
+_MULTIPLES = 20  # up to which values are looked at as multiples of the smallest
+_ENOUGH = 50  # multiples over one that tell a base
+
+InputKind = Literal["counts", "log1p"]
+
+# Bases of the logarithms to undo, the outermost first; the commonest first.
+_CANDIDATES = ((math.e,), (2.0,), (10.0,), (), (math.e, math.e))
+_NAMES = {
+    (math.e,): "log1p", (2.0,): "log2(1 + x)", (10.0,): "log10(1 + x)", (): "", (math.e, math.e): "log1p of log1p",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Space:
+    """The space that values are in.
+
+    bases
+        Of the logarithms, the outermost first; none for values that are no logarithms.
+    whole
+        They are counts once the logarithms are undone.
+    total
+        What cells sum to once the logarithms are undone, the median of all; None where their sums differ. Cells that
+        were normalised in groups have one sum a group.
+    certain
+        Something in the values says so; otherwise they are taken for log1p values.
+    """
+
+    bases: tuple[float, ...]
+    whole: bool
+    total: float | None
+    certain: bool
+
+    def __str__(self) -> str:
+        name = _NAMES[self.bases]
+        if self.whole:
+            return f"{name} of raw counts" if name else "raw counts"
+        if self.total is not None:
+            return f"{name or 'values without logarithm'} of {self.total:,.6g} counts a cell"
+        return f"{name} values" if name else "counts with fractions"
+
+    def undone(self, values: np.ndarray) -> np.ndarray:
+        """The values without their logarithms, float64."""
+        values = values.astype(np.float64)
+        for base in self.bases:
+            values = np.expm1(values * math.log(base))
+        return values
+
+
+RAW_COUNTS = Space((), whole=True, total=None, certain=True)
+UNKNOWN = Space((math.e,), whole=False, total=None, certain=False)
+
+
+def check_values(X: sparse.csr_matrix, genes: Sequence[str]) -> bool:
+    """Whether all values are whole numbers. Raises ValueError on one that is not finite or negative: gene and value."""
+    whole = True
+    for start in range(0, X.nnz, _CHUNK):
+        values = X.data[start : start + _CHUNK]
+        for wrong, what in ((~np.isfinite(values), "is not finite"), (values < 0, "is negative")):
+            if wrong.any():
+                position = start + int(wrong.argmax())
+                hint = " (z-scored or scaled data?)" if what == "is negative" else ""
+                raise ValueError(
+                    f"X of gene {genes[X.indices[position]]!r} holds {X.data[position]}, which {what}{hint}; X must be "
+                    "raw counts or log1p values. Give the file before scaling, or name a layer that holds them "
+                    "(data.layer=counts, data.layer=raw)."
+                )
+        whole = whole and bool((values == np.rint(values)).all())
+    return whole
+
+
+def find_space(X: sparse.csr_matrix) -> Space:
+    """The space of values of which not all are whole numbers, from up to 2,000 cells.
+
+    Parameters
+    ----------
+    X
+        (n_cells, G) CSR, finite, not negative, without stored zeros; all measured genes, or some.
+    """
+    cells = np.flatnonzero(np.diff(X.indptr))
+    sample = X[cells[np.linspace(0, len(cells) - 1, min(_CELLS, len(cells))).astype(int)]]
+    top = float(sample.data.max(initial=0))
+    possible = [Space(bases, False, None, True) for bases in _CANDIDATES if top < _largest(bases)]
+    undone = {space.bases: space.undone(sample.data) for space in possible}
+    sums = {bases: totals(values, sample.indptr) for bases, values in undone.items()}
+    agreeing = [bases for bases in sums if _agree(sums[bases])]
+    if agreeing:  # several only of values so small that a logarithm hardly changes them
+        bases = min(agreeing, key=lambda bases: np.std(sums[bases]) / np.mean(sums[bases]))
+        return Space(bases, False, float(np.median(sums[bases])), True)
+    for space in sorted(possible, key=lambda space: len(space.bases)):
+        if _are_whole(undone[space.bases]):
+            return Space(space.bases, True, None, True)
+    for space in possible:
+        if _are_multiples(undone[space.bases], sample.indptr):
+            return space
+    return UNKNOWN if top < LOG1P_MAX else Space((), False, None, False)
+
+
+def renormalised(X: sparse.csr_matrix, space: Space, total: float | None, cells: Sequence[str]) -> sparse.csr_matrix:
+    """Values of a space as counts, where they are, or else as float32 log1p values of `total` counts a cell.
+
+    `total` is None, or the space's is, where nobody knows: then the number of counts a cell stays. Raises ValueError
+    where some cells are in another space than the others, naming the first.
+    """
+    undone = space.undone(X.data)
+    if space.whole or (space.total is None and not space.bases):
+        values = np.rint(undone)
+    elif space.total is None:
+        if space.bases == (math.e,):
+            return X.astype(np.float32)
+        values = np.log1p(undone).astype(np.float32)
+    else:
+        sums = totals(undone, X.indptr)
+        _refuse_others(sums, space, cells)
+        if total is None:
+            total = space.total
+        if space.bases == (math.e,) and abs(space.total / total - 1) < SAME and np.ptp(sums[sums > 0]) < SAME * total:
+            return X.astype(np.float32)
+        scaled = undone * np.repeat(np.divide(total, sums, out=np.zeros(len(sums)), where=sums > 0), np.diff(X.indptr))
+        values = np.log1p(scaled).astype(np.float32)
+    renewed = sparse.csr_matrix((values, X.indices, X.indptr), X.shape)
+    if space.whole or not space.bases:
+        renewed = renewed.copy()
+        renewed.eliminate_zeros()
+    return renewed
+
+
+def totals(undone: np.ndarray, indptr: np.ndarray) -> np.ndarray:
+    """(n_cells,) float64 sums of values over the genes of each cell."""
+    sums = np.zeros(len(indptr) - 1)
+    filled = np.diff(indptr) > 0
+    sums[filled] = np.add.reduceat(undone, indptr[:-1][filled]) if filled.any() else 0
+    return sums
+
+
+def _largest(bases: tuple[float, ...]) -> float:
+    # A value of this space undone is at most some 10^9.
+    largest = 1e9
+    for base in reversed(bases):
+        largest = math.log1p(largest) / math.log(base)
+    return largest
+
+
+def _agree(sums: np.ndarray) -> bool:
+    """Whether cells have one sum, or one for each of some groups of cells that were normalised by themselves."""
+    if len(sums) < _FEW:  # by chance, unless it is a round number
+        round_number = 10.0 ** np.rint(np.log10(sums[0])) if len(sums) else 0.0
+        return round_number >= 1e3 and bool((np.abs(sums / round_number - 1) < EQUAL).all())
+    return len(_groups(sums)[1]) <= max(2, len(sums) // 50)
+
+
+def _groups(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    # Of groups of cells with one sum: that of each cell, and how many cells each has.
+    step = np.rint(np.log(sums) / EQUAL).astype(np.int64)
+    return np.unique(step, return_inverse=True, return_counts=True)[1:]
+
+
+def _refuse_others(sums: np.ndarray, space: Space, cells: Sequence[str]) -> None:
+    filled = np.flatnonzero(sums > 0)
+    if len(filled) < _CELLS and _agree(sums[filled]):
+        return
+    group, n = _groups(sums[filled])
+    alone = n[group] < _FEW
+    # A sum may be rounded to either side of the border between two steps.
+    near = np.abs(sums[filled] / space.total - 1) < SAME if space.total else np.zeros(len(filled), dtype=bool)
+    if (odd := alone & ~near).any():
+        cell = int(filled[np.argmax(odd)])
+        raise ValueError(
+            f"X is {space} in most cells, but that of cell {cells[cell]!r} sums to {sums[cell]:,.6g} "
+            f"({int(odd.sum()):,} such cells); all cells must be normalised alike. Give raw counts."
+        )
+
+
+def _are_whole(undone: np.ndarray) -> bool:
+    small = undone[undone < 1000]  # float32 cannot say it of larger ones
+    return len(small) > 0 and bool((np.abs(small - np.rint(small)) < 1e-3).all() and (np.rint(small) > 0).all())
+
+
+def _are_multiples(undone: np.ndarray, indptr: np.ndarray) -> bool:
+    per_cell = np.diff(indptr)
+    smallest = np.minimum.reduceat(undone, indptr[:-1]) if len(undone) else undone
+    multiple = undone / np.repeat(smallest, per_cell)
+    of_interest = (multiple > 1.5) & (multiple < _MULTIPLES)
+    distance = np.abs(multiple - np.rint(multiple))[of_interest]
+    return len(distance) >= _ENOUGH and float(np.mean(distance < 5e-3)) > 0.95
