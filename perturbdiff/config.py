@@ -90,6 +90,7 @@ class DataConfig:
     # Tables of perturbations: files of name -> vector or of name, smiles; or "coexpression", loadings of the model's
     # genes in the training cells.
     perturbation_features: list[str] = field(default_factory=list)
+    layer: Optional[str] = None  # values to read in place of X: a layer, or "raw" for .raw
     input_kind: Literal["auto", "counts", "log1p"] = "auto"  # what X holds
     library_size_col: Optional[str] = None  # obs column of total counts when X is a panel; null: row sums of X
     # Counts per cell after normalisation; null: the median of a screen's controls.
@@ -121,6 +122,7 @@ class SourceConfig:
     cell_type_col: Optional[str] = "cell_type"  # null: one cell type, named as the source
     batch_col: Optional[str] = "batch"  # null: one batch, named as the source
     control_label: str = "control"  # becomes "control" in the atlas
+    layer: Optional[str] = None  # of an .h5ad, values to read in place of X: a layer, or "raw" for .raw
     input_kind: Literal["auto", "counts", "log1p"] = "auto"  # what X holds
     library_size_col: Optional[str] = None  # obs column of total counts when X is a panel; null: row sums of X
     cells: Literal["all", "unperturbed", "perturbed"] = "all"

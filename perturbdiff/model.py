@@ -20,8 +20,10 @@ from torch import Tensor
 
 from perturbdiff._version import __version__
 from perturbdiff.config import ModelConfig, Preprocessing, SamplingConfig, as_dict, check_sampling, from_dict
+from perturbdiff.data.h5ad import values_of
 from perturbdiff.data.rng import torch_generator
-from perturbdiff.data.screen import expression_of, in_model_space
+from perturbdiff.data.screen import Expression, expression_of
+from perturbdiff.data.space import SAME, totals
 from perturbdiff.data.vocab import GeneVocab, LabelVocab, Vocabularies, nearest
 from perturbdiff.diffusion.generate import Context, assign_sets, choose_controls, denoise_sets
 from perturbdiff.features.tables import FeatureTable
@@ -302,7 +304,7 @@ class PerturbDiff:
             column, all of them are taken for cells of it. By default each cell's own labels are its context. A label
             that training has not seen with a perturbation is predicted as an average one, with a warning.
         layer
-            Expression from `controls.layers[layer]` in place of X.
+            Expression from `controls.layers[layer]` in place of X; "raw" is `controls.raw`.
         n_cells
             Cells to predict in each population; one for each control cell by default. Fewer start from controls
             whose mean is that of all.
@@ -518,11 +520,8 @@ class PerturbDiff:
                 "perturbdiff.data.screen.control_cells(path, model.config.obs), or anndata.read_h5ad(path)."
             )
         if layer is not None:
-            if layer not in controls.layers:
-                raise KeyError(
-                    f"layer {layer!r} is not in controls.layers; {nearest(layer, map(str, controls.layers))}."
-                )
-            controls = AnnData(controls.layers[layer], obs=controls.obs, var=controls.var)
+            X, var = values_of(controls, layer)
+            controls = AnnData(X, obs=controls.obs, var=var)
         names = self.config.obs
         if names.perturbation in controls.obs:
             labels = controls.obs[names.perturbation].astype(str)
@@ -540,8 +539,49 @@ class PerturbDiff:
                     there = nearest(value, set(labels[chosen]))
                     raise ValueError(f"no control cell has {column} {value!r}; {there}.")
                 chosen &= (labels == value).to_numpy()
-        controls = in_model_space(controls, self.preprocessing)
+        controls = self.in_own_space(controls)
         return controls if chosen.all() else controls[chosen].copy()
+
+    def in_own_space(self, cells: AnnData) -> AnnData:
+        """Cells with X in the space the model was trained in.
+
+        Warns where X was in another, or where nobody can know. What a file holds is found from many cells: give all
+        that are at hand, and not those of one context.
+
+        Raises
+        ------
+        ValueError
+            As `expression_of`; the model's genes hold another part of the cells' counts than of its training controls':
+            X is in another space, or library sizes are sums over other genes.
+        """
+        expression = expression_of(cells, self.preprocessing)
+        for note in filter(None, (expression.note, self._compare_sums(expression))):
+            warnings.warn(note, UserWarning, stacklevel=3)
+        return cells if not expression.note else AnnData(X=expression.X, obs=cells.obs, var=cells.var)
+
+    def _compare_sums(self, expression: Expression) -> str:
+        quantiles, n_genes = self.training.control_sums, self.training.measured_genes
+        alignment = self.genes.align(expression.genes, min_overlap=0.0)
+        log1p = expression.with_genes(self.genes, alignment.columns).log1p()
+        sums = totals(np.expm1(log1p.data.astype(np.float64)), log1p.indptr)
+        if quantiles is None or n_genes is None or not (sums > 0).any():
+            return ""
+        low, *_, high = quantiles
+        low *= alignment.overlap**2  # genes that are missing hold counts too, nobody knows how many
+        found, known = float(np.median(sums[sums > 0])), expression.preprocessing.target_sum is not None
+        what = (
+            f"the model's genes sum to {found:,.0f} normalised counts in the median cell, and to {low:,.0f} to "
+            f"{high:,.0f} in its training controls"
+        )
+        n = expression.n_measured
+        if known and found > high * (1 + SAME) and n < 0.8 * n_genes:
+            raise ValueError(
+                f"{what}: X has {n:,} genes, and those of training had {n_genes:,}, over which a cell's counts are "
+                "normalised. Give the cells with all their genes."
+            )
+        if not low / 2 < found < high * 2:
+            raise ValueError(f"{what}: X is normalised otherwise, or is of other genes. Give raw counts of all genes.")
+        return "" if low <= found <= high * (1 + SAME) else f"{what}; another tissue or protocol?"
 
     def _contexts(self, obs: pd.DataFrame, cell_type: str | None, batch: str | None) -> list[Context]:
         # (cell type, batch) of each control cell; None where nobody says.

@@ -200,7 +200,7 @@ def test_a_layer_stands_in_for_x(model, controls):
     np.testing.assert_array_equal(
         dense(model.predict(layered, perturbation="pert_1", n_cells=5, layer="counts")), dense(expected)
     )
-    with pytest.raises(KeyError, match=r"layer 'count' is not in controls.layers; did you mean counts"):
+    with pytest.raises(KeyError, match=r"there is no layer 'count'; name other values that it holds: counts"):
         model.predict(layered, perturbation="pert_1", layer="count")
 
 
@@ -334,3 +334,91 @@ def test_controls_whose_x_has_other_rows_than_obs_are_refused(screen, tmp_path):
         write_elem(file, "X", sparse.csr_matrix(adata.X)[:-5])
     with pytest.raises(ValueError, match="cells by genes"):
         control_cells(path, ObsColumns(), None, None)
+
+
+# ---------------------------------------------------------------- other controls than those of training
+
+
+@pytest.fixture(scope="module")
+def of_some_genes(screen, tmp_path_factory):
+    """A model of the most variable genes of a screen, and the controls it was trained with."""
+    config = tiny_config(screen, tmp_path_factory.mktemp("some"), "data.n_hvg=15", "training.n_steps=2")
+    model = PerturbDiff.from_pretrained(fit(config).folder / "model", device="cpu")
+    return model, control_cells(screen, ObsColumns(), None, None)
+
+
+def with_x(adata, change):
+    adata = adata.copy()
+    adata.X = sparse.csr_matrix(change(adata.X.toarray().astype(np.float64)))
+    return adata
+
+
+def of_total(X, total):
+    return X / X.sum(1, keepdims=True) * total
+
+
+def test_what_training_controls_sum_to_is_kept_with_the_model(of_some_genes):
+    model, controls = of_some_genes
+    X = of_total(controls.X.toarray().astype(np.float64), 1e4)
+    columns = [list(controls.var_names).index(name) for name in model.gene_names]
+    expected = np.quantile([sum(row[i] for i in columns) for row in X], [0.01, 0.25, 0.5, 0.75, 0.99])
+    np.testing.assert_allclose(model.training.control_sums, expected, rtol=1e-5)
+    assert model.training.measured_genes == controls.n_vars
+
+
+def test_controls_like_those_of_training_are_taken_without_a_word(of_some_genes):
+    model, controls = of_some_genes
+    model.predict(controls, perturbation="pert_1", n_cells=4)  # warnings are errors here
+    model.predict(controls[:, ::-1].copy(), perturbation="pert_1", n_cells=4)
+
+
+def test_controls_cut_to_the_genes_of_the_model_are_refused(of_some_genes):
+    model, controls = of_some_genes
+    cut = controls[:, list(model.gene_names)].copy()
+    of_known_sum = with_x(cut, lambda X: np.log1p(of_total(np.maximum(X, 1e-9), 1e4)))
+    for cells in (cut, of_known_sum):
+        with pytest.raises(ValueError, match=r"sum to 10,000 normalised counts .*: X has 15 genes, .* training had 40"):
+            model.predict(cells, perturbation="pert_1")
+
+
+def test_logarithms_of_some_genes_are_compared_with_the_controls_of_training(of_some_genes):
+    model, controls = of_some_genes
+    genes = [*model.gene_names, *[name for name in controls.var_names if name not in model.gene_names][:5]]
+
+    def logged(total, genes=genes):
+        return with_x(controls, lambda X: np.log1p(of_total(X, total)))[:, genes].copy()
+
+    with pytest.warns(UserWarning, match="log1p values; of how many counts a cell cannot be checked"):
+        found = model.predict(logged(1e4), perturbation="pert_1", seed=1)
+    of_all = model.predict(logged(1e4, controls.var_names), perturbation="pert_1", seed=1)
+    np.testing.assert_allclose(dense(found), dense(of_all), atol=1e-4)
+    for total in (1e6, 1e3):
+        with pytest.raises(ValueError, match="in its training controls: X is normalised otherwise"):
+            model.predict(logged(total), perturbation="pert_1")
+
+
+def test_controls_of_another_tissue_are_taken_with_a_word(of_some_genes):
+    model, controls = of_some_genes
+    columns = [list(controls.var_names).index(name) for name in model.gene_names]
+
+    def less(X):
+        X[:, columns] = np.rint(X[:, columns] * 0.4)
+        return X
+
+    with pytest.warns(UserWarning, match=r"the model's genes sum to .* another tissue or protocol\?"):
+        model.predict(with_x(controls, less), perturbation="pert_1", n_cells=4)
+
+
+def test_counts_in_any_space_give_what_the_counts_give(of_some_genes):
+    model, controls = of_some_genes
+    of_counts = dense(model.predict(controls, perturbation="pert_1"))
+    logged = with_x(controls, lambda X: np.log1p(of_total(X, 1e4)))  # nobody knows one count of these
+    of_logged = dense(model.predict(logged, perturbation="pert_1"))
+    for change, expected in (
+        (np.log1p, of_counts), (lambda X: np.log1p(of_total(X, 1234.5)), of_logged),
+        (lambda X: np.log2(1 + of_total(X, 1e4)), of_logged), (lambda X: of_total(X, 1.0), of_logged),
+        (lambda X: np.log1p(np.log1p(of_total(X, 1e4))), of_logged),
+    ):  # fmt: skip
+        with pytest.warns(UserWarning, match="X holds "):
+            found = model.predict(with_x(controls, change), perturbation="pert_1")
+        np.testing.assert_allclose(dense(found), expected, atol=1e-4)

@@ -12,7 +12,7 @@ import numpy as np
 from anndata import AnnData
 
 from perturbdiff.data.h5ad import PARTS, open_h5ad, unpacked_bytes
-from perturbdiff.data.screen import control_cells, genes_of, in_model_space
+from perturbdiff.data.screen import control_cells, genes_of
 from perturbdiff.model import PerturbDiff
 
 MIN_GENE_OVERLAP = 0.5  # of the model's genes
@@ -72,7 +72,7 @@ def read_controls(path: str | Path, name: str, model: PerturbDiff, limits: Limit
     """
     n_in_file = _look(path, limits)
     column = model.config.obs.cell_type
-    cells = in_model_space(control_cells(path, model.config.obs, None, None), model.preprocessing)
+    cells = model.in_own_space(control_cells(path, model.config.obs, None, None))
     if not cells.n_obs:
         raise ValueError(f"{name} has no cells; give control cells.")
     alignment = model.genes.align(genes_of(cells.var), MIN_GENE_OVERLAP)

@@ -68,6 +68,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         "--guidance-scale", type=float, metavar="W", help="(1+W) cond - W uncond (default: the model's)"
     )
     parser.add_argument("--steps", type=int, metavar="N", help="denoiser calls (default: the model's)")
+    parser.add_argument("--layer", metavar="NAME", help="read the controls' X from this layer, or from .raw (raw)")
     parser.add_argument("--sampler", choices=("ddim", "ddpm"), help="(default: the model's)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same cells (default: 0)")
     parser.add_argument(
@@ -109,7 +110,8 @@ def _predict(arguments: argparse.Namespace) -> None:
         arguments.perturbation or "", arguments.cell_type, arguments.batch, arguments.n_cells, arguments.n_populations,
         arguments.seed,
     )  # fmt: skip
-    options = {"summary": arguments.summary, "overwrite": arguments.overwrite, **sampling_of(arguments)}
+    where = {name: getattr(arguments, name) for name in ("layer", "summary", "overwrite")}
+    options = {**where, **sampling_of(arguments)}
     requests = None if arguments.requests is None else read_requests(arguments.requests, one)
     model = load_model(arguments.model, arguments.features)
     done = (

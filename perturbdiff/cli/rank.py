@@ -67,6 +67,7 @@ def _rank(arguments: argparse.Namespace) -> None:
         candidates=candidates,
         cell_type=arguments.cell_type,
         batch=arguments.batch,
+        layer=arguments.layer,
         n_cells=arguments.n_cells,
         n_populations=arguments.n_populations,
         seed=arguments.seed,

@@ -17,6 +17,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pandas as pd
+from anndata import AnnData
 from anndata.io import read_elem
 
 from perturbdiff.files import few, short
@@ -60,31 +61,71 @@ def unpacked_bytes(path: str | Path, parts: tuple[str, ...] = PARTS) -> int:
         return _look(str(path), stat.st_size, stat.st_mtime_ns, parts)
 
 
-def read_h5ad_parts(path: str | Path) -> tuple[Any, pd.DataFrame, pd.DataFrame]:
-    """X, obs and var of an .h5ad, and nothing else of it.
+def parts_of(layer: str | None, file: h5py.File | AnnData) -> tuple[str, str, str]:
+    """Names of values, obs and var: of X, of a layer, or of .raw, which "raw" is where no layer has that name.
+
+    Raises KeyError where there is none, with those that are there.
+    """
+    if layer is None:
+        return PARTS
+    layers, raw = _values_beside_x(file)
+    if layer in layers:
+        return f"layers/{layer}", "obs", "var"
+    if layer == "raw" and raw:
+        return "raw/X", "obs", "raw/var"
+    raise KeyError(f"there is no layer {layer!r}; {_beside(layers, raw) or 'there are none, and no .raw'}.")
+
+
+def values_of(adata: AnnData, layer: str | None) -> tuple[Any, pd.DataFrame]:
+    """X and var of an AnnData; of a layer or .raw as `parts_of`, which says what is raised."""
+    name = parts_of(layer, adata)[0]
+    if name == "X":
+        return adata.X, adata.var
+    return (adata.raw.X, adata.raw.var) if name == "raw/X" else (adata.layers[layer], adata.var)
+
+
+def read_h5ad_parts(path: str | Path, layer: str | None = None) -> tuple[Any, pd.DataFrame, pd.DataFrame]:
+    """X, obs and var of an .h5ad, and nothing else of it; with a layer, its values as X, and "raw" is .raw.
 
     Raises
     ------
-    FileNotFoundError, ValueError
-        As `open_h5ad`; without X, obs or var; more than this machine's memory.
+    FileNotFoundError, KeyError, ValueError
+        As `open_h5ad`, `parts_of`; without X, obs or var, or without genes; more than this machine's memory.
     """
-    with open_h5ad(path) as file:
-        missing = [name for name in PARTS if name not in file]
-        needed, memory = unpacked_bytes(path), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with open_h5ad(path, ()) as file:
+        parts, beside = parts_of(layer, file), _beside(*_values_beside_x(file))
+    with open_h5ad(path, parts) as file:
+        missing = [name for name in parts if name not in file]
+        needed, memory = unpacked_bytes(path, parts), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if needed > memory:
             raise ValueError(
                 f"{path} takes {needed / 1e9:,.0f} GB of memory and this machine has {memory / 1e9:,.0f}; build an "
                 "atlas of it, which is read in parts (perturbdiff atlas build), or take fewer cells."
             )
         try:
-            X, obs, var = (None if missing else read_elem(file[name]) for name in PARTS)
+            X, obs, var = (None if missing else read_elem(file[name]) for name in parts)
         except Exception as error:  # as above, and AnnData's own
             raise ValueError(f"{path} is not a readable .h5ad ({short(error)}); write it with AnnData.") from error
     if missing:
         raise ValueError(f"{path} is not an .h5ad: it has no {', '.join(missing)}. Write it with AnnData.")
     if not (isinstance(obs, pd.DataFrame) and isinstance(var, pd.DataFrame)):
         raise ValueError(f"{path} is not an .h5ad: obs and var must be tables. Write it with AnnData.")
+    if not len(var):
+        raise ValueError(f"{parts[0]} of {path} has no genes; {beside or 'give a file with genes as columns of X'}.")
     return X, obs, var
+
+
+def _values_beside_x(file: h5py.File | AnnData) -> tuple[list[str], bool]:
+    if isinstance(file, AnnData):
+        return sorted(map(str, file.layers)), file.raw is not None
+    layers = file.get("layers", getlink=True)
+    layers = sorted(file["layers"]) if isinstance(layers, h5py.HardLink) else []
+    raw = file.get("raw", getlink=True)
+    return layers, isinstance(raw, h5py.HardLink) and isinstance(file["raw"], h5py.Group) and "X" in file["raw"]
+
+
+def _beside(layers: list[str], raw: bool) -> str:
+    return f"name other values that it holds: {few([*layers, *['raw'] * raw])}" if layers or raw else ""
 
 
 class _Refused(Exception):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from scipy import sparse
 
 from perturbdiff.config import DataConfig, ObsColumns, Preprocessing
 from perturbdiff.data.expression import CellRows, as_csr, library_sizes, log1p_normalised
-from perturbdiff.data.h5ad import read_h5ad_parts
+from perturbdiff.data.h5ad import read_h5ad_parts, values_of
 from perturbdiff.data.rng import cell_order_key
 from perturbdiff.data.space import LOG1P_MAX, RAW_COUNTS, UNKNOWN, Space, check_values, find_space, renormalised
 from perturbdiff.data.vocab import GeneVocab, nearest, split_label
@@ -35,6 +34,8 @@ class Expression:
         (n_cells,) float32 total counts per cell over all genes of the file; ones for log1p input.
     note
         What was found or changed in X, for people; empty where it was what it should be.
+    n_measured
+        Genes of the file, over which library sizes are sums.
     """
 
     X: sparse.csr_matrix
@@ -42,6 +43,7 @@ class Expression:
     library_size: np.ndarray
     preprocessing: Preprocessing
     note: str = ""
+    n_measured: int = 0
 
     def __len__(self) -> int:
         return self.X.shape[0]
@@ -85,6 +87,8 @@ class Screen:
     def read(cls, path: str | Path | AnnData, config: DataConfig | None = None) -> Screen:
         """Read an .h5ad, or take an AnnData: X dense, CSR or CSC, compressed or not; only X, obs and var are read.
 
+        With `config.layer` those values in place of X.
+
         Raises
         ------
         FileNotFoundError, ValueError, KeyError
@@ -92,8 +96,9 @@ class Screen:
         """
         config = config or DataConfig()
         if isinstance(path, AnnData):
-            return cls.from_parts(path.X, path.obs, path.var, config, IN_MEMORY)
-        X, obs, var = read_h5ad_parts(path)
+            X, var = values_of(path, config.layer)
+            return cls.from_parts(X, path.obs, var, config, IN_MEMORY)
+        X, obs, var = read_h5ad_parts(path, config.layer)
         return cls.from_parts(X, obs, var, config, str(path))
 
     @classmethod
@@ -204,7 +209,9 @@ def _kind(preprocessing: Preprocessing) -> str:
     return "log1p values" if known is None else f"log1p values of {known:,.6g} counts a cell"
 
 
-def control_cells(path: str | Path, obs: ObsColumns, cell_type: str | None, batch: str | None) -> AnnData:
+def control_cells(
+    path: str | Path, obs: ObsColumns, cell_type: str | None, batch: str | None, layer: str | None = None
+) -> AnnData:
     """The control cells of an .h5ad, of one cell type or batch if given; all cells where it has no such column.
 
     Raises
@@ -212,7 +219,7 @@ def control_cells(path: str | Path, obs: ObsColumns, cell_type: str | None, batc
     FileNotFoundError, ValueError
         Not a readable .h5ad, or no such cell in it (the message lists what is there).
     """
-    X, table, var = read_h5ad_parts(path)
+    X, table, var = read_h5ad_parts(path, layer)
     genes = genes_of(var)  # refuses duplicates before AnnData merely warns of them
     matrix = _cells_by_genes(X, len(table), len(genes), str(path))
     wanted = ((obs.perturbation, obs.control_label), (obs.cell_type, cell_type), (obs.batch, batch))
@@ -242,25 +249,26 @@ def read_expression(
     space = _space(matrix, genes, declared, path)
     known = space.total is not None
     target_sum = (config.target_sum or space.total) if known else None
-    values = matrix if space is RAW_COUNTS else renormalised(matrix, space, target_sum, list(obs.index.astype(str)))
-    if space.bases and not space.whole:
-        preprocessing = Preprocessing("log1p", target_sum, config.scale, config.library_size_col)
-        same = values.data is matrix.data or np.array_equal(values.data, matrix.data.astype(np.float32))
+    values = matrix
+    if space is not RAW_COUNTS:
+        values = renormalised(matrix, space, target_sum, list(obs.index.astype(str)))
+    if known or (space.bases and not space.whole):
+        same = np.array_equal(values.data, matrix.data.astype(np.float32))
         note = "" if known and same else _found(space, target_sum, same)
-        return Expression(values.astype(np.float32), genes, np.ones(len(obs), np.float32), preprocessing, note)
-    if known:  # normalised, without logarithm
         preprocessing = Preprocessing("log1p", target_sum, config.scale, config.library_size_col)
-        return Expression(values, genes, np.ones(len(obs), np.float32), preprocessing, _found(space, target_sum, False))
+        ones = np.ones(len(obs), np.float32)
+        return Expression(values.astype(np.float32), genes, ones, preprocessing, note, len(genes))
     preprocessing = Preprocessing("counts", config.target_sum or 1e4, config.scale, config.library_size_col)
     if preprocessing.library_size_col is None:
-        library = library_sizes(matrix if not space.bases else values)
+        library = library_sizes(values if space.bases else matrix)
     else:
         library = _library_column(obs, preprocessing.library_size_col, path)
     largest = values.data.max(initial=0)
     if largest >= 2**32:
         raise ValueError(f"X of {path} holds a count of {largest:.0f}; counts must be under 2**32.")
     counts = values.astype(np.uint16 if largest < 2**16 else np.uint32)
-    return Expression(counts, genes, library, preprocessing, "" if space is RAW_COUNTS else _found(space, None, False))
+    note = "" if space is RAW_COUNTS else _found(space, None, False)
+    return Expression(counts, genes, library, preprocessing, note, len(genes))
 
 
 def _space(X: sparse.csr_matrix, genes: GeneVocab, declared: str, path: str) -> Space:
@@ -316,19 +324,6 @@ def expression_of(adata: AnnData, preprocessing: Preprocessing) -> Expression:
         ones = np.ones(len(expression), np.float32)
         return replace(expression, X=expression.log1p(), library_size=ones, preprocessing=preprocessing)
     return expression
-
-
-def in_model_space(adata: AnnData, preprocessing: Preprocessing) -> AnnData:
-    """The cells with X in the space of a model, and a warning where X was in another or nobody can know.
-
-    Of all cells that are at hand: what a file holds is found from many cells and not from a few of one context. Raises
-    as `expression_of`.
-    """
-    expression = expression_of(adata, preprocessing)
-    if not expression.note:
-        return adata
-    warnings.warn(expression.note, UserWarning, stacklevel=3)
-    return AnnData(X=expression.X, obs=adata.obs, var=adata.var)
 
 
 def genes_of(var: pd.DataFrame) -> GeneVocab:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from perturbdiff.files import few, inside, json_sha256, read_json, sha256, short
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 CONFIG = "config.json"
 CARD = "README.md"
 EVALUATION = "evaluation.json"
@@ -252,6 +252,15 @@ def _from_version_3(config: dict[str, Any], files: JsonFiles) -> tuple[dict[str,
     return {**config, "format_version": 4, "denoiser": denoiser, "diffusion": diffusion}, files
 
 
+def _from_version_4(config: dict[str, Any], files: JsonFiles) -> tuple[dict[str, Any], JsonFiles]:
+    # Of log1p values nobody had looked of how many counts a cell they are; the setting's value stood there.
+    preprocessing = files["preprocessing.json"]
+    if preprocessing["input_kind"] == "log1p":
+        preprocessing = {**preprocessing, "target_sum": None}
+    training = _with_new(files["training.json"], {"control_sums": None, "measured_genes": None})
+    return {**config, "format_version": 5}, {**files, "preprocessing.json": preprocessing, "training.json": training}
+
+
 def _with_new(content: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     if there := sorted(content.keys() & new.keys()):
         raise KeyError(f"{few(there)} came later")
@@ -263,4 +272,5 @@ _MIGRATIONS: dict[int, Callable[[dict[str, Any], JsonFiles], tuple[dict[str, Any
     1: _from_version_1,
     2: _from_version_2,
     3: _from_version_3,
+    4: _from_version_4,
 }

@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from perturbdiff.files import typed
+from perturbdiff.files import few, typed
 
 EVALUATION_VERSION = 1
+SUM_QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)  # of `TrainingRecord.control_sums`
 MAX_METHODS = 64  # and metrics
 MAX_NAME = 200  # characters
 MAX_SCORE = 1e12
@@ -93,6 +94,11 @@ class TrainingRecord:
         Whose controls a set had.
     hold_out
         Selectors of the conditions that training never saw.
+    control_sums
+        Quantiles, at 1, 25, 50, 75 and 99 %, of what the model's genes sum to in a training control, in normalised
+        counts: how later control cells should look.
+    measured_genes
+        How many genes the training data had, over which library sizes are sums where no column gives them.
     settings
         Every setting of the run, as its own version of the library calls them: for people, and read by nothing.
     """
@@ -108,7 +114,14 @@ class TrainingRecord:
     converted_from: ConversionRecord | None = None
     license: str | None = None
     calibration: Calibration | None = None
+    control_sums: tuple[float, ...] | None = None
+    measured_genes: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        sums = self.control_sums
+        if sums is not None and (len(sums) != len(SUM_QUANTILES) or list(sums) != sorted(sums) or sums[0] < 0):
+            raise ValueError(f"control_sums ({few([str(sums)])}) must be {len(SUM_QUANTILES)} rising numbers.")
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,7 @@ def predict_request(
     request: Request,
     out: str | Path,
     *,
+    layer: str | None = None,
     summary: str | Path | None = None,
     overwrite: bool = False,
     **sampling: Any,
@@ -106,7 +107,7 @@ def predict_request(
     """
     out, summary = _check_outputs(out, summary, overwrite)
     calibration = model.training.calibration
-    controls = controls_for(model, controls, request.cell_type, request.batch)
+    controls = controls_for(model, controls, request.cell_type, request.batch, layer)
     predicted, table = _predict(model, controls, request, calibration, **sampling)
     write_predicted(predicted, out)
     if summary is not None:
@@ -124,6 +125,7 @@ def predict_requests(
     requests: Sequence[Request],
     out: str | Path,
     *,
+    layer: str | None = None,
     summary: str | Path | None = None,
     overwrite: bool = False,
     guidance_scale: float | None = None,
@@ -141,6 +143,8 @@ def predict_requests(
     out
         FILE.h5ad, an AnnData as `PerturbDiff.predict` returns it, or FILE.parquet (see `output`). obs has the number of
         the `request`, from 0.
+    layer
+        Of the controls, to read in place of X.
     summary
         A csv to write: request and perturbation, then the columns of `intervals.population_summary`.
     overwrite
@@ -167,7 +171,7 @@ def predict_requests(
     }  # fmt: skip
     check_requests(model, requests)
     calibration = model.training.calibration
-    controls = controls_for(model, controls)
+    controls = controls_for(model, controls, layer=layer)
     model.genes.align(expression_of(controls, model.preprocessing).genes, min_gene_overlap)
     rows = context_rows(controls.obs, model.config.obs, requests)
     n_cells = [(r.n_cells or len(own)) * r.n_populations for r, own in zip(requests, rows, strict=True)]

@@ -27,7 +27,7 @@ from scipy.stats import rankdata
 
 from perturbdiff.data.expression import as_csr, gene_means
 from perturbdiff.data.h5ad import read_h5ad_parts
-from perturbdiff.data.screen import Expression, expression_of, in_model_space, unique_names
+from perturbdiff.data.screen import Expression, expression_of, unique_names
 from perturbdiff.data.vocab import GeneVocab, nearest
 from perturbdiff.diffusion.distances import NO_SPREAD, cell_distances, energy_of
 from perturbdiff.files import few, progress
@@ -50,6 +50,7 @@ def rank_perturbations(
     candidates: str | Sequence[str] | None = None,
     cell_type: str | None = None,
     batch: str | None = None,
+    layer: str | None = None,
     n_cells: int | None = None,
     n_populations: int = 5,
     guidance_scale: float | None = None,
@@ -77,7 +78,7 @@ def rank_perturbations(
         Of each population; by default as many as there are controls, at most 256.
     n_populations
         Draws of each response distribution; their scores make the uncertainty.
-    cell_type, batch, guidance_scale, steps, sampler, seed, min_gene_overlap
+    cell_type, batch, layer, guidance_scale, steps, sampler, seed, min_gene_overlap
         As `PerturbDiff.predict`.
 
     Returns
@@ -111,7 +112,7 @@ def rank_perturbations(
     if not labels:
         raise ValueError("no candidates; name perturbations, or leave candidates out for all that were trained.")
     model.vocabularies.encode([(label, None, None) for label in labels])
-    controls = controls_for(model, controls, cell_type, batch).copy()
+    controls = controls_for(model, controls, cell_type, batch, layer).copy()
     controls.obs_names = unique_names(controls.obs_names.astype(str))
     expression, present = _in_model(model, controls, min_gene_overlap)
     score = (
@@ -154,7 +155,7 @@ def _cells(source: AnnData | str | Path, model: PerturbDiff) -> AnnData:
     if not isinstance(source, AnnData):
         X, obs, var = read_h5ad_parts(source)
         source = AnnData(X=X, obs=obs, var=var)
-    return in_model_space(source, model.preprocessing)
+    return model.in_own_space(source)
 
 
 def _signature(genes: GeneVocab, controls: Expression, up: Sequence[str], down: Sequence[str]) -> Score:

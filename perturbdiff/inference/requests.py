@@ -13,7 +13,7 @@ import pandas as pd
 from anndata import AnnData
 
 from perturbdiff.config import ObsColumns
-from perturbdiff.data.screen import control_cells, in_model_space
+from perturbdiff.data.screen import control_cells
 from perturbdiff.data.vocab import nearest
 from perturbdiff.files import printable, short
 from perturbdiff.model import PerturbDiff
@@ -103,15 +103,19 @@ def check_requests(model: PerturbDiff, requests: Sequence[Request]) -> None:
 
 
 def controls_for(
-    model: PerturbDiff, controls: AnnData | str | Path, cell_type: str | None = None, batch: str | None = None
+    model: PerturbDiff,
+    controls: AnnData | str | Path,
+    cell_type: str | None = None,
+    batch: str | None = None,
+    layer: str | None = None,
 ) -> AnnData:
     """Control cells to start from: an AnnData of them, or those of an .h5ad; of one cell type or batch if given.
 
     Raises as `PerturbDiff.predict` and `control_cells`.
     """
     if isinstance(controls, str | Path):
-        return in_model_space(control_cells(controls, model.config.obs, cell_type, batch), model.preprocessing)
-    return model.controls_of(controls, None, cell_type, batch)
+        return model.in_own_space(control_cells(controls, model.config.obs, cell_type, batch, layer))
+    return model.controls_of(controls, layer, cell_type, batch)
 
 
 def context_rows(obs: pd.DataFrame, columns: ObsColumns, requests: Sequence[Request]) -> list[np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -26,16 +27,19 @@ from perturbdiff.data.expression import Cells, ConcatenatedCells, GeneMoments, h
 from perturbdiff.data.rng import permuted
 from perturbdiff.data.samplers import CellSet, CellSetSampler, SetSource, StreamedSampler
 from perturbdiff.data.screen import LABELS, Screen
+from perturbdiff.data.space import totals
 from perturbdiff.data.splits import Labelled, Split, make_split
 from perturbdiff.data.vocab import GeneVocab, Labels, Vocabularies
 from perturbdiff.features.coexpression import coexpression_table
 from perturbdiff.features.fingerprints import read_features
 from perturbdiff.features.tables import FeatureTable, coverage, with_tables
 from perturbdiff.files import progress
+from perturbdiff.hub.records import SUM_QUANTILES
 
 ROWS_AT_ONCE = 8192
 COEXPRESSION = "coexpression"  # in place of a path: features from the training cells themselves
 CELLS_OF_LOADINGS = 20_000  # at most
+CELLS_OF_SUMS = 2_000
 
 
 @dataclass(frozen=True)
@@ -259,6 +263,21 @@ class TrainingSet:
             few = f"{sampler.left_out:,} cells of conditions under data.min_set_size={config.data.min_set_size}"
             description += f"\nleft out    {few}"
         return cls(origin, split, match, vocabularies, indexed, validated, description, atlases, tables)
+
+    @cached_property
+    def control_sums(self) -> tuple[float, ...] | None:
+        """`TrainingRecord.control_sums`, of up to 2,000 controls; None of a stream, which is not read for this."""
+        index = self.train.index
+        if isinstance(self.cells, StreamedCells) or not index.is_control.any():
+            return None
+        X = subsample_log1p(self.cells, index.select(index.is_control), CELLS_OF_SUMS, 0, "control sums")
+        sums = totals(np.expm1(X.data.astype(np.float64)), X.indptr)
+        return tuple(np.quantile(sums, SUM_QUANTILES).tolist())
+
+    @property
+    def measured_genes(self) -> int:
+        """Genes of the data, those that the model leaves out too."""
+        return self.origin.expression.n_measured if isinstance(self.origin, Screen) else len(self.atlases[0].genes)
 
     def summary(self) -> str:
         """What will be trained on, for a person, several lines."""

@@ -131,6 +131,8 @@ def training_record(config: Config, start: Start, steps: int, cells_seen: int) -
         control_match=data.match,
         hold_out=tuple(config.split.hold_out),
         init_from=start.origin(),
+        control_sums=data.control_sums,
+        measured_genes=data.measured_genes,
         settings=settings,
     )
 

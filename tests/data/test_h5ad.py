@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 import perturbdiff
 from perturbdiff.atlas.build.sources.h5ad import H5adSource
-from perturbdiff.config import ObsColumns, SourceConfig
+from perturbdiff.config import DataConfig, ObsColumns, SourceConfig
 from perturbdiff.data.h5ad import MAX_TEXT, _text_lengths, open_h5ad, read_h5ad_parts, unpacked_bytes
 from perturbdiff.data.screen import control_cells
 from tests.screens import counts_screen, written
+from tests.untrained import untrained
 
 LETTERS = st.characters(exclude_characters="\0", exclude_categories=["Cs"])
 STRINGS = h5py.string_dtype()
@@ -195,3 +196,78 @@ def test_what_anndata_writes_is_read(tmp_path, compression):
     assert (X != adata.X).nnz == 0
     assert list(var.index) == list(adata.var_names)
     assert unpacked_bytes(path) >= X.data.nbytes + X.indices.nbytes
+
+
+# ---------------------------------------------------------------- values beside X
+
+
+@pytest.fixture
+def beside(tmp_path):
+    """Scaled X of half the genes, counts in a layer, counts of all genes in .raw."""
+    whole = counts_screen(n=8)
+    adata = whole[:, : whole.n_vars // 2].copy()
+    adata.layers["counts"] = adata.X.copy()
+    adata.raw = whole
+    X = adata.X.toarray()
+    adata.X = (X - X.mean(0)) / X.std(0).clip(1e-3)
+    return adata, written(adata, tmp_path / "beside.h5ad"), whole
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_layer_and_raw_are_read_in_place_of_x(beside, in_memory):
+    adata, path, whole = beside
+    source = adata if in_memory else path
+    for layer, expected in (("counts", whole[:, : whole.n_vars // 2]), ("raw", whole)):
+        screen = perturbdiff.Screen.read(source, DataConfig(layer=layer))
+        assert screen.expression.genes.names == tuple(expected.var_names)
+        assert (screen.expression.X != expected[screen.obs.index].X).nnz == 0
+    with pytest.raises(KeyError, match="there is no layer 'count'; name other values that it holds: counts, raw"):
+        perturbdiff.Screen.read(source, DataConfig(layer="count"))
+    with pytest.raises(ValueError, match=r"negative \(z-scored or scaled data\?\); .* data.layer=raw"):
+        perturbdiff.Screen.read(source)
+
+
+@pytest.mark.parametrize("layer", ["counts", "raw"])
+def test_controls_and_sources_of_atlases_are_read_of_a_layer_too(beside, layer):
+    adata, path, whole = beside
+    expected = whole if layer == "raw" else whole[:, : whole.n_vars // 2]
+    controls = control_cells(path, ObsColumns(), None, None, layer)
+    assert (controls.X != expected[controls.obs_names].X).nnz == 0
+    source = H5adSource.open(SourceConfig(path=str(path), layer=layer))
+    X, library_size = source.read(0, adata.n_obs)
+    assert (X != expected.X).nnz == 0
+    np.testing.assert_array_equal(library_size, np.asarray(expected.X.sum(1)).ravel())
+    assert source.genes.names == tuple(expected.var_names)
+    model = untrained(n_genes=6, perturbations=("A",))
+    given = expected.copy()
+    given.layers["own"] = given.X
+    del given.X
+    own = given[given.obs["perturbation"] == "control"].copy()
+    np.testing.assert_array_equal(
+        model.predict(own, perturbation="A", layer="own").X.toarray(),
+        model.predict(controls, perturbation="A").X.toarray(),
+    )
+
+
+def test_a_file_without_genes_in_x_names_what_else_it_holds(beside, tmp_path):
+    adata, _, _ = beside
+    none = adata[:, :0].copy()
+    none.raw = adata.raw.to_adata()
+    path = written(none, tmp_path / "none.h5ad", None)
+    with pytest.raises(ValueError, match=r"X of .* has no genes; name other values that it holds: counts, raw\."):
+        perturbdiff.Screen.read(path)
+    assert perturbdiff.Screen.read(path, DataConfig(layer="raw")).expression.X.nnz
+
+
+def test_a_layer_that_lies_elsewhere_is_refused(beside, secret):
+    _, path, _ = beside
+    with h5py.File(path, "a") as file:
+        del file["layers/counts"]
+        file["layers/counts"] = h5py.ExternalLink(secret, "/x")
+    with pytest.raises(ValueError, match=r"layers/counts of .* points to somewhere else"):
+        perturbdiff.Screen.read(path, DataConfig(layer="counts"))
+    with h5py.File(path, "a") as file:
+        del file["layers"]
+        file["layers"] = h5py.ExternalLink(secret, "/")
+    with pytest.raises(KeyError, match="there is no layer 'counts'; name other values that it holds: raw"):
+        perturbdiff.Screen.read(path, DataConfig(layer="counts"))

@@ -28,7 +28,7 @@ CALIBRATION = Calibration(level=0.9, factor=2.0, floor=0.3, coverage=0.88, n_con
 TRAINING = TrainingRecord(
     "0.1.0", "s.h5ad", (AtlasRecord("a/b", "c" * 40, "d" * 64),), 7, 800, "batch", ("A:T",),
     StartRecord("model", None, "e" * 64, "full"), ConversionRecord("x.ckpt", "f" * 64, "ema", 7, None, "pbmc"),
-    "mit", CALIBRATION, {"any": [{"thing": 1.5}]},
+    "mit", CALIBRATION, (0.0, 1.0, 2.5, 2.5, 1e4), 36_601, {"any": [{"thing": 1.5}]},
 )  # fmt: skip
 
 
@@ -67,6 +67,8 @@ def test_training_is_read_as_it_was_written(record):
         (["licence"], "mit"), (["license"], {"a": 1}), (["hold_out"], "A:T"), (["hold_out"], [1]), (["atlases"], {}),
         (["atlases"], [1]), (["atlases", 0, "commit"], 3), (["atlases", 0, "more"], 1), (["control_match"], "auto"),
         (["init_from"], "base"), (["init_from", "sha256"], None), (["converted_from"], "x.ckpt"), (["settings"], 1),
+        (["control_sums"], [1, 2, 3, 4]), (["control_sums"], [5, 4, 3, 2, 1]), (["control_sums"], [-1, 0, 0, 0, 0]),
+        (["control_sums"], "x"), (["measured_genes"], -1),
         (["calibration"], "yes"), (["calibration"], []), (["calibration"], {}), (["calibration", "more"], 1),
         (["calibration", "level"], 1.5), (["calibration", "n_conditions"], 2.5), (["calibration", "coverage"], 1.5),
         *((["calibration", name], value) for name in asdict(CALIBRATION) for value in (-1, "1", None, True, [])),

@@ -35,7 +35,7 @@ class OtherAtlas:
     @classmethod
     def open(cls, config: SourceConfig) -> OtherAtlas:
         default = SourceConfig()
-        for setting in ("perturbation_col", "cell_type_col", "batch_col", "control_label", "library_size_col"):
+        for setting in ("perturbation_col", "cell_type_col", "batch_col", "control_label", "library_size_col", "layer"):
             if getattr(config, setting) != getattr(default, setting):
                 raise ValueError(
                     f"{setting} ({getattr(config, setting)!r}) has no meaning for the atlas {config.path}, whose "

@@ -26,7 +26,7 @@ from perturbdiff.atlas.build.sources.checks import (
 )
 from perturbdiff.config import SourceConfig
 from perturbdiff.data.expression import library_sizes
-from perturbdiff.data.h5ad import open_h5ad
+from perturbdiff.data.h5ad import open_h5ad, parts_of
 from perturbdiff.data.screen import LABELS, genes_of
 from perturbdiff.data.space import InputKind
 from perturbdiff.data.vocab import GeneVocab
@@ -46,19 +46,22 @@ class H5adSource:
     genes: GeneVocab
     fingerprint: dict[str, Any]
     is_sparse: bool
+    parts: tuple[str, str, str]  # names of values, obs and var in the file
 
     @classmethod
     def open(cls, config: SourceConfig) -> H5adSource:
         path = Path(config.path)
-        with open_h5ad(path) as file, reading(path):
+        with open_h5ad(path, ()) as file:
+            parts = parts_of(config.layer, file)
+        with open_h5ad(path, parts) as file, reading(path):
             stat = path.stat()
-            missing = [name for name in ("X", "obs", "var") if name not in file]
-            tables = not missing and all(isinstance(file[name], h5py.Group) for name in ("obs", "var"))
-            var = read_elem(file["var"]) if tables else None
+            missing = [name for name in parts if name not in file]
+            tables = not missing and all(isinstance(file[name], h5py.Group) for name in parts[1:])
+            var = read_elem(file[parts[2]]) if tables else None
             columns = _column_names(file["obs"]) if tables else []
             index = _index(file["obs"]) if tables else None
             n_obs = len(index) if isinstance(index, h5py.Dataset) else 0
-            X = file.get("X")
+            X = file.get(parts[0])
             form, shape, dtype = _form(X)
             lengths = [X[name].shape for name in ("data", "indices", "indptr")] if form == "csr" else []
             ends = [int(X["indptr"][i]) for i in (0, -1)] if form == "csr" and lengths[2] != (0,) else [0, 0]
@@ -86,7 +89,7 @@ class H5adSource:
             if column is not None and column not in columns:
                 raise KeyError(f"obs column {column!r} not in {path}; found {sorted(columns)}. Set {setting}.")
         fingerprint = {"file": path.name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-        return cls(config, config.name or path.stem, n_obs, genes, fingerprint, form == "csr")
+        return cls(config, config.name or path.stem, n_obs, genes, fingerprint, form == "csr", parts)
 
     @cached_property
     def input_kind(self) -> InputKind:
@@ -110,13 +113,13 @@ class H5adSource:
 
     def chunks(self, max_values: int) -> list[tuple[int, int]]:
         if not self.is_sparse:
-            with open_h5ad(self.config.path) as file, reading(self.config.path):
-                block = (file["X"].chunks or (1,))[0]
+            with open_h5ad(self.config.path, self.parts) as file, reading(self.config.path):
+                block = (file[self.parts[0]].chunks or (1,))[0]
             rows = min(max(max_values // max(len(self.genes), 1), 1), _MAX_ROWS)
             rows -= rows % block if rows > block else 0  # a compressed block is not read twice
             return [(first, min(first + rows, self.n_cells)) for first in range(0, self.n_cells, rows)]
-        with open_h5ad(self.config.path) as file, reading(self.config.path):
-            indptr = file["X/indptr"][:]  # 8 bytes a cell
+        with open_h5ad(self.config.path, self.parts) as file, reading(self.config.path):
+            indptr = file[f"{self.parts[0]}/indptr"][:]  # 8 bytes a cell
         if (np.diff(indptr) < 0).any():
             bad = int(np.argmax(np.diff(indptr) < 0))
             raise ValueError(
@@ -133,7 +136,7 @@ class H5adSource:
 
     def all_labels(self, first: int, last: int) -> pd.DataFrame:
         columns = {name: getattr(self.config, f"{name}_col") for name in LABELS}
-        with open_h5ad(self.config.path) as file, reading(self.config.path):
+        with open_h5ad(self.config.path, self.parts) as file, reading(self.config.path):
             names = _names(_index(file["obs"]), first, last)
             values = {c: _column(file["obs"], c, first, last) for c in set(columns.values()) if c is not None}
         found = {
@@ -161,8 +164,8 @@ class H5adSource:
         return checked(indptr, indices, values, self.genes, kind, detected, where, lambda row: self._cell(first + row))
 
     def _raw(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        with open_h5ad(self.config.path) as file, reading(self.config.path):
-            X = file["X"]
+        with open_h5ad(self.config.path, self.parts) as file, reading(self.config.path):
+            X = file[self.parts[0]]
             if not self.is_sparse:
                 parts = []
                 rows = max(BLOCK * 8 // max(len(self.genes), 1), (X.chunks or (1,))[0])
@@ -181,7 +184,7 @@ class H5adSource:
             return indptr - begin, X["indices"][begin:end], values
 
     def _cell(self, row: int) -> str:
-        with open_h5ad(self.config.path) as file, reading(self.config.path):
+        with open_h5ad(self.config.path, self.parts) as file, reading(self.config.path):
             return f"cell {_names(_index(file['obs']), row, row + 1)[0]!r} (row {row})"
 
     def _kind_of(self, first: int, last: int) -> InputKind | None:
@@ -192,7 +195,7 @@ class H5adSource:
         return "log1p" if (values != np.rint(values)).any() else "counts"
 
     def _library_column(self, column: str, first: int, last: int) -> np.ndarray:
-        with open_h5ad(self.config.path) as file, reading(self.config.path):
+        with open_h5ad(self.config.path, self.parts) as file, reading(self.config.path):
             raw = _column(file["obs"], column, first, last)
             names = _names(_index(file["obs"]), first, last)
         values = pd.to_numeric(pd.Series(raw).astype(object), errors="coerce").to_numpy(dtype=np.float64)

@@ -65,9 +65,9 @@ class TahoeSource:
 
     @classmethod
     def open(cls, config: SourceConfig, files: ParquetFiles) -> TahoeSource:
-        if config.input_kind == "log1p" or config.library_size_col is not None:
+        if config.input_kind == "log1p" or config.library_size_col is not None or config.layer is not None:
             raise ValueError(
-                f"{config.path} has the Tahoe-100M schema: whole counts; leave input_kind and library_size_col."
+                f"{config.path} has the Tahoe-100M schema: whole counts; leave layer, input_kind and library_size_col."
             )
         config = tahoe_settings(config)
         tables = [name for name in files.names if name.split("/")[-1] == "gene_metadata.parquet"]
