@@ -329,9 +329,18 @@ def load_config(
     given: Mapping[str, Any] | None = None,
     base: Mapping[str, Any] | None = None,
 ) -> Config:
-    """Defaults, then `base` (a checkpoint's settings), the recipe (yaml), `given` values, `key=value` words.
+    """All settings of a run; `perturbdiff settings` prints every one with its default.
 
-    Later ones win. The recipe is a path or a name, as `find_recipe` takes it.
+    Parameters
+    ----------
+    recipe
+        Path of a yaml file, or name of one that ships (`perturbdiff recipes`).
+    overrides
+        Words of the command line, as "training.n_steps=1000".
+    given
+        Sections, as {"out": "runs/a", "data": {"screen": "a.h5ad"}}; a run needs `out`, and a screen or atlases.
+    base
+        A checkpoint's settings. Defaults come first, then `base`, recipe, `given` and `overrides`; later ones win.
 
     Raises
     ------
@@ -399,7 +408,7 @@ def _resolved(
         merged = OmegaConf.merge(OmegaConf.structured(schema), *parts)
         config = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, TypeError) as error:
-        raise ValueError(_one_line(error)) from error
+        raise ValueError(_one_line(error, schema)) from error
     assert isinstance(config, schema), "OmegaConf.to_object returns the schema's class"
     return config
 
@@ -515,7 +524,8 @@ def check_config(config: Config) -> None:
 def _check_data(data: DataConfig) -> None:
     if (data.screen is None) == (not data.atlases):
         raise ValueError(
-            f"data.screen ({data.screen}), data.atlases ({[atlas.path for atlas in data.atlases]}): give one of them."
+            f"data.screen ({data.screen}), data.atlases ({[atlas.path for atlas in data.atlases]}): give one of them "
+            "(--screen, --atlas)."
         )
     if data.min_set_size > (data.set_size + 1) // 2:
         raise ValueError(
@@ -599,7 +609,18 @@ def _read_word(word: str) -> DictConfig:
         raise ValueError(f"override {word!r}: {value!r} is not yaml; quote it: {key}=\"'{value}'\".") from error
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Exception, schema: type | None = None) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     where = next((line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")), "")
-    return f"config: {lines[0]}" + (f" (key {where})" if where and where not in lines[0] else "")
+    if schema is not None and "missing mandatory value" in lines[0] and (name := lines[0].rsplit(" ", 1)[-1]):
+        return f"{name} is not set; give it ({name}=..., --{name})."
+    near = [f"{part.name}.{where}" for part in fields(schema or Bounds) if where in _names_in(part.default_factory)]
+    return (
+        f"config: {lines[0]}"
+        + (f" (key {where})" if where and where not in lines[0] else "")
+        + (f"; did you mean {' or '.join(near)}?" if near and "not in" in lines[0] else "")
+    )
+
+
+def _names_in(section: Any) -> set[str]:
+    return {field.name for field in fields(section)} if is_dataclass(section) else set()

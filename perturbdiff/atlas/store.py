@@ -92,6 +92,8 @@ class Atlas:
             atlas = cls._read(name, Path(path_or_repo))
             atlas._check_shards(Path(path_or_repo))
             return atlas
+        if Path(path_or_repo).is_file():
+            raise ValueError(f"{name} is a file, and an atlas a folder; `perturbdiff atlas build` makes one of it.")
         folder = _from_hub(name, revision)
         return replace(cls._read(name, folder), folder=None, commit=folder.name)
 

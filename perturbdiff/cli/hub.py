@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,25 +119,29 @@ def _push(arguments: argparse.Namespace) -> None:
     from perturbdiff.hub.registry import entry_of
     from perturbdiff.model import PerturbDiff, push_folder
 
-    arguments.model = own_folder(arguments.model)
-    folder = read_folder(arguments.model)
-    if arguments.license is not None:
-        if folder.is_adapter:
-            raise ValueError("an adapter has no license of its own; leave --license out.")
-        model = PerturbDiff.from_pretrained(arguments.model, device="cpu")
-        model.training = replace(model.training, license=arguments.license)
-        model.save_pretrained(arguments.model)
-    done = push_folder(
-        arguments.model,
-        arguments.repo,
-        private=arguments.private,
-        revision=arguments.revision,
-        tag=arguments.tag,
-        commit_message=arguments.message,
-        benchmark=arguments.benchmark,
-    )
+    path = own_folder(arguments.model)
+    with tempfile.TemporaryDirectory() as copies:
+        pushed = path
+        if arguments.license is not None:  # in a copy: a push that fails changes nothing
+            if read_folder(path).is_adapter:
+                raise ValueError("an adapter has no license of its own; leave --license out.")
+            model = PerturbDiff.from_pretrained(path, device="cpu")
+            model.training = replace(model.training, license=arguments.license)
+            pushed = Path(copies) / path.name
+            model.save_pretrained(pushed)
+        done = push_folder(
+            pushed,
+            arguments.repo,
+            private=arguments.private,
+            revision=arguments.revision,
+            tag=arguments.tag,
+            commit_message=arguments.message,
+            benchmark=arguments.benchmark,
+        )
+    if pushed != path:
+        model.save_pretrained(path)
     print_publication(done)
-    folder = read_folder(arguments.model)
+    folder = read_folder(path)
     evaluation = parse_metadata(folder).evaluation
     metrics = {name: round(value, 4) for name, value in evaluation.scores.items()} if evaluation else {}
     name = arguments.repo.rsplit("/", 1)[-1]

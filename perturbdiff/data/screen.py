@@ -68,7 +68,7 @@ class Expression:
         return log1p_normalised(self.X[rows], self.library_size[rows], self.preprocessing)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Screen:
     """Cells of a perturbation screen sorted by (cell_type, batch, perturbation).
 
@@ -151,6 +151,9 @@ class Screen:
 
     def __len__(self) -> int:
         return len(self.obs)
+
+    def __repr__(self) -> str:
+        return self.summary()
 
     @property
     def is_control(self) -> np.ndarray:

@@ -85,6 +85,8 @@ def make_split(screen: Labelled, config: SplitConfig, seed: int, marginal: np.nd
         A selector matches no perturbed cell (the message lists the nearest), all of `validation` is held out, or
         nothing is left to train on.
     """
+    if screen.is_control.all() and marginal is None:
+        raise ValueError("there are control cells only; give a screen that has perturbed cells too, or an atlas.")
     test = _any(screen, config.hold_out, "hold-out")
     validation = _any(screen, config.validation, "validation") & ~test
     if config.validation and not validation.any():

@@ -123,6 +123,10 @@ def test_the_entry_that_a_push_prints_works_in_a_registry(hub, trained, tmp_path
 def test_a_license_is_kept_in_the_folder_and_shown_everywhere(hub, trained, tmp_path, said):
     folder = tmp_path / "model"
     PerturbDiff.from_pretrained(trained, device="cpu").save_pretrained(folder)
+    before = files(folder)
+    with pytest.raises(SystemExit):
+        said("hub", "push", folder, "no repo", "--license", "mit")
+    assert files(folder) == before
     said("hub", "push", folder, NAME, "--license", "cc-by-4.0")
     for where in (folder, NAME):
         assert "license       cc-by-4.0\n" in said("hub", "info", where)

@@ -143,7 +143,7 @@ BAD_SCREENS = {
     "controls alone": (
         lambda adata: adata[adata.obs["perturbation"] == "control"].copy(),
         [],
-        ["no perturbed cell to train on"],
+        ["there are control cells only"],
     ),
     "a cell type without controls": (
         without_controls_of_nk,
