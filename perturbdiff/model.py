@@ -123,7 +123,7 @@ class PerturbDiff:
         Parameters
         ----------
         path_or_repo_id
-            A folder, a name of the registry, or owner/name of a repo on the Hub.
+            Folder of a model or of a run, a name of the registry, or owner/name[@REVISION] of a repo on the Hub.
         revision
             Branch, tag or commit of a repo; all files come from the one commit that it means now.
         subfolder

@@ -343,7 +343,12 @@ def serve(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with tempfile.TemporaryDirectory(prefix="perturbdiff-app-", ignore_cleanup_errors=True) as files:
         os.environ["GRADIO_TEMP_DIR"] = files  # each component reads it when it is made
-        page = _launched(model, controls, host, port, limits)
+        try:
+            page = _launched(model, controls, host, port, limits)
+        except OSError as error:
+            if "port" not in str(error):
+                raise
+            raise OSError(f"port {port} of {host} is taken; give another (--port).") from error
         threading.Thread(target=_sweep, args=(Path(files),), daemon=True).start()
         print(f"serving {model} on {page.local_url}", flush=True)
         page.block_thread()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -63,7 +65,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments, rest = parser.parse_known_args(argv)
     words = "inputs" if hasattr(arguments, "inputs") else "settings"
     if rest and (not hasattr(arguments, words) or any(word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        known = re.findall("--[a-z-]+", arguments.parser.format_help())
+        options = [word.split("=")[0].replace("_", "-") for word in rest]
+        near = [match for word in options for match in difflib.get_close_matches(word, known, 1)]
+        meant = f"; did you mean {', '.join(near)}?" if near else ""
+        arguments.parser.error(f"unrecognized arguments: {' '.join(rest)}{meant}")
     if rest:
         setattr(arguments, words, [*getattr(arguments, words), *rest])
     return arguments

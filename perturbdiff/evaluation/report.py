@@ -26,6 +26,7 @@ from perturbdiff.evaluation.baselines import BASELINES, TrainingEffects, shift_c
 from perturbdiff.evaluation.metrics import METRICS, mean_scores, score_condition, split_half_ceiling
 from perturbdiff.files import progress, write_json, written
 from perturbdiff.hub.records import EvaluationRecord, SplitRecord
+from perturbdiff.inference.output import read_predicted
 
 MODEL = "PerturbDiff"
 CEILING = "ceiling (half predicts half)"
@@ -199,8 +200,8 @@ def evaluate(
     Parameters
     ----------
     predictions
-        What `PerturbDiff.predict` returned, or an .h5ad of it (`inference.output.read_predicted` reads .parquet): X
-        log1p values; obs perturbation, cell_type and batch.
+        What `PerturbDiff.predict` returned, or an .h5ad or .parquet of it: X log1p values; obs perturbation,
+        cell_type and batch.
     screen
         The measured cells and their controls: an .h5ad, or its AnnData. They are normalised as the predictions say
         they were (uns["perturbdiff"]).
@@ -210,12 +211,18 @@ def evaluate(
     overrides, **settings
         Words and values as of `train`, which win over the predictions' own: data={"batch_col": "donor"}.
 
+    Returns
+    -------
+    `scores`, one row a method and condition; `means()`, over conditions; `table()`, the same as text; `save(folder)`.
+
     Raises
     ------
     FileNotFoundError, ValueError, KeyError
         A file is missing or not what it should be; no condition was both predicted and measured; a predicted gene is
         not in the screen.
     """
+    if isinstance(predictions, str | Path) and Path(predictions).suffix == ".parquet":
+        predictions = read_predicted(predictions)
     if isinstance(predictions, AnnData):
         X, obs, var, name = predictions.X, predictions.obs, predictions.var, "the AnnData"
         uns = predictions.uns.get("perturbdiff", {})

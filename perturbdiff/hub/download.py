@@ -155,7 +155,8 @@ def find_model(
     except FileNotFoundError:
         if isinstance(problem, ConnectionError):
             raise ConnectionError(
-                f"{problem} It is not whole in the cache either: connect, or copy a folder here and give its path."
+                f"there is no folder {name} here, and {problem} It is not whole in the cache either: connect, or copy "
+                "a folder here and give its path."
             ) from None
         if problem is not None:
             raise problem from None

@@ -68,9 +68,11 @@ def rank_perturbations(
     controls
         Control cells, or an .h5ad, whose control cells are taken.
     up, down
-        Genes, by name or Ensembl id, that should rise and fall: Eq. 1. One list may be empty.
+        Genes, by name or Ensembl id, that should rise and fall; one list may be empty. The score is the mean change of
+        `up` minus that of `down`, in standard deviations of the control cells.
     towards
-        Cells of the reference population, or an .h5ad of them, X raw counts or log1p values, instead of genes: Eq. 2.
+        Cells of the reference population, or an .h5ad of them, instead of genes. The score is the part of the energy
+        distance between controls and reference that goes away: 0 is no change, 1 is like the reference.
     candidates
         Labels as `predict` takes them; by default the perturbations that training cells received. "all" are also those
         that only features describe, perhaps ten thousand more.

@@ -78,10 +78,18 @@ def train(
         Sections or single settings, as training={"n_steps": 1000} or **{"training.n_steps": 1000}; `perturbdiff
         settings` lists all. They win over the recipe, and overrides over them.
 
+    Returns
+    -------
+    `model`; `folder`, of the run; `report`, scores of what was held out beside baselines, or None; `stopped_by`, the
+    signal that stopped it, or None.
+
     Raises
     ------
     FileNotFoundError, ValueError, KeyError, OSError
-        Bad settings or data; a held-out perturbation that nothing is known of; as `training.loop.fit`.
+        Bad settings or data; a held-out perturbation that nothing is known of; `out` holds a run of other settings; a
+        state cannot be written.
+    FloatingPointError
+        The loss is not finite.
     """
     config = load_config(recipe, overrides, _given(screen, out, atlases, hold_out, settings))
     return run(config, screen if isinstance(screen, AnnData) else None, score)

@@ -561,3 +561,23 @@ def test_a_good_command_ends_with_code_0_and_a_clean_stderr(tmp_path, screen):
     done = command(tmp_path, "screen", "info", screen)
     assert (done.returncode, done.stderr) == (0, "")
     assert "140: 96 perturbed, 44 'control'" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["train", "--screen", "a", "--out", "b", "--holdout", "x"], "--holdout x; did you mean --hold-out?"),
+        (
+            ["predict", "m", "--controls", "c", "--perturbation", "A", "--out", "o.h5ad", "--cell_type=B"],
+            "--cell-type?",
+        ),
+        (["demo", "--xyzzy"], "unrecognized arguments: --xyzzy\n"),
+    ],
+)
+def test_a_mistyped_option_names_the_nearest_of_its_command(capsys, words, meant):
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    error = capsys.readouterr().err
+    assert end.value.code == 2
+    assert error.startswith(f"usage: perturbdiff {words[0]} ")
+    assert meant in error

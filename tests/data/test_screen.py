@@ -428,6 +428,7 @@ def test_the_summary_says_what_was_found(adata):
     screen = read(adata)
     text = screen.summary()
     assert f"cells       {adata.n_obs:,}: 72 perturbed, 36 'control'" in text
+    assert repr(screen) == text
     assert "genes       12\n" in text
     assert "raw counts" in text
     assert f"largest value {adata.X.max():g}" in text

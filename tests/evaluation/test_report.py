@@ -13,6 +13,7 @@ from perturbdiff.evaluation.held_out import predict_held_out
 from perturbdiff.evaluation.metrics import METRICS, score_condition
 from perturbdiff.evaluation.report import CEILING, MODEL, Report, _training_effects, evaluate, score_conditions
 from perturbdiff.hub.records import SplitRecord
+from perturbdiff.inference.output import write_predicted
 from perturbdiff.model import PerturbDiff
 from perturbdiff.training import run as training_run
 from perturbdiff.training.loop import fit
@@ -199,7 +200,8 @@ def test_the_measured_cells_are_normalised_as_the_predictions_were(run, tmp_path
     predicted.write_h5ad(tmp_path / "p.h5ad")
     write_split(split, screen, path)
     expected = score_conditions(predicted, screen, "batch", split).means()
-    for given in (predicted, tmp_path / "p.h5ad"):
+    write_predicted(predicted, tmp_path / "p.parquet")
+    for given in (predicted, tmp_path / "p.h5ad", tmp_path / "p.parquet"):
         pd.testing.assert_frame_equal(evaluate(given, config.data.screen, path).means(), expected)
     for words, settings in (((), {"data.target_sum": 7}), (["data.target_sum=null"], {"data.target_sum": 500})):
         with pytest.raises(ValueError, match="holds log1p values of 500 counts a cell, and the measured cells become"):
