@@ -566,7 +566,7 @@ def test_a_good_command_ends_with_code_0_and_a_clean_stderr(tmp_path, screen):
 @pytest.mark.parametrize(
     ("words", "meant"),
     [
-        (["train", "--screen", "a", "--out", "b", "--holdout", "x"], "--holdout x; did you mean --hold-out?"),
+        (["train", "--screen", "a", "--out", "b", "--holdout", "x"], "--holdout; did you mean --hold-out?"),
         (
             ["predict", "m", "--controls", "c", "--perturbation", "A", "--out", "o.h5ad", "--cell_type=B"],
             "--cell-type?",
