@@ -124,6 +124,7 @@ def write_atlas(
         license="cc-by-4.0",
         seed=seed,
         genes_rule="union",
+        target_sum=None,
         sources=(AtlasSource("random", "random.h5ad", None, n_cells, len(genes), len(genes), "row sums"),),
         shards=tuple(shards),
     )

@@ -17,12 +17,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from perturbdiff.config import Preprocessing
 from perturbdiff.data.space import InputKind
 from perturbdiff.data.vocab import GeneVocab
 from perturbdiff.files import few, inside, sha256, short, write_json
 from perturbdiff.files import read_json as read_object
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+PREPROCESSING = Preprocessing("counts", 1e4, 10.0)  # for choosing genes, and the space of logarithms
 MANIFEST = "atlas.json"
 GENES = "genes.parquet"
 CONDITIONS = "conditions.parquet"
@@ -145,6 +147,7 @@ class AtlasInfo:
     license: str | None
     seed: int
     genes_rule: str
+    target_sum: float | None  # counts a cell that log1p values are of; None: nobody knows, or counts
     sources: tuple[AtlasSource, ...]
     shards: tuple[Shard, ...]
 
@@ -210,7 +213,9 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
             f"{path} has format_version {str(version)[:40]}; this version of perturbdiff reads 1 to {FORMAT_VERSION}. "
             "Update perturbdiff, or get an atlas of that format."
         )
-    return _from_version_1(content) if version == 1 and name == MANIFEST else content
+    if name == MANIFEST and version < 3:
+        content = {**(_from_version_1(content) if version == 1 else content), "target_sum": None}
+    return content
 
 
 def read_checksums(folder: Path) -> dict[str, tuple[str, int]]:

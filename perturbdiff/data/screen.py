@@ -16,7 +16,7 @@ from perturbdiff.config import DataConfig, ObsColumns, Preprocessing
 from perturbdiff.data.expression import CellRows, as_csr, library_sizes, log1p_normalised
 from perturbdiff.data.h5ad import read_h5ad_parts, values_of
 from perturbdiff.data.rng import cell_order_key
-from perturbdiff.data.space import LOG1P_MAX, RAW_COUNTS, UNKNOWN, Space, check_values, find_space, renormalised
+from perturbdiff.data.space import RAW_COUNTS, found, renormalised, space_of
 from perturbdiff.data.vocab import GeneVocab, nearest, split_label
 
 LABELS = ("perturbation", "cell_type", "batch")
@@ -249,15 +249,15 @@ def read_expression(
     """
     genes = genes_of(var)
     matrix = _cells_by_genes(X, len(obs), len(genes), path)
-    space = _space(matrix, genes, declared, path)
+    space = space_of(matrix, genes.names, declared, path)
     known = space.total is not None
     target_sum = (config.target_sum or space.total) if known else None
     values = matrix
     if space is not RAW_COUNTS:
-        values = renormalised(matrix, space, target_sum, list(obs.index.astype(str)))
+        values = renormalised(matrix, space, target_sum, lambda row: f"cell {str(obs.index[row])!r}")
     if known or (space.bases and not space.whole):
         same = np.array_equal(values.data, matrix.data.astype(np.float32))
-        note = "" if known and same else _found(space, target_sum, same)
+        note = "" if known and same else found(space, target_sum, same)
         preprocessing = Preprocessing("log1p", target_sum, config.scale, config.library_size_col)
         ones = np.ones(len(obs), np.float32)
         return Expression(values.astype(np.float32), genes, ones, preprocessing, note, len(genes))
@@ -270,43 +270,8 @@ def read_expression(
     if largest >= 2**32:
         raise ValueError(f"X of {path} holds a count of {largest:.0f}; counts must be under 2**32.")
     counts = values.astype(np.uint16 if largest < 2**16 else np.uint32)
-    note = "" if space is RAW_COUNTS else _found(space, None, False)
+    note = "" if space is RAW_COUNTS else found(space, None, False)
     return Expression(counts, genes, library, preprocessing, note, len(genes))
-
-
-def _space(X: sparse.csr_matrix, genes: GeneVocab, declared: str, path: str) -> Space:
-    """What X is by its own values, within what was declared of it."""
-    whole = check_values(X, genes.names)
-    space = RAW_COUNTS if whole else find_space(X)
-    top = int(X.data.argmax()) if X.nnz else None
-    if declared == "log1p" and not space.bases and top is not None:
-        if X.data[top] >= LOG1P_MAX or (space.certain and not whole):
-            raise ValueError(
-                f"X of {path} was declared as log1p but holds {space}: gene {genes.names[X.indices[top]]!r} holds "
-                f"{X.data[top]:.6g}. Set data.input_kind=counts, or give log1p values."
-            )
-        return UNKNOWN
-    if declared == "counts" and space.bases and space.certain:
-        raise ValueError(
-            f"X of {path} was declared as counts but holds {space}. Set data.input_kind=log1p, or give the raw counts."
-        )
-    return replace(RAW_COUNTS, whole=False) if declared == "counts" and not whole else space
-
-
-def _found(space: Space, target_sum: float | None, same: bool) -> str:
-    if space.whole:
-        return f"X holds {space}; " + ("the logarithm is undone" if space.bases else "rounding is undone")
-    if not space.bases and space.total is None:
-        sure = "" if space.certain else " (set data.input_kind=log1p if they are logarithms)"
-        return f"X holds counts with fractions, which are rounded{sure}; library sizes are their sums"
-    if target_sum is not None:
-        return f"X holds {space}; it becomes log1p values of {target_sum:,.6g} counts a cell"
-    found = f"X holds {space}" if space.certain else "X is taken for log1p values"
-    changed = "" if same else ", which become log1p values"
-    return (
-        f"{found}{changed}; of how many counts a cell cannot be checked, as cells sum to different numbers (were genes "
-        "left out after normalising?)"
-    )
 
 
 def expression_of(adata: AnnData, preprocessing: Preprocessing) -> Expression:

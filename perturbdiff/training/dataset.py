@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,7 @@ from scipy import sparse
 
 from perturbdiff.atlas.store import Atlas
 from perturbdiff.atlas.stream import StreamedCells
-from perturbdiff.config import Config, Preprocessing
+from perturbdiff.config import Config, DataConfig, Preprocessing
 from perturbdiff.data.batch import CellSetBatch, make_batch
 from perturbdiff.data.conditions import (
     ConditionIndex,
@@ -326,8 +327,26 @@ def _common_preprocessing(atlases: Sequence[Atlas], config: Config) -> Preproces
                 f"differ ({', '.join(differ[:3])}{', ...' if len(differ) > 3 else ''}). Build one with "
                 "--genes OTHER/genes.parquet."
             )
-    target_sum = data.target_sum if first.info.input_kind == "counts" else None
-    return Preprocessing(first.info.input_kind, target_sum, data.scale, data.library_size_col)
+    target_sum: float | None = data.target_sum
+    if first.info.input_kind == "log1p":
+        target_sum = first.info.target_sum if len({atlas.info.target_sum for atlas in atlases}) == 1 else None
+    return Preprocessing(first.info.input_kind, target_sum, data.scale, _library_column(atlases, data))
+
+
+def _library_column(atlases: Sequence[Atlas], data: DataConfig) -> str | None:
+    """The obs column that all sources took their library sizes from, so that later cells' are theirs; else None."""
+    unheard = {name: getattr(data, name) for name in ("layer", "dose_col") if getattr(data, name) is not None}
+    if data.input_kind != "auto":
+        unheard["input_kind"] = data.input_kind
+    rules = {source.library_size for atlas in atlases for source in atlas.info.sources}
+    column = re.fullmatch("column '(.*)'", rules.pop()) if len(rules) == 1 else None
+    found = column[1] if column else None
+    if data.library_size_col not in (None, found):
+        unheard["library_size_col"] = data.library_size_col
+    if unheard:
+        given = ", ".join(f"data.{name} ({value!r})" for name, value in unheard.items())
+        raise ValueError(f"{given}: an atlas cannot honour it, its values are as they were built; leave it out.")
+    return found
 
 
 def _refuse_choosing_genes(n_genes: int, config: Config) -> None:

@@ -213,6 +213,7 @@ def test_an_atlas_of_format_1_opens_with_its_licenses(folder):
         content["format_version"] = 1
         for part in (content, *content["sources"]):
             part["licence"] = part.pop("license")
+        del content["target_sum"]
 
     change_json(folder, MANIFEST, older)
     change_json(folder, CHECKSUMS, set_to(format_version=1))
@@ -241,8 +242,8 @@ def in_source(**values):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (set_to(format_version=3), "format_version 3; this version of perturbdiff reads 1 to 2. Update perturbdiff"),
-        (set_to(format_version=3, x=1, shards=3), "format_version 3; .* Update perturbdiff"),
+        (set_to(format_version=4), "format_version 4; this version of perturbdiff reads 1 to 3. Update perturbdiff"),
+        (set_to(format_version=4, x=1, shards=3), "format_version 4; .* Update perturbdiff"),
         (set_to(format_version=0), "format_version 0; .* Update perturbdiff"),
         (set_to(format_version="1"), "format_version 1; "),
         (set_to(format_version=True), "format_version True; "),

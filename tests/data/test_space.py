@@ -13,50 +13,16 @@ from perturbdiff.data.expression import as_csr
 from perturbdiff.data.screen import Screen
 from perturbdiff.data.space import LOG1P_MAX, RAW_COUNTS, Space, check_values, find_space, renormalised, totals
 from tests.screens import counts_screen
+from tests.spaces import SPACES, counts, normalised
 
 GENES = [f"gene_{g}" for g in range(6)]
 SEEDS = st.integers(0, 2**32 - 1)
 
 
-def counts(seed, n_cells=60, n_genes=80, depth=400):
-    """Cells of several library sizes, some genes much higher than others; no cell is empty."""
-    rng = np.random.default_rng(seed)
-    share = rng.gamma(0.5, 1.0, n_genes) + 0.02
-    X = rng.poisson(rng.lognormal(np.log(depth), 0.4, n_cells)[:, None] * share / share.sum()).astype(np.float64)
-    X[X.sum(1) == 0, 0] = 1
-    return X
-
-
-def normalised(X, total):
-    return X / X.sum(1, keepdims=True) * total
-
-
-def in_two_batches(X):
-    return normalised(X, np.repeat([300.0, 500.0], [len(X) // 2, len(X) - len(X) // 2])[:, None])
-
-
-SPACES = {
-    "log1p of 10,000": lambda X: np.log1p(normalised(X, 1e4)),
-    "log1p of the median": lambda X: np.log1p(normalised(X, np.median(X.sum(1)))),
-    "log1p of a million": lambda X: np.log1p(normalised(X, 1e6)),
-    "log1p of the median of each batch": lambda X: np.log1p(
-        normalised(X, np.repeat([300.0, 500.0], len(X) // 2)[:, None])
-    ),
-    "log2": lambda X: np.log2(1 + normalised(X, 1e4)),
-    "log10": lambda X: np.log10(1 + normalised(X, 1e4)),
-    "log1p of counts": np.log1p,
-    "log2 of counts": lambda X: np.log2(1 + X),
-    "logged twice": lambda X: np.log1p(np.log1p(normalised(X, 1e4))),
-    "not logged": lambda X: normalised(X, 1e4),
-    "shares": lambda X: normalised(X, 1.0),
-    "counts by way of a logarithm": lambda X: np.expm1(np.log1p(X).astype(np.float32)),
-}
-
-
 def as_model_sees(values, total=1e4):
     X = as_csr(values)
     space = RAW_COUNTS if check_values(X, range(X.shape[1])) else find_space(X)
-    found = renormalised(X, space, total, range(X.shape[0])).toarray().astype(np.float64)
+    found = renormalised(X, space, total, str).toarray().astype(np.float64)
     return space, np.log1p(normalised(found, total)) if space.whole else found
 
 
@@ -107,7 +73,7 @@ def test_fractions_of_counts_are_counts():
     for values, certain in ((X * 0.93, True), (X * rng.uniform(0.8, 1, X.shape), False)):
         space, _ = as_model_sees(values)
         assert (space.bases, space.total, space.whole, space.certain) == ((), None, False, certain)
-        np.testing.assert_array_equal(renormalised(as_csr(values), space, 1e4, range(60)).toarray(), np.rint(values))
+        np.testing.assert_array_equal(renormalised(as_csr(values), space, 1e4, str).toarray(), np.rint(values))
 
 
 def test_of_few_cells_a_round_sum_is_known_and_another_is_not():
@@ -122,9 +88,9 @@ def test_cells_of_another_space_than_the_rest_are_named():
     values[1234] = np.log1p(np.expm1(values[1234]) / 5)
     X = as_csr(values)
     with pytest.raises(
-        ValueError, match=r"log1p of 10,000 counts a cell in most cells, but that of cell 1234 sums to 2,000"
+        ValueError, match=r"log1p of 10,000 counts a cell in most cells, but that of c1234 sums to 2,000"
     ):
-        renormalised(X, find_space(X), 1e4, range(3000))
+        renormalised(X, find_space(X), 1e4, "c{}".format)
 
 
 def test_empty_cells_say_nothing_and_stay_empty():
@@ -141,7 +107,7 @@ def test_empty_cells_say_nothing_and_stay_empty():
 def test_values_of_a_space_agree_with_a_loop_over_cells(n_cells):
     X = counts(n_cells, n_cells=n_cells)
     values = np.log2(1 + normalised(X, 1e3))
-    found = renormalised(as_csr(values), Space((2.0,), False, 1e3, True), 500.0, range(n_cells)).toarray()
+    found = renormalised(as_csr(values), Space((2.0,), False, 1e3, True), 500.0, str).toarray()
     for cell, row in enumerate(values):
         undone = [2.0**x - 1 for x in row]
         np.testing.assert_allclose(found[cell], [math.log(1 + y * 500 / sum(undone)) for y in undone], atol=1e-6)

@@ -398,8 +398,8 @@ def test_cards_of_odd_names_are_safe_and_say_them_as_they_are(labels, others, li
 def atlas_of(**changed):
     source = AtlasSource("kang", "kang.h5ad", "CC-BY-4.0", 9, 20, 18, "row sums")
     said = {
-        "library_version": "0.1.0", "input_kind": "counts", "normalisation": "X are raw counts.", "n_cells": 9,
-        "n_genes": 20, "n_conditions": 2, "n_perturbations": 1, "n_cell_types": 1, "n_batches": 1,
+        "library_version": "0.1.0", "input_kind": "counts", "target_sum": None, "normalisation": "X are raw counts.",
+        "n_cells": 9, "n_genes": 20, "n_conditions": 2, "n_perturbations": 1, "n_cell_types": 1, "n_batches": 1,
         "gene_type": "uint16", "value_type": "uint16", "control_label": "control", "license": None, "seed": 0,
         "genes_rule": "union", "sources": (source,), "shards": (Shard("data/cells-00000.parquet", 9),),
     }  # fmt: skip

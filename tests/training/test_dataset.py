@@ -5,7 +5,7 @@ import pytest
 from scipy import sparse
 
 from perturbdiff.atlas.build.run import build
-from perturbdiff.config import AtlasConfig, BuildConfig, SourceConfig, SplitConfig
+from perturbdiff.config import AtlasConfig, BuildConfig, Config, DataConfig, SourceConfig, SplitConfig
 from perturbdiff.data.expression import highly_variable_genes
 from perturbdiff.data.vocab import GeneVocab
 from perturbdiff.training.dataset import TrainingSet
@@ -147,6 +147,32 @@ def test_the_summary_gives_the_numbers(adata):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.mark.usefixtures("cache")
+def test_library_sizes_of_a_column_are_those_of_the_atlas_and_of_the_model(adata, tmp_path):
+    """One rule for the cells of training and for those of predictions, whoever gave it."""
+    adata.obs["n"] = np.asarray(adata.X.sum(1)).ravel() * 7.0
+    path = written(adata, tmp_path / "a.h5ad")
+    columns = {"total": "n", "sums": None}
+    for name, column in columns.items():
+        build(BuildConfig(out=str(tmp_path / name), sources=[SourceConfig(path=str(path), library_size_col=column)]))
+
+    def of(*names, **given):
+        atlases = [AtlasConfig(path=str(tmp_path / name)) for name in names]
+        data = DataConfig(atlases=atlases, n_hvg=None, set_size=4, sets_per_batch=2, control_match="batch", **given)
+        return TrainingSet.from_atlases(Config(out="unused", data=data))
+
+    assert of("total").cells.preprocessing.library_size_col == "n"
+    assert of("sums").cells.preprocessing.library_size_col is None
+    assert of("total", "sums").cells.preprocessing.library_size_col is None
+    assert of("total", library_size_col="n").cells.preprocessing.library_size_col == "n"
+    np.testing.assert_allclose(of("total").control_sums, 1e4 / 7, rtol=1e-5)
+    np.testing.assert_allclose(of("sums").control_sums, 1e4, rtol=1e-5)
+    assert of("sums").measured_genes == adata.n_vars
+    for setting, value in {"library_size_col": "m", "layer": "counts", "dose_col": "d", "input_kind": "log1p"}.items():
+        with pytest.raises(ValueError, match=rf"data.{setting} \('{value}'\): an atlas cannot honour it"):
+            of("total", **{setting: value})
 
 
 @pytest.mark.usefixtures("cache")

@@ -21,8 +21,8 @@ from perturbdiff.atlas.build.genes import merge_genes, n_selected, read_gene_tab
 from perturbdiff.atlas.build.sort import CELL_BYTES, Conditions, Sort
 from perturbdiff.atlas.build.sources.base import Selection, Source
 from perturbdiff.atlas.build.workers import Crew
-from perturbdiff.atlas.format import ROW_GROUP, SORTED_BY, gene_type
-from perturbdiff.config import BuildConfig, Preprocessing
+from perturbdiff.atlas.format import PREPROCESSING, ROW_GROUP, SORTED_BY, gene_type
+from perturbdiff.config import BuildConfig
 from perturbdiff.data.expression import GeneMoments, log1p_normalised
 from perturbdiff.data.vocab import GeneVocab
 from perturbdiff.files import progress, write_json, written
@@ -35,7 +35,6 @@ GROUP_TIMES = 8  # what a row group takes while it is gathered and written as Pa
 VALUE_BYTES = 14  # of a value of a chunk that waits to be written
 MOST_VALUES = 1 << 24  # of a chunk; more saves nothing
 BLOCK_CELLS = 1 << 18  # one piece of work where only labels or moments are read
-PREPROCESSING = Preprocessing("counts", 1e4, 10.0)
 
 
 @dataclass(frozen=True)

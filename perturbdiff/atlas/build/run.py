@@ -23,7 +23,6 @@ from perturbdiff._version import __version__
 from perturbdiff.atlas.build.genes import GeneSpace, n_selected
 from perturbdiff.atlas.build.plan import (
     GROUP_TIMES,
-    PREPROCESSING,
     Inputs,
     Plan,
     density,
@@ -38,6 +37,7 @@ from perturbdiff.atlas.card import atlas_card
 from perturbdiff.atlas.format import (
     CONDITIONS_SCHEMA,
     CONTROL_LABEL,
+    PREPROCESSING,
     SHARD_BYTES,
     AtlasInfo,
     AtlasSource,
@@ -150,6 +150,12 @@ def _opened(config: BuildConfig) -> tuple[Source, ...]:
     return sources
 
 
+def _target_sum(sources: tuple[Source, ...]) -> float | None:
+    """That of all sources, or None."""
+    first = sources[0].target_sum
+    return first if all(source.target_sum == first for source in sources) else None
+
+
 def _kind(source: Source) -> str:
     return "raw counts" if source.input_kind == "counts" else "log1p values"
 
@@ -184,8 +190,8 @@ def _report(plan: Plan) -> None:
         n_kept = GeneSpace(plan.genes, plan.sort.columns).n_kept(i)
         print(
             f"source      {source.name}: {plan.source_cells[i]:,} of {source.n_cells:,} cells, {n_kept:,} of "
-            f"{len(source.genes):,} genes are among the atlas's {len(plan.genes):,}, {_kind(source)}, library sizes: "
-            f"{source.library_size}",
+            f"{len(source.genes):,} genes are among the atlas's {len(plan.genes):,}, library sizes: "
+            f"{source.library_size}; {source.values}",
             flush=True,
         )
 
@@ -276,6 +282,7 @@ def _finish(inputs: Inputs, plan: Plan, out: Path) -> None:
         control_label=CONTROL_LABEL,
         license=config.license,
         seed=config.seed,
+        target_sum=_target_sum(inputs.sources),
         genes_rule=config.genes if config.genes in ("union", "intersection") or n_selected(config.genes) else "file",
         sources=tuple(
             AtlasSource(

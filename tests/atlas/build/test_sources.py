@@ -23,6 +23,7 @@ from perturbdiff.config import DataConfig, SourceConfig
 from perturbdiff.data.screen import LABELS, Screen
 from tests.atlases import atlas_of_screen, write_atlas
 from tests.screens import counts_screen, real_screen, written
+from tests.spaces import SPACES, counts
 
 pytestmark = pytest.mark.slow
 
@@ -314,7 +315,7 @@ def test_repeated_indices_are_summed_and_stored_zeros_left_out(tmp_path):
 def test_stored_zeros_are_left_out(tmp_path, log1p):
     adata = counts_screen()
     adata.X.data[[0, 30, 31]] = 0
-    adata.X = adata.X.log1p() if log1p else adata.X
+    adata.X = adata.X.log1p() * 0.9 if log1p else adata.X  # some logarithms of nobody knows what
     X = whole(open_h5ad(written(adata, tmp_path / "a.h5ad")))[1]
     assert X.nnz == adata.X.nnz - 3
     assert np.array_equal(X.toarray(), adata.X.toarray())
@@ -367,13 +368,46 @@ def test_whole_log1p_values_of_few_cells_pass(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("declared", "scale", "message"), [("log1p", 20, "too large for a log1p"), ("counts", 0.3, "no whole number")]
+    ("declared", "change", "message"),
+    [
+        ("log1p", lambda X: X * 20, "was declared as log1p but holds raw counts"),
+        ("counts", SPACES["log2"], r"was declared as counts but holds log2\(1 \+ x\) of 10,000"),
+    ],
 )
-def test_a_wrong_declaration_is_refused(tmp_path, declared, scale, message):
+def test_a_wrong_declaration_is_refused(tmp_path, declared, change, message):
     adata = counts_screen()
-    adata.X = adata.X * scale
+    adata.X = sparse.csr_matrix(change(adata.X.toarray()))
     with pytest.raises(ValueError, match=message):
         whole(open_h5ad(written(adata, tmp_path / "a.h5ad"), input_kind=declared))
+
+
+@pytest.mark.parametrize("form", sorted(SPACES))
+@pytest.mark.parametrize("dense", [True, False])
+def test_values_of_every_known_space_are_read_as_one(tmp_path, monkeypatch, form, dense):
+    monkeypatch.setattr(source_h5ad, "_PROBE_VALUES", 200)
+    X = counts(0, n_cells=600, n_genes=30)
+    values = SPACES[form](X).astype(np.float32)
+    obs = pd.DataFrame({name: ["control"] * 600 for name in LABELS}, index=[f"c{i}" for i in range(600)])
+    var = pd.DataFrame(index=[f"g{i}" for i in range(30)])
+    path = written(anndata.AnnData(values if dense else sparse.csr_matrix(values), obs, var), tmp_path / "a.h5ad")
+    source = open_h5ad(path)
+    _, found, library = whole(source, 3000)
+    counted = found.toarray() / library[:, None] * 1e4
+    logged = np.log1p(counted) if source.input_kind == "counts" else found.toarray()
+    np.testing.assert_allclose(logged, np.log1p(X / X.sum(1, keepdims=True) * 1e4), atol=1e-4)
+    assert source.target_sum == (None if source.input_kind == "counts" else 1e4)
+    assert source.values.startswith("X holds ") or form == "log1p of 10,000"
+
+
+def test_logarithms_of_some_genes_stay_and_are_called_unchecked(tmp_path):
+    X = counts(0, n_cells=60, n_genes=160)
+    values = np.log1p(X / X.sum(1, keepdims=True) * 1e4)[:, :80].astype(np.float32)
+    obs = pd.DataFrame({name: ["control"] * 60 for name in LABELS}, index=[f"c{i}" for i in range(60)])
+    adata = anndata.AnnData(sparse.csr_matrix(values), obs, pd.DataFrame(index=[f"g{i}" for i in range(80)]))
+    source = open_h5ad(written(adata, tmp_path / "a.h5ad"))
+    np.testing.assert_array_equal(whole(source, 3000)[1].toarray(), values)
+    assert (source.input_kind, source.target_sum) == ("log1p", None)
+    assert "of how many counts a cell cannot be checked" in source.values
 
 
 def test_a_count_over_65535_makes_the_chunk_uint32(tmp_path):
@@ -633,7 +667,7 @@ def test_a_cell_of_tahoe_without_a_marker_keeps_its_first_gene(tmp_path):
 def test_an_incomplete_tahoe_folder_is_refused(tmp_path):
     frame, _ = tahoe_cells()
     folder = tahoe_folder(tmp_path / "tahoe", frame)
-    with pytest.raises(ValueError, match=r"leave input_kind"):
+    with pytest.raises(ValueError, match=r"leave (layer, )?input_kind"):
         open_source(SourceConfig(path=str(folder), input_kind="log1p"))
     with pytest.raises(KeyError, match=r"column 'line' not in .*; found .*Set cell_type_col"):
         open_source(SourceConfig(path=str(folder), cell_type_col="line"))

@@ -57,6 +57,14 @@ class OtherAtlas:
         return self.atlas.genes
 
     @property
+    def target_sum(self) -> float | None:
+        return self.atlas.info.target_sum
+
+    @property
+    def values(self) -> str:
+        return "raw counts" if self.input_kind == "counts" else "log1p values"
+
+    @property
     def input_kind(self) -> InputKind:
         return self.atlas.info.input_kind
 

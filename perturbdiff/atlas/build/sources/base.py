@@ -31,6 +31,10 @@ class Source(Protocol):
 
     name
         What its cells are marked with.
+    target_sum
+        Counts a cell that log1p values are of; None where nobody knows, and of counts.
+    values
+        What the input holds and what is read of it, for people.
     library_size
         Where library sizes come from, for people.
     fingerprint
@@ -51,6 +55,12 @@ class Source(Protocol):
 
     @property
     def input_kind(self) -> InputKind: ...
+
+    @property
+    def target_sum(self) -> float | None: ...
+
+    @property
+    def values(self) -> str: ...
 
     @property
     def library_size(self) -> str: ...

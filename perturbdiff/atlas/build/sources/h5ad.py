@@ -24,11 +24,12 @@ from perturbdiff.atlas.build.sources.checks import (
     reading,
     selected,
 )
+from perturbdiff.atlas.format import PREPROCESSING
 from perturbdiff.config import SourceConfig
-from perturbdiff.data.expression import library_sizes
+from perturbdiff.data.expression import as_csr, library_sizes
 from perturbdiff.data.h5ad import open_h5ad, parts_of
 from perturbdiff.data.screen import LABELS, genes_of
-from perturbdiff.data.space import InputKind
+from perturbdiff.data.space import RAW_COUNTS, UNKNOWN, InputKind, Space, found, renormalised, space_of
 from perturbdiff.data.vocab import GeneVocab
 
 _PROBES = 8  # positions of a file looked at to tell counts from log1p values
@@ -92,20 +93,31 @@ class H5adSource:
         return cls(config, config.name or path.stem, n_obs, genes, fingerprint, form == "csr", parts)
 
     @cached_property
-    def input_kind(self) -> InputKind:
-        """As declared, or for "auto" what a sample of the cells holds; `read` checks that the others agree."""
-        if self.config.input_kind != "auto":
-            return self.config.input_kind
+    def space(self) -> Space:
+        """Found from a sample of the cells, within what was declared; `read` checks that the others agree."""
         chunks = self.chunks(_PROBE_VALUES)
         probed = [chunks[i] for i in np.unique(np.linspace(0, len(chunks) - 1, _PROBES).astype(int)) if chunks]
-        found = {chunk: self._kind_of(*chunk) for chunk in probed}
-        if set(found.values()) == {None}:  # empty cells say nothing: look on
-            probed = list(islice((chunk for chunk in chunks if self._kind_of(*chunk)), 1))
-            found = {chunk: self._kind_of(*chunk) for chunk in probed}
-        kind: InputKind = "log1p" if "log1p" in found.values() else "counts"
-        for chunk in probed:  # what is wrong is better said before the work than in the middle of it
-            self._checked(chunk[0], chunk[1], kind)
-        return kind
+        sample = [self._matrix(*chunk) for chunk in probed]
+        if not any(X.nnz for X in sample):  # empty cells say nothing: look on
+            sample = list(islice((X for X in (self._matrix(*chunk) for chunk in chunks) if X.nnz), 1))
+        X = sparse.vstack([sparse.csr_matrix((0, len(self.genes)), dtype=np.float32), *sample], format="csr")
+        return space_of(X, self.genes.names, self.config.input_kind, str(self.config.path))
+
+    @property
+    def input_kind(self) -> InputKind:
+        """Of what `read` gives."""
+        return "counts" if self.space.counts else "log1p"
+
+    @property
+    def target_sum(self) -> float | None:
+        """Counts a cell of what `read` gives, of log1p values; None where nobody knows."""
+        return None if self.space.total is None else PREPROCESSING.target_sum
+
+    @property
+    def values(self) -> str:
+        if self.space in (RAW_COUNTS, UNKNOWN):
+            return "raw counts" if self.space is RAW_COUNTS else found(self.space, None, True)
+        return found(self.space, self.target_sum, self.space.bases == UNKNOWN.bases)
 
     @property
     def library_size(self) -> str:
@@ -149,18 +161,34 @@ class H5adSource:
         return selected(self.all_labels(first, last), self.config)
 
     def read(self, first: int, last: int) -> tuple[sparse.csr_matrix, np.ndarray]:
-        X = self._checked(first, last, self.input_kind)
+        X = self._checked(first, last)
         if self.input_kind == "log1p":
             return X, np.ones(X.shape[0], np.float32)
         if self.config.library_size_col is None:
             return X, library_sizes(X)
         return X, self._library_column(self.config.library_size_col, first, last)
 
-    def _checked(self, first: int, last: int, kind: InputKind) -> sparse.csr_matrix:
+    def _checked(self, first: int, last: int) -> sparse.csr_matrix:
+        if self.space is RAW_COUNTS:
+            return self._as("counts", *self._raw(first, last), first)
+        X = self._matrix(first, last)
+        X = renormalised(X, self.space, self.target_sum, lambda row: self._cell(first + row))
+        return self._as(self.input_kind, X.indptr, X.indices, X.data, first)
+
+    def _matrix(self, first: int, last: int) -> sparse.csr_matrix:
+        # Values of any kind; what can be of none is refused with its cell.
         indptr, indices, values = self._raw(first, last)
-        where = f"X of {self.config.path}"
+        n_genes, whole = len(self.genes), bool((values[np.isfinite(values)] % 1 == 0).all())
+        inside = not len(indices) or 0 <= indices.min() <= indices.max() < n_genes
+        if not (inside and np.isfinite(values).all() and values.min(initial=0) >= 0):
+            self._as("counts" if whole else "log1p", indptr, indices, values, first)
+        return as_csr(sparse.csr_matrix((values, indices, indptr), (last - first, n_genes)))
+
+    def _as(
+        self, kind: InputKind, indptr: np.ndarray, indices: np.ndarray, values: np.ndarray, first: int
+    ) -> sparse.csr_matrix:
         detected = self.config.input_kind == "auto"
-        where += f" (taken for {kind} by a sample of its cells)" if detected else ""
+        where = f"X of {self.config.path}" + (f" (taken for {kind} by a sample of its cells)" if detected else "")
         return checked(indptr, indices, values, self.genes, kind, detected, where, lambda row: self._cell(first + row))
 
     def _raw(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -186,13 +214,6 @@ class H5adSource:
     def _cell(self, row: int) -> str:
         with open_h5ad(self.config.path, self.parts) as file, reading(self.config.path):
             return f"cell {_names(_index(file['obs']), row, row + 1)[0]!r} (row {row})"
-
-    def _kind_of(self, first: int, last: int) -> InputKind | None:
-        _, _, values = self._raw(first, last)
-        values = values[(values != 0) & np.isfinite(values)]
-        if not len(values):
-            return None
-        return "log1p" if (values != np.rint(values)).any() else "counts"
 
     def _library_column(self, column: str, first: int, last: int) -> np.ndarray:
         with open_h5ad(self.config.path, self.parts) as file, reading(self.config.path):

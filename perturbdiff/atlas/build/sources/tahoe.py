@@ -62,6 +62,8 @@ class TahoeSource:
 
     input_kind: InputKind = "counts"
     library_size: str = "row sums"
+    target_sum: float | None = None
+    values: str = "raw counts"
 
     @classmethod
     def open(cls, config: SourceConfig, files: ParquetFiles) -> TahoeSource:
