@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -42,11 +41,11 @@ def open_h5ad(path: str | Path, parts: tuple[str, ...] = PARTS) -> Iterator[h5py
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist or is not a file; give the path of an .h5ad.")
-    stat = os.stat(path)
     try:
-        _look(str(path), stat.st_size, stat.st_mtime_ns, parts)
         file = h5py.File(path, "r")
+        _looked_at(file, str(path), parts)
     except _Refused as error:
+        file.close()
         raise ValueError(str(error)) from None
     except Exception as error:  # on a damaged file h5py raises what comes, types of its own among it
         raise ValueError(f"{path} is not a readable .h5ad ({short(error)}); write it with AnnData.") from error
@@ -56,9 +55,8 @@ def open_h5ad(path: str | Path, parts: tuple[str, ...] = PARTS) -> Iterator[h5py
 
 def unpacked_bytes(path: str | Path, parts: tuple[str, ...] = PARTS) -> int:
     """Memory that these parts take once they are read, at least. Raises as `open_h5ad`."""
-    with open_h5ad(path, parts):
-        stat = os.stat(path)
-        return _look(str(path), stat.st_size, stat.st_mtime_ns, parts)
+    with open_h5ad(path, parts) as file:
+        return _looked_at(file, str(path), parts)
 
 
 def parts_of(layer: str | None, file: h5py.File | AnnData) -> tuple[str, str, str]:
@@ -92,11 +90,14 @@ def read_h5ad_parts(path: str | Path, layer: str | None = None) -> tuple[Any, pd
     FileNotFoundError, KeyError, ValueError
         As `open_h5ad`, `parts_of`; without X, obs or var, or without genes; more than this machine's memory.
     """
-    with open_h5ad(path, ()) as file:
-        parts, beside = parts_of(layer, file), _beside(*_values_beside_x(file))
+    parts = PARTS
+    if layer is not None:
+        with open_h5ad(path, ()) as file:
+            parts = parts_of(layer, file)
     with open_h5ad(path, parts) as file:
+        beside = _beside(*_values_beside_x(file))
         missing = [name for name in parts if name not in file]
-        needed, memory = unpacked_bytes(path, parts), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        needed, memory = _looked_at(file, str(path), parts), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if needed > memory:
             raise ValueError(
                 f"{path} takes {needed / 1e9:,.0f} GB of memory and this machine has {memory / 1e9:,.0f}; build an "
@@ -132,38 +133,48 @@ class _Refused(Exception):
     pass
 
 
-@lru_cache(maxsize=256)  # a source of an atlas is opened for each of its chunks
-def _look(path: str, size: int, mtime_ns: int, parts: tuple[str, ...]) -> int:
+def _looked_at(file: h5py.File, path: str, parts: tuple[str, ...]) -> int:
+    # Once: a source of an atlas is opened for each of its chunks.
+    stat = os.stat(path)
+    key = (path, stat.st_size, stat.st_mtime_ns, parts)
+    if key not in _SIZES:
+        _SIZES[key] = _look(file, path, stat.st_size, parts)
+    return _SIZES[key]
+
+
+_SIZES: dict[tuple[str, int, int, tuple[str, ...]], int] = {}
+
+
+def _look(file: h5py.File, path: str, size: int, parts: tuple[str, ...]) -> int:
     total = texts = 0
-    with h5py.File(path, "r") as file:
-        for part in parts:
-            for name, dataset in _datasets(file, part, path):
-                created = dataset.id.get_create_plist()
-                if created.get_layout() == h5py.h5d.VIRTUAL or created.get_external_count():
-                    raise _elsewhere(name, path)
-                kind = dataset.dtype
-                total += (dataset.size or 0) * kind.itemsize
-                if h5py.check_string_dtype(kind) is not None:
-                    lengths = _text_lengths(dataset, path, size)
-                    texts += int(lengths.sum())
-                    if lengths.max(initial=0) > MAX_TEXT:
-                        raise _Refused(
-                            f"{name} of {path} holds a text of {lengths.max():,} bytes; at most {MAX_TEXT:,} are read. "
-                            "Leave it out, or shorten it."
-                        )
-                elif kind.names:
+    for part in parts:
+        for name, dataset in _datasets(file, part, path):
+            created = dataset.id.get_create_plist()
+            if created.get_layout() == h5py.h5d.VIRTUAL or created.get_external_count():
+                raise _elsewhere(name, path)
+            kind = dataset.dtype
+            total += (dataset.size or 0) * kind.itemsize
+            if h5py.check_string_dtype(kind) is not None:
+                lengths = _text_lengths(dataset, path, size)
+                texts += int(lengths.sum())
+                if lengths.max(initial=0) > MAX_TEXT:
                     raise _Refused(
-                        f"{name} of {path} is a table as AnnData wrote it before 0.7; open it with anndata.read_h5ad "
-                        "and write it again."
+                        f"{name} of {path} holds a text of {lengths.max():,} bytes; at most {MAX_TEXT:,} are read. "
+                        "Leave it out, or shorten it."
                     )
-                elif kind.hasobject:
-                    raise _Refused(f"{name} of {path} is of a type that AnnData does not write; write it with AnnData.")
-                # Texts of any length are never compressed.
-                if total > max(ALWAYS_READ, MAX_RATIO * size) or texts > max(ALWAYS_READ, size):
-                    raise _Refused(
-                        f"{name} of {path} grows beyond all measure: the file has {size:,} bytes, and "
-                        f"{max(total, texts):,} are to be read; write it with AnnData."
-                    )
+            elif kind.names:
+                raise _Refused(
+                    f"{name} of {path} is a table as AnnData wrote it before 0.7; open it with anndata.read_h5ad "
+                    "and write it again."
+                )
+            elif kind.hasobject:
+                raise _Refused(f"{name} of {path} is of a type that AnnData does not write; write it with AnnData.")
+            # Texts of any length are never compressed.
+            if total > max(ALWAYS_READ, MAX_RATIO * size) or texts > max(ALWAYS_READ, size):
+                raise _Refused(
+                    f"{name} of {path} grows beyond all measure: the file has {size:,} bytes, and "
+                    f"{max(total, texts):,} are to be read; write it with AnnData."
+                )
     return total + texts
 
 
