@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING as REQUIRED
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, Optional, TypeVar, get_args
+from typing import Any, Literal, Optional, TypeVar, get_args, get_origin
 
 import yaml  # type: ignore[import-untyped]
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -401,7 +401,7 @@ def _resolved(
     for word in overrides:
         if "=" not in word:
             raise ValueError(f"override {word!r} is not key=value; for example training.n_steps=500.")
-        parts.append(_read_word(word))
+        parts.append(_read_word(word, schema))
     for part in parts:
         _refuse_interpolations(part)
     try:
@@ -601,12 +601,28 @@ def _read_yaml(recipe: Path) -> DictConfig:
     return settings
 
 
-def _read_word(word: str) -> DictConfig:
+def _read_word(word: str, schema: type) -> DictConfig:
+    key, text = word.split("=", 1)
+    kind = _kind_of(schema, key.split("."))
+    if kind is str or (kind == Optional[str] and text != "null"):
+        # A text is what it says: yaml would make no a truth, 0.10 a number and # a comment of it.
+        nested: Any = text
+        for name in reversed(key.split(".")):
+            nested = {name: nested}
+        return OmegaConf.create(nested)
     try:
         return OmegaConf.from_dotlist([word])
     except yaml.YAMLError as error:
-        key, value = word.split("=", 1)
-        raise ValueError(f"override {word!r}: {value!r} is not yaml; quote it: {key}=\"'{value}'\".") from error
+        raise ValueError(f"override {word!r}: {text!r} is not yaml; quote it: {key}=\"'{text}'\".") from error
+
+
+def _kind_of(schema: type, names: list[str]) -> Any:
+    """Type of a setting; texts of a few are texts. None where there is no such setting."""
+    for part in fields(schema) if is_dataclass(schema) else ():
+        if part.name == names[0]:
+            kind: Any = part.type if len(names) > 1 or get_origin(part.type) is not Literal else str
+            return _kind_of(kind, names[1:]) if len(names) > 1 else kind
+    return None
 
 
 def _one_line(error: Exception, schema: type | None = None) -> str:

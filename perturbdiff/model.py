@@ -22,7 +22,7 @@ from perturbdiff._version import __version__
 from perturbdiff.config import ModelConfig, Preprocessing, SamplingConfig, as_dict, check_sampling, from_dict
 from perturbdiff.data.h5ad import values_of
 from perturbdiff.data.rng import torch_generator
-from perturbdiff.data.screen import Expression, expression_of
+from perturbdiff.data.screen import Expression, expression_of, warn_of_missing_columns
 from perturbdiff.data.space import SAME, totals
 from perturbdiff.data.vocab import GeneVocab, LabelVocab, Vocabularies, nearest
 from perturbdiff.diffusion.generate import Context, assign_sets, choose_controls, denoise_sets
@@ -301,8 +301,9 @@ class PerturbDiff:
             each is predicted by itself from the same controls, one after the other in the result.
         cell_type, batch
             Predict for this context: control cells with another label are left out; where `controls` have no such
-            column, all of them are taken for cells of it. By default each cell's own labels are its context. A label
-            that training has not seen with a perturbation is predicted as an average one, with a warning.
+            column, all of them are taken for cells of it, with a warning. By default each cell's own labels are its
+            context. A label that training has not seen with a perturbation is predicted as an average one, with a
+            warning.
         layer
             Expression from `controls.layers[layer]` in place of X; "raw" is `controls.raw`.
         n_cells
@@ -523,6 +524,7 @@ class PerturbDiff:
             X, var = values_of(controls, layer)
             controls = AnnData(X, obs=controls.obs, var=var)
         names = self.config.obs
+        warn_of_missing_columns(controls.obs, names, cell_type, batch)
         if names.perturbation in controls.obs:
             labels = controls.obs[names.perturbation].astype(str)
             if (other := labels != names.control_label).any():
@@ -557,7 +559,9 @@ class PerturbDiff:
         expression = expression_of(cells, self.preprocessing)
         for note in filter(None, (expression.note, self._compare_sums(expression))):
             warnings.warn(note, UserWarning, stacklevel=3)
-        return cells if not expression.note else AnnData(X=expression.X, obs=cells.obs, var=cells.var)
+        if not expression.note:
+            return cells
+        return AnnData(X=expression.X, obs=cells.obs, var=cells.var.loc[list(expression.genes.names)])
 
     def _compare_sums(self, expression: Expression) -> str:
         quantiles, n_genes = self.training.control_sums, self.training.measured_genes

@@ -98,14 +98,13 @@ def test_values_are_what_their_words_look_like():
         ("denoiser.parallel_block=maybe", r"'maybe' .*\(key denoiser.parallel_block\)"),
         ("data.input_kind=raw", r"'raw', expected one of \['auto', 'counts', 'log1p'\] \(key data.input_kind\)"),
         ("training.device=tpu", r"'tpu', expected one of \['auto', 'cpu', 'cuda'\] \(key training.device\)"),
-        ("data.control_label=null", r"\(key data.control_label\)"),
         ("training=5", "TrainingConfig"),
         ("n_steps=5", r"Key 'n_steps' not in 'Config'; did you mean sampling.n_steps or training.n_steps\?"),
         ("training.n_steps.x=5", r"\(key training.n_steps\)"),
         ("split.hold_out=A", r"\(key split.hold_out\)"),
         ("split.hold_out[0]=A", "config: "),
         ("split.hold_out=[A", r"'\[A' is not yaml; quote it: split.hold_out=\"'\[A'\""),
-        ("data.control_label=@x", "'@x' is not yaml; quote it"),
+        ("split.hold_out=[@x]", r"'\[@x\]' is not yaml; quote it"),
         ("data.control_label=${nope}", r"settings hold '\$\{nope\}'; nothing in them is filled in"),
     ],
 )
@@ -113,6 +112,23 @@ def test_typos_and_wrong_types_are_errors_that_name_key_and_value(word, text):
     with pytest.raises(ValueError, match=text) as error:
         load(word)
     assert "\n" not in str(error.value)
+
+
+TEXTS = ["NO", "0.10", "1e3", "#", "|", "~", "*", "@x", "[('DMSO_TF', 0.0, 'uM')]", "a: b", "true", " x ", "a=b", "'q'"]
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "null"])
+def test_a_text_is_taken_as_it_is(text):
+    assert load(f"data.control_label={text}").data.control_label == text
+    separator = load(f"data.combination_separator={text}").data.combination_separator
+    assert separator == (None if text == "null" else text)
+    [source] = load_build_config(["a.h5ad"], overrides=[f"source.batch_col={text}"], given={"out": "x"}).sources
+    assert source.batch_col == (None if text == "null" else text)
+
+
+def test_words_that_are_one_of_a_few_are_texts_too():
+    assert load("training.mixed_precision=no").training.mixed_precision == "no"
+    assert load("split.hold_out=[A,B]").split.hold_out == ["A", "B"]
 
 
 @pytest.mark.parametrize(

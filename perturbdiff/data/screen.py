@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +19,11 @@ from perturbdiff.data.h5ad import read_h5ad_parts, values_of
 from perturbdiff.data.rng import cell_order_key
 from perturbdiff.data.space import RAW_COUNTS, found, renormalised, space_of
 from perturbdiff.data.vocab import GeneVocab, nearest, split_label
+from perturbdiff.files import few
 
 LABELS = ("perturbation", "cell_type", "batch")
 IN_MEMORY = "screen in memory"  # in place of a path
+FEATURE_TYPES, GENE_EXPRESSION = "feature_types", "Gene Expression"  # a column of 10x, and what it says of genes
 ENSEMBL_COLUMNS = ("ensembl_id", "gene_ids", "gene_id", "feature_id")
 
 
@@ -215,16 +218,17 @@ def _kind(preprocessing: Preprocessing) -> str:
 def control_cells(
     path: str | Path, obs: ObsColumns, cell_type: str | None, batch: str | None, layer: str | None = None
 ) -> AnnData:
-    """The control cells of an .h5ad, of one cell type or batch if given; all cells where it has no such column.
+    """The control cells of an .h5ad, of one cell type or batch if given; warns where all cells are taken for such.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        Not a readable .h5ad, or no such cell in it (the message lists what is there).
+        Not a readable .h5ad, or no such cell in it (the message lists what is there); as `warn_of_missing_columns`.
     """
     X, table, var = read_h5ad_parts(path, layer)
-    genes = genes_of(var)  # refuses duplicates before AnnData merely warns of them
-    matrix = _cells_by_genes(X, len(table), len(genes), str(path))
+    genes_of(var[gene_rows(var)])  # refuses duplicates before AnnData merely warns of them
+    matrix = _cells_by_genes(X, len(table), len(var), str(path))
+    warn_of_missing_columns(table, obs, cell_type, batch)
     wanted = ((obs.perturbation, obs.control_label), (obs.cell_type, cell_type), (obs.batch, batch))
     chosen = np.ones(len(table), dtype=bool)
     for column, value in wanted:
@@ -239,6 +243,32 @@ def control_cells(
     return AnnData(X=matrix[chosen], obs=table[chosen].set_axis(unique_names(table.index[chosen])), var=var)
 
 
+def warn_of_missing_columns(obs: pd.DataFrame, columns: ObsColumns, cell_type: str | None, batch: str | None) -> None:
+    """Warn of what all cells are taken for, because no column says of each what it is.
+
+    Raises ValueError where no column has the name of the perturbations, but one holds the control label: then cells are
+    perturbed that nobody would know of.
+    """
+    taken = {
+        columns.perturbation: "controls",
+        columns.cell_type: None if cell_type is None else f"cells of type {cell_type!r}",
+        columns.batch: None if batch is None else f"cells of batch {batch!r}",
+    }
+    for column, what in taken.items():
+        if what is None or column in obs.columns:
+            continue
+        if column == columns.perturbation:
+            texts = obs.select_dtypes(include=["object", "string", "category"])
+            if holds := [str(name) for name in texts if (texts[name].astype(str) == columns.control_label).any()]:
+                raise ValueError(
+                    f"no obs column {column!r} says which cells are controls, but {few(holds)} holds "
+                    f"{columns.control_label!r}; rename it to {column!r}, or give the control cells alone."
+                )
+        warnings.warn(
+            f"no obs column {column!r}: all {len(obs):,} cells are taken for {what}", UserWarning, stacklevel=4
+        )
+
+
 def read_expression(
     X: Any, obs: pd.DataFrame, var: pd.DataFrame, declared: str, config: DataConfig | Preprocessing, path: str
 ) -> Expression:
@@ -247,8 +277,12 @@ def read_expression(
     Logarithms become log1p values of `config.target_sum` counts a cell where X says of how many they are, and else stay
     what they are; `target_sum` is then None.
     """
+    matrix, left_out = _cells_by_genes(X, len(obs), len(var), path), ""
+    is_gene = gene_rows(var)
+    if not is_gene.all():
+        matrix, others, var = matrix[:, is_gene], [str(name) for name in var.index[~is_gene]], var[is_gene]
+        left_out = f"{len(others):,} columns of X are no genes and are left out: {few(others)}"
     genes = genes_of(var)
-    matrix = _cells_by_genes(X, len(obs), len(genes), path)
     space = space_of(matrix, genes.names, declared, path)
     known = space.total is not None
     target_sum = (config.target_sum or space.total) if known else None
@@ -257,21 +291,22 @@ def read_expression(
         values = renormalised(matrix, space, target_sum, lambda row: f"cell {str(obs.index[row])!r}")
     if known or (space.bases and not space.whole):
         same = np.array_equal(values.data, matrix.data.astype(np.float32))
-        note = "" if known and same else found(space, target_sum, same)
         preprocessing = Preprocessing("log1p", target_sum, config.scale, config.library_size_col)
-        ones = np.ones(len(obs), np.float32)
-        return Expression(values.astype(np.float32), genes, ones, preprocessing, note, len(genes))
-    preprocessing = Preprocessing("counts", config.target_sum or 1e4, config.scale, config.library_size_col)
-    if preprocessing.library_size_col is None:
-        library = library_sizes(values if space.bases else matrix)
+        values, library = values.astype(np.float32), np.ones(len(obs), np.float32)
     else:
-        library = _library_column(obs, preprocessing.library_size_col, path)
-    largest = values.data.max(initial=0)
-    if largest >= 2**32:
-        raise ValueError(f"X of {path} holds a count of {largest:.0f}; counts must be under 2**32.")
-    counts = values.astype(np.uint16 if largest < 2**16 else np.uint32)
-    note = "" if space is RAW_COUNTS else found(space, None, False)
-    return Expression(counts, genes, library, preprocessing, note, len(genes))
+        same = space is RAW_COUNTS
+        preprocessing = Preprocessing("counts", config.target_sum or 1e4, config.scale, config.library_size_col)
+        if preprocessing.library_size_col is None:
+            library = library_sizes(values if space.bases else matrix)
+        else:
+            library = _library_column(obs, preprocessing.library_size_col, path)
+        largest = values.data.max(initial=0)
+        if largest >= 2**32:
+            raise ValueError(f"X of {path} holds a count of {largest:.0f}; counts must be under 2**32.")
+        values = values.astype(np.uint16 if largest < 2**16 else np.uint32)
+    known |= space is RAW_COUNTS
+    notes = [left_out, "" if known and same else found(space, target_sum, same)]
+    return Expression(values, genes, library, preprocessing, "; ".join(filter(None, notes)), len(genes))
 
 
 def expression_of(adata: AnnData, preprocessing: Preprocessing) -> Expression:
@@ -292,6 +327,12 @@ def expression_of(adata: AnnData, preprocessing: Preprocessing) -> Expression:
         ones = np.ones(len(expression), np.float32)
         return replace(expression, X=expression.log1p(), library_size=ones, preprocessing=preprocessing)
     return expression
+
+
+def gene_rows(var: pd.DataFrame) -> np.ndarray:
+    """(n_vars,) True where a row of var is a gene, and none of the guides and antibodies that 10x files hold too."""
+    of_genes = var.get(FEATURE_TYPES, pd.Series(GENE_EXPRESSION, index=var.index)).astype(str) == GENE_EXPRESSION
+    return of_genes.to_numpy() if of_genes.any() else np.ones(len(var), dtype=bool)
 
 
 def genes_of(var: pd.DataFrame) -> GeneVocab:

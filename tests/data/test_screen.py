@@ -9,9 +9,10 @@ import pytest
 from anndata.io import write_elem
 from scipy import sparse
 
-from perturbdiff.config import DataConfig, Preprocessing
+from perturbdiff.atlas.build.sources.h5ad import H5adSource
+from perturbdiff.config import DataConfig, ObsColumns, Preprocessing, SourceConfig
 from perturbdiff.data.h5ad import read_h5ad_parts
-from perturbdiff.data.screen import Screen, expression_of
+from perturbdiff.data.screen import Screen, control_cells, expression_of
 from perturbdiff.data.vocab import GeneVocab
 from tests.screens import counts_screen, log1p_cp10k, read, real_screen, shared, written
 
@@ -302,6 +303,57 @@ def test_counts_and_log1p_values_may_be_given_to_a_model_of_either_unless_nobody
         np.testing.assert_allclose(expression_of(cells, preprocessing).log1p().toarray(), from_counts, rtol=1e-6)
     with pytest.raises(ValueError, match="X holds counts, but this model was trained on log1p values of nobody knows"):
         expression_of(adata, of_unknown)
+
+
+# ---------------------------------------------------------------- rows that are no genes, columns that are not there
+
+
+def with_guides(adata):
+    """Guide counts, which tell the perturbation, beside the genes, one of them under the name of a gene."""
+    guides = np.stack([(adata.obs["perturbation"] == name) * 50 for name in ("A", "B")], axis=1)
+    X = sparse.csr_matrix(np.hstack([guides[:, :1], adata.X.toarray(), guides[:, 1:]]).astype(np.float32))
+    types = ["CRISPR Guide Capture", *["Gene Expression"] * adata.n_vars, "Antibody Capture"]
+    var = pd.DataFrame({"feature_types": pd.Categorical(types)}, index=["gene_1", *adata.var_names, "B-guide"])
+    return anndata.AnnData(X, obs=adata.obs, var=var)
+
+
+@pytest.mark.filterwarnings("ignore:Variable names are not unique")
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_guides_and_antibodies_are_no_genes(adata, tmp_path, in_memory):
+    guided = with_guides(adata)
+    source = guided if in_memory else written(guided, tmp_path / "x.h5ad")
+    screen, expected = Screen.read(source, CONFIG), Screen.read(adata, CONFIG)
+    assert_equal(replace(screen, path=expected.path, notes=()), expected)
+    assert screen.notes == ("2 columns of X are no genes and are left out: gene_1, B-guide",)
+    if not in_memory:
+        controls = control_cells(source, ObsColumns(), None, None)
+        assert controls.n_vars == adata.n_vars + 2
+        atlas = H5adSource.open(SourceConfig(path=str(source)))
+        X, library = atlas.read(0, adata.n_obs)
+        assert (X != adata.X).nnz == 0
+        np.testing.assert_array_equal(library, np.asarray(adata.X.sum(1)).ravel())
+        assert atlas.values == "raw counts; 2 columns of X are no genes"
+
+
+def test_types_that_nobody_knows_are_genes(adata):
+    adata.var["feature_types"] = "protein"
+    assert read(adata).expression.genes.names == tuple(adata.var_names)
+
+
+def test_cells_that_no_column_calls_controls_are_controls_with_a_word(adata, tmp_path):
+    path = written(adata, tmp_path / "x.h5ad")
+    renamed = ObsColumns(perturbation="condition")
+    with pytest.raises(ValueError, match=r"no obs column 'condition' says .* but perturbation holds 'control'; ren"):
+        control_cells(path, renamed, None, None)
+    alone = adata[adata.obs["perturbation"] == "control"].copy()
+    alone.obs = alone.obs[[]]
+    path = written(alone, tmp_path / "alone.h5ad")
+    with pytest.warns(UserWarning, match="cells are taken for") as warned:
+        assert control_cells(path, ObsColumns(), "NK", None).n_obs == alone.n_obs
+    assert [str(warning.message) for warning in warned] == [
+        f"no obs column 'perturbation': all {alone.n_obs} cells are taken for controls",
+        f"no obs column 'cell_type': all {alone.n_obs} cells are taken for cells of type 'NK'",
+    ]
 
 
 # ---------------------------------------------------------------- files that are none

@@ -19,6 +19,7 @@ from scipy import sparse
 
 from perturbdiff.atlas.build.sources import h5ad as source_h5ad
 from perturbdiff.atlas.build.sources.base import Selection, open_source
+from perturbdiff.atlas.build.sources.parquet import lists
 from perturbdiff.config import DataConfig, SourceConfig
 from perturbdiff.data.screen import LABELS, Screen
 from tests.atlases import atlas_of_screen, write_atlas
@@ -662,6 +663,28 @@ def test_a_cell_of_tahoe_without_a_marker_keeps_its_first_gene(tmp_path):
     _, plain, _ = whole(open_source(SourceConfig(path=str(tahoe_folder(tmp_path / "plain", frame)))), 10**6)
     assert plain[20].nnz == 1
     assert (marked != plain).nnz == 0
+
+
+@pytest.mark.parametrize("stray", [".train-00000.parquet", ".ipynb_checkpoints/a.parquet", "_temporary/0/a.parquet"])
+def test_hidden_and_unfinished_files_are_no_data(tmp_path, stray):
+    frame, _ = tahoe_cells()
+    folder = tahoe_folder(tmp_path / "tahoe", frame)
+    source = open_source(SourceConfig(path=str(folder)))
+    copy = folder / "data" / stray
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.write_bytes(next((folder / "data").glob("train*")).read_bytes())
+    again = open_source(SourceConfig(path=str(folder)))
+    assert again.n_cells == source.n_cells
+    assert again.fingerprint == source.fingerprint
+
+
+@pytest.mark.parametrize("kind", [pa.list_view, lambda element: pa.list_(element, 2)], ids=["view", "fixed"])
+def test_lists_of_other_kinds_are_lists(kind):
+    plain = pa.array([[1, 2], [3, 4], [5, 6]], pa.list_(pa.int64()))
+    other = pa.array(plain.to_pylist(), kind(pa.int64()))
+    for at in (0, 1):
+        for found, expected in zip(lists(other[at:], "x", 0), lists(plain[at:], "x", 0), strict=True):
+            np.testing.assert_array_equal(found, expected)
 
 
 def test_an_incomplete_tahoe_folder_is_refused(tmp_path):

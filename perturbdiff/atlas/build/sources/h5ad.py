@@ -28,7 +28,7 @@ from perturbdiff.atlas.format import PREPROCESSING
 from perturbdiff.config import SourceConfig
 from perturbdiff.data.expression import as_csr, library_sizes
 from perturbdiff.data.h5ad import open_h5ad, parts_of
-from perturbdiff.data.screen import LABELS, genes_of
+from perturbdiff.data.screen import LABELS, gene_rows, genes_of
 from perturbdiff.data.space import RAW_COUNTS, UNKNOWN, InputKind, Space, found, renormalised, space_of
 from perturbdiff.data.vocab import GeneVocab
 
@@ -48,6 +48,7 @@ class H5adSource:
     fingerprint: dict[str, Any]
     is_sparse: bool
     parts: tuple[str, str, str]  # names of values, obs and var in the file
+    is_gene: np.ndarray  # (columns of X,); guides and antibodies are none
 
     @classmethod
     def open(cls, config: SourceConfig) -> H5adSource:
@@ -69,7 +70,8 @@ class H5adSource:
         if missing or not isinstance(var, pd.DataFrame) or index is None:
             what = f"it has no {', '.join(missing)}" if missing else "obs and var must be tables"
             raise ValueError(f"{path} is not an .h5ad that can be read in parts: {what}. Write it with AnnData.")
-        genes = naming(path, lambda: genes_of(var))
+        is_gene = gene_rows(var)
+        genes = naming(path, lambda: genes_of(var[is_gene]))
         if form == "csc":
             raise ValueError(
                 f"X of {path} is CSC, stored by genes, so that cells cannot be read in parts; write it by cells "
@@ -77,8 +79,8 @@ class H5adSource:
             )
         if form not in ("csr", "dense") or dtype.kind not in "biuf":
             raise ValueError(f"X of {path} is {form} of {dtype}; it must be a dense or CSR matrix of numbers.")
-        if shape != (n_obs, len(genes)):
-            raise ValueError(f"X of {path} is {shape}; it must be {(n_obs, len(genes))}, cells by genes.")
+        if shape != (n_obs, len(var)):
+            raise ValueError(f"X of {path} is {shape}; it must be {(n_obs, len(var))}, cells by genes.")
         n_values = [length[0] for length in lengths[:2]]
         if form == "csr" and (lengths[2] != (n_obs + 1,) or ends != [0, n_values[0]] or n_values[1] != n_values[0]):
             raise ValueError(
@@ -90,7 +92,7 @@ class H5adSource:
             if column is not None and column not in columns:
                 raise KeyError(f"obs column {column!r} not in {path}; found {sorted(columns)}. Set {setting}.")
         fingerprint = {"file": path.name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-        return cls(config, config.name or path.stem, n_obs, genes, fingerprint, form == "csr", parts)
+        return cls(config, config.name or path.stem, n_obs, genes, fingerprint, form == "csr", parts, is_gene)
 
     @cached_property
     def space(self) -> Space:
@@ -115,9 +117,10 @@ class H5adSource:
 
     @property
     def values(self) -> str:
-        if self.space in (RAW_COUNTS, UNKNOWN):
-            return "raw counts" if self.space is RAW_COUNTS else found(self.space, None, True)
-        return found(self.space, self.target_sum, self.space.bases == UNKNOWN.bases)
+        left_out = f"; {n:,} columns of X are no genes" if (n := int((~self.is_gene).sum())) else ""
+        if self.space is RAW_COUNTS:
+            return f"raw counts{left_out}"
+        return found(self.space, self.target_sum, self.space.bases == UNKNOWN.bases) + left_out
 
     @property
     def library_size(self) -> str:
@@ -170,14 +173,14 @@ class H5adSource:
 
     def _checked(self, first: int, last: int) -> sparse.csr_matrix:
         if self.space is RAW_COUNTS:
-            return self._as("counts", *self._raw(first, last), first)
+            return self._as("counts", *self._of_genes(*self._raw(first, last)), first)
         X = self._matrix(first, last)
         X = renormalised(X, self.space, self.target_sum, lambda row: self._cell(first + row))
         return self._as(self.input_kind, X.indptr, X.indices, X.data, first)
 
     def _matrix(self, first: int, last: int) -> sparse.csr_matrix:
         # Values of any kind; what can be of none is refused with its cell.
-        indptr, indices, values = self._raw(first, last)
+        indptr, indices, values = self._of_genes(*self._raw(first, last))
         n_genes, whole = len(self.genes), bool((values[np.isfinite(values)] % 1 == 0).all())
         inside = not len(indices) or 0 <= indices.min() <= indices.max() < n_genes
         if not (inside and np.isfinite(values).all() and values.min(initial=0) >= 0):
@@ -190,6 +193,15 @@ class H5adSource:
         detected = self.config.input_kind == "auto"
         where = f"X of {self.config.path}" + (f" (taken for {kind} by a sample of its cells)" if detected else "")
         return checked(indptr, indices, values, self.genes, kind, detected, where, lambda row: self._cell(first + row))
+
+    def _of_genes(
+        self, indptr: np.ndarray, indices: np.ndarray, values: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if self.is_gene.all() or (len(indices) and not 0 <= indices.min() <= indices.max() < len(self.is_gene)):
+            return indptr, indices, values
+        kept = self.is_gene[indices]
+        ends = np.append(0, np.cumsum(kept))[indptr]
+        return ends, (np.cumsum(self.is_gene) - 1)[indices[kept]], values[kept]
 
     def _raw(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         with open_h5ad(self.config.path, self.parts) as file, reading(self.config.path):

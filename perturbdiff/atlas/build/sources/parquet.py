@@ -9,11 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from perturbdiff.atlas.build.sources.checks import reading, row_of
@@ -39,6 +40,11 @@ class ParquetFiles(Protocol):
         """What a Parquet file says of itself; the file is not fetched for it."""
 
 
+def _is_passing(path: PurePath) -> bool:
+    """Whether a file is none of the data: a hidden copy, a notebook's checkpoint, part of a job that has not ended."""
+    return any(part.startswith((".", "_")) for part in path.parts)
+
+
 @dataclass(frozen=True)
 class LocalFiles:
     """Files of a folder."""
@@ -48,8 +54,8 @@ class LocalFiles:
 
     @classmethod
     def open(cls, folder: str | Path) -> LocalFiles:
-        found = (path for path in Path(folder).rglob("*") if path.is_file())
-        return cls(Path(folder), tuple(sorted(path.relative_to(folder).as_posix() for path in found)))
+        found = (path.relative_to(folder) for path in Path(folder).rglob("*") if path.is_file())
+        return cls(Path(folder), tuple(sorted(path.as_posix() for path in found if not _is_passing(path))))
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -89,7 +95,8 @@ class HubFiles:
             raise FileNotFoundError(
                 f"{repo} is no local path, and no data set of that name could be read on the Hub ({short(error)})."
             ) from error
-        return cls(repo, str(found.sha), tuple(sorted(file.rfilename for file in found.siblings or ())))
+        names = (file.rfilename for file in found.siblings or ())
+        return cls(repo, str(found.sha), tuple(sorted(n for n in names if not _is_passing(PurePosixPath(n)))))
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -186,6 +193,9 @@ def batches(
 
 def lists(column: pa.Array, what: str, row: int) -> tuple[np.ndarray, np.ndarray]:
     """Ends (n + 1,) and elements of a column of lists. Raises ValueError on a missing list or element."""
+    if not pa.types.is_list(column.type):  # views and lists of one size
+        ends = np.append(0, np.cumsum(pc.list_value_length(column).fill_null(0).to_numpy())).astype(np.int32)
+        column = pa.ListArray.from_arrays(pa.array(ends), column.flatten(), mask=column.is_null())
     offsets = column.offsets.to_numpy().astype(np.int64)
     elements = column.values[offsets[0] : offsets[-1]]
     if column.null_count or elements.null_count:
