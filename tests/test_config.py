@@ -202,7 +202,7 @@ def test_no_setting_is_infinite_or_nan(key, value):
 
 def test_an_empty_separator_is_refused_because_it_would_never_split():
     with pytest.raises(ValueError, match=r"data.combination_separator \(''\) must not be empty; null"):
-        load("data.combination_separator=''")
+        load("data.combination_separator=")
     assert load("data.combination_separator=null").data.combination_separator is None
 
 
@@ -305,8 +305,8 @@ def test_a_recipe_runs_no_code(recipe, tmp_path):
 
 def test_settings_are_written_and_read_back_unchanged(tmp_path):
     config = load(
-        "data.n_hvg=null", "data.control_label='null'", "data.cell_type_col='1e3'", "optim.lr=1.23456789e-7",
-        "split.hold_out=['a: b', 'x#y', '']", "data.combination_separator=','", "training.early_stop_patience=3",
+        "data.n_hvg=null", "data.control_label=null", "data.cell_type_col=1e3", "optim.lr=1.23456789e-7",
+        "split.hold_out=['a: b', 'x#y', '']", "data.combination_separator=,", "training.early_stop_patience=3",
     )  # fmt: skip
     assert config.data.control_label == "null"
     save_config(config, tmp_path / "config.yaml")

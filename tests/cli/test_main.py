@@ -218,7 +218,7 @@ BAD_SETTINGS = {
     "out of range": (["training.n_steps=0"], ["training.n_steps (0)", "greater than 0"]),
     "not a choice": (["data.input_kind=raw"], ["'raw'", "['auto', 'counts', 'log1p']", "data.input_kind"]),
     "not a pair": (["training.n_steps"], ["'training.n_steps'", "key=value"]),
-    "bad yaml": (["data.control_label=@x"], ["'@x'", "quote it"]),
+    "bad yaml": (["split.hold_out=[@x]"], ["'[@x]'", "quote it"]),
     "negative seed": (["training.seed=-1"], ["training.seed (-1)", "must not be negative"]),
     "heads": (["denoiser.n_heads=5"], ["denoiser.n_heads (5) must divide", "twice denoiser.width (16)"]),
     "no recipe": (["--recipe", "none.yaml"], ["'none.yaml' is neither a file nor a name", "give the path of a .yaml"]),
