@@ -184,7 +184,7 @@ def bad_files(folder: Path, screen: Path):
     with h5py.File(folder / "bare.h5ad", "w") as file:
         file["X"] = np.zeros((3, 3))
     return {
-        "text": "text.h5ad is not an .h5ad, or it is damaged",
+        "text": "text.h5ad is not a readable .h5ad",
         "bare": "bare.h5ad is not an .h5ad: it has no obs, var",
         "genes": "only 0 of the model's 40 genes",
         "nan": "which is not finite",
