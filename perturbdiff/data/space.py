@@ -97,7 +97,7 @@ def check_values(X: sparse.csr_matrix, genes: Sequence[str]) -> bool:
 
 
 def find_space(X: sparse.csr_matrix) -> Space:
-    """The space of values of which not all are whole numbers, from up to 2,000 cells.
+    """The space of values of which not all are whole numbers, from up to 500 cells.
 
     Parameters
     ----------
@@ -143,7 +143,7 @@ def renormalised(
         _refuse_others(sums, space, cell)
         if total is None:
             total = space.total
-        if space.bases == (math.e,) and abs(space.total / total - 1) < SAME and np.ptp(sums[sums > 0]) < SAME * total:
+        if space.bases == (math.e,) and (np.abs(sums[sums > 0] / total - 1) < SAME).all():
             return X.astype(np.float32)
         scaled = undone * np.repeat(np.divide(total, sums, out=np.zeros(len(sums)), where=sums > 0), np.diff(X.indptr))
         values = np.log1p(scaled).astype(np.float32)
@@ -173,7 +173,23 @@ def space_of(X: sparse.csr_matrix, genes: Sequence[str], declared: str, path: st
         raise ValueError(
             f"X of {path} was declared as counts but holds {space}. Set data.input_kind=log1p, or give the raw counts."
         )
-    return replace(RAW_COUNTS, whole=False) if declared == "counts" and not whole else space
+    if declared == "counts" and not whole:
+        return replace(RAW_COUNTS, whole=False)
+    if not space.bases and not space.certain:
+        _refuse_mixed(X, path)
+    return space
+
+
+def _refuse_mixed(X: sparse.csr_matrix, path: str) -> None:
+    # Cells of two files put together, of one the counts and of the other their logarithms.
+    large = np.flatnonzero(np.diff(X.indptr) >= 20)
+    n_whole = int((totals((X.data % 1 != 0).astype(np.float64), X.indptr)[large] == 0).sum())
+    if 0.01 * len(large) < n_whole < 0.99 * len(large):
+        raise ValueError(
+            f"X of {path} holds whole numbers alone in {n_whole:,} of {len(large):,} cells and fractions in the "
+            "others: counts and logarithms must not be mixed. Give the raw counts of all, or set "
+            "data.input_kind=counts if these are counts with fractions."
+        )
 
 
 def found(space: Space, target_sum: float | None, same: bool) -> str:
@@ -225,7 +241,7 @@ def _groups(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _refuse_others(sums: np.ndarray, space: Space, cell: Callable[[int], str]) -> None:
     filled = np.flatnonzero(sums > 0)
-    if len(filled) < _CELLS and _agree(sums[filled]):
+    if not len(filled) or (len(filled) < _CELLS and _agree(sums[filled])):
         return
     group, n = _groups(sums[filled])
     alone = n[group] < _FEW

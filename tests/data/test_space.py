@@ -11,7 +11,16 @@ from scipy import sparse
 from perturbdiff.data import space as module
 from perturbdiff.data.expression import as_csr
 from perturbdiff.data.screen import Screen
-from perturbdiff.data.space import LOG1P_MAX, RAW_COUNTS, Space, check_values, find_space, renormalised, totals
+from perturbdiff.data.space import (
+    LOG1P_MAX,
+    RAW_COUNTS,
+    Space,
+    check_values,
+    find_space,
+    renormalised,
+    space_of,
+    totals,
+)
 from tests.screens import counts_screen
 from tests.spaces import SPACES, counts, normalised
 
@@ -175,3 +184,21 @@ def test_what_was_declared_must_not_contradict_what_is_found():
     soup = read(lambda X: X * rng.uniform(0.8, 1, X.shape), input_kind="counts")
     assert soup.expression.preprocessing.input_kind == "counts"
     assert soup.expression.X.dtype == np.uint16
+
+
+def test_counts_of_some_cells_and_logarithms_of_others_are_refused():
+    def mixed(X):
+        X = X * 30
+        X[::2] = np.log1p(X[::2])
+        return X
+
+    with pytest.raises(ValueError, match=r"holds whole numbers alone in \d+ of \d+ cells and fractions in the others"):
+        space_of(as_csr(mixed(counts(0))), [""] * 80, "auto", "x.h5ad")
+    soup = mixed(counts(0))
+    assert space_of(as_csr(soup), [""] * 80, "counts", "x.h5ad").counts
+
+
+def test_a_part_of_only_empty_cells_stays_empty():
+    X = sparse.csr_matrix((3, 80), dtype=np.float32)
+    for bases, total in (((2.0,), 1e4), ((math.e,), 1e4), ((math.e,), None)):
+        assert renormalised(X, Space(bases, False, total, True), 1e4, str).nnz == 0
