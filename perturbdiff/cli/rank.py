@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def add_rank_command(screen_commands: Any) -> None:
         "examples:\n  perturbdiff screen rank runs/kang/model --controls kang.h5ad --up ISG15,IFIT1,MX1 "
         "--out ranking.csv\n"
         "  perturbdiff screen rank owner/name --controls sick.h5ad --towards healthy.h5ad --out ranking.csv\n"
-        "lists are names between commas, or a file with one a line; words behind # are left out\n",
+        "lists are names between commas, or a file with one a line; what follows a space and # is left out\n",
     )  # fmt: skip
     rank.add_argument("model", metavar="MODEL", help="model folder, name, or owner/name[@REVISION] on the Hub")
     rank.add_argument("--controls", required=True, metavar="FILE.h5ad", help="X raw counts or log1p")
@@ -90,7 +91,7 @@ def _names(given: str | None, option: str) -> list[str]:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise ValueError(f"{option} {path} is not a text file; write one name a line.") from error
-        names = [line.partition("#")[0].strip() for line in lines]
+        names = [re.split(r"(?:^|\s)#", line)[0].strip() for line in lines]  # guides are called STAT1#2
     else:
         if path.suffix in (".txt", ".csv", ".tsv"):
             raise FileNotFoundError(f"{option} {path} does not exist or is not a file; give names or a file of them.")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -17,6 +18,9 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+
+ENSEMBL_ID = re.compile(r"(ENS[A-Z]*\d{11})(\.\d+)?")  # of a gene, and its version
 
 
 @dataclass(frozen=True)
@@ -119,18 +123,23 @@ class GeneVocab:
     def align(self, file: GeneVocab, min_overlap: float) -> Alignment:
         """Find these genes in a file's, by name or, where that finds more, by Ensembl id; never by position.
 
+        Versions of Ensembl ids do not matter.
+
         Raises
         ------
         ValueError
-            Under `min_overlap` of the genes are there.
+            Under `min_overlap` of the genes are there, or one of them comes twice.
         """
         if not 0 <= min_overlap <= 1:
             raise ValueError(f"min_gene_overlap ({min_overlap}) must be between 0 and 1.")
-        best = Alignment(_columns(self.names, file.names), "name")
+        wanted, present = self.names, file.names
+        best = Alignment(_columns(wanted, present), "name")
         for own, theirs in ((self.ensembl, file.ensembl), (self.ensembl, file.names), (self.names, file.ensembl)):
             if own is not None and theirs is not None:
                 other = Alignment(_columns(own, theirs), "Ensembl id")
-                best = other if other.n_matched > best.n_matched else best
+                if other.n_matched > best.n_matched:
+                    best, (wanted, present) = other, (own, theirs)
+        _refuse_repeated(wanted, present, file)
         if best.overlap < min_overlap:
             missing = [name for name, column in zip(self.names, best.columns, strict=True) if column < 0]
             raise ValueError(
@@ -141,9 +150,26 @@ class GeneVocab:
         return best
 
 
+def stable_id(gene_id: str) -> str:
+    """An Ensembl id without its version; other names as they are."""
+    match = ENSEMBL_ID.fullmatch(gene_id)
+    return match[1] if match else gene_id
+
+
 def _columns(wanted: Sequence[str], present: Sequence[str]) -> np.ndarray:
-    positions = {name: i for i, name in enumerate(present) if name}  # "" is an Ensembl id that is missing
-    return np.array([positions.get(name, -1) for name in wanted], dtype=np.int64)
+    positions = {stable_id(name): i for i, name in enumerate(present) if name}  # "" is an Ensembl id that is missing
+    return np.array([positions.get(stable_id(name), -1) for name in wanted], dtype=np.int64)
+
+
+def _refuse_repeated(wanted: Sequence[str], present: Sequence[str], file: GeneVocab) -> None:
+    columns: dict[str, int] = {}
+    own = {stable_id(name) for name in wanted if name}
+    for i, name in enumerate(map(stable_id, present)):
+        if name in own and columns.setdefault(name, i) != i:
+            raise ValueError(
+                f"genes {file.names[columns[name]]!r} and {file.names[i]!r} of the file are both {name}; which of them "
+                "is the model's? Add them, or leave one out."
+            )
 
 
 def _refuse_duplicates(names: Sequence[str], what: str) -> None:

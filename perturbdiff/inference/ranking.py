@@ -28,7 +28,7 @@ from scipy.stats import rankdata
 from perturbdiff.data.expression import as_csr, gene_means
 from perturbdiff.data.h5ad import read_h5ad_parts
 from perturbdiff.data.screen import Expression, expression_of, unique_names
-from perturbdiff.data.vocab import GeneVocab, nearest
+from perturbdiff.data.vocab import GeneVocab, nearest, stable_id
 from perturbdiff.diffusion.distances import NO_SPREAD, cell_distances, energy_of
 from perturbdiff.files import few, progress
 from perturbdiff.inference.requests import controls_for
@@ -136,12 +136,12 @@ def rank_perturbations(
 
 def find_genes(genes: GeneVocab, names: Iterable[str]) -> tuple[list[int], list[str]]:
     """Positions of genes in a vocabulary, by name or Ensembl id, each once, and the names that are not in it."""
-    positions = {name: i for i, name in enumerate(genes.names)}
-    ensembl = {name: i for i, name in enumerate(genes.ensembl or ()) if name}
+    positions = {stable_id(name): i for i, name in enumerate(genes.names)}
+    ensembl = {stable_id(name): i for i, name in enumerate(genes.ensembl or ()) if name}
     found: dict[int, None] = {}
     missing: dict[str, None] = {}
     for name in names:
-        position = positions.get(name, ensembl.get(name))
+        position = positions.get(stable_id(name), ensembl.get(stable_id(name)))
         if position is None:
             missing[name] = None
         else:

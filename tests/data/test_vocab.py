@@ -101,3 +101,24 @@ def test_too_little_overlap_is_refused_with_the_numbers_and_some_missing_genes()
 def test_a_smallest_overlap_that_is_no_part_is_refused(part):
     with pytest.raises(ValueError, match=rf"min_gene_overlap \({part}\) must be between 0 and 1"):
         GeneVocab(("A",)).align(GeneVocab(("A",)), min_overlap=part)
+
+
+@pytest.mark.parametrize("as_names", [True, False])
+def test_versions_of_ensembl_ids_do_not_matter(as_names):
+    ids = [f"ENSG{i:011d}" for i in range(4)]
+    own = GeneVocab(tuple(ids)) if as_names else GeneVocab(("a", "b", "c", "d"), tuple(f"{i}.1" for i in ids))
+    theirs = tuple(f"{name}.{7 + i}" for i, name in enumerate(reversed(ids)))
+    for file in (GeneVocab(theirs), GeneVocab(("w", "x", "y", "z"), theirs)):
+        assert own.align(file, 0.5).columns.tolist() == [3, 2, 1, 0]
+    assert own.align(GeneVocab(("AC001.1", "AC001.2", *theirs)), 0.5).columns.tolist() == [5, 4, 3, 2]
+
+
+def test_a_gene_that_comes_twice_is_refused_and_others_may():
+    ids = ("ENSG00000000001", "ENSG00000000002")
+    own = GeneVocab(("a", "b"), ids)
+    twice = GeneVocab(("x", "y", "z"), (ids[0], f"{ids[1]}.1", f"{ids[1]}.2"))
+    with pytest.raises(ValueError, match="genes 'y' and 'z' of the file are both ENSG00000000002"):
+        own.align(twice, 0.5)
+    others = GeneVocab(("x", "y", "z", "w"), (*ids, "ENSG00000000009", "ENSG00000000009.3"))
+    assert own.align(others, 0.5).columns.tolist() == [0, 1]
+    assert own.align(GeneVocab(("a", "b", "z"), ("", "", "")), 0.5).columns.tolist() == [0, 1]

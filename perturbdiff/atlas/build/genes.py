@@ -12,11 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from perturbdiff.data.vocab import GeneVocab
+from perturbdiff.data.vocab import ENSEMBL_ID, GeneVocab, stable_id
 from perturbdiff.files import short
 
 SELECT = re.compile(r"merge-then-select:([1-9]\d*)")
-_ENSEMBL_ID = re.compile(r"(ENS[A-Z]*\d{11})(\.\d+)?")
 MIN_FOUND = 0.5  # of the genes of a file
 
 
@@ -153,9 +152,9 @@ def _listed(union: GeneSpace, path: str) -> GeneSpace:
     """The genes of a file; one that no source has stays, without values, so that atlases can share a gene space."""
     names = read_gene_file(path)
     ids = union.genes.ensembl or ()
-    position = {_stable(gene): i for i, gene in enumerate(ids) if gene}
+    position = {stable_id(gene): i for i, gene in enumerate(ids) if gene}
     position.update({name: i for i, name in enumerate(union.genes.names)})
-    found = np.array([position.get(name, position.get(_stable(name), -1)) for name in names], dtype=np.int64)
+    found = np.array([position.get(name, position.get(stable_id(name), -1)) for name in names], dtype=np.int64)
     missing = [name for name, i in zip(names, found, strict=True) if i < 0]
     if len(missing) > (1 - MIN_FOUND) * len(names):
         raise ValueError(
@@ -185,9 +184,9 @@ def _union(sources: Mapping[str, GeneVocab], table: dict[str, str]) -> GeneSpace
         columns = np.full(len(genes), -1, dtype=np.int32)
         taken: dict[int, str] = {}
         for g, (own, given) in enumerate(zip(genes.names, genes.ensembl or ("",) * len(genes), strict=True)):
-            gene_id = given or (own if _ENSEMBL_ID.fullmatch(own) else "")
+            gene_id = given or (own if ENSEMBL_ID.fullmatch(own) else "")
             name, by_table = own, False
-            for key in (own, gene_id, _stable(gene_id)):
+            for key in (own, gene_id, stable_id(gene_id)):
                 if key and key in table:
                     used.add(key)
                     name, by_table = table[key], True
@@ -196,7 +195,7 @@ def _union(sources: Mapping[str, GeneVocab], table: dict[str, str]) -> GeneSpace
                 continue
             match_id = "" if by_table else gene_id
             position = by_name.get(name)
-            if position is not None and match_id and ids[position] and _stable(match_id) != _stable(ids[position]):
+            if position is not None and match_id and ids[position] and stable_id(match_id) != stable_id(ids[position]):
                 raise ValueError(
                     f"gene {name!r} is {ids[position]} in source {givers[position]!r} and {match_id} in source "
                     f"{source!r}; "
@@ -204,21 +203,21 @@ def _union(sources: Mapping[str, GeneVocab], table: dict[str, str]) -> GeneSpace
                     "gets in the atlas (or nothing, to leave it out)."
                 )
             if position is None and match_id:
-                position = by_id.get(_stable(match_id))
+                position = by_id.get(stable_id(match_id))
             if position is None:
                 position = len(names)
                 names.append(name)
                 ids.append("")
                 givers.append("")
                 by_name[name] = position
-            if match_id and not ids[position] and (other := by_id.get(_stable(match_id), position)) != position:
+            if match_id and not ids[position] and (other := by_id.get(stable_id(match_id), position)) != position:
                 raise ValueError(
                     f"gene {name!r} ({match_id}) of source {source!r} is two genes of the sources before it: "
                     f"{names[position]!r} by name and {names[other]!r} by Ensembl id; rename one in gene_table."
                 )
             if match_id and not ids[position]:
                 ids[position], givers[position] = match_id, source
-                by_id[_stable(match_id)] = position
+                by_id[stable_id(match_id)] = position
             if by_table and gene_id:
                 renamed.setdefault(position, gene_id)
             if position in taken:
@@ -236,16 +235,10 @@ def _union(sources: Mapping[str, GeneVocab], table: dict[str, str]) -> GeneSpace
             "or Ensembl ids of the sources."
         )
     for position, gene_id in renamed.items():
-        if not ids[position] and _stable(gene_id) not in by_id:
+        if not ids[position] and stable_id(gene_id) not in by_id:
             ids[position] = gene_id
-            by_id[_stable(gene_id)] = position
+            by_id[stable_id(gene_id)] = position
     return GeneSpace(GeneVocab(tuple(names), tuple(ids) if any(ids) else None), tuple(all_columns))
-
-
-def _stable(gene_id: str) -> str:
-    """An Ensembl id without its version; other names as they are."""
-    match = _ENSEMBL_ID.fullmatch(gene_id)
-    return match[1] if match else gene_id
 
 
 def _twice(names: Sequence[str], positions: np.ndarray) -> tuple[str, str]:

@@ -215,7 +215,7 @@ def test_overlap_is_reported(screens, tmp_path, capsys):
     _, _, one, two = screens
     built(config(tmp_path / "atlas", source(one), source(two), genes="intersection"))
     said = capsys.readouterr().out
-    assert "two: 108 of 108 cells, 9 of 15 genes are among the atlas's 9, raw counts" in said
+    assert "two: 108 of 108 cells, 9 of 15 genes are among the atlas's 9, library sizes: row sums; raw counts" in said
     assert "conditions" in said
 
 
