@@ -139,13 +139,13 @@ def test_calibrate_needs_validation_conditions(refused, here, screen):
 
 
 def test_rank_prints_the_best_and_writes_all(here, capsys, model, screen):
-    (here / "up.txt").write_text("gene_1\n# a remark\ngene_4  # and another\nGENE_9\n\n")
+    (here / "up.txt").write_text("gene_1\n# a remark\ngene_4  # and another\nGENE#9\n\n")
     rank = ["screen", "rank", model, "--controls", screen, "--cell-type", "NK", "--n-cells", 5, "--n-populations", 2]
     call(*rank, "--up", "up.txt", "--down", "gene_2,gene_3", "--out", "out/ranking.csv")
     table = pd.read_csv(here / "out" / "ranking.csv")
     assert list(table["rank"]) == [1, 2]
     said = capsys.readouterr().out
-    for piece in ("1 of the up genes are not in the model: GENE_9", "p_above", "2 perturbations; no change scores 0"):
+    for piece in ("1 of the up genes are not in the model: GENE#9", "p_above", "2 perturbations; no change scores 0"):
         assert piece in said
     call(*rank, "--up", "gene_1,gene_4", "--down", "gene_2,gene_3", "--out", "again.csv")
     assert (here / "again.csv").read_text() == (here / "out" / "ranking.csv").read_text()
