@@ -604,6 +604,8 @@ def _read_yaml(recipe: Path) -> DictConfig:
 def _read_word(word: str, schema: type) -> DictConfig:
     key, text = word.split("=", 1)
     kind = _kind_of(schema, key.split("."))
+    if get_origin(kind) is Literal:  # words that need no quotes, which yaml would make true or false of
+        kind, text = str, text.strip("'\"")
     if kind is str or (kind == Optional[str] and text != "null"):
         # A text is what it says: yaml would make no a truth, 0.10 a number and # a comment of it.
         nested: Any = text
@@ -617,11 +619,10 @@ def _read_word(word: str, schema: type) -> DictConfig:
 
 
 def _kind_of(schema: type, names: list[str]) -> Any:
-    """Type of a setting; texts of a few are texts. None where there is no such setting."""
+    """Type of a setting; None where there is no such setting."""
     for part in fields(schema) if is_dataclass(schema) else ():
         if part.name == names[0]:
-            kind: Any = part.type if len(names) > 1 or get_origin(part.type) is not Literal else str
-            return _kind_of(kind, names[1:]) if len(names) > 1 else kind
+            return part.type if len(names) == 1 else _kind_of(part.type, names[1:])  # type: ignore[arg-type]
     return None
 
 

@@ -127,7 +127,8 @@ def test_a_text_is_taken_as_it_is(text):
 
 
 def test_words_that_are_one_of_a_few_are_texts_too():
-    assert load("training.mixed_precision=no").training.mixed_precision == "no"
+    for word in ("no", "'no'", '"no"'):
+        assert load(f"training.mixed_precision={word}").training.mixed_precision == "no"
     assert load("split.hold_out=[A,B]").split.hold_out == ["A", "B"]
 
 

@@ -386,6 +386,7 @@ def test_a_converted_model_predicts(golden, tmp_path):
     counts = np.random.default_rng(0).poisson(3, (5, 48)).astype(np.float32)
     obs = pd.DataFrame({"cell_type": ["B"] * 5, "batch": ["tiny_pbmc_Donor1"] * 5}, index=[f"c{i}" for i in range(5)])
     controls = anndata.AnnData(counts, obs=obs, var=pd.DataFrame(index=[f"gene_{i}" for i in range(48)]))
+    controls.obs[model.config.obs.perturbation] = model.config.obs.control_label
     predicted = model.predict(controls, perturbation="IL-4")
     assert predicted.shape == (5, 48)
     assert predicted.uns["perturbdiff"]["n_steps"] == 100

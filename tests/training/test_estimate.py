@@ -132,7 +132,7 @@ def test_activations_are_within_two_per_cent_of_what_the_allocator_held(screen, 
 
 
 def test_gradients_are_no_activations():
-    config = settings("data.set_size=2", "denoiser.width=64", "training.mixed_precision='no'")
+    config = settings("data.set_size=2", "denoiser.width=64", "training.mixed_precision=no")
     work = step_work(config, SIZE, 1)
     assert work.activations < 4 * sum(work.parameters) / 2
 
