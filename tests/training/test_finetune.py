@@ -239,12 +239,20 @@ def test_another_architecture_is_refused_by_key_before_anything_is_written(check
     assert not (tmp_path / "run").exists()
 
 
-def test_log1p_values_for_a_checkpoint_of_counts_are_refused(checkpoint, tmp_path):
-    adata = anndata.read_h5ad(checkpoint.parents[1] / "screen.h5ad")
+def test_log1p_values_fit_a_checkpoint_of_counts_but_counts_none_of_nobody_knows_what(checkpoint, tmp_path):
+    screen = checkpoint.parents[1] / "screen.h5ad"
+    adata = anndata.read_h5ad(screen)
     adata.X = log1p_cp10k(adata.X).astype(np.float32)
     adata.write_h5ad(tmp_path / "log.h5ad")
-    with pytest.raises(ValueError, match="X holds log1p, and checkpoint model was trained on counts"):
-        fit(tuned(tmp_path / "log.h5ad", checkpoint, tmp_path / "run"))
+    fit(tuned(tmp_path / "log.h5ad", checkpoint, tmp_path / "run"))
+    model = PerturbDiff.from_pretrained(tmp_path / "run" / "model", device="cpu")
+    assert (model.preprocessing.input_kind, model.preprocessing.target_sum) == ("log1p", 1e4)
+    model.preprocessing = replace(model.preprocessing, target_sum=None)
+    model.save_pretrained(tmp_path / "unknown")
+    with pytest.raises(
+        ValueError, match="X holds counts, and checkpoint unknown was trained on log1p values of nobody"
+    ):
+        fit(tuned(screen, tmp_path / "unknown", tmp_path / "other"))
 
 
 def test_a_converted_checkpoint_with_frozen_tables_is_refused(checkpoint, tmp_path):
