@@ -631,7 +631,8 @@ def _one_line(error: Exception, schema: type | None = None) -> str:
     where = next((line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")), "")
     if schema is not None and "missing mandatory value" in lines[0] and (name := lines[0].rsplit(" ", 1)[-1]):
         return f"{name} is not set; give it ({name}=..., --{name})."
-    near = [f"{part.name}.{where}" for part in fields(schema or Bounds) if where in _names_in(part.default_factory)]
+    sections = fields(schema) if schema is not None else ()
+    near = [f"{part.name}.{where}" for part in sections if where in _names_in(part.default_factory)]
     return (
         f"config: {lines[0]}"
         + (f" (key {where})" if where and where not in lines[0] else "")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ PARTS = ("X", "obs", "var")
 MAX_OBJECTS = 100_000  # groups and arrays in what is read
 MAX_TEXT = 10_000  # bytes of one name, label or other text
 MAX_RATIO = 2_000  # of what is read to the size of the file; gzip reaches 1,030
+MAX_REMEMBERED = 256  # files that need not be looked at again
 ALWAYS_READ = 64 << 20  # bytes that are read whatever the size of the file
 
 
@@ -41,15 +42,14 @@ def open_h5ad(path: str | Path, parts: tuple[str, ...] = PARTS) -> Iterator[h5py
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist or is not a file; give the path of an .h5ad.")
-    try:
-        file = h5py.File(path, "r")
-        _looked_at(file, str(path), parts)
-    except _Refused as error:
-        file.close()
-        raise ValueError(str(error)) from None
-    except Exception as error:  # on a damaged file h5py raises what comes, types of its own among it
-        raise ValueError(f"{path} is not a readable .h5ad ({short(error)}); write it with AnnData.") from error
-    with file:
+    with ExitStack() as opened:
+        try:
+            file = opened.enter_context(h5py.File(path, "r"))
+            _looked_at(file, str(path), parts)
+        except _Refused:
+            raise
+        except Exception as error:  # on a damaged file h5py raises what comes, types of its own among it
+            raise ValueError(f"{path} is not a readable .h5ad ({short(error)}); write it with AnnData.") from error
         yield file
 
 
@@ -95,7 +95,6 @@ def read_h5ad_parts(path: str | Path, layer: str | None = None) -> tuple[Any, pd
         with open_h5ad(path, ()) as file:
             parts = parts_of(layer, file)
     with open_h5ad(path, parts) as file:
-        beside = _beside(*_values_beside_x(file))
         missing = [name for name in parts if name not in file]
         needed, memory = _looked_at(file, str(path), parts), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if needed > memory:
@@ -107,12 +106,13 @@ def read_h5ad_parts(path: str | Path, layer: str | None = None) -> tuple[Any, pd
             X, obs, var = (None if missing else read_elem(file[name]) for name in parts)
         except Exception as error:  # as above, and AnnData's own
             raise ValueError(f"{path} is not a readable .h5ad ({short(error)}); write it with AnnData.") from error
-    if missing:
-        raise ValueError(f"{path} is not an .h5ad: it has no {', '.join(missing)}. Write it with AnnData.")
-    if not (isinstance(obs, pd.DataFrame) and isinstance(var, pd.DataFrame)):
-        raise ValueError(f"{path} is not an .h5ad: obs and var must be tables. Write it with AnnData.")
-    if not len(var):
-        raise ValueError(f"{parts[0]} of {path} has no genes; {beside or 'give a file with genes as columns of X'}.")
+        if missing:
+            raise ValueError(f"{path} is not an .h5ad: it has no {', '.join(missing)}. Write it with AnnData.")
+        if not (isinstance(obs, pd.DataFrame) and isinstance(var, pd.DataFrame)):
+            raise ValueError(f"{path} is not an .h5ad: obs and var must be tables. Write it with AnnData.")
+        if not len(var):
+            beside = _beside(*_values_beside_x(file)) or "give a file with genes as columns of X"
+            raise ValueError(f"{parts[0]} of {path} has no genes; {beside}.")
     return X, obs, var
 
 
@@ -129,8 +129,8 @@ def _beside(layers: list[str], raw: bool) -> str:
     return f"name other values that it holds: {few([*layers, *['raw'] * raw])}" if layers or raw else ""
 
 
-class _Refused(Exception):
-    pass
+class _Refused(ValueError):
+    """Of what was found in a file that HDF5 can read."""
 
 
 def _looked_at(file: h5py.File, path: str, parts: tuple[str, ...]) -> int:
@@ -138,6 +138,8 @@ def _looked_at(file: h5py.File, path: str, parts: tuple[str, ...]) -> int:
     stat = os.stat(path)
     key = (path, stat.st_size, stat.st_mtime_ns, parts)
     if key not in _SIZES:
+        if len(_SIZES) == MAX_REMEMBERED:
+            _SIZES.clear()
         _SIZES[key] = _look(file, path, stat.st_size, parts)
     return _SIZES[key]
 

@@ -29,7 +29,7 @@ from torch import distributed as dist
 from perturbdiff._version import __version__
 from perturbdiff.config import as_dict
 from perturbdiff.data.expression import as_csr
-from perturbdiff.data.screen import expression_of
+from perturbdiff.data.screen import gene_rows, genes_of
 from perturbdiff.files import check_output, json_sha256, progress, read_json, short, write_json, written
 from perturbdiff.inference.intervals import (
     Calibration,
@@ -172,7 +172,7 @@ def predict_requests(
     check_requests(model, requests)
     calibration = model.training.calibration
     controls = controls_for(model, controls, layer=layer)
-    model.genes.align(expression_of(controls, model.preprocessing).genes, min_gene_overlap)
+    model.genes.align(genes_of(controls.var[gene_rows(controls.var)]), min_gene_overlap)
     rows = context_rows(controls.obs, model.config.obs, requests)
     n_cells = [(r.n_cells or len(own)) * r.n_populations for r, own in zip(requests, rows, strict=True)]
     for request, n in zip(requests, n_cells, strict=True):

@@ -330,23 +330,28 @@ def _common_preprocessing(atlases: Sequence[Atlas], config: Config) -> Preproces
     target_sum: float | None = data.target_sum
     if first.info.input_kind == "log1p":
         target_sum = first.info.target_sum if len({atlas.info.target_sum for atlas in atlases}) == 1 else None
-    return Preprocessing(first.info.input_kind, target_sum, data.scale, _library_column(atlases, data))
+    column = _library_column(atlases)
+    _refuse_unheard(data, column)
+    return Preprocessing(first.info.input_kind, target_sum, data.scale, column)
 
 
-def _library_column(atlases: Sequence[Atlas], data: DataConfig) -> str | None:
+def _library_column(atlases: Sequence[Atlas]) -> str | None:
     """The obs column that all sources took their library sizes from, so that later cells' are theirs; else None."""
+    rules = {source.library_size for atlas in atlases for source in atlas.info.sources}
+    column = re.fullmatch("column '(.*)'", rules.pop()) if len(rules) == 1 else None
+    return column[1] if column else None
+
+
+def _refuse_unheard(data: DataConfig, column: str | None) -> None:
+    # What was settled when the atlas was built.
     unheard = {name: getattr(data, name) for name in ("layer", "dose_col") if getattr(data, name) is not None}
     if data.input_kind != "auto":
         unheard["input_kind"] = data.input_kind
-    rules = {source.library_size for atlas in atlases for source in atlas.info.sources}
-    column = re.fullmatch("column '(.*)'", rules.pop()) if len(rules) == 1 else None
-    found = column[1] if column else None
-    if data.library_size_col not in (None, found):
+    if data.library_size_col not in (None, column):
         unheard["library_size_col"] = data.library_size_col
     if unheard:
         given = ", ".join(f"data.{name} ({value!r})" for name, value in unheard.items())
         raise ValueError(f"{given}: an atlas cannot honour it, its values are as they were built; leave it out.")
-    return found
 
 
 def _refuse_choosing_genes(n_genes: int, config: Config) -> None:

@@ -168,13 +168,10 @@ def run(folder, *command):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where the recipes of tiny atlases find their files as they do from the root of the project, with the atlases."""
+    """Where the recipes of tiny atlases find their files, with the atlases."""
     data = real_screen("kang2018_pbmc_ifnb.h5ad").parent
-    above = tmp_path_factory.mktemp("tiny")
-    (above / "shared").mkdir()
-    (above / "shared" / "data").symlink_to(data.resolve())
-    project = above / "project"
-    project.mkdir()
+    project = tmp_path_factory.mktemp("tiny")
+    (project / "data").symlink_to(data.resolve())
     (project / "recipes").symlink_to(RECIPES)
     for name in ("tiny_perturbed", "tiny_unperturbed"):
         run(

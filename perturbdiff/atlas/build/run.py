@@ -150,12 +150,6 @@ def _opened(config: BuildConfig) -> tuple[Source, ...]:
     return sources
 
 
-def _target_sum(sources: tuple[Source, ...]) -> float | None:
-    """That of all sources, or None."""
-    first = sources[0].target_sum
-    return first if all(source.target_sum == first for source in sources) else None
-
-
 def _kind(source: Source) -> str:
     return "raw counts" if source.input_kind == "counts" else "log1p values"
 
@@ -265,6 +259,7 @@ def _finish(inputs: Inputs, plan: Plan, out: Path) -> None:
     )  # fmt: skip
     space = GeneSpace(plan.genes, sort.columns)
     kind = inputs.sources[0].input_kind
+    target_sums = {source.target_sum for source in inputs.sources}
     info = AtlasInfo(
         library_version=__version__,
         input_kind=kind,
@@ -282,7 +277,7 @@ def _finish(inputs: Inputs, plan: Plan, out: Path) -> None:
         control_label=CONTROL_LABEL,
         license=config.license,
         seed=config.seed,
-        target_sum=_target_sum(inputs.sources),
+        target_sum=target_sums.pop() if len(target_sums) == 1 else None,
         genes_rule=config.genes if config.genes in ("union", "intersection") or n_selected(config.genes) else "file",
         sources=tuple(
             AtlasSource(
