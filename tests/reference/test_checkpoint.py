@@ -387,6 +387,7 @@ PIECES = [*OPCODES, b"K\x01", b"X\x01\x00\x00\x00a", b"cx\ny\n", b"q\x00", b"h\x
 
 @given(st.lists(st.sampled_from(PIECES) | st.binary(max_size=9), max_size=60))
 @settings(max_examples=500)
+@pytest.mark.filterwarnings("ignore:invalid escape sequence:DeprecationWarning")  # pickletools reads text of protocol 0
 def test_random_programs_are_a_value_error_at_worst(tmp_path_factory, pieces):
     program = PROTO + b"".join(pieces) + b"."
     read_any(archive(tmp_path_factory.getbasetemp() / "x.ckpt", program, {"archive/data/0": bytes(24)}))
