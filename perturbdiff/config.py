@@ -81,10 +81,13 @@ class DataConfig:
     streamed: bool = False  # atlases: read whole shards as they come instead of a memory-mapped cache on disk
     n_streams: Optional[int] = bounded(None, least=1)  # shards open at once over all processes; null: one a process
     perturbation_col: str = "perturbation"  # obs columns
-    cell_type_col: str = "cell_type"
-    batch_col: str = "batch"
+    cell_type_col: Optional[str] = "cell_type"  # null: all cells are of one type, called "all"
+    batch_col: Optional[str] = "batch"  # null: all cells are of one batch, called "all"
     control_label: str = "control"  # value of perturbation_col that marks control cells
-    combination_separator: Optional[str] = "+"  # "A+B" is A and B together; null: labels are never split
+    other_control_labels: list[str] = field(default_factory=list)  # more such values
+    drop: list[str] = field(default_factory=list)  # cells of a screen to leave out: nan, "", doublet:T1, batch=b3, ...
+    # "A+B" is A and B together where each stands alone elsewhere or is a gene or a control; null: never.
+    combination_separator: Optional[str] = "+"
     dose_col: Optional[str] = None  # obs column of doses, which labels then get: "A@0.5"
     dose_separator: Optional[str] = None  # "A@0.5" is A at dose 0.5; null: "@" with dose_col, otherwise no doses
     # Tables of perturbations: files of name -> vector or of name, smiles; or "coexpression", loadings of the model's
@@ -122,12 +125,17 @@ class SourceConfig:
     cell_type_col: Optional[str] = "cell_type"  # null: one cell type, named as the source
     batch_col: Optional[str] = "batch"  # null: one batch, named as the source
     control_label: str = "control"  # becomes "control" in the atlas
+    other_control_labels: list[str] = field(default_factory=list)  # so do these
+    combination_separator: Optional[str] = "+"  # becomes "+" where it joins perturbations; null: labels are never split
+    dose_col: Optional[str] = None  # column of doses, which labels then get: "A@0.5"
+    dose_separator: Optional[str] = None  # what stands before the dose in a label; null: labels have none
     layer: Optional[str] = None  # of an .h5ad, values to read in place of X: a layer, or "raw" for .raw
     input_kind: Literal["auto", "counts", "log1p"] = "auto"  # what X holds
     library_size_col: Optional[str] = None  # obs column of total counts when X is a panel; null: row sums of X
     cells: Literal["all", "unperturbed", "perturbed"] = "all"
     keep: list[str] = field(default_factory=list)  # PERTURBATION[:CELL_TYPE[:BATCH]], * is any; none: everything
     drop: list[str] = field(default_factory=list)
+    where: list[str] = field(default_factory=list)  # COLUMN=VALUE of obs, which all must hold: is_primary_data=True
 
 
 @dataclass
@@ -149,6 +157,9 @@ class SplitConfig:
     validation: list[str] = field(default_factory=list)  # the same words; scored during training
     # Of training conditions, when `validation` is empty and there are >= 10.
     validation_fraction: float = bounded(0.1, least=0, most=1)
+    train: list[str] = field(default_factory=list)  # trained on, though hold_out or validation names them
+    # More to hold out and to validate on: a .toml of cell-load, a .yaml of the reference, or a split.json.
+    file: Optional[str] = None
 
 
 @dataclass
@@ -294,9 +305,10 @@ class ObsColumns:
     """Names of the obs columns of the training data; predict reads cell type and batch of controls under them."""
 
     perturbation: str = "perturbation"
-    cell_type: str = "cell_type"
-    batch: str = "batch"
+    cell_type: Optional[str] = "cell_type"  # null: training cells were of one type, "all"
+    batch: Optional[str] = "batch"
     control_label: str = "control"
+    other_control_labels: tuple[str, ...] = ()
 
 
 @dataclass

@@ -21,6 +21,7 @@ from torch import Tensor
 from perturbdiff._version import __version__
 from perturbdiff.config import ModelConfig, Preprocessing, SamplingConfig, as_dict, check_sampling, from_dict
 from perturbdiff.data.h5ad import values_of
+from perturbdiff.data.labels import ALL
 from perturbdiff.data.rng import torch_generator
 from perturbdiff.data.screen import Expression, expression_of, warn_of_missing_columns
 from perturbdiff.data.space import SAME, totals
@@ -400,7 +401,7 @@ class PerturbDiff:
         context = [contexts[i] for i in source]
         obs = pd.DataFrame(
             {
-                "perturbation": pd.Categorical([perturbation] * len(source)),
+                "perturbation": pd.Categorical([self.vocabularies.notation.canonical(perturbation)] * len(source)),
                 "cell_type": pd.Categorical([c if c is not None else "unknown" for c, _ in context]),
                 "batch": pd.Categorical([b if b is not None else "unknown" for _, b in context]),
                 "source_control": controls.obs_names.to_numpy()[source],
@@ -527,7 +528,7 @@ class PerturbDiff:
         warn_of_missing_columns(controls.obs, names, cell_type, batch)
         if names.perturbation in controls.obs:
             labels = controls.obs[names.perturbation].astype(str)
-            if (other := labels != names.control_label).any():
+            if (other := ~labels.isin([names.control_label, *names.other_control_labels])).any():
                 raise ValueError(
                     f"{int(other.sum()):,} of {len(labels):,} cells are no controls: obs column {names.perturbation!r} "
                     f"calls them {few(sorted(set(labels[other])))}. Give adata[adata.obs[{names.perturbation!r}] == "
@@ -535,7 +536,7 @@ class PerturbDiff:
                 )
         chosen = np.ones(controls.n_obs, dtype=bool)
         for value, column in ((cell_type, names.cell_type), (batch, names.batch)):
-            if value is not None and column in controls.obs and controls.n_obs:
+            if value is not None and column is not None and column in controls.obs and controls.n_obs:
                 labels = controls.obs[column].astype(str)
                 if not (chosen & (labels == value)).any():
                     there = nearest(value, set(labels[chosen]))
@@ -591,20 +592,18 @@ class PerturbDiff:
         # (cell type, batch) of each control cell; None where nobody says.
         columns = []
         for given, name in ((cell_type, self.config.obs.cell_type), (batch, self.config.obs.batch)):
-            if given is not None or name not in obs.columns:
-                columns.append([given] * len(obs))
+            if given is not None or name is None or name not in obs.columns:
+                columns.append([ALL if given is None and name is None else given] * len(obs))
             else:
                 columns.append([None if pd.isna(label) else str(label) for label in obs[name]])
         return list(zip(*columns, strict=True))
 
     def _unseen(self, perturbation: str, conditions: list[Context]) -> list[str]:
         known = self.vocabularies
-        described = set(known.perturbations.names) - set(known.labelled)
-        perturbations = [name for name, _ in known.parts(perturbation) if name in described]
         cell_types = sorted({c or "unknown" for c, _ in conditions if c not in known.cell_types.ids})
         batches = sorted({b or "unknown" for _, b in conditions if b not in known.batches.ids})
         return [
-            *(f"perturbation {name}" for name in perturbations),
+            *known.extrapolated(perturbation),
             *(f"cell_type {name}" for name in cell_types),
             *(f"batch {name}" for name in batches if len(known.batches)),
         ]

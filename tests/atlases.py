@@ -121,6 +121,7 @@ def write_atlas(
         gene_type=gene_type,
         value_type=value_type,
         control_label="control",
+        dose_separator=None,
         license="cc-by-4.0",
         seed=seed,
         genes_rule="union",

@@ -144,6 +144,7 @@ class AtlasInfo:
     gene_type: str  # "uint16" or "uint32"
     value_type: str  # "uint16", "uint32" or "float32"
     control_label: str
+    dose_separator: str | None  # "A@0.5" is A at dose 0.5; None: labels have no doses
     license: str | None
     seed: int
     genes_rule: str
@@ -214,7 +215,8 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
             "Update perturbdiff, or get an atlas of that format."
         )
     if name == MANIFEST and version < 3:
-        content = {**(_from_version_1(content) if version == 1 else content), "target_sum": None}
+        content = _from_version_1(content) if version == 1 else content
+        content = {**content, "target_sum": None, "dose_separator": None}
     return content
 
 

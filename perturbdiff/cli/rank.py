@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,11 @@ def _rank(arguments: argparse.Namespace) -> None:
     out = check_output(arguments.out, overwrite=arguments.overwrite)
     up, down = _names(arguments.up, "--up"), _names(arguments.down, "--down")
     which = arguments.candidates
-    candidates = None if which == "trained" else which if which == "all" else _names(which, "--candidates")
+    model = load_model(arguments.model, arguments.features)
+    knows = model.vocabularies.knows
+    candidates = None if which == "trained" else which if which == "all" else _names(which, "--candidates", knows)
     table = rank_perturbations(
-        load_model(arguments.model, arguments.features),
+        model,
         arguments.controls,
         up=up,
         down=down,
@@ -80,9 +83,11 @@ def _rank(arguments: argparse.Namespace) -> None:
     print(f"written     {out}: {len(table):,} perturbations; no change scores 0")
 
 
-def _names(given: str | None, option: str) -> list[str]:
+def _names(given: str | None, option: str, known: Callable[[str], bool] = lambda name: False) -> list[str]:
     if given is None:
         return []
+    from perturbdiff.data.vocab import between_commas
+
     path = Path(given)
     if path.is_file():
         if (size := path.stat().st_size) > MAX_LIST_BYTES:
@@ -95,7 +100,7 @@ def _names(given: str | None, option: str) -> list[str]:
     else:
         if path.suffix in (".txt", ".csv", ".tsv"):
             raise FileNotFoundError(f"{option} {path} does not exist or is not a file; give names or a file of them.")
-        names = [name.strip() for name in given.split(",")]
+        names = between_commas(given, known)
     names = [name for name in names if name]
     if not names:
         raise ValueError(f"{option} {given} names nothing; give one name a line, or A,B,C.")

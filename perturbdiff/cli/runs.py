@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 
 SELECTORS = """
 hold-out selectors:
-  PERTURBATION                        in every context
+  PERTURBATION                        in every context, at every dose; A+B in any order
   PERTURBATION:CELL_TYPE              in one cell type, every batch
   PERTURBATION:CELL_TYPE:BATCH        one condition; * is any
-  COLUMN=VALUE                        by any obs column, as in batch=rep_3
+  A+*                                 everything that has A: A alone, A+B, ...
+  COLUMN=VALUE                        by any obs column, as in batch=rep_3; also behind the others, as A:T:donor=7
+All of a cell type but some: --hold-out '*:T' 'split.train=[A:T, B:T]'.
 Control cells are never held out: they are what predictions start from.
 """
 
@@ -190,6 +192,11 @@ def _hold_out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hold-out", action="append", metavar="SELECTOR", help="never train on these; may be given several times"
     )
+    parser.add_argument(
+        "--split",
+        metavar="FILE",
+        help="hold out and validate on what a file says: a .toml of cell-load, a .yaml of the reference, a split.json",
+    )
 
 
 def _no_score(parser: argparse.ArgumentParser) -> None:
@@ -203,7 +210,7 @@ def _recipe(parser: argparse.ArgumentParser) -> None:
 def _demo(arguments: argparse.Namespace) -> None:
     from perturbdiff.training.run import demo
 
-    words = {"hold_out": arguments.hold_out or (), "recipe": arguments.recipe, "overrides": arguments.settings}
+    words = {"hold_out": arguments.hold_out or (), "recipe": arguments.recipe, "overrides": _settings(arguments)}
     _print_run(demo(arguments.screen, arguments.out, **words))
 
 
@@ -211,7 +218,8 @@ def _screen_info(arguments: argparse.Namespace) -> None:
     from perturbdiff.data.screen import Screen
 
     config = _config(arguments, arguments.file, [], out="unused")
-    print(Screen.read(arguments.file, config.data).summary())
+    screen = Screen.read(arguments.file, config.data)
+    print(f"{screen.summary()}\ntrain with  {screen.train_command()}")
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -245,9 +253,13 @@ def _training_of(arguments: argparse.Namespace) -> dict[str, Any]:
         "atlases": arguments.atlas or (),
         "hold_out": arguments.hold_out or (),
         "recipe": arguments.recipe,
-        "overrides": arguments.settings,
+        "overrides": _settings(arguments),
         "score": not arguments.no_score,
     }
+
+
+def _settings(arguments: argparse.Namespace) -> list[str]:
+    return arguments.settings if arguments.split is None else [f"split.file={arguments.split}", *arguments.settings]
 
 
 def _print_run(run: Run) -> None:

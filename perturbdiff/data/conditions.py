@@ -16,8 +16,10 @@ import pandas as pd
 import torch
 from scipy import sparse
 
-from perturbdiff.data.screen import LABELS, Screen
-from perturbdiff.data.vocab import NULL, Labels, LabelVocab, Vocabularies, split_dose, split_label
+from perturbdiff.data.notation import Notation
+from perturbdiff.data.screen import Screen
+from perturbdiff.data.selectors import LABELS
+from perturbdiff.data.vocab import NULL, Labels, LabelVocab, Vocabularies
 
 ControlMatch = Literal["batch", "cell_type"]
 
@@ -295,11 +297,7 @@ def _codes(labels: Any) -> tuple[np.ndarray, tuple[str, ...]]:
 
 
 def vocabularies_of(
-    index: ConditionIndex,
-    separator: str | None,
-    with_batches: bool,
-    marginal: np.ndarray | None = None,
-    dose_separator: str | None = None,
+    index: ConditionIndex, notation: Notation, with_batches: bool, marginal: np.ndarray | None = None
 ) -> Vocabularies:
     """The labels of the conditions of an index that become sets: those that training gives a meaning.
 
@@ -312,13 +310,18 @@ def vocabularies_of(
         [index.names[i][code] for code in np.unique(index.codes[conditions, i])]
         for i, conditions in enumerate(labelled)
     ]
-    parts = {split_dose(part, dose_separator)[0] for label in seen[0] for part in split_label(label, separator)}
+    doses: dict[str, set[float]] = {}
+    for label in seen[0]:
+        for name, dose in notation.parse(label):
+            doses.setdefault(name, set()).update(() if dose is None else (dose,))
     return Vocabularies(
-        LabelVocab("perturbation", tuple(sorted(parts))),
+        LabelVocab("perturbation", tuple(sorted(doses))),
         LabelVocab("cell_type", tuple(seen[1])),
         LabelVocab("batch", tuple(seen[2]) if with_batches else ()),
-        separator,
-        dose_separator,
+        notation.combination_separator,
+        notation.dose_separator,
+        control_labels=notation.controls,
+        doses={} if notation.dose_separator is None else {name: tuple(sorted(doses[name])) for name in sorted(doses)},
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -16,13 +18,26 @@ from scipy import sparse
 from perturbdiff.config import DataConfig, ObsColumns, Preprocessing
 from perturbdiff.data.expression import CellRows, as_csr, library_sizes, log1p_normalised
 from perturbdiff.data.h5ad import read_h5ad_parts, values_of
+from perturbdiff.data.labels import numbers, read_labels
+from perturbdiff.data.notation import Notation
 from perturbdiff.data.rng import cell_order_key
+from perturbdiff.data.selectors import LABELS
 from perturbdiff.data.space import RAW_COUNTS, found, renormalised, space_of
-from perturbdiff.data.vocab import GeneVocab, nearest, split_label
+from perturbdiff.data.vocab import GeneVocab, nearest
 from perturbdiff.files import few
 
-LABELS = ("perturbation", "cell_type", "batch")
 IN_MEMORY = "screen in memory"  # in place of a path
+READ_BY = (
+    "perturbation_col",
+    "cell_type_col",
+    "batch_col",
+    "control_label",
+    "other_control_labels",
+    "drop",
+    "combination_separator",
+    "dose_col",
+    "dose_separator",
+)  # settings of labels
 FEATURE_TYPES, GENE_EXPRESSION = "feature_types", "Gene Expression"  # a column of 10x, and what it says of genes
 ENSEMBL_COLUMNS = ("ensembl_id", "gene_ids", "gene_id", "feature_id")
 
@@ -85,6 +100,8 @@ class Screen:
     obs: pd.DataFrame
     control_label: str
     notes: tuple[str, ...]  # what was found or changed on reading, for people
+    notation: Notation  # what the labels of perturbations mean
+    config: DataConfig  # the settings it was read by, columns of a known kind of file filled in
 
     @classmethod
     def read(cls, path: str | Path | AnnData, config: DataConfig | None = None) -> Screen:
@@ -116,31 +133,24 @@ class Screen:
             X is neither counts nor logarithms, or not what was declared; duplicate genes; missing labels; no cell has
             the control label.
         """
-        notes = []
-        labels = {
-            name: _labels(obs, getattr(config, f"{name}_col"), f"data.{name}_col", path) for name in LABELS
-        }  # str arrays
-        if config.control_label not in set(labels["perturbation"]):
-            raise ValueError(
-                f"no cell of {path} has the control label {config.control_label!r} in obs column "
-                f"{config.perturbation_col!r}; {nearest(config.control_label, set(labels['perturbation']))}. "
-                "Set data.control_label."
-            )
-        if config.dose_col is not None:
-            labels["perturbation"] = _with_doses(labels["perturbation"], obs, config, path)
+        labels = read_labels(obs, config, path, var.index.astype(str))
+        config, notes, control_label = labels.config, [*labels.notes], labels.config.control_label
+        if not labels.kept.all():
+            X, obs = _cells_by_genes(X, len(obs), len(var), path)[labels.kept], obs[labels.kept]
         expression = read_expression(X, obs, var, config.input_kind, config, path)
         if expression.note:
             notes.append(expression.note)
         if config.target_sum is None:  # a panel of few genes has few counts; 1e4 would stretch them
-            is_control = labels["perturbation"] == config.control_label
+            is_control = (labels.obs["perturbation"] == control_label).to_numpy()
             expression = _with_median_of(expression, is_control, path)
         order_key = cell_order_key(obs.index.astype(str).to_numpy(), seed=0)
         if not obs.index.is_unique:
             notes.append(f"{obs.index.duplicated().sum()} repeated obs_names got a suffix")
             obs = obs.set_axis(unique_names(obs.index.astype(str)), axis=0)
         others = obs.drop(columns=[c for c in LABELS if c in obs.columns])
-        order = np.lexsort([order_key, labels["perturbation"], labels["batch"], labels["cell_type"]])
-        sorted_obs = pd.DataFrame({name: labels[name][order] for name in LABELS}, index=obs.index[order].astype(str))
+        columns = {name: labels.obs[name].to_numpy(dtype=object) for name in LABELS}
+        order = np.lexsort([order_key, columns["perturbation"], columns["batch"], columns["cell_type"]])
+        sorted_obs = pd.DataFrame({name: columns[name][order] for name in LABELS}, index=obs.index[order].astype(str))
         sorted_obs = sorted_obs.join(others.iloc[order].set_axis(sorted_obs.index, axis=0))
         if (empty := int((expression.library_size <= 0).sum())) and expression.preprocessing.input_kind == "counts":
             notes.append(f"{empty} cells have no counts at all; they stay all zeros")
@@ -148,8 +158,10 @@ class Screen:
             path=path,
             expression=replace(expression, X=expression.X[order], library_size=expression.library_size[order]),
             obs=sorted_obs,
-            control_label=config.control_label,
+            control_label=control_label,
             notes=tuple(notes),
+            notation=labels.notation,
+            config=config,
         )
 
     def __len__(self) -> int:
@@ -176,6 +188,29 @@ class Screen:
         """Only these genes."""
         genes = self.expression.genes.select(columns)
         return replace(self, expression=self.expression.with_genes(genes, columns))
+
+    def train_command(self) -> str:
+        """The command line that would train on this screen and hold out a context of one perturbation."""
+        words = ["perturbdiff", "train", "--screen", self.path]
+        if (selector := self._left_out()) is not None:
+            words += ["--hold-out", selector]
+        words += ["--out", f"runs/{Path(self.path).stem}"]
+        default = DataConfig()
+        for name in (*READ_BY, "input_kind", "layer", "library_size_col", "target_sum"):
+            if (value := getattr(self.config, name)) != getattr(default, name):
+                shown = "null" if value is None else json.dumps(list(value)) if isinstance(value, list) else value
+                words.append(f"data.{name}={shown}")
+        return shlex.join(map(str, words))
+
+    def _left_out(self) -> str | None:
+        # A condition of a perturbation that others train: in another cell type, or else in another batch.
+        perturbed = self.obs[~self.is_control]
+        for column, form in (("cell_type", "{}:{}"), ("batch", "{}:*:{}")):
+            sizes = perturbed.groupby(["perturbation", column], observed=True).size()
+            several = sizes[sizes.groupby(level=0).transform("size") > 1]
+            if len(several):
+                return form.format(*several.index[int(several.to_numpy().argmax())])
+        return None
 
     def summary(self) -> str:
         """What was found, for a person, several lines."""
@@ -229,17 +264,18 @@ def control_cells(
     genes_of(var[gene_rows(var)])  # refuses duplicates before AnnData merely warns of them
     matrix = _cells_by_genes(X, len(table), len(var), str(path))
     warn_of_missing_columns(table, obs, cell_type, batch)
-    wanted = ((obs.perturbation, obs.control_label), (obs.cell_type, cell_type), (obs.batch, batch))
+    controls = [obs.control_label, *obs.other_control_labels]
+    wanted = ((obs.perturbation, controls), (obs.cell_type, [cell_type]), (obs.batch, [batch]))
     chosen = np.ones(len(table), dtype=bool)
-    for column, value in wanted:
-        if value is None or column not in table.columns:
+    for column, values in wanted:
+        if column is None or values == [None] or column not in table.columns:
             continue
-        labels = table[column].astype(str).to_numpy()
-        if not (chosen & (labels == value)).any():
-            raise ValueError(
-                f"{path} has no control cell with {column} {value!r}; {nearest(value, set(labels[chosen]))}."
-            )
-        chosen &= labels == value
+        labels = table[column].astype(str)
+        named = labels.isin(values).to_numpy()
+        if not (chosen & named).any():
+            there = nearest(str(values[0]), set(labels[chosen]))
+            raise ValueError(f"{path} has no control cell with {column} {values[0]!r}; {there}.")
+        chosen &= named
     return AnnData(X=matrix[chosen], obs=table[chosen].set_axis(unique_names(table.index[chosen])), var=var)
 
 
@@ -255,7 +291,7 @@ def warn_of_missing_columns(obs: pd.DataFrame, columns: ObsColumns, cell_type: s
         columns.batch: None if batch is None else f"cells of batch {batch!r}",
     }
     for column, what in taken.items():
-        if what is None or column in obs.columns:
+        if column is None or what is None or column in obs.columns:
             continue
         if column == columns.perturbation:
             texts = obs.select_dtypes(include=["object", "string", "category"])
@@ -352,19 +388,6 @@ def _cells_by_genes(X: Any, n_obs: int, n_vars: int, path: str) -> sparse.csr_ma
     return matrix
 
 
-def _labels(obs: pd.DataFrame, column: str, setting: str, path: str) -> np.ndarray:
-    if column not in obs.columns:
-        raise KeyError(f"obs column {column!r} not in {path}; found {sorted(map(str, obs.columns))}. Set {setting}.")
-    values = obs[column]
-    if values.isna().any():
-        cell = obs.index[int(values.isna().to_numpy().argmax())]
-        raise ValueError(
-            f"obs column {column!r} of {path} has {values.isna().sum()} missing values, the first in cell {cell!r}; "
-            "every cell needs a label: fill them or drop the cells."
-        )
-    return values.astype(str).to_numpy(dtype=object)
-
-
 def _with_median_of(expression: Expression, is_control: np.ndarray, path: str) -> Expression:
     """Normalised to the median library size of the control cells, which always train."""
     if expression.preprocessing.input_kind == "log1p":
@@ -375,33 +398,8 @@ def _with_median_of(expression: Expression, is_control: np.ndarray, path: str) -
     return replace(expression, preprocessing=replace(expression.preprocessing, target_sum=median))
 
 
-def _with_doses(labels: np.ndarray, obs: pd.DataFrame, config: DataConfig, path: str) -> np.ndarray:
-    """Each perturbed cell's label with its dose, "A@0.5"; the parts of a combination get the same."""
-    doses = _numbers(obs, config.dose_col or "", "data.dose_col", path)
-    perturbed = labels != config.control_label
-    if bad := np.flatnonzero(perturbed & ~(np.isfinite(doses) & (doses > 0))).tolist():
-        raise ValueError(
-            f"obs column {config.dose_col!r} holds {obs[config.dose_col].iloc[bad[0]]!r} in cell "
-            f"{obs.index[bad[0]]!r}, which received {labels[bad[0]]!r}; doses must be finite and greater than 0."
-        )
-    text = [f"{config.dose_marker}{dose:g}" for dose in doses]
-    separator = config.combination_separator or "\0"
-    dosed = [
-        separator.join(f"{part}{dose}" for part in split_label(label, config.combination_separator))
-        for label, dose in zip(labels, text, strict=True)
-    ]
-    return np.where(perturbed, np.array(dosed, dtype=object), labels)
-
-
-def _numbers(obs: pd.DataFrame, column: str, setting: str, path: str) -> np.ndarray:
-    """(n_cells,) float64 of an obs column, NaN where there is no number."""
-    if column not in obs.columns:
-        raise KeyError(f"obs column {column!r} not in {path}; found {sorted(map(str, obs.columns))}. Set {setting}.")
-    return pd.to_numeric(obs[column], errors="coerce").to_numpy(dtype=np.float64)
-
-
 def _library_column(obs: pd.DataFrame, column: str, path: str) -> np.ndarray:
-    values = _numbers(obs, column, "data.library_size_col", path)
+    values = numbers(obs, column, "data.library_size_col", path)
     if not (np.isfinite(values) & (values >= 0)).all():
         bad = int(np.argmin(np.isfinite(values) & (values >= 0)))
         raise ValueError(

@@ -1,8 +1,7 @@
 """Held-out conditions: which cells train, validate and test, written down with a hash.
 
-A selector names perturbed cells: `PERTURBATION`, `PERTURBATION:CELL_TYPE`, `PERTURBATION:CELL_TYPE:BATCH` (`*` is
-any), or `COLUMN=VALUE` with any obs column, as in `batch=rep_3`. Control cells always train. Of a screen cells are
-split, of an atlas whole conditions.
+`data.selectors` says how perturbed cells are named. Control cells always train. Of a screen cells are split, of an
+atlas whole conditions.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,10 +17,12 @@ import numpy as np
 import pandas as pd
 
 from perturbdiff.config import SplitConfig
+from perturbdiff.data.notation import Notation
 from perturbdiff.data.rng import numpy_generator
-from perturbdiff.data.screen import LABELS, Screen
-from perturbdiff.data.vocab import nearest
-from perturbdiff.files import json_sha256, write_json
+from perturbdiff.data.screen import Screen
+from perturbdiff.data.selectors import ANY, LABELS, Selectors
+from perturbdiff.data.split_files import read_split_file
+from perturbdiff.files import few, json_sha256, write_json
 
 PARTS = ("train", "validation", "test")
 MIN_CONDITIONS_TO_VALIDATE = 10
@@ -34,6 +35,8 @@ class Labelled(Protocol):
         Labels of each row, `perturbation`, `cell_type`, `batch` and perhaps others.
     is_control, n_cells
         (n_rows,)
+    notation
+        What the labels of perturbations mean.
     """
 
     @property
@@ -44,6 +47,8 @@ class Labelled(Protocol):
     def is_control(self) -> np.ndarray: ...
     @property
     def n_cells(self) -> np.ndarray: ...
+    @property
+    def notation(self) -> Notation: ...
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,8 @@ class Split:
 
     sha256
         Of the split.json that it was read from; None for one that was made here.
+    notes
+        What may surprise, for people.
     """
 
     config: SplitConfig
@@ -59,6 +66,7 @@ class Split:
     validation: np.ndarray
     test: np.ndarray
     sha256: str | None = None
+    notes: tuple[str, ...] = ()
 
     def as_json(self, screen: Labelled) -> dict[str, Any]:
         """Selectors, conditions with their number of cells, a screen's held-out cells by name, and a hash of it all."""
@@ -67,6 +75,7 @@ class Split:
             "screen" if isinstance(screen, Screen) else "atlases": screen.path,
             "hold_out": list(self.config.hold_out),
             "validation": list(self.config.validation),
+            **({"train": list(self.config.train)} if self.config.train else {}),
             "conditions": {part: _conditions(screen, getattr(self, part)) for part in PARTS},
         }
         if isinstance(screen, Screen):
@@ -75,7 +84,8 @@ class Split:
 
 
 def make_split(screen: Labelled, config: SplitConfig, seed: int, marginal: np.ndarray | None = None) -> Split:
-    """Apply the selectors of `config`; with none for validation, take a fraction of whole training conditions.
+    """Apply the selectors of `config`, those for training last; with none for validation, take a fraction of whole
+    training conditions.
 
     Rows where `marginal` (n_rows,) train without labels: they may be held out but are never taken for validation.
 
@@ -87,22 +97,28 @@ def make_split(screen: Labelled, config: SplitConfig, seed: int, marginal: np.nd
     """
     if screen.is_control.all() and marginal is None:
         raise ValueError("there are control cells only; give a screen that has perturbed cells too, or an atlas.")
-    test = _any(screen, config.hold_out, "hold-out")
-    validation = _any(screen, config.validation, "validation") & ~test
+    config, notes = _with_file(screen, config)
+    kept_in = _any(screen, config.train, "split.train")
+    test = _any(screen, config.hold_out, "hold-out") & ~kept_in
+    validation = _any(screen, config.validation, "validation") & ~test & ~kept_in
+    if config.hold_out and not test.any():
+        raise ValueError(
+            f"split.train {list(config.train)} leaves nothing held out of split.hold_out {list(config.hold_out)}."
+        )
     if config.validation and not validation.any():
         raise ValueError(
             f"split.validation {list(config.validation)} is held out by split.hold_out {list(config.hold_out)}; "
             "validate on other conditions."
         )
     if not config.validation:
-        candidates = ~test & ~screen.is_control & (True if marginal is None else ~marginal)
+        candidates = ~test & ~kept_in & ~screen.is_control & (True if marginal is None else ~marginal)
         validation = _random_conditions(screen, candidates, config.validation_fraction, seed)
     train = ~test & ~validation
     if not (train & (~screen.is_control if marginal is None else ~screen.is_control | marginal)).any():
         raise ValueError(
             f"split.hold_out {list(config.hold_out)} and validation leave no perturbed cell to train on; hold out less."
         )
-    return Split(config, train, validation, test)
+    return Split(config, train, validation, test, notes=(*notes, *_left_combinations(screen, test, train)))
 
 
 def write_split(split: Split, screen: Labelled, path: Path) -> None:
@@ -125,7 +141,9 @@ def read_split(path: str | Path, screen: Screen) -> Split:
         if "cells" not in stored:
             raise ValueError("it was made for an atlas, whose cells are not listed; give one made for a screen")
         cells = {part: list(map(str, stored["cells"][part])) for part in ("validation", "test")}
-        hold_out, chosen = list(stored["hold_out"]), list(stored["validation"])
+        hold_out, kept_in, chosen = (
+            [str(s) for s in stored.get(key, ())] for key in ("hold_out", "train", "validation")
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a split.json ({type(error).__name__}: {error}).") from error
     if version != 1:
@@ -142,37 +160,65 @@ def read_split(path: str | Path, screen: Screen) -> Split:
             )
         parts[part] = inside
     train = ~parts["validation"] & ~parts["test"]
-    return Split(SplitConfig(hold_out=hold_out, validation=chosen), train, parts["validation"], parts["test"], sha)
+    config = SplitConfig(hold_out=hold_out, train=kept_in, validation=chosen)
+    return Split(config, train, parts["validation"], parts["test"], sha)
 
 
 def select_cells(screen: Labelled, selector: str, purpose: str = "hold-out") -> np.ndarray:
     """Perturbed cells that a selector names, boolean (n_cells,). Raises ValueError where there are none."""
-    matches = ~screen.is_control
-    column, equals, value = selector.partition("=")
-    if equals and column in screen.obs.columns:
-        wanted = {column: value}
-    else:
-        fields = selector.split(":", maxsplit=len(LABELS) - 1)
-        wanted = {name: field for name, field in zip(LABELS, fields, strict=False) if field != "*"}
-    for name, value in wanted.items():
-        present = screen.obs[name].astype(str)
-        matches &= (present == value).to_numpy()
-        if not (present[~screen.is_control] == value).any():
-            raise ValueError(
-                f"{purpose} {selector!r}: no perturbed cell has {name} {value!r}; "
-                f"{nearest(value, set(present[~screen.is_control]))}. Selectors are PERTURBATION[:CELL_TYPE[:BATCH]] "
-                f"or COLUMN=VALUE with a column of obs."
-            )
-    if not matches.any():
-        raise ValueError(f"{purpose} {selector!r} matches no perturbed cell: no cell has all of {wanted}.")
-    return matches
+    return _any(screen, [selector], purpose)
 
 
 def _any(screen: Labelled, selectors: Sequence[str], purpose: str) -> np.ndarray:
     chosen = np.zeros(len(screen.obs), dtype=bool)
+    perturbed = Selectors(screen.obs, screen.notation, ~screen.is_control)
     for selector in selectors:
-        chosen |= select_cells(screen, selector, purpose)
+        named = perturbed.rows(selector)
+        if not named.any():
+            raise ValueError(f"{purpose} {perturbed.explain(selector)}")
+        chosen |= named
     return chosen
+
+
+def _with_file(screen: Labelled, config: SplitConfig) -> tuple[SplitConfig, list[str]]:
+    """The settings with the conditions of their split file that are there, and how many are not."""
+    if config.file is None:
+        return config, []
+    selected, perturbed = read_split_file(config.file), Selectors(screen.obs, screen.notation, ~screen.is_control)
+    here = {part: [s for s in selectors if perturbed.rows(s).any()] for part, selectors in selected.items()}
+    absent = [s for part, selectors in selected.items() for s in sorted({*selectors} - {*here[part]})]
+    if not here["hold_out"] and selected["hold_out"]:
+        raise ValueError(
+            f"{screen.path} has none of the {len(selected['hold_out']):,} conditions that {config.file} holds out; "
+            f"{perturbed.explain(selected['hold_out'][0])}"
+        )
+    config = replace(
+        config,
+        hold_out=[*config.hold_out, *here["hold_out"]],
+        validation=[*config.validation, *here["validation"]],
+        file=None,
+    )
+    return config, [
+        f"{len(absent):,} conditions of the split file are not in the data: {few(absent)}"
+    ] if absent else []
+
+
+def _left_combinations(screen: Labelled, test: np.ndarray, train: np.ndarray) -> list[str]:
+    """Of each perturbation that is held out everywhere: combinations of it that train, for people."""
+    perturbation = screen.obs["perturbation"].to_numpy(dtype=object)
+    parse = screen.notation.parse
+    trained = {label: {name for name, _ in parse(label)} for label in set(perturbation[train & ~screen.is_control])}
+    alone = {names[0][0] for label in set(perturbation[test]) if len(names := parse(label)) == 1}
+    alone -= {name for names in trained.values() if len(names) == 1 for name in names}
+    notes = []
+    for name in sorted(alone):
+        if left := sorted(label for label, names in trained.items() if name in names):
+            n_cells = int(screen.n_cells[train & np.isin(perturbation, left)].sum())
+            notes.append(
+                f"{name} is held out, but {n_cells:,} cells of {few(left)} train; "
+                f"{name}{screen.notation.combination_separator}{ANY} holds out every condition that has it"
+            )
+    return notes
 
 
 def _random_conditions(screen: Labelled, candidates: np.ndarray, fraction: float, seed: int) -> np.ndarray:

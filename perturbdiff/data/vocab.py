@@ -6,14 +6,15 @@ B = sets.
 from __future__ import annotations
 
 import difflib
-import math
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from perturbdiff.data.notation import Notation, Parts, dose_text
 
 if TYPE_CHECKING:
     import torch
@@ -62,27 +63,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"known: {', '.join(sorted(known)[:5]) or 'none'}{', ...' if len(known) > 5 else ''} ({len(known)})"
 
 
-def split_label(label: str, separator: str | None) -> list[str]:
-    """ "A+B" -> A, B; a label without parts, or any label where the separator is None, is its only part."""
-    parts = [part for part in label.split(separator) if part] if separator else []
-    return parts or [label]
-
-
-def split_dose(part: str, separator: str | None) -> tuple[str, float | None]:
-    """ "A@0.5" -> A, 0.5; a part without a number behind its last separator has no dose.
-
-    Raises ValueError where the dose is not greater than 0: no dose is the control.
-    """
-    name, found, number = part.rpartition(separator) if separator else ("", "", part)
-    try:
-        dose = float(number) if found and name else None
-    except ValueError:
-        dose = None
-    if dose is None:
-        return part, None
-    if not 0 < dose < math.inf:
-        raise ValueError(f"perturbation {part!r} has dose {number}; doses must be finite and greater than 0.")
-    return name, dose
+def between_commas(text: str, known: Callable[[str], bool]) -> list[str]:
+    """The names of a list; one that is known stays whole, though it holds commas."""
+    pieces, names = text.split(","), list[str]()
+    while pieces:
+        n = next((n for n in range(len(pieces), 1, -1) if known(",".join(pieces[:n]).strip())), 1)
+        names.append(",".join(pieces[:n]).strip())
+        del pieces[:n]
+    return names
 
 
 @dataclass(frozen=True)
@@ -230,6 +218,11 @@ class Vocabularies:
         their features alone.
     tables
         Name and width of each table of perturbation features.
+    control_labels
+        Of the training cells; no part of a combination.
+    doses
+        Those of each perturbation that training cells received, rising; none of one that never had a dose. Empty where
+        nobody knows.
     """
 
     perturbations: LabelVocab
@@ -239,11 +232,25 @@ class Vocabularies:
     dose_separator: str | None = None
     n_by_features: int = 0
     tables: tuple[tuple[str, int], ...] = ()
+    control_labels: tuple[str, ...] = ()
+    doses: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def labelled(self) -> tuple[str, ...]:
         """The perturbations that training gave a row."""
         return self.perturbations.names[: len(self.perturbations) - self.n_by_features]
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """A label for each perturbation that training gave a row, at each of its doses."""
+        known = ((name, dose) for name in self.labelled for dose in self.doses.get(name) or (None,))
+        return tuple(self.notation.text((part,)) for part in known)
+
+    @cached_property
+    def notation(self) -> Notation:
+        """What labels mean: a name stays whole."""
+        names = frozenset(self.perturbations.names)
+        return Notation(names, self.combination_separator, self.dose_separator, self.control_labels)
 
     def encode(self, conditions: Sequence[tuple[str | None, str | None, str | None]]) -> Labels:
         """Ids of (perturbation, cell_type, batch) names. None is null; so are unknown cell types and batches.
@@ -253,7 +260,7 @@ class Vocabularies:
         KeyError
             An unknown perturbation; the message lists the nearest. Never a silent null.
         ValueError
-            A perturbation without a dose where the model was trained with doses.
+            A control label; a perturbation without a dose where the model was trained with doses of it.
         """
         import torch  # here: names alone are read without it
 
@@ -264,7 +271,7 @@ class Vocabularies:
         width = max([1, *(len(ids) for ids in parts)])
         shape = len(conditions), width
         ids = [[i for i, _ in of] + [NULL] * (width - len(of)) for of in parts]
-        doses = [[dose for _, dose in of] + [1.0] * (width - len(of)) for of in parts]
+        doses = [[dose or 1.0 for _, dose in of] + [1.0] * (width - len(of)) for of in parts]
         return Labels(
             torch.tensor(ids, dtype=torch.int64).reshape(shape),
             torch.tensor([self.cell_types.ids.get(c or "", NULL) for _, c, _ in conditions], dtype=torch.int64),
@@ -272,15 +279,34 @@ class Vocabularies:
             dose=None if self.dose_separator is None else torch.tensor(doses).reshape(shape).log10(),
         )
 
-    def parts(self, label: str) -> list[tuple[str, float]]:
+    def parts(self, label: str) -> Parts:
         """ "A+B" -> A, B, each with its dose; a label that is known as a whole stays whole. Raises as `encode`."""
-        if label in self.perturbations and self.dose_separator is None:
-            return [(label, 1.0)]
-        parts = [split_dose(part, self.dose_separator) for part in split_label(label, self.combination_separator)]
+        parts = self.notation.parse(label)
+        if not parts:
+            raise ValueError(f"perturbation {label!r} is a control label; controls are what predictions start from.")
         for name, dose in parts:
-            if dose is None and self.dose_separator is not None and name in self.perturbations:
+            doses = self.doses.get(name, ()) if self.doses else (0.5,)
+            if dose is None and doses and self.dose_separator is not None and name in self.perturbations:
                 raise ValueError(
                     f"perturbation {name!r} has no dose, and this model was trained with doses; "
-                    f"give one, as '{name}{self.dose_separator}0.5'."
+                    f"give one, as '{name}{self.dose_separator}{dose_text(doses[0])}'."
                 )
-        return [(name, 1.0 if dose is None else dose) for name, dose in parts]
+        return parts
+
+    def knows(self, label: str) -> bool:
+        """Whether `encode` takes a label."""
+        try:
+            return all(name in self.perturbations for name, _ in self.parts(label))
+        except ValueError:
+            return False
+
+    def extrapolated(self, label: str) -> list[str]:
+        """What training never saw of a label: perturbations known by features alone, doses out of the trained range."""
+        described = set(self.perturbations.names[len(self.labelled) :])
+        found = []
+        for name, dose in self.parts(label):
+            if name in described:
+                found.append(f"perturbation {name}")
+            elif dose is not None and (doses := self.doses.get(name)) and not doses[0] <= dose <= doses[-1]:
+                found.append(f"dose {dose_text(dose)} of {name} ({dose_text(doses[0])} to {dose_text(doses[-1])})")
+        return found

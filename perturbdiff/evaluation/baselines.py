@@ -6,13 +6,14 @@ unweighted: each condition counts once, whatever its number of cells.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
-from perturbdiff.data.vocab import split_label
+from perturbdiff.data.notation import Notation, Parts
 
 PENALTIES = np.logspace(-3, 5, 17)
 """Candidates for the ridge penalty. Features have unit scale: the last one is as good as the plain mean."""
@@ -31,6 +32,7 @@ class TrainingEffects:
     control_mean: np.ndarray  # (n, G) mean of the matched controls
     effect: np.ndarray  # (n, G) mean of the perturbed cells minus control_mean
     n_cells: np.ndarray  # (n,) perturbed cells; for reports, no mean is weighted by it
+    notation: Notation = field(default_factory=lambda: Notation(()))  # what labels mean; without names "A+B" is A and B
 
     def __post_init__(self) -> None:
         n = len(self.perturbation)
@@ -47,6 +49,10 @@ class TrainingEffects:
         for name in ("control_mean", "effect"):
             if not np.isfinite(getattr(self, name)).all():
                 raise ValueError(f"{name} (NaN or infinite) must be finite; drop conditions without matched controls.")
+
+    def parts(self, perturbation: str) -> Parts:
+        """What a label stands for, whatever the order of its parts."""
+        return self.notation.parse(perturbation)
 
     @cached_property
     def ridge_fit(self) -> RidgeFit:
@@ -81,16 +87,19 @@ def perturbation_mean_shift(
 ) -> np.ndarray:
     """(G,) mean effect of this perturbation over the training contexts.
 
-    A combination "A+B" never seen gets the sum of the mean effects of its parts, if all were seen alone; anything else
-    never seen gets `context_mean_shift`.
+    One never seen at this dose gets that of its nearest dose. A combination "A+B" never seen gets the sum of the mean
+    effects of its parts, if all were seen alone; anything else never seen gets `context_mean_shift`.
     """
-    seen = [_parts(p) for p in effects.perturbation]
+    seen = [effects.parts(p) for p in effects.perturbation]
 
-    def mean_effect(parts: tuple[str, ...]) -> np.ndarray | None:
-        chosen = np.array([p == parts for p in seen])
-        return effects.effect[chosen].mean(axis=0) if chosen.any() else None
+    def mean_effect(parts: Parts) -> np.ndarray | None:
+        known = {p for p in seen if [name for name, _ in p] == [name for name, _ in parts]}
+        if not known:
+            return None
+        nearest = min(known, key=lambda p: (_distance(p, parts), p))
+        return effects.effect[np.array([p == nearest for p in seen])].mean(axis=0)
 
-    parts = _parts(perturbation)
+    parts = effects.parts(perturbation)
     shift = mean_effect(parts)
     if shift is not None:
         return shift
@@ -158,7 +167,9 @@ class RidgeFit:
 
     def __init__(self, effects: TrainingEffects) -> None:
         control = np.asarray(effects.control_mean, dtype=np.float64)
-        self._columns = {part: i for i, part in enumerate(sorted({q for p in effects.perturbation for q in _parts(p)}))}
+        self._parts = effects.parts
+        names = sorted({name for p in effects.perturbation for name, _ in effects.parts(p)})
+        self._columns = {name: i for i, name in enumerate(names)}
         self._centre = control.mean(axis=0)
         distance = np.sqrt(((control - self._centre) ** 2).sum(axis=1).mean())
         self._scale = distance if distance > 0 else 1.0  # all in one context: the control mean says nothing
@@ -183,9 +194,9 @@ class RidgeFit:
 
     def _features(self, perturbation: str, control_mean: np.ndarray) -> np.ndarray:
         indicator = np.zeros(len(self._columns))
-        for part in _parts(perturbation):
-            if part in self._columns:
-                indicator[self._columns[part]] = 1.0
+        for name, _ in self._parts(perturbation):
+            if name in self._columns:
+                indicator[self._columns[name]] = 1.0
         return np.concatenate([(control_mean - self._centre) / self._scale, indicator])
 
     def _left_out(self, target: np.ndarray, penalty: float) -> np.ndarray:
@@ -196,6 +207,6 @@ class RidgeFit:
         return (target - fitted) / (1 - leverage)[:, None]
 
 
-def _parts(perturbation: str) -> tuple[str, ...]:
-    """Single perturbations of a combination "A+B", sorted: their order has no meaning."""
-    return tuple(sorted(part.strip() for part in split_label(perturbation, "+")))
+def _distance(parts: Parts, others: Parts) -> float:
+    """Between the doses of the same names, on a log scale; no dose is dose 1."""
+    return sum(abs(math.log((a or 1.0) / (b or 1.0))) for (_, a), (_, b) in zip(parts, others, strict=True))

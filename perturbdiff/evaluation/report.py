@@ -154,7 +154,10 @@ def score_conditions(
         )
     expression = screen.expression.with_genes(genes, alignment.columns)
     real, controls = held_out_rows(screen, ~screen.is_control if split is None else split.test, match)
-    found = _group(predicted.obs, np.ones(predicted.n_obs, dtype=bool), match)
+    labels = predicted.obs["perturbation"].astype(str)
+    written = {label: screen.notation.canonical(label) for label in labels.unique()}
+    obs = predicted.obs.assign(perturbation=labels.map(written))
+    found = _group(obs, np.ones(predicted.n_obs, dtype=bool), match)
     common = [condition for condition in real if condition in found]
     if not common:
         raise ValueError(
@@ -321,4 +324,5 @@ def _training_effects(screen: Screen, expression: Expression, split: Split, matc
         control_mean=matched,
         effect=np.stack([mean(rows) for rows in trained.values()]) - matched,
         n_cells=np.array([len(rows) for rows in trained.values()]),
+        notation=screen.notation,
     )

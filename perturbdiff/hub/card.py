@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_res
 from huggingface_hub.utils import yaml_dump
 
 from perturbdiff.cards import CITATION, MAX_LISTED, escaped, front_text, license_fields, listed
-from perturbdiff.config import ModelConfig, Preprocessing
+from perturbdiff.config import ModelConfig, ObsColumns, Preprocessing
 from perturbdiff.data.vocab import Vocabularies
 from perturbdiff.hub.metadata import ModelMetadata
 from perturbdiff.hub.records import EvaluationRecord, TrainingRecord
@@ -219,7 +219,7 @@ def _expects(model: ModelMetadata) -> str:
     rows = [
         ("`X` of the control cells", values),
         ("genes", f"{len(model.genes):,}, matched by {by}: {listed(model.genes.names)}"),
-        ("obs columns", f"{escaped(obs.cell_type)} and {escaped(obs.batch)}, or `cell_type=` and `batch=`"),
+        ("obs columns", _columns(obs)),
         ("perturbations", _number_and_names(perturbations) or "none"),
     ]
     if perturbations:
@@ -234,6 +234,11 @@ def _expects(model: ModelMetadata) -> str:
     rows.append(("batches seen", _number_and_names(known.batches.names) or "not an input"))
     rows.append(("cells of a set", f"up to {model.config.set_size:,}"))
     return _table(("what", "value"), rows)
+
+
+def _columns(obs: ObsColumns) -> str:
+    named = [escaped(name) for name in (obs.cell_type, obs.batch) if name is not None]
+    return f"{' and '.join(named)}, or `cell_type=` and `batch=`" if named else "none: cells are of one type and batch"
 
 
 def _number_and_names(names: Sequence[str]) -> str:

@@ -38,8 +38,9 @@ def model_info(source: ModelSource) -> str:
         "combinations": f"A{names.combination_separator}B" if names.combination_separator else "not split",
         "doses": f"as A{names.dose_separator}0.5" if names.dose_separator else "not an input",
         "features": _features(names),
-        "obs columns": f"{config.obs.perturbation} (controls: {config.obs.control_label}), {config.obs.cell_type}, "
-        f"{config.obs.batch}",
+        "obs columns": f"{config.obs.perturbation} (controls: "
+        f"{', '.join((config.obs.control_label, *config.obs.other_control_labels))}), "
+        f"{config.obs.cell_type or 'no cell type'}, {config.obs.batch or 'no batch'}",
         "denoiser": f"{_size(source, folder)}; width {config.denoiser.width}, depth "
         f"{config.denoiser.depth}, {config.denoiser.conditioning} conditioning",
         "sets": f"{config.set_size} cells",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,8 @@ class ModelMetadata:
                 "dose_separator": names.dose_separator,
                 "n_by_features": names.n_by_features,
                 "tables": names.tables,
+                "control_labels": names.control_labels,
+                "doses": dict(names.doses),
             },
             "cell_types.json": {"names": names.cell_types.names},
             "batches.json": {"names": names.batches.names},
@@ -89,6 +92,8 @@ def parse_metadata(folder: ModelFolder) -> ModelMetadata:
             typed(str | None, labels["dose_separator"], "dose_separator"),
             _at_most(len(names["perturbations.json"]), labels["n_by_features"], "n_by_features"),
             _tables(labels["tables"]),
+            typed(tuple[str, ...], labels["control_labels"], "control_labels"),
+            _doses(labels["doses"], names["perturbations.json"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: names are missing or not as they should be ({short(error)}).") from error
@@ -97,7 +102,9 @@ def parse_metadata(folder: ModelFolder) -> ModelMetadata:
     check_bounds(preprocessing, "preprocessing.")
     _refuse_unbelievable(where, model)
     separators = (vocabularies.combination_separator, vocabularies.dose_separator)
-    for text in (*asdict(model.obs).values(), *separators, preprocessing.library_size_col):
+    obs = asdict(model.obs)
+    others = obs.pop("other_control_labels")
+    for text in (*obs.values(), *others, *separators, preprocessing.library_size_col):
         if text is not None and "${" in text:  # where it becomes a setting it would be resolved, as of the environment
             raise ValueError(f"{where}: {text[:40]!r} is an interpolation, and not plain text; get the folder again.")
     training = typed(TrainingRecord, files["training.json"], f"{where}: training.json")
@@ -132,6 +139,14 @@ def _tables(values: Any) -> tuple[tuple[str, int], ...]:
     if not isinstance(values, list) or not all(isinstance(table, list) and len(table) == 2 for table in values):
         raise TypeError("tables must be a list of names with widths")
     return tuple((typed(str, name, "table"), _at_most(MAX_FEATURES, width, "width")) for name, width in values)
+
+
+def _doses(values: Any, names: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
+    doses: dict[str, tuple[float, ...]] = typed(dict[str, tuple[float, ...]], values, "doses")
+    for name, known in doses.items():
+        if name not in names or not all(0 < dose < math.inf for dose in known) or list(known) != sorted(set(known)):
+            raise ValueError(f"doses of {few([name])} must be of a known perturbation, greater than 0 and rising")
+    return doses
 
 
 def _at_most(most: int, value: Any, where: str) -> int:

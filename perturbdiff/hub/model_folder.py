@@ -258,7 +258,11 @@ def _from_version_4(config: dict[str, Any], files: JsonFiles) -> tuple[dict[str,
     if preprocessing["input_kind"] == "log1p":
         preprocessing = {**preprocessing, "target_sum": None}
     training = _with_new(files["training.json"], {"control_sums": None, "measured_genes": None})
-    return {**config, "format_version": 5}, {**files, "preprocessing.json": preprocessing, "training.json": training}
+    # Only one label was that of controls, and nobody knew which doses were trained.
+    labels = _with_new(files["perturbations.json"], {"control_labels": [], "doses": {}})
+    config = {**config, "format_version": 5, "obs": _with_new(config["obs"], {"other_control_labels": []})}
+    new = {"preprocessing.json": preprocessing, "training.json": training, "perturbations.json": labels}
+    return config, {**files, **new}
 
 
 def _with_new(content: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

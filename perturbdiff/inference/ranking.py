@@ -74,7 +74,8 @@ def rank_perturbations(
         Cells of the reference population, or an .h5ad of them, instead of genes. The score is the part of the energy
         distance between controls and reference that goes away: 0 is no change, 1 is like the reference.
     candidates
-        Labels as `predict` takes them; by default the perturbations that training cells received. "all" are also those
+        Labels as `predict` takes them; by default the perturbations that training cells received, at each dose of
+        training. "all" are also those
         that only features describe, perhaps ten thousand more.
     n_cells
         Of each population; by default as many as there are controls, at most 256.
@@ -107,10 +108,11 @@ def rank_perturbations(
     if not isinstance(model, PerturbDiff):
         model = PerturbDiff.from_pretrained(model)
     if candidates is None:
-        candidates = model.vocabularies.labelled
+        candidates = model.vocabularies.trained
     labels = list(dict.fromkeys(_names(candidates)))
     if labels == ["all"]:
-        labels = list(model.perturbations)
+        described = model.perturbations[len(model.vocabularies.labelled) :]
+        labels = [*model.vocabularies.trained, *described]
     if not labels:
         raise ValueError("no candidates; name perturbations, or leave candidates out for all that were trained.")
     model.vocabularies.encode([(label, None, None) for label in labels])

@@ -216,6 +216,11 @@ def extended(known: Vocabularies, data: Vocabularies) -> Vocabularies:
         data.dose_separator,
         len(described),
         tuple(widths.items()),
+        data.control_labels,
+        {
+            name: tuple(sorted({*known.doses.get(name, ()), *data.doses.get(name, ())}))
+            for name in (*known.doses, *data.doses)
+        },
     )
 
 

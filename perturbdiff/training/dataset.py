@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from perturbdiff.atlas.format import CONTROL_LABEL
 from perturbdiff.atlas.store import Atlas
 from perturbdiff.atlas.stream import StreamedCells
 from perturbdiff.config import Config, DataConfig, Preprocessing
@@ -25,9 +26,11 @@ from perturbdiff.data.conditions import (
     vocabularies_of,
 )
 from perturbdiff.data.expression import Cells, ConcatenatedCells, GeneMoments, highly_variable_genes, log1p_normalised
+from perturbdiff.data.notation import Notation
 from perturbdiff.data.rng import permuted
 from perturbdiff.data.samplers import CellSet, CellSetSampler, SetSource, StreamedSampler
-from perturbdiff.data.screen import LABELS, Screen
+from perturbdiff.data.screen import Screen
+from perturbdiff.data.selectors import LABELS
 from perturbdiff.data.space import totals
 from perturbdiff.data.splits import Labelled, Split, make_split
 from perturbdiff.data.vocab import GeneVocab, Labels, Vocabularies
@@ -128,6 +131,7 @@ class AtlasConditions:
     obs: pd.DataFrame
     is_control: np.ndarray
     n_cells: np.ndarray
+    notation: Notation
 
 
 @dataclass(frozen=True)
@@ -205,7 +209,7 @@ class TrainingSet:
         first_rows = np.cumsum([0, *map(len, atlases)])
         index = ConditionIndex.concat([_index(atlas) for atlas in atlases], first_rows[:-1].tolist())
         marginal = marginal_conditions(index, sources)
-        origin = _conditions(index, atlases)
+        origin = _conditions(index, atlases, config.data)
         split = make_split(origin, config.split, config.training.seed, marginal)
         match = resolve_control_match(index.select(~marginal), config.data.control_match)
         match_controls(index, match, ~marginal)
@@ -238,8 +242,9 @@ class TrainingSet:
         known_tables: Sequence[FeatureTable],
     ) -> TrainingSet:
         # Where batch and perturbation are confounded, a batch label would give the answer away.
-        marginal, data = marginal_conditions(train, sources), config.data
-        vocabularies = vocabularies_of(train, data.combination_separator, match == "batch", marginal, data.dose_marker)
+        marginal = marginal_conditions(train, sources)
+        vocabularies = vocabularies_of(train, origin.notation, match == "batch", marginal)
+        description += "".join(f"\nnote        {note}" for note in split.notes)
         tables = _feature_tables(config, cells[0], train, known_tables)
         if tables:
             lines = coverage(tables, vocabularies.labelled).splitlines()
@@ -440,13 +445,16 @@ def _index(atlas: Atlas) -> ConditionIndex:
     )
 
 
-def _conditions(index: ConditionIndex, atlases: Sequence[Atlas]) -> AtlasConditions:
+def _conditions(index: ConditionIndex, atlases: Sequence[Atlas], data: DataConfig) -> AtlasConditions:
     obs = pd.DataFrame(
         {name: pd.Categorical.from_codes(index.codes[:, i], pd.Index(index.names[i])) for i, name in enumerate(LABELS)}
     )
-    return AtlasConditions(
-        ", ".join(f"{atlas.name} ({atlas.sha256})" for atlas in atlases), obs, index.is_control, index.n_cells
-    )
+    names = ", ".join(f"{atlas.name} ({atlas.sha256})" for atlas in atlases)
+    markers = {atlas.info.dose_separator for atlas in atlases} - {None}
+    marker = data.dose_marker or (markers.pop() if markers else None)
+    genes, controls = atlases[0].genes.names, (CONTROL_LABEL,)
+    notation = Notation.learned(index.names[0], data.combination_separator, marker, controls, genes)
+    return AtlasConditions(names, obs, index.is_control, index.n_cells, notation)
 
 
 def _spans(index: ConditionIndex) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -93,6 +93,10 @@ def fit(
         A state could not be written, and those before are whole; another run is in the folder.
     """
     out = Path(config.out)
+    if screen is None and config.data.screen is not None:
+        screen = Screen.read(config.data.screen, config.data)
+    if screen is not None:
+        config = replace(config, data=screen.config)  # columns of a known kind of file filled in
     config = with_streams(config, out)
     check_trackers(config.training.trackers)
     accelerator = launch(config)

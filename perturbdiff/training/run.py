@@ -178,7 +178,7 @@ def demo(
     if screen is None:
         screen, hold_out = simulated_screen(Path(out)), hold_out if len(hold_out) else HELD_OUT_OF_SIMULATION
     config = load_config(recipe, overrides, _given(screen, out, (), hold_out, {}))
-    if not config.split.hold_out:
+    if not (config.split.hold_out or config.split.file):
         raise ValueError("nothing is held out; give --hold-out, for example PERTURBATION:CELL_TYPE or batch=NAME.")
     return run(config)
 
@@ -196,7 +196,7 @@ def run(config: Config, adata: AnnData | None = None, score: bool = True) -> Run
     """Train by these settings, then score what is held out of the screen; `adata` is the screen, if it is in memory."""
     origin = adata if adata is not None else config.data.screen
     screen = None if origin is None else Screen.read(origin, config.data)
-    score = score and screen is not None and bool(config.split.hold_out)
+    score = score and screen is not None and bool(config.split.hold_out or config.split.file)
     result = loop.fit(config, screen, check=_refuse_unpredictable if score else None)
     folder, written = result.folder, [result.folder / "model"]
     if not score or screen is None or result.stopped_by is not None or os.environ.get("RANK", "0") != "0":

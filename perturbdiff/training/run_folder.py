@@ -105,7 +105,8 @@ def leave_marker(folder: Path, stopped_by: str, step: int) -> None:
 def model_config(config: Config) -> ModelConfig:
     """What a model folder keeps of the settings of its run."""
     data = config.data
-    obs = ObsColumns(data.perturbation_col, data.cell_type_col, data.batch_col, data.control_label)
+    others = tuple(data.other_control_labels)
+    obs = ObsColumns(data.perturbation_col, data.cell_type_col, data.batch_col, data.control_label, others)
     return ModelConfig(config.denoiser, config.diffusion, config.sampling, obs, data.set_size)
 
 
@@ -113,6 +114,8 @@ def training_record(config: Config, start: Start, steps: int, cells_seen: int) -
     """training.json of the model of a run; without paths of this machine, since it may be published."""
     settings, data = as_dict(config), start.data
     del settings["out"]
+    if config.split.file is not None:
+        settings["split"]["file"] = Path(config.split.file).name
     if config.data.screen is not None:
         settings["data"]["screen"] = Path(config.data.screen).name
     for atlas in settings["data"]["atlases"]:
@@ -129,7 +132,7 @@ def training_record(config: Config, start: Start, steps: int, cells_seen: int) -
         steps=steps,
         cells_seen=cells_seen,
         control_match=data.match,
-        hold_out=tuple(config.split.hold_out),
+        hold_out=tuple(data.split.config.hold_out),
         init_from=start.origin(),
         control_sums=data.control_sums,
         measured_genes=data.measured_genes,

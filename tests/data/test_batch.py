@@ -7,11 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perturbdiff.config import Preprocessing
+from perturbdiff.config import DataConfig, Preprocessing
 from perturbdiff.data.batch import make_batch
 from perturbdiff.data.conditions import ConditionIndex, encode_conditions, vocabularies_of
+from perturbdiff.data.notation import Notation
 from perturbdiff.data.samplers import CellSet
-from perturbdiff.data.vocab import NULL, Labels, LabelVocab, Vocabularies, split_dose, split_label
+from perturbdiff.data.screen import Screen
+from perturbdiff.data.vocab import NULL, Labels, LabelVocab, Vocabularies
 from tests.screens import counts_screen, log1p_cp10k, read, screen_with_cells
 
 NO_LABELS = Labels(torch.full((3, 1), NULL), torch.full((3,), NULL), torch.full((3,), NULL))
@@ -164,7 +166,7 @@ def known():
 
 def test_names_become_ids_and_combinations_become_several(known):
     labels = known.encode([("A", "T", "b1"), ("JAK2+B+A", "NK", None), ("X+Y", None, "b1"), (None, "T", "b1")])
-    assert labels.perturbation.tolist() == [[0, NULL, NULL], [2, 1, 0], [3, NULL, NULL], [NULL] * 3]
+    assert labels.perturbation.tolist() == [[0, NULL, NULL], [0, 1, 2], [3, NULL, NULL], [NULL] * 3]
     assert labels.cell_type.tolist() == [1, 0, NULL, 1]
     assert labels.batch.tolist() == [0, NULL, 0, 0]
 
@@ -198,24 +200,17 @@ def test_a_perturbation_without_a_name_is_unknown_and_not_null(known, name):
         known.encode([(name, "T", "b1")])
 
 
-def test_labels_are_split_at_the_separator_and_empty_parts_are_dropped():
-    assert split_label("A+B", "+") == ["A", "B"]
-    assert split_label("A+", "+") == ["A"]
-    assert split_label("A+B", None) == ["A+B"]
-    assert split_label("A__B", "__") == ["A", "B"]
-    assert split_label("+", "+") == ["+"]
-
-
 def test_known_labels_are_those_of_perturbed_conditions_in_order():
     found = [("control", "T", "b1", 2), ("control", "B", "b2", 2), ("D+C", "T", "b3", 2), ("A", "NK", "b1", 2)]
     screen = read(screen_with_cells(found))
     index = ConditionIndex.build(screen, np.ones(len(screen), bool))
-    vocabularies = vocabularies_of(index, "+", with_batches=True)
+    notation = Notation({"A", "C", "D"})
+    vocabularies = vocabularies_of(index, notation, with_batches=True)
     assert vocabularies.perturbations.names == ("A", "C", "D")
     assert vocabularies.cell_types.names == ("NK", "T")
     assert vocabularies.batches.names == ("b1", "b3")
-    assert vocabularies_of(index, "+", with_batches=False).batches.names == ()
-    assert vocabularies_of(index, None, with_batches=True).perturbations.names == ("A", "D+C")
+    assert vocabularies_of(index, notation, with_batches=False).batches.names == ()
+    assert vocabularies_of(index, screen.notation, with_batches=True).perturbations.names == ("A", "D+C")
 
 
 @pytest.fixture
@@ -225,8 +220,8 @@ def dosed(known):
 
 def test_doses_become_their_logarithms_beside_the_ids(dosed):
     labels = dosed.encode([("A@0.5", "T", "b1"), ("JAK2@10+B@1e-3", None, None), (None, "T", "b1")])
-    assert labels.perturbation.tolist() == [[0, NULL], [2, 1], [NULL, NULL]]
-    expected = [[math.log10(0.5), 0.0], [1.0, -3.0], [0.0, 0.0]]
+    assert labels.perturbation.tolist() == [[0, NULL], [1, 2], [NULL, NULL]]
+    expected = [[math.log10(0.5), 0.0], [-3.0, 1.0], [0.0, 0.0]]
     torch.testing.assert_close(labels.dose, torch.tensor(expected))
 
 
@@ -249,20 +244,14 @@ def test_a_dose_that_is_none_is_an_error(dosed, dose):
         dosed.encode([(f"A@{dose}", "T", "b1")])
 
 
-def test_the_dose_is_behind_the_last_separator_and_must_be_a_number():
-    assert split_dose("A@0.5", "@") == ("A", 0.5)
-    assert split_dose("A@B@2", "@") == ("A@B", 2.0)
-    assert split_dose("A@B", "@") == ("A@B", None)
-    assert split_dose("@2", "@") == ("@2", None)
-    assert split_dose("A@0.5", None) == ("A@0.5", None)
-
-
 def test_doses_of_conditions_are_those_of_their_labels():
     found = [("control", "T", "b1", 2), ("A@0.1", "T", "b1", 2), ("A@10", "T", "b1", 2), ("A@0.1+B@1", "T", "b1", 2)]
-    screen = read(screen_with_cells(found))
+    screen = Screen.read(screen_with_cells(found), DataConfig(dose_separator="@"))
     index = ConditionIndex.build(screen, np.ones(len(screen), bool))
-    vocabularies = vocabularies_of(index, "+", with_batches=True, dose_separator="@")
+    vocabularies = vocabularies_of(index, screen.notation, with_batches=True)
     assert vocabularies.perturbations.names == ("A", "B")
+    assert vocabularies.doses == {"A": (0.1, 10.0), "B": (1.0,)}
+    assert vocabularies.trained == ("A@0.1", "A@10", "B@1")
     labels = encode_conditions(vocabularies, index, np.zeros(len(index), bool))
     by_name = {index.labels(i)[0]: i for i in range(len(index))}
     assert labels.perturbation[by_name["A@10"]].tolist() == [0, NULL]
@@ -311,11 +300,12 @@ def test_known_labels_are_those_that_some_set_is_trained_with(found, separator, 
             seen[1].add(cell_type)
         if perturbation != "control" and with_batches:
             seen[2].add(batch)
-    known = vocabularies_of(index, separator, with_batches, marginal)
+    notation = Notation(frozenset("ABCD"), separator)
+    known = vocabularies_of(index, notation, with_batches, marginal)
     names = (known.perturbations.names, known.cell_types.names, known.batches.names)
     assert names == tuple(tuple(sorted(of)) for of in seen)
     if not marginal.any():
-        assert vocabularies_of(index, separator, with_batches) == known
+        assert vocabularies_of(index, notation, with_batches) == known
 
 
 @settings(derandomize=True)
@@ -323,7 +313,7 @@ def test_known_labels_are_those_that_some_set_is_trained_with(found, separator, 
 def test_the_labels_of_an_index_are_those_of_its_conditions_one_by_one(found, others, trained, separator, with_batches):
     index, marginal = labelled(found)
     everything, of_everything = labelled([*found, *others] if trained else others)
-    known = vocabularies_of(everything, separator, with_batches, of_everything)
+    known = vocabularies_of(everything, Notation(frozenset("ABCD"), separator), with_batches, of_everything)
     names = [
         (
             None if perturbation == "control" or is_marginal else perturbation,

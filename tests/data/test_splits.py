@@ -93,7 +93,7 @@ def test_names_with_the_selectors_own_signs_are_reached_by_column_and_value(pert
 def test_a_selector_that_finds_nothing_is_an_error_with_the_nearest_names(selector, text):
     with pytest.raises(ValueError, match=re.escape(text)) as error:
         split_of(small_screen(), [selector])
-    assert "PERTURBATION[:CELL_TYPE[:BATCH]] or COLUMN=VALUE" in str(error.value)
+    assert "PERTURBATION[:CELL_TYPE[:BATCH]], * is any, or COLUMN=VALUE" in str(error.value)
 
 
 def test_a_combination_that_no_cell_has_is_an_error():

@@ -111,7 +111,7 @@ def test_perturbations_with_features_alone_come_after_those_with_rows():
     assert described.perturbations.names == ("A", "B", "Z", "Q", "W")
     assert described.labelled == ("A", "B")
     assert described.tables == (("t", 2), ("u", 5))
-    assert described.encode([("Q+A", None, None)]).perturbation.tolist() == [[3, 0]]
+    assert described.encode([("Q+A", None, None)]).perturbation.tolist() == [[0, 3]]
 
 
 def test_a_written_table_is_read_back(tmp_path):

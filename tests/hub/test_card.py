@@ -400,7 +400,8 @@ def atlas_of(**changed):
     said = {
         "library_version": "0.1.0", "input_kind": "counts", "target_sum": None, "normalisation": "X are raw counts.",
         "n_cells": 9, "n_genes": 20, "n_conditions": 2, "n_perturbations": 1, "n_cell_types": 1, "n_batches": 1,
-        "gene_type": "uint16", "value_type": "uint16", "control_label": "control", "license": None, "seed": 0,
+        "gene_type": "uint16", "value_type": "uint16", "control_label": "control", "dose_separator": None,
+        "license": None, "seed": 0,
         "genes_rule": "union", "sources": (source,), "shards": (Shard("data/cells-00000.parquet", 9),),
     }  # fmt: skip
     return AtlasInfo(**{**said, **changed})

@@ -254,14 +254,17 @@ def as_format_3(folder, **training):
     """Its files as format 3 had them."""
     config = json.loads((folder / CONFIG).read_text())
     perturbations = json.loads((folder / "perturbations.json").read_text())
+    config["obs"].pop("other_control_labels", None)
     if "n_by_features" in perturbations:
+        del perturbations["control_labels"], perturbations["doses"]
         perturbations["n_described"] = perturbations.pop("n_by_features")
         (folder / "perturbations.json").write_text(json.dumps(perturbations))
         config["diffusion"]["p_unlabelled"] = config["diffusion"].pop("p_features_only")
         config["diffusion"] |= {"kernel": "energy", "mean_weight": 0.0}
         config["denoiser"]["attention"] = "paired"
     (folder / "training.json").write_text(json.dumps(training))
-    rehash(folder, format_version=3, denoiser=config["denoiser"], diffusion=config["diffusion"])
+    parts = {name: config[name] for name in ("denoiser", "diffusion", "obs")}
+    rehash(folder, format_version=3, **parts)
 
 
 def test_a_folder_of_format_3_loads_with_the_names_of_today(folder):

@@ -20,10 +20,13 @@ import numpy as np
 from perturbdiff.atlas.build.genes import merge_genes, n_selected, read_gene_table
 from perturbdiff.atlas.build.sort import CELL_BYTES, Conditions, Sort
 from perturbdiff.atlas.build.sources.base import Selection, Source
+from perturbdiff.atlas.build.sources.checks import parsed
 from perturbdiff.atlas.build.workers import Crew
-from perturbdiff.atlas.format import PREPROCESSING, ROW_GROUP, SORTED_BY, gene_type
+from perturbdiff.atlas.format import CONTROL_LABEL, PREPROCESSING, ROW_GROUP, SORTED_BY, gene_type
 from perturbdiff.config import BuildConfig
 from perturbdiff.data.expression import GeneMoments, log1p_normalised
+from perturbdiff.data.labels import DOSE
+from perturbdiff.data.notation import Notation
 from perturbdiff.data.vocab import GeneVocab
 from perturbdiff.files import progress, write_json, written
 
@@ -79,6 +82,8 @@ class Plan:
         temporary.mkdir()
         content = {
             "names": conditions.names,
+            "perturbations": sort.perturbations,
+            "dose_separator": sort.dose_separator,
             "genes": self.genes.names,
             "ensembl": self.genes.ensembl,
             "value_type": sort.value_type,
@@ -113,6 +118,8 @@ class Plan:
             conditions=Conditions(names, *(found[name] for name in ("keys", "n_cells", "first_bucket", "n_parts"))),  # type: ignore[arg-type]
             chunks=found["chunks"],
             pieces=found["pieces"],
+            perturbations=tuple(content["perturbations"]),
+            dose_separator=content["dose_separator"],
             value_type=content["value_type"],
             seed=inputs.config.seed,
             shard_bytes=inputs.shard_bytes,
@@ -136,7 +143,9 @@ def make_plan(crew: Crew[Inputs], densities: Sequence[Density], max_values: int,
     space = merge_genes(vocabs, config.genes, table)
     pieces = [source.chunks(READ_VALUES) for source in inputs.sources]
     chunks = _chunks(pieces, [density.mean() for density in densities], max_values)
-    kept, counts, selections = _conditions(crew, pieces, chunks)
+    kept, found, selections = _conditions(crew, pieces, chunks)
+    written, dose_separator = _written(found, inputs, space.genes.names)
+    counts = _rewritten(found, written)
     if (n := n_selected(config.genes)) is not None:
         variable = [moments.highly_variable(n) for moments in _moments(crew, pieces, task)]
         space = space.among(variable)
@@ -153,6 +162,8 @@ def make_plan(crew: Crew[Inputs], densities: Sequence[Density], max_values: int,
         conditions=Conditions.from_counts(counts, sizes, bucket),
         chunks=kept,
         pieces=np.array([piece for ranges in pieces for piece in ranges], dtype=np.int64).reshape(-1, 2),
+        perturbations=written,
+        dose_separator=dose_separator,
         value_type=value_type,
         seed=config.seed,
         shard_bytes=inputs.shard_bytes,
@@ -203,6 +214,37 @@ def _conditions(
     for selection in selections:
         selection.check()
     return np.array(sorted(kept, key=lambda chunk: chunk[2]), dtype=np.int64).reshape(-1, 4), counts, selections
+
+
+def _written(
+    counts: dict[tuple[str, str, str], np.ndarray], inputs: Inputs, genes: Sequence[str]
+) -> tuple[tuple[dict[str, str], ...], str | None]:
+    """How the atlas writes the perturbations of each source, and what stands before a dose if there is one.
+
+    What stands alone in one source may be a part of a combination in another.
+    """
+    labels = [{key[2] for key, n in counts.items() if n[i]} for i in range(len(inputs.sources))]
+    configs = [source.config for source in inputs.sources]
+    alone = set(genes)
+    for found, config in zip(labels, configs, strict=True):
+        names = {name for parts in parsed(found, config, genes).values() for name, _ in parts}
+        alone |= {name for name in names if (config.combination_separator or "\0") not in name}
+    meanings = [parsed(found, config, alone) for found, config in zip(labels, configs, strict=True)]
+    has_doses = any(dose is not None for known in meanings for parts in known.values() for _, dose in parts)
+    notation = Notation((), "+", DOSE if has_doses else None, (CONTROL_LABEL,))
+    written = tuple({label: notation.text(parts) for label, parts in known.items()} for known in meanings)
+    return written, notation.dose_separator
+
+
+def _rewritten(
+    counts: dict[tuple[str, str, str], np.ndarray], written: Sequence[dict[str, str]]
+) -> dict[tuple[str, str, str], np.ndarray]:
+    found: dict[tuple[str, str, str], np.ndarray] = {}
+    for (cell_type, batch, label), n_cells in counts.items():
+        for i in np.flatnonzero(n_cells).tolist():
+            key = cell_type, batch, written[i][label]
+            found.setdefault(key, np.zeros_like(n_cells))[i] += n_cells[i]
+    return found
 
 
 def _count(inputs: Inputs, rows: tuple[int, int, int]) -> tuple[Selection, dict[tuple[str, str, str], int]]:

@@ -275,6 +275,7 @@ def _finish(inputs: Inputs, plan: Plan, out: Path) -> None:
         gene_type=sort.gene_type,
         value_type=sort.value_type,
         control_label=CONTROL_LABEL,
+        dose_separator=sort.dose_separator,
         license=config.license,
         seed=config.seed,
         target_sum=target_sums.pop() if len(target_sums) == 1 else None,

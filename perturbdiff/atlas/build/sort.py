@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from scipy import sparse
 
 from perturbdiff.atlas.build.sources.base import Source
+from perturbdiff.atlas.build.sources.checks import coded_as
 from perturbdiff.atlas.format import ROW_GROUP, SORTED_BY, gene_type, parquet_options, shard_schema
 from perturbdiff.data.rng import cell_order_key
 from perturbdiff.files import sha256, write_json, written
@@ -133,6 +134,10 @@ class Sort:
         (n_chunks, 4) int64: source number, cells that are kept, and where its pieces begin and end in `pieces`.
     pieces
         (n, 2) int64 first row and end of what is read of a source at a time; those of a chunk follow each other.
+    perturbations
+        Of each source: how the atlas writes its labels.
+    dose_separator
+        Stands before the doses in them; None where there are none.
     value_type
         "uint16", "uint32" or "float32" (log1p).
     """
@@ -144,6 +149,8 @@ class Sort:
     conditions: Conditions
     chunks: np.ndarray
     pieces: np.ndarray
+    perturbations: tuple[dict[str, str], ...]
+    dose_separator: str | None
     value_type: str
     seed: int
     shard_bytes: int
@@ -190,6 +197,9 @@ def spill_chunk(sort: Sort, chunk: int) -> int:
     labels = source.labels(int(ranges[0, 0]), int(ranges[-1, 1]))
     if len(labels) != n_kept:
         raise ValueError(f"source {source.name!r} changed while it was read; delete {sort.folder} and build again.")
+    known, own = sort.perturbations[number], labels["perturbation"].array
+    texts = [known.get(label, label) for label in own.categories]
+    labels = labels.assign(perturbation=coded_as(texts, own.codes))
     rows, names = labels["row"].to_numpy(), labels["cell"].to_numpy(dtype=object)
     condition, hashes = sort.conditions.of_cells(labels), cell_order_key(names, sort.seed)
     order = np.lexsort((rows, hashes, condition))

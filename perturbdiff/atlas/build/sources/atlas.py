@@ -15,7 +15,7 @@ from perturbdiff.atlas.build.sources.checks import categorical, checked, label_t
 from perturbdiff.atlas.build.sources.parquet import LocalFiles, RowGroups, batches, lists
 from perturbdiff.atlas.store import Atlas
 from perturbdiff.config import SourceConfig
-from perturbdiff.data.screen import LABELS
+from perturbdiff.data.selectors import LABELS
 from perturbdiff.data.space import InputKind
 from perturbdiff.data.vocab import GeneVocab
 
@@ -35,13 +35,15 @@ class OtherAtlas:
     @classmethod
     def open(cls, config: SourceConfig) -> OtherAtlas:
         default = SourceConfig()
-        for setting in ("perturbation_col", "cell_type_col", "batch_col", "control_label", "library_size_col", "layer"):
+        fixed = ("perturbation_col", "cell_type_col", "batch_col", "control_label", "library_size_col", "layer")
+        for setting in (*fixed, "other_control_labels", "combination_separator", "dose_col", "dose_separator", "where"):
             if getattr(config, setting) != getattr(default, setting):
                 raise ValueError(
                     f"{setting} ({getattr(config, setting)!r}) has no meaning for the atlas {config.path}, whose "
                     "columns are fixed; leave it at its default."
                 )
         atlas = Atlas.open(config.path)
+        config = replace(config, dose_separator=atlas.info.dose_separator)
         kind = atlas.info.input_kind
         if config.input_kind not in ("auto", kind):
             raise ValueError(f"atlas {config.path} holds {kind}, not {config.input_kind}; leave input_kind.")

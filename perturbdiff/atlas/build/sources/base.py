@@ -21,7 +21,7 @@ from perturbdiff.atlas.build.sources.parquet import HubFiles, LocalFiles, Parque
 from perturbdiff.atlas.build.sources.tahoe import TahoeSource
 from perturbdiff.atlas.format import CONTROL_LABEL
 from perturbdiff.config import SourceConfig
-from perturbdiff.data.screen import LABELS
+from perturbdiff.data.selectors import LABELS
 from perturbdiff.data.space import InputKind
 from perturbdiff.data.vocab import GeneVocab, nearest
 

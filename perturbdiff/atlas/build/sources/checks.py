@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,11 +14,14 @@ from scipy import sparse
 from perturbdiff.atlas.format import CONTROL_LABEL
 from perturbdiff.config import SourceConfig
 from perturbdiff.data.expression import as_csr
-from perturbdiff.data.screen import LABELS
+from perturbdiff.data.labels import at_dose, learned
+from perturbdiff.data.notation import Parts
+from perturbdiff.data.selectors import LABELS, Selectors
 from perturbdiff.data.space import LOG1P_MAX, InputKind
 from perturbdiff.data.vocab import GeneVocab
 from perturbdiff.files import short
 
+DOSE_MARK = "\x1f"  # between a label of a source and its dose
 BLOCK = 1 << 17  # values checked together: they stay in the processor's cache
 _MIN_WHOLE = 1000  # as many values that are all whole numbers are no log1p values
 
@@ -146,7 +149,12 @@ def library_text(kind: InputKind, column: str | None) -> str:
 
 
 def label_table(
-    config: SourceConfig, source: str, first: int, found: Mapping[str, pd.Categorical | None], names: np.ndarray
+    config: SourceConfig,
+    source: str,
+    first: int,
+    found: Mapping[str, pd.Categorical | None],
+    names: np.ndarray,
+    extra: Mapping[str, Any] | None = None,
 ) -> pd.DataFrame:
     """The table of `Source.labels`; a label without a column is that of the whole source."""
     constant = {"perturbation": CONTROL_LABEL, "cell_type": source, "batch": source}
@@ -155,17 +163,20 @@ def label_table(
         labels = found[name]
         if labels is None:
             labels = coded_as([constant[name]], np.zeros(len(names), np.int32))
-        elif name == "perturbation" and config.control_label != CONTROL_LABEL:
+        elif name == "perturbation" and (controls := {config.control_label, *config.other_control_labels}) != {
+            CONTROL_LABEL
+        }:
             taken = labels.categories.get_indexer(pd.Index([CONTROL_LABEL]))[0]
-            if taken >= 0 and (codes := labels.codes == taken).any():
+            if taken >= 0 and CONTROL_LABEL not in controls and (codes := labels.codes == taken).any():
                 raise ValueError(
                     f"cell {names[int(np.argmax(codes))]!r} of {config.path} has the perturbation {CONTROL_LABEL!r}, "
                     f"but the control label is {config.control_label!r}; {CONTROL_LABEL!r} marks unperturbed cells in "
                     "an atlas: rename the label or set control_label."
                 )
-            labels = labels.remove_unused_categories().rename_categories({config.control_label: CONTROL_LABEL})
+            texts = [CONTROL_LABEL if text in controls else text for text in labels.categories]
+            labels = coded_as(texts, labels.codes)
         table[name] = labels
-    return pd.DataFrame({**table, "cell": names})
+    return pd.DataFrame({**table, "cell": names, **(extra or {})})
 
 
 def categorical(values: Any, column: str, names: np.ndarray, path: str) -> pd.Categorical:
@@ -198,14 +209,14 @@ def selector_fields(selector: str, config: SourceConfig) -> dict[str, str]:
 
 
 def selector_matches(labels: pd.DataFrame, selector: str, config: SourceConfig) -> np.ndarray:
-    matches = np.ones(len(labels), dtype=bool)
-    for name, value in selector_fields(selector, config).items():
-        matches &= (labels[name] == value).to_numpy()
-    return matches
+    """Rows that a selector names, by the words of the source itself."""
+    first, colon, rest = selector.partition(":")
+    own = CONTROL_LABEL + colon + rest if first == config.control_label else selector
+    return Selectors(labels).rows(own)
 
 
 def selected(labels: pd.DataFrame, config: SourceConfig) -> pd.DataFrame:
-    """The rows that `cells`, `keep` and `drop` leave."""
+    """The rows that `cells`, `keep`, `drop` and `where` leave, each perturbation with its dose (`dosed`)."""
     selected = np.ones(len(labels), dtype=bool)
     if config.cells != "all":
         selected = (labels["perturbation"] == CONTROL_LABEL).to_numpy() == (config.cells == "unperturbed")
@@ -213,7 +224,70 @@ def selected(labels: pd.DataFrame, config: SourceConfig) -> pd.DataFrame:
         selected &= np.logical_or.reduce([selector_matches(labels, selector, config) for selector in config.keep])
     for selector in config.drop:
         selected &= ~selector_matches(labels, selector, config)
-    return labels if selected.all() else labels[selected]
+    if "where" in labels:
+        selected &= labels["where"].to_numpy()
+    left = labels if selected.all() else labels[selected]
+    return _dosed(left) if "dose" in left else left
+
+
+def _dosed(labels: pd.DataFrame) -> pd.DataFrame:
+    # The dose is a part of the label from here on, behind a mark that no label has.
+    perturbation = labels["perturbation"].array
+    doses = np.where(perturbation == CONTROL_LABEL, 0.0, labels["dose"].to_numpy())
+    if (bad := ~(np.isfinite(doses) & ((doses > 0) | (perturbation == CONTROL_LABEL)))).any():
+        row = int(bad.argmax())
+        raise ValueError(
+            f"cell {labels['cell'].iloc[row]!r} received {perturbation[row]!r} at dose {labels['dose'].iloc[row]!r}; "
+            "doses must be finite and greater than 0."
+        )
+    pairs, codes = np.unique(np.stack([perturbation.codes, doses]), axis=1, return_inverse=True)
+    texts = [str(perturbation.categories[int(code)]) for code in pairs[0]]
+    written = [
+        t if t == CONTROL_LABEL else f"{t}{DOSE_MARK}{d!r}" for t, d in zip(texts, pairs[1].tolist(), strict=True)
+    ]
+    return labels.assign(perturbation=coded_as(written, codes.ravel()))
+
+
+def parsed(labels: Collection[str], config: SourceConfig, names: Collection[str]) -> dict[str, Parts]:
+    """What each label of a source stands for, as `labels` gives them.
+
+    `names` are perturbations that a combination may be of, besides those that stand alone here.
+    """
+    split = {label: label.partition(DOSE_MARK) for label in labels}
+    controls = tuple({CONTROL_LABEL: None, config.control_label: None, **dict.fromkeys(config.other_control_labels)})
+    texts = {text for text, _, _ in split.values()}
+    notation, lists = learned(texts, config.combination_separator, config.dose_separator, controls, names)
+    parts = {text: lists.get(text) or notation.parse(text) for text in texts}
+    return {
+        label: at_dose(parts[text], float(dose)) if dose else parts[text] for label, (text, _, dose) in split.items()
+    }
+
+
+def extra_columns(config: SourceConfig, columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the rows: `dose`, and whether `where` holds; from the obs columns of `extra_names`."""
+    extra: dict[str, Any] = {}
+    if config.dose_col is not None:
+        extra["dose"] = pd.to_numeric(pd.Series(columns[config.dose_col]).astype(str), errors="coerce").to_numpy()
+    if config.where:
+        extra["where"] = np.logical_and.reduce(
+            [
+                (pd.Series(columns[name]).astype(str) == value).to_numpy()
+                for name, value in map(_condition, config.where)
+            ]
+        )
+    return extra
+
+
+def extra_names(config: SourceConfig) -> set[str]:
+    """Obs columns that are read besides those of labels."""
+    return {name for name, _ in map(_condition, config.where)} | ({config.dose_col} - {None})  # type: ignore[operator]
+
+
+def _condition(text: str) -> tuple[str, str]:
+    column, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"where {text!r} must be COLUMN=VALUE, as is_primary_data=True.")
+    return column, value
 
 
 @contextmanager

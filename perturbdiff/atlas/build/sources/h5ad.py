@@ -18,6 +18,8 @@ from perturbdiff.atlas.build.sources.checks import (
     BLOCK,
     categorical,
     checked,
+    extra_columns,
+    extra_names,
     label_table,
     library_text,
     naming,
@@ -28,7 +30,8 @@ from perturbdiff.atlas.format import PREPROCESSING
 from perturbdiff.config import SourceConfig
 from perturbdiff.data.expression import as_csr, library_sizes
 from perturbdiff.data.h5ad import open_h5ad, parts_of
-from perturbdiff.data.screen import LABELS, gene_rows, genes_of
+from perturbdiff.data.screen import gene_rows, genes_of
+from perturbdiff.data.selectors import LABELS
 from perturbdiff.data.space import RAW_COUNTS, UNKNOWN, InputKind, Space, found, renormalised, space_of
 from perturbdiff.data.vocab import GeneVocab
 
@@ -87,10 +90,13 @@ class H5adSource:
                 f"X of {path} is a damaged sparse matrix: {n_values[0]} values, {n_values[1]} indices, {lengths[2][0]} "
                 f"row pointers from {ends[0]} to {ends[1]} for {n_obs} cells; get or write the file again."
             )
-        settings = {f"{name}_col": getattr(config, f"{name}_col") for name in (*LABELS, "library_size")}
-        for setting, column in settings.items():
-            if column is not None and column not in columns:
-                raise KeyError(f"obs column {column!r} not in {path}; found {sorted(columns)}. Set {setting}.")
+        settings = {f"{name}_col": getattr(config, f"{name}_col") for name in (*LABELS, "library_size", "dose")}
+        settings |= {f"where={column}": column for column in extra_names(config) - {config.dose_col}}
+        if absent := {name: column for name, column in settings.items() if column not in (None, *columns)}:
+            raise KeyError(
+                f"obs column{'s' if len(absent) > 1 else ''} {', '.join(map(repr, absent.values()))} not in {path}; "
+                f"found {sorted(columns)}. Set {', '.join(absent)}."
+            )
         fingerprint = {"file": path.name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         return cls(config, config.name or path.stem, n_obs, genes, fingerprint, form == "csr", parts, is_gene)
 
@@ -153,12 +159,13 @@ class H5adSource:
         columns = {name: getattr(self.config, f"{name}_col") for name in LABELS}
         with open_h5ad(self.config.path, self.parts) as file, reading(self.config.path):
             names = _names(_index(file["obs"]), first, last)
-            values = {c: _column(file["obs"], c, first, last) for c in set(columns.values()) if c is not None}
+            wanted = {column for column in columns.values() if column is not None} | extra_names(self.config)
+            values = {column: _column(file["obs"], column, first, last) for column in wanted}
         found = {
             name: None if column is None else categorical(values[column], column, names, self.config.path)
             for name, column in columns.items()
         }
-        return label_table(self.config, self.name, first, found, names)
+        return label_table(self.config, self.name, first, found, names, extra_columns(self.config, values))
 
     def labels(self, first: int, last: int) -> pd.DataFrame:
         return selected(self.all_labels(first, last), self.config)

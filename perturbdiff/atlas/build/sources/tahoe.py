@@ -17,6 +17,8 @@ from perturbdiff.atlas.build.sources.checks import (
     categorical,
     checked,
     coded_as,
+    extra_columns,
+    extra_names,
     label_table,
     naming,
     reading,
@@ -26,7 +28,7 @@ from perturbdiff.atlas.build.sources.parquet import ParquetFiles, RowGroups, bat
 from perturbdiff.atlas.format import CONTROL_LABEL
 from perturbdiff.config import SourceConfig
 from perturbdiff.data.expression import library_sizes
-from perturbdiff.data.screen import LABELS
+from perturbdiff.data.selectors import LABELS
 from perturbdiff.data.space import InputKind
 from perturbdiff.data.vocab import GeneVocab
 
@@ -91,7 +93,7 @@ class TahoeSource:
             column = getattr(config, setting)
             if column is not None and column not in columns:
                 raise KeyError(f"column {column!r} not in {config.path}; found {sorted(columns)}. Set {setting}.")
-        for column in ("genes", _TAHOE_CELL):
+        for column in ("genes", _TAHOE_CELL, *sorted(extra_names(config))):
             if column not in columns:
                 raise KeyError(f"column {column!r} not in {config.path}; found {sorted(columns)}.")
         return cls(
@@ -106,12 +108,13 @@ class TahoeSource:
         columns = {name: getattr(self.config, f"{name}_col") for name in LABELS}
         if self.samples is not None:
             columns["perturbation"] = "sample"
-        wanted = sorted({_TAHOE_CELL, *(c for c in columns.values() if c is not None)})
+        more = extra_names(self.config)
+        wanted = sorted({_TAHOE_CELL, *(c for c in columns.values() if c is not None), *more})
         parts = []
         for position, start, stop in self.groups.parts(first, last):
             path = self.files.local(self.groups.names[position])
             table = pa.Table.from_batches(
-                batches(path, wanted, start, stop, wanted[:0] + [c for c in wanted if c != _TAHOE_CELL])
+                batches(path, wanted, start, stop, [c for c in wanted if c != _TAHOE_CELL and c not in more])
             )
             parts.append(table)
         table = pa.concat_tables(parts).unify_dictionaries() if parts else None
@@ -130,7 +133,8 @@ class TahoeSource:
             if unknown:
                 raise ValueError(f"sample {unknown[0]!r} of {self.config.path} is not in its sample_metadata.parquet.")
             found["perturbation"] = coded_as([self.samples[name] for name in sample.categories], sample.codes)
-        return label_table(self.config, self.name, first, found, names)
+        extra = extra_columns(self.config, {column: frame[column] for column in more})
+        return label_table(self.config, self.name, first, found, names, extra)
 
     def labels(self, first: int, last: int) -> pd.DataFrame:
         return selected(self.all_labels(first, last), self.config)

@@ -1,0 +1,238 @@
+"""Labels of the cells of one file: read from obs once, checked, parsed to conditions, written in one way."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+
+from perturbdiff.config import DataConfig
+from perturbdiff.data.dialects import COLUMNS, CONTROL_WORDS, NO_PERTURBATION, understood
+from perturbdiff.data.notation import Notation, Parts, split_dose
+from perturbdiff.data.selectors import GRAMMAR, LABELS, Selectors
+from perturbdiff.data.vocab import nearest
+from perturbdiff.files import few
+
+MISSING = "nan"  # what a cell without a label is called by selectors of data.drop
+ALL = "all"  # the only label of a column that is null
+DOSE = "@"  # stands before a dose where nothing else is asked for
+
+
+@dataclass(frozen=True, repr=False)
+class CellLabels:
+    """What is known of the cells by their labels.
+
+    obs
+        `perturbation`, `cell_type`, `batch` (str) of the cells that stay.
+    kept
+        (n_obs,) bool: cells that stay.
+    notation
+        What the perturbations' labels mean.
+    config
+        The settings that they were read by, columns of a known kind of file filled in.
+    notes
+        What was found, for people.
+    """
+
+    obs: pd.DataFrame
+    kept: np.ndarray
+    notation: Notation
+    config: DataConfig
+    notes: tuple[str, ...]
+
+
+def read_labels(obs: pd.DataFrame, config: DataConfig, path: str, names: Collection[str] = ()) -> CellLabels:
+    """The conditions of cells.
+
+    Parameters
+    ----------
+    names
+        Besides labels that stand alone, names of perturbations that a combination may be of: genes.
+
+    Raises
+    ------
+    KeyError
+        Obs columns are missing; the message names all of them, and those that are there.
+    ValueError
+        A label or dose is missing or cannot be; no cell has the control label; data.drop names no cell.
+    """
+    config, dialect = understood(config, obs)
+    _refuse_missing_columns(obs, config, path)
+    notes = [dialect] if dialect else []
+    raw = {name: _Column.read(obs, getattr(config, f"{name}_col")) for name in LABELS}
+    controls = tuple(dict.fromkeys((config.control_label, *config.other_control_labels)))
+    _refuse_missing_controls(raw["perturbation"], controls, config, path)
+    perturbations, notation = _conditions(raw["perturbation"], controls, obs, config, path, names)
+    table = pd.DataFrame({"perturbation": perturbations, **{name: raw[name].values for name in LABELS[1:]}})
+    kept = _kept(table, notation, config, path)
+    for name in LABELS:
+        _refuse_missing(raw[name], name, kept, obs, path)
+    if (n := int((~kept).sum())) and kept.any():
+        notes.append(f"{n:,} cells are left out by data.drop={list(config.drop)}")
+    if not kept.any():
+        raise ValueError(f"data.drop {list(config.drop)} leaves no cell of {path}; drop less.")
+    table = table[kept].reset_index(drop=True)
+    notes += [
+        f"no cell has the control label {label!r}" for label in controls if label not in raw["perturbation"].texts
+    ]
+    notes += _remarks(set(table["perturbation"].unique()), notation)
+    return CellLabels(table, kept, notation, config, tuple(notes))
+
+
+@dataclass(frozen=True)
+class _Column:
+    # Labels of all cells as codes; code -1 has none.
+    name: str | None
+    codes: np.ndarray
+    texts: np.ndarray
+
+    @classmethod
+    def read(cls, obs: pd.DataFrame, name: str | None) -> _Column:
+        if name is None:
+            return cls(None, np.zeros(len(obs), np.int64), np.array([ALL], dtype=object))
+        codes, texts = pd.factorize(obs[name])
+        return cls(name, codes, pd.Index(texts).astype(str).to_numpy(dtype=object))
+
+    @property
+    def values(self) -> np.ndarray:
+        return np.append(self.texts, MISSING)[self.codes]
+
+
+def _conditions(
+    column: _Column, controls: Sequence[str], obs: pd.DataFrame, config: DataConfig, path: str, names: Collection[str]
+) -> tuple[np.ndarray, Notation]:
+    """(n_obs,) the one way to write each cell's perturbation, and the notation it is written in."""
+    texts = [*column.texts.tolist(), MISSING]
+    used = [texts[i] for i in np.unique(column.codes)]
+    in_labels = None if config.dose_col else config.dose_separator
+    notation, pairs = learned(used, config.combination_separator, in_labels, controls, names)
+    parsed = [pairs.get(text) or notation.parse(text) for text in texts]
+    codes = np.where(column.codes < 0, len(texts) - 1, column.codes)
+    if config.dose_col is not None:
+        is_control = np.array([not parts for parts in parsed])[codes]
+        doses = _doses(obs, config.dose_col, ~is_control & (column.codes >= 0), column.values, path)
+        keys, codes = np.unique(np.stack([codes, doses]), axis=1, return_inverse=True)
+        parsed = [at_dose(parsed[int(code)], dose) for code, dose in keys.T]
+        codes = codes.ravel()
+    if any(dose is not None for parts in parsed for _, dose in parts):
+        notation = replace(notation, dose_separator=config.dose_marker or DOSE)
+    return np.array([notation.text(parts) for parts in parsed], dtype=object)[codes], notation
+
+
+def learned(
+    labels: Collection[str],
+    combination_separator: str | None,
+    dose_separator: str | None,
+    controls: Sequence[str],
+    names: Collection[str],
+) -> tuple[Notation, dict[str, Parts]]:
+    """`Notation.learned` of labels, and what those stand for that are Tahoe-100M's lists of drugs with doses."""
+    pairs = {text: parts for text in labels if text not in controls and (parts := _tuples(text)) is not None}
+    others = [text for text in labels if text not in pairs]
+    named = {name for parts in pairs.values() for name, _ in parts}
+    return Notation.learned(others, combination_separator, dose_separator, controls, {*names, *named}), pairs
+
+
+def _tuples(text: str) -> Parts | None:
+    # "[('A', 0.5, 'uM')]", as Tahoe-100M writes drugs with their doses.
+    if not text.startswith("[("):
+        return None
+    try:
+        found = [(str(name), float(dose)) for name, dose, _ in ast.literal_eval(text)]
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None
+    for name, dose in found:
+        split_dose(f"{name}@{dose!r}", "@")  # refuses one that cannot be
+    return tuple(sorted(set(found)))
+
+
+def at_dose(parts: Parts, dose: float) -> Parts:
+    """The parts at a dose; those of a combination get the same."""
+    return tuple((name, float(dose)) for name, _ in parts)
+
+
+def _doses(obs: pd.DataFrame, column: str, perturbed: np.ndarray, labels: np.ndarray, path: str) -> np.ndarray:
+    """(n_obs,) float64 doses, 0 for the others."""
+    values = numbers(obs, column, "data.dose_col", path)
+    if obs[column].dtype == np.float32:  # 0.1 is meant, and not the nearest float32
+        values = obs[column].astype(str).astype(np.float64).to_numpy()
+    if bad := np.flatnonzero(perturbed & ~(np.isfinite(values) & (values > 0))).tolist():
+        raise ValueError(
+            f"obs column {column!r} holds {obs[column].iloc[bad[0]]!r} in cell {obs.index[bad[0]]!r}, which received "
+            f"{labels[bad[0]]!r}; doses must be finite and greater than 0."
+        )
+    return np.where(perturbed, values, 0.0)
+
+
+def numbers(obs: pd.DataFrame, column: str, setting: str, path: str) -> np.ndarray:
+    """(n_cells,) float64 of an obs column, NaN where there is no number."""
+    if column not in obs.columns:
+        raise KeyError(f"obs column {column!r} not in {path}; found {sorted(map(str, obs.columns))}. Set {setting}.")
+    return pd.to_numeric(obs[column], errors="coerce").to_numpy(dtype=np.float64)
+
+
+def _kept(table: pd.DataFrame, notation: Notation, config: DataConfig, path: str) -> np.ndarray:
+    selectors = Selectors(table, notation)
+    kept = np.ones(len(table), dtype=bool)
+    for selector in config.drop:
+        dropped = selectors.rows(selector)
+        if not dropped.any():
+            raise ValueError(f"data.drop {selector!r} names no cell of {path}. {GRAMMAR}")
+        kept &= ~dropped
+    return kept
+
+
+def _refuse_missing_columns(obs: pd.DataFrame, config: DataConfig, path: str) -> None:
+    wanted = {name: getattr(config, name) for name in COLUMNS}
+    missing = {name: column for name, column in wanted.items() if column is not None and column not in obs.columns}
+    if missing:
+        settings = " ".join(f"data.{name}=..." for name in missing)
+        kind = "; null where all cells are alike" if set(missing) - {"perturbation_col"} else ""
+        raise KeyError(
+            f"obs column{'s' if len(missing) > 1 else ''} {', '.join(map(repr, missing.values()))} not in {path}; "
+            f"found {sorted(map(str, obs.columns))}. Set {settings}{kind}."
+        )
+
+
+def _refuse_missing_controls(column: _Column, controls: Sequence[str], config: DataConfig, path: str) -> None:
+    present = set(column.texts.tolist())
+    if not present & set(controls):
+        likely = sorted(label for label in present if label.lower() in CONTROL_WORDS)
+        hint = f"data.control_label={likely[0]}" if likely else "data.control_label"
+        raise ValueError(
+            f"no cell of {path} has the control label {config.control_label!r} in obs column "
+            f"{config.perturbation_col!r}; {nearest(config.control_label, present)}. Set {hint}."
+        )
+
+
+def _refuse_missing(column: _Column, role: str, kept: np.ndarray, obs: pd.DataFrame, path: str) -> None:
+    missing = kept & (column.codes < 0)
+    if missing.any():
+        selector = "*:" * LABELS.index(role) + MISSING
+        raise ValueError(
+            f"obs column {column.name!r} of {path} has {missing.sum()} missing values, the first in cell "
+            f"{obs.index[int(missing.argmax())]!r}; every cell needs a label: fill them, or leave the cells "
+            f"out with data.drop=['{selector}']."
+        )
+
+
+def _remarks(labels: Collection[str], notation: Notation) -> list[str]:
+    """What looks wrong about perturbations, with the settings that would mend it."""
+    perturbed = sorted(label for label in labels if notation.parse(label))
+    notes = []
+    if words := [label for label in perturbed if label.strip().lower() in NO_PERTURBATION]:
+        drop = ",".join(word if word.strip() else "''" for word in words)
+        notes.append(f"{few([repr(word) for word in words])} are taken for perturbations; data.drop=[{drop}] leaves "
+                     "such cells out")  # fmt: skip
+    if words := [label for label in perturbed if label.strip().lower() in CONTROL_WORDS]:
+        notes.append(f"{few([repr(word) for word in words])} are taken for perturbations; "
+                     f"data.other_control_labels=[{','.join(words)}] makes controls of them")  # fmt: skip
+    separator = notation.combination_separator
+    whole = [label for label in perturbed if separator and any(separator in name for name, _ in notation.parse(label))]
+    if whole:
+        notes.append(f"{few([repr(label) for label in whole])} are taken for single perturbations: not all parts stand "
+                     "alone elsewhere")  # fmt: skip
+    return notes
