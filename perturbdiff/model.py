@@ -288,6 +288,7 @@ class PerturbDiff:
         sampler: str | None = None,
         seed: int = 0,
         min_gene_overlap: float = 0.5,
+        all_genes: bool = False,
     ) -> AnnData:
         """Predict cells under a perturbation from control cells.
 
@@ -318,12 +319,16 @@ class PerturbDiff:
             Same seed and arguments, same cells.
         min_gene_overlap
             Fewer of the model's genes in `controls` than this part are an error.
+        all_genes
+            Keep the genes of the model that `controls` lack. The network takes them for zero there, and nobody knows
+            what they were: by default they are left out, with a warning.
 
         Returns
         -------
-        AnnData with X (cells, genes) log1p values as CSR, the model's gene names, obs `perturbation`, `cell_type`,
-        `batch`, `source_control` (the control cell it was started from), `population`, and uns["perturbdiff"] with
-        model, sampler, steps, guidance, seed and what was unseen.
+        AnnData with X (cells, genes) log1p values as CSR, the model's gene names, var `measured` (whether the controls
+        had the gene), obs `perturbation`, `cell_type`, `batch`, `source_control` (the control cell it was started
+        from), `population`, and uns["perturbdiff"] with model, sampler, steps, guidance, seed, what was unseen and
+        `genes_absent`, the genes that the controls lacked.
 
         Raises
         ------
@@ -344,12 +349,20 @@ class PerturbDiff:
         _refuse_too_many(total)
         settings = (cell_type, batch, n_cells, n_populations, guidance_scale, steps, sampler, seed, min_gene_overlap)
         with progress(total, "predict", "cell") as bar:
-            made = [self.generate(cells, name, *settings, bar=bar) for name in wanted]
+            made = [self.generate(cells, name, *settings, all_genes, bar) for name in wanted]
         for i, part in enumerate(made):
             part.obs_names = [f"predicted_{i * part.n_obs + k}" for k in range(part.n_obs)]
         predicted = made[0] if len(made) == 1 else concat(made, merge="same", uns_merge="first")
         unseen = list(dict.fromkeys(label for part in made for label in part.uns["perturbdiff"]["unseen"]))
         predicted.uns["perturbdiff"]["unseen"] = unseen
+        if absent := predicted.uns["perturbdiff"]["genes_absent"]:
+            what = "kept, with var['measured'] False" if all_genes else "left out; all_genes=True keeps them"
+            warnings.warn(
+                f"the controls lack {len(absent):,} of the model's {len(self.genes):,} genes: {few(absent)}; they are "
+                f"{what}.",
+                UserWarning,
+                stacklevel=2,
+            )
         if unseen:
             warnings.warn(
                 f"not seen in training: {few(unseen)}; predicted from features or control cells alone. Known are "
@@ -372,6 +385,7 @@ class PerturbDiff:
         sampler: str | None = None,
         seed: int = 0,
         min_gene_overlap: float = 0.5,
+        all_genes: bool = False,
         bar: tqdm[Any] | None = None,
     ) -> AnnData:
         """`predict` from exactly these cells, whatever their labels say, without a warning; for those who chose them.
@@ -412,6 +426,10 @@ class PerturbDiff:
         var = pd.DataFrame(index=pd.Index(self.genes.names))
         if self.genes.ensembl is not None:
             var["ensembl_id"] = self.genes.ensembl
+        var["measured"] = alignment.columns >= 0
+        absent = var.index[~var["measured"]].tolist()
+        if absent and not all_genes:
+            X, var = X[:, var["measured"].to_numpy()], var[var["measured"]]
         uns = {
             "model": self.name,
             "library_version": __version__,
@@ -424,6 +442,7 @@ class PerturbDiff:
             "library_size_col": self.preprocessing.library_size_col or "",
             "n_genes_matched": alignment.n_matched,
             "genes_matched_by": alignment.matched_by,
+            "genes_absent": absent,
             "unseen": self._unseen(perturbation, conditions),
         }
         return AnnData(X=X, obs=obs, var=var, uns={"perturbdiff": uns})
@@ -478,7 +497,7 @@ class PerturbDiff:
 
     @property
     def gene_names(self) -> tuple[str, ...]:
-        """Names of its genes, in the order of the columns of what it predicts."""
+        """Names of its genes, in the order of the columns of what it predicts from controls that have them all."""
         return self.genes.names
 
     @property

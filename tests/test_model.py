@@ -244,13 +244,32 @@ def test_unknown_perturbation_lists_the_nearest(model, controls):
         model.predict(controls, perturbation="pert_1+pert_9")
 
 
-def test_missing_genes_are_zeros_up_to_the_allowed_overlap(model, controls):
-    most = controls[:, :30].copy()
-    assert model.predict(most, perturbation="pert_1", n_cells=3).uns["perturbdiff"]["n_genes_matched"] == 30
+def test_genes_may_be_missing_up_to_the_allowed_overlap(model, controls):
     few = controls[:, :10].copy()
     with pytest.raises(ValueError, match=r"only 10 of the model's 40 genes \(25%\)"):
         model.predict(few, perturbation="pert_1")
-    assert model.predict(few, perturbation="pert_1", n_cells=3, min_gene_overlap=0.2).n_vars == 40
+    with pytest.warns(UserWarning, match="the controls lack 30 of the model's 40 genes"):
+        assert model.predict(few, perturbation="pert_1", n_cells=3, min_gene_overlap=0.2).n_vars == 10
+
+
+def test_genes_that_the_controls_lack_are_left_out_or_flagged_and_the_others_stay_the_same(model, controls):
+    names = np.array(model.gene_names)
+    had = np.random.default_rng().permutation(40) < 30
+    fewer = controls[:, names[had]].copy()
+    zeroed = controls.copy()  # what the network gets of genes that it lacks
+    zeroed.X = sparse.csr_matrix(controls.X.toarray() * had)
+    expected = dense(model.predict(zeroed, perturbation="pert_1", n_cells=9))
+    for all_genes, kept in ((False, had), (True, np.ones(40, dtype=bool))):
+        with pytest.warns(UserWarning, match=r"lack 10 of the model's 40 genes: gene_\d+, .* and 5 more; they are"):
+            predicted = model.predict(fewer, perturbation=["pert_1", "pert_2"], n_cells=9, all_genes=all_genes)
+        assert list(predicted.var_names) == list(names[kept])
+        assert predicted.var["measured"].dtype == bool
+        assert list(predicted.var["measured"]) == list(had[kept])
+        np.testing.assert_array_equal(dense(predicted)[:9], expected[:, kept])
+        assert set(predicted.uns["perturbdiff"]["genes_absent"]) == set(names[~had])
+    of_all = model.predict(controls, perturbation="pert_1", n_cells=9)  # without a warning
+    assert of_all.var["measured"].all()
+    assert list(of_all.uns["perturbdiff"]["genes_absent"]) == []
 
 
 @pytest.mark.parametrize(

@@ -313,7 +313,7 @@ def _predicted_file(response: Response, cache: Path) -> str:
     words = "_".join(["predicted", perturbation, response.cell_type or ""])
     name = "".join(c if c.isascii() and (c.isalnum() or c in "-+.") else "_" for c in words).strip("_.")[:80]
     path = cache / secrets.token_hex(16) / f"{name}.h5ad"
-    write_predicted(response.predicted, path)
+    write_predicted(response.predicted[:, response.matched].copy(), path)
     return str(path)
 
 

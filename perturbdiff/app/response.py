@@ -125,6 +125,7 @@ def predict_response(
         steps=steps,
         seed=seed,
         min_gene_overlap=MIN_GENE_OVERLAP,
+        all_genes=True,
         bar=bar,
     )
     expression = expression_of(cells, model.preprocessing)

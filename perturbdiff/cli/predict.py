@@ -41,6 +41,7 @@ def add_predict_commands(commands: Any) -> None:
     predict.add_argument("--overwrite", action="store_true", help="replace --out and --summary if they exist")
     predict.add_argument("--n-cells", type=int, metavar="N", help="cells to predict (default: one per control cell)")
     predict.add_argument("--n-populations", type=int, default=1, metavar="N", help="draws of the response distribution")
+    predict.add_argument("--all-genes", action="store_true", help="keep genes of the model that the controls lack")
     add_sampling(predict)
 
     calibrate = add_command(
@@ -110,7 +111,7 @@ def _predict(arguments: argparse.Namespace) -> None:
         arguments.perturbation or "", arguments.cell_type, arguments.batch, arguments.n_cells, arguments.n_populations,
         arguments.seed,
     )  # fmt: skip
-    where = {name: getattr(arguments, name) for name in ("layer", "summary", "overwrite")}
+    where = {name: getattr(arguments, name) for name in ("layer", "summary", "overwrite", "all_genes")}
     options = {**where, **sampling_of(arguments)}
     requests = None if arguments.requests is None else read_requests(arguments.requests, one)
     model = load_model(arguments.model, arguments.features)

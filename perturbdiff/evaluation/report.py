@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from perturbdiff.data.screen import IN_MEMORY, Expression, Screen, genes_of, uni
 from perturbdiff.data.space import RAW_COUNTS, SAME, UNKNOWN, check_values, find_space
 from perturbdiff.data.splits import Split, read_split
 from perturbdiff.data.vocab import GeneVocab
+from perturbdiff.diffusion.generate import choose_controls
 from perturbdiff.evaluation.baselines import BASELINES, TrainingEffects, shift_cells
 from perturbdiff.evaluation.metrics import METRICS, mean_scores, score_condition, split_half_ceiling
-from perturbdiff.files import progress, write_json, written
+from perturbdiff.files import few, progress, write_json, written
 from perturbdiff.hub.records import EvaluationRecord, SplitRecord
 from perturbdiff.inference.output import read_predicted
 
@@ -48,12 +49,17 @@ class Report:
         Selectors of the held-out conditions; None where nothing was held out, but all that was measured is scored.
     split_sha256
         Of the split.json; None if unknown.
+    n_genes, n_absent
+        Scored genes, and those of them that the controls of the predictions lacked: of these, the model predicts no
+        change.
     """
 
     scores: pd.DataFrame
     data: str | None = None
     hold_out: tuple[str, ...] | None = None
     split_sha256: str | None = None
+    n_genes: int | None = None
+    n_absent: int = 0
 
     @property
     def n_conditions(self) -> int:
@@ -86,12 +92,13 @@ class Report:
             },
             index=means.index,
         )
+        absent = f"\n{self.n_absent:,} of {self.n_genes:,} genes, which its controls lacked, are scored as no change"
         direction = {"higher": "+", "lower": "-", "ideal 1": "1"}
         shown.columns = pd.Index([f"{name} ({direction[METRICS[name]]})" for name in METRICS])
         return (
             f"{shown.to_string()}\n"
             f"mean over {n_conditions} held-out condition{'s' if n_conditions > 1 else ''}, log1p space; "
-            "+ higher is better, - lower is better, 1 ideal is 1"
+            f"+ higher is better, - lower is better, 1 ideal is 1{absent if self.n_absent else ''}"
         )
 
     def record(self) -> EvaluationRecord:
@@ -127,7 +134,9 @@ def score_conditions(
     Parameters
     ----------
     predicted
-        X log1p values; obs perturbation, cell_type and (unless controls match by cell type alone) batch.
+        X log1p values; obs perturbation, cell_type and (unless controls match by cell type alone) batch. Genes with
+        var `measured` False are scored as no change: as control cells of the screen whose mean is that of all. Those
+        that the screen lacks too are left out.
     screen
         The measured cells, normalised as the model's training data were.
     match
@@ -139,20 +148,31 @@ def score_conditions(
     Raises
     ------
     ValueError, KeyError
-        A gene of `predicted` is not in the screen, an obs column is missing, or no condition is in both.
+        A measured gene of `predicted` is not in the screen, an obs column is missing, or no condition is in both.
     """
     if missing := [name for name in CONDITION if name not in predicted.obs.columns]:
         raise KeyError(
             f"obs columns {missing} not in the predictions; found {sorted(predicted.obs.columns)}. Name them so."
         )
-    genes = GeneVocab(tuple(predicted.var_names.astype(str)))
-    alignment = genes.align(screen.expression.genes, min_overlap=0.0)
-    if lacking := [name for name, column in zip(genes.names, alignment.columns, strict=True) if column < 0]:
+    genes, values = GeneVocab(tuple(predicted.var_names.astype(str))), as_csr(predicted.X)
+    had = _measured(predicted.var)
+    columns = genes.align(screen.expression.genes, min_overlap=0.0).columns
+    if lacking := [genes.names[i] for i in np.flatnonzero(had & (columns < 0))]:
         raise ValueError(
             f"{len(lacking)} of the {len(genes)} predicted genes are not in {screen.path}, for example "
             f"{', '.join(lacking[:5])}; give the screen that was predicted."
         )
-    expression = screen.expression.with_genes(genes, alignment.columns)
+    if (columns < 0).any():  # neither the controls nor the screen have them
+        scored = np.flatnonzero(columns >= 0)
+        genes, values, had, columns = genes.select(scored), values[:, scored], had[scored], columns[scored]
+    absent = np.flatnonzero(~had)
+    if len(absent):
+        print(
+            f"note: {len(absent):,} of {len(genes):,} genes are scored as no change, as the predictions' controls "
+            f"lacked them: {few([genes.names[i] for i in absent])}.",
+            flush=True,
+        )
+    expression = screen.expression.with_genes(genes, columns)
     real, controls = held_out_rows(screen, ~screen.is_control if split is None else split.test, match)
     labels = predicted.obs["perturbation"].astype(str)
     written = {label: screen.notation.canonical(label) for label in labels.unique()}
@@ -166,7 +186,6 @@ def score_conditions(
         )
     if len(common) < len(real):
         print(f"note: {len(real) - len(common)} of {len(real)} measured conditions were not predicted.", flush=True)
-    values = as_csr(predicted.X)
     effects = None if split is None else _training_effects(screen, expression, split, match)
     rows: list[dict[str, object]] = []
     with progress(len(common), "evaluate", "condition") as bar:
@@ -174,7 +193,10 @@ def score_conditions(
             perturbation, cell_type, batch = condition
             measured = expression.log1p(real[condition]).toarray()
             control = expression.log1p(controls[cell_type, batch]).toarray()
-            methods = {MODEL: score_condition(values[found[condition]].toarray(), measured, control)}
+            cells = values[found[condition]].toarray()
+            if len(absent):
+                cells[:, absent] = _no_change(expression, controls[cell_type, batch], absent, len(cells), seed)
+            methods = {MODEL: score_condition(cells, measured, control)}
             if effects is None:
                 methods["no change"] = score_condition(control, measured, control)
             else:
@@ -187,7 +209,7 @@ def score_conditions(
             rows += [{"method": name, **labels, **scores} for name, scores in methods.items()]
             bar.update()
     hold_out, sha256 = (None, None) if split is None else (tuple(split.config.hold_out), split.sha256)
-    return Report(pd.DataFrame(rows), Path(screen.path).name, hold_out, sha256)
+    return Report(pd.DataFrame(rows), Path(screen.path).name, hold_out, sha256, len(genes), len(absent))
 
 
 def evaluate(
@@ -204,7 +226,8 @@ def evaluate(
     ----------
     predictions
         What `PerturbDiff.predict` returned, or an .h5ad or .parquet of it: X log1p values; obs perturbation,
-        cell_type and batch.
+        cell_type and batch. Genes that its controls lacked (uns["perturbdiff"]["genes_absent"]), which the screen has,
+        are scored as no change, whether they were kept or not.
     screen
         The measured cells and their controls: an .h5ad, or its AnnData. They are normalised as the predictions say
         they were (uns["perturbdiff"]).
@@ -242,8 +265,31 @@ def evaluate(
     measured, match, chosen = read_measured(screen, split, known, overrides, settings)
     values, genes = as_csr(X), genes_of(var)
     _refuse_other_space(values, genes, known, measured, name)
-    predicted = AnnData(X=values, obs=obs.set_axis(unique_names(obs.index)), var=pd.DataFrame(index=list(genes.names)))
+    kept = set(genes.names)
+    left_out = [str(name) for name in uns.get("genes_absent", ()) if str(name) not in kept]
+    var = pd.DataFrame({"measured": [*_measured(var), *[False] * len(left_out)]}, index=[*genes.names, *left_out])
+    values = sparse.csr_matrix((values.data, values.indices, values.indptr), (len(obs), len(var)))
+    predicted = AnnData(X=values, obs=obs.set_axis(unique_names(obs.index)), var=var)
     return score_conditions(predicted, measured, match, chosen)
+
+
+def _no_change(expression: Expression, rows: np.ndarray, genes: np.ndarray, n_cells: int, seed: int) -> np.ndarray:
+    # (n_cells, genes) of control cells, whose mean is that of all, as predictions start from.
+    cells = replace(expression, X=expression.X[rows], library_size=expression.library_size[rows])
+    cells = cells.with_genes(expression.genes.select(genes), genes)
+    return cells.log1p(choose_controls(cells, n_cells, seed, population=0)).toarray()
+
+
+def _measured(var: pd.DataFrame) -> np.ndarray:
+    # (n_vars,) of predictions, whether their controls had the gene; files of others say nothing.
+    if "measured" not in var:
+        return np.ones(len(var), dtype=bool)
+    if var["measured"].dtype != bool:
+        raise ValueError(
+            f"var column 'measured' of the predictions holds {var['measured'].iloc[0]!r}; it must be true or false, "
+            "whether the controls had the gene. Give it another name if it says something else."
+        )
+    return var["measured"].to_numpy()
 
 
 def _refuse_other_space(

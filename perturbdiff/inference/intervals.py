@@ -38,7 +38,7 @@ MAX_CELLS = 500  # of a population in a calibration
 
 
 def population_summary(
-    predicted: AnnData, control_mean: np.ndarray | None = None, calibration: Calibration | None = None
+    predicted: AnnData, control_mean: pd.Series | None = None, calibration: Calibration | None = None
 ) -> pd.DataFrame:
     """Mean and uncertainty of each gene over the populations of one prediction.
 
@@ -47,31 +47,30 @@ def population_summary(
     predicted
         As `PerturbDiff.predict` returns it, of one condition.
     control_mean
-        (G,) log1p of the control cells, as `mean_expression` gives it.
+        (G,) log1p of the control cells by gene, as `mean_expression` gives it: the genes of the table.
     calibration
         Of the model: `model.training.calibration`.
 
     Returns
     -------
     One row a gene: `gene`, `mean`, `control_mean`, `delta`, `spread` (NaN of a single population), `lower` and `upper`
-    (NaN without calibration or spread). All log1p; an interval does not reach below zero.
+    (NaN without calibration or spread). All log1p; an interval does not reach below zero. Of genes that the controls
+    lack, in `predicted` or not, all are NaN.
     """
     means = population_means(predicted)  # (K, G)
     mean = means.mean(axis=0)
     spread = means.std(axis=0, ddof=1) if len(means) > 1 else np.full_like(mean, np.nan)
     half = np.full_like(mean, np.nan) if calibration is None else calibration.half_width(spread)
-    control = np.full_like(mean, np.nan) if control_mean is None else control_mean
-    return pd.DataFrame(
-        {
-            "gene": predicted.var_names.to_numpy(),
-            "mean": mean,
-            "control_mean": control,
-            "delta": mean - control,
-            "spread": spread,
-            "lower": np.maximum(mean - half, 0.0),
-            "upper": mean + half,
-        }
+    table = pd.DataFrame(
+        {"mean": mean, "spread": spread, "lower": np.maximum(mean - half, 0.0), "upper": mean + half},
+        index=predicted.var_names,
     )
+    if "measured" in predicted.var:
+        table = table[predicted.var["measured"]]
+    table = table.reindex(predicted.var_names if control_mean is None else control_mean.index)
+    table.insert(1, "control_mean", math.nan if control_mean is None else control_mean)
+    table.insert(2, "delta", table["mean"] - table["control_mean"])
+    return table.rename_axis("gene").reset_index()
 
 
 def median_width(summary: pd.DataFrame) -> float:
@@ -98,11 +97,12 @@ def population_means(predicted: AnnData) -> np.ndarray:
     return np.stack([gene_means(X[populations == k]) for k in np.unique(populations)])
 
 
-def mean_expression(model: PerturbDiff, cells: AnnData) -> np.ndarray:
-    """(G,) float64 mean log1p of some cells in the model's genes, which are zero where the cells lack them."""
+def mean_expression(model: PerturbDiff, cells: AnnData) -> pd.Series:
+    """(G,) float64 mean log1p of some cells by gene of the model; NaN where the cells lack it."""
     expression = expression_of(cells, model.preprocessing)
     alignment = model.genes.align(expression.genes, min_overlap=0.0)
-    return gene_means(expression.with_genes(model.genes, alignment.columns).log1p())
+    means = gene_means(expression.with_genes(model.genes, alignment.columns).log1p())
+    return pd.Series(means, index=model.genes.names).where(alignment.columns >= 0)
 
 
 def fit_calibration(
@@ -196,10 +196,11 @@ def calibrate(
                 n_cells=n,
                 n_populations=n_populations,
                 seed=seed,
+                all_genes=True,
                 bar=bar,
             )
             measured, control = (gene_means(in_model.log1p(chosen)) for chosen in (index.cells(condition), own))
-            summary = population_summary(predicted, control)
+            summary = population_summary(predicted)
             # A gene that is zero everywhere, or that the screen lacks, would be covered by any interval.
             used = (measured > 0) | (control > 0)
             rows.append([measured, summary["mean"].to_numpy(), summary["spread"].to_numpy(), used])

@@ -146,4 +146,5 @@ def _var(metadata: dict[str, Any]) -> pd.DataFrame:
     var = pd.DataFrame(index=pd.Index(metadata["genes"]))
     if metadata["ensembl"] is not None:
         var["ensembl_id"] = metadata["ensembl"]
+    var["measured"] = ~var.index.isin(metadata["uns"].get("genes_absent", []))
     return var

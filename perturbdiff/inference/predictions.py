@@ -30,7 +30,7 @@ from perturbdiff._version import __version__
 from perturbdiff.config import as_dict
 from perturbdiff.data.expression import as_csr
 from perturbdiff.data.screen import gene_rows, genes_of
-from perturbdiff.files import check_output, json_sha256, progress, read_json, short, write_json, written
+from perturbdiff.files import check_output, few, json_sha256, progress, read_json, short, write_json, written
 from perturbdiff.inference.intervals import (
     Calibration,
     certainty,
@@ -50,6 +50,8 @@ MAX_WAIT = timedelta(days=2)  # for the slowest process
 class Predictions:
     """What was predicted and written.
 
+    n_genes, absent
+        Of the model, and those of them that the controls lack: all but these are written, or all with `all_genes`.
     n_requests, n_found
         Requests, None where one was predicted alone; and those of them that an earlier run had done.
     uns
@@ -64,6 +66,8 @@ class Predictions:
     summary: Path | None
     n_cells: int
     n_genes: int
+    absent: tuple[str, ...]
+    all_genes: bool
     n_requests: int | None
     n_found: int
     uns: dict[str, Any]
@@ -78,15 +82,22 @@ class Predictions:
             found = f", {self.n_found:,} of them done before" if self.n_found else ""
             lines.append(f"requests    {self.n_requests:,}{found}")
         lines.append(f"genes       {uns['n_genes_matched']:,} of {self.n_genes:,} matched by {uns['genes_matched_by']}")
+        n_written = self.n_genes if self.all_genes else self.n_genes - len(self.absent)
+        if self.absent:
+            what = "kept, var says they are not measured" if self.all_genes else "left out (--all-genes keeps them)"
+            lines.append(
+                f"absent      {len(self.absent):,} genes that the controls lack, {what}: {few(list(self.absent))}"
+            )
         for label, numbers in sorted(self.unseen.items()):
             first = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
             which = "" if self.n_requests is None else f", in {len(numbers):,} requests (number {first})"
             lines.append(f"unseen      {label}{which}: predicted from features or control cells alone")
         lines.append(f"sampler     {uns['sampler']}, {uns['n_steps']} steps, guidance {uns['guidance_scale']:g}")
         lines.append(f"certainty   {certainty(self.calibration, self.widths)}")
-        lines.append(f"written     {self.out}: {self.n_cells:,} cells, {self.n_genes:,} genes")
+        lines.append(f"written     {self.out}: {self.n_cells:,} cells, {n_written:,} genes")
         if self.summary is not None:
-            lines.append(f"            {self.summary}: mean, spread and interval of each gene")
+            unknown = f", NaN for the {len(self.absent):,} absent ones" if self.absent else ""
+            lines.append(f"            {self.summary}: mean, spread and interval of each gene{unknown}")
         return "\n".join(lines)
 
 
@@ -99,6 +110,7 @@ def predict_request(
     layer: str | None = None,
     summary: str | Path | None = None,
     overwrite: bool = False,
+    all_genes: bool = False,
     **sampling: Any,
 ) -> Predictions:
     """Predict one request into a file that holds what `PerturbDiff.predict` returns. Otherwise as `predict_requests`.
@@ -108,7 +120,7 @@ def predict_request(
     out, summary = _check_outputs(out, summary, overwrite)
     calibration = model.training.calibration
     controls = controls_for(model, controls, request.cell_type, request.batch, layer)
-    predicted, table = _predict(model, controls, request, calibration, **sampling)
+    predicted, table = _predict(model, controls, request, calibration, all_genes=all_genes, **sampling)
     write_predicted(predicted, out)
     if summary is not None:
         with written(summary) as temporary:
@@ -116,7 +128,10 @@ def predict_request(
     uns = predicted.uns["perturbdiff"]
     unseen = {label: [0] for label in uns["unseen"]}
     widths = np.array([median_width(table)])
-    return Predictions(out, summary, predicted.n_obs, predicted.n_vars, None, 0, uns, unseen, widths, calibration)
+    n_genes, absent = len(model.genes), tuple(uns["genes_absent"])
+    return Predictions(
+        out, summary, predicted.n_obs, n_genes, absent, all_genes, None, 0, uns, unseen, widths, calibration
+    )
 
 
 def predict_requests(
@@ -132,6 +147,7 @@ def predict_requests(
     steps: int | None = None,
     sampler: str | None = None,
     min_gene_overlap: float = 0.5,
+    all_genes: bool = False,
 ) -> Predictions | None:
     """Predict each request from the control cells of its cell type and batch, and write all cells into one file.
 
@@ -149,7 +165,7 @@ def predict_requests(
         A csv to write: request and perturbation, then the columns of `intervals.population_summary`.
     overwrite
         Replace `out` and `summary`.
-    guidance_scale, steps, sampler, min_gene_overlap
+    guidance_scale, steps, sampler, min_gene_overlap, all_genes
         As `PerturbDiff.predict`, for all requests.
 
     Returns
@@ -168,6 +184,7 @@ def predict_requests(
     out, summary = _check_outputs(out, summary, overwrite)
     sampling = {
         "guidance_scale": guidance_scale, "steps": steps, "sampler": sampler, "min_gene_overlap": min_gene_overlap,
+        "all_genes": all_genes,
     }  # fmt: skip
     check_requests(model, requests)
     calibration = model.training.calibration
@@ -214,9 +231,11 @@ def predict_requests(
     for number, uns in enumerate(made):
         for label in uns["unseen"]:
             unseen.setdefault(label, []).append(number)
+    n_genes, absent = len(model.genes), tuple(made[0]["genes_absent"])
     return Predictions(
-        out, summary, sum(n_cells), len(model.genes), len(parts), sum(done), made[0], unseen, widths, calibration
-    )
+        out, summary, sum(n_cells), n_genes, absent, all_genes, len(parts), sum(done), made[0], unseen, widths,
+        calibration,
+    )  # fmt: skip
 
 
 def _check_outputs(out: str | Path, summary: str | Path | None, overwrite: bool) -> tuple[Path, Path | None]:
@@ -252,7 +271,7 @@ def _common(made: Sequence[Mapping[str, Any]], requests: Sequence[Request]) -> d
 def _write_summary(
     parts: Sequence[Path],
     requests: Sequence[Request],
-    control_means: Iterator[np.ndarray],
+    control_means: Iterator[pd.Series],
     calibration: Calibration | None,
     path: Path,
 ) -> None:

@@ -97,8 +97,8 @@ def rank_perturbations(
     KeyError
         An unknown candidate, or no gene of a list is in the model; with the nearest names.
     ValueError
-        Neither or both of genes and reference, a gene that should rise and fall, no candidate, controls that are the
-        reference; and as `PerturbDiff.predict`.
+        The controls lack every gene of a list. Neither or both of genes and reference, a gene that should rise and
+        fall, no candidate, controls that are the reference; and as `PerturbDiff.predict`.
     FileNotFoundError
         No such file or model.
     """
@@ -120,7 +120,7 @@ def rank_perturbations(
     controls.obs_names = unique_names(controls.obs_names.astype(str))
     expression, present = _in_model(model, controls, min_gene_overlap)
     score = (
-        _signature(model.genes, expression, up, down)
+        _signature(model.genes, expression, present, up, down)
         if towards is None
         else _nearness(model, expression, present, _cells(towards, model), min_gene_overlap)
     )
@@ -130,7 +130,7 @@ def rank_perturbations(
         for row, label in enumerate(labels):
             predicted = model.generate(
                 controls, label, cell_type, batch, n_cells, n_populations, guidance_scale, steps, sampler, seed,
-                min_gene_overlap, bar,
+                min_gene_overlap, True, bar,
             )  # fmt: skip
             scores[row] = _population_scores(predicted, controls, score)
     return _table(labels, scores, _trained(model, labels))
@@ -162,7 +162,9 @@ def _cells(source: AnnData | str | Path, model: PerturbDiff) -> AnnData:
     return model.in_own_space(source)
 
 
-def _signature(genes: GeneVocab, controls: Expression, up: Sequence[str], down: Sequence[str]) -> Score:
+def _signature(
+    genes: GeneVocab, controls: Expression, present: np.ndarray, up: Sequence[str], down: Sequence[str]
+) -> Score:
     columns = []
     for what, names in (("up", up), ("down", down)):
         found, missing = find_genes(genes, names)
@@ -176,6 +178,7 @@ def _signature(genes: GeneVocab, controls: Expression, up: Sequence[str], down: 
         columns.append(found)
     if both := sorted(set(columns[0]) & set(columns[1])):
         raise ValueError(f"{few([genes.names[i] for i in both])} must not be an up and a down gene; keep one.")
+    columns = [_measured(genes, present, found, what) for what, found in zip(("up", "down"), columns, strict=True)]
     values = controls.log1p()
     exact = values.astype(np.float64)
     variance = gene_means(exact.multiply(exact)) - gene_means(exact) ** 2
@@ -190,6 +193,20 @@ def _signature(genes: GeneVocab, controls: Expression, up: Sequence[str], down: 
         return float(sum(sign * z[genes].mean() for sign, genes in zip((1, -1), columns, strict=True) if genes))
 
     return score
+
+
+def _measured(genes: GeneVocab, present: np.ndarray, columns: Sequence[int], what: str) -> list[int]:
+    # Those of a list that the controls have: of the others nobody knows whether they change.
+    measured = [i for i in columns if present[i]]
+    absent = [genes.names[i] for i in columns if not present[i]]
+    if absent and not measured:
+        raise ValueError(
+            f"the controls have none of the {what} genes ({few(absent)}); name genes that they have, or give controls "
+            "with these."
+        )
+    if absent:
+        print(f"note        the controls lack {len(absent)} of the {what} genes: {few(absent)}", flush=True)
+    return measured
 
 
 def _nearness(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from perturbdiff.app.controls import Limits, read_controls
+from perturbdiff.app.page import _predicted_file
 from perturbdiff.app.plots import distribution, mean_changes, short
 from perturbdiff.app.response import predict_response
 
@@ -42,6 +43,9 @@ def test_genes_that_the_file_lacks_are_not_said_to_change(screen, model, tmp_pat
     response = respond(model, read_controls(path, "a file", model, Limits()))
     assert set(response.changes(40)["position"]) == set(range(5, 30))
     assert "25 of 40 genes matched by name" in response.sentence()
+    file = anndata.read_h5ad(_predicted_file(response, tmp_path))  # what a visitor takes along has none of them
+    assert list(file.var_names) == list(model.gene_names[5:30])
+    assert file.var["measured"].all()
 
 
 def test_the_sentence_says_what_was_unseen(model, controls):

@@ -80,6 +80,22 @@ def test_what_is_unseen_is_said_by_request(here, capsys, model, screen):
     assert "unseen      cell_type Treg, in 1 requests (number 1)" in capsys.readouterr().out
 
 
+def test_genes_that_the_controls_lack_are_said_and_kept_on_request(refused, here, capsys, model, screen):
+    fewer = written(anndata.read_h5ad(screen)[:, :9].copy(), here / "fewer.h5ad")
+    predict = ["predict", model, "--controls", fewer, "--perturbation", "A", "--out"]
+    call(*predict, "p.h5ad", "--summary", "genes.csv")
+    said = capsys.readouterr().out
+    for piece in ("9 of 12 matched by name", "3 genes that the controls lack, left out", "44 cells, 9 genes"):
+        assert piece in said
+    assert list(pd.read_csv(here / "genes.csv")["mean"].isna()) == [False] * 9 + [True] * 3
+    call(*predict, "q.h5ad", "--all-genes")
+    assert "44 cells, 12 genes" in capsys.readouterr().out
+    assert list(anndata.read_h5ad(here / "q.h5ad").var["measured"]) == [True] * 9 + [False] * 3
+    rank = ["screen", "rank", model, "--controls", fewer, "--out", "r.csv", "--up"]
+    assert_says(refused(*rank, "gene_9,gene_10"), "the controls have none of the up genes (gene_9, gene_10)")
+    assert not (here / "r.csv").exists()
+
+
 BAD_REQUESTS = {  # more in tests/inference
     "unknown": ("perturbation\nA\na\n", ["line 3 of the requests: perturbation 'a'", "did you mean A?"]),
     "context": ("perturbation,batch\nA,b3\n", ["line 2", "no control cell has batch 'b3'", "did you mean b2, b1?"]),

@@ -11,7 +11,15 @@ from perturbdiff.data.screen import Screen
 from perturbdiff.data.splits import make_split, write_split
 from perturbdiff.evaluation.held_out import predict_held_out
 from perturbdiff.evaluation.metrics import METRICS, score_condition
-from perturbdiff.evaluation.report import CEILING, MODEL, Report, _training_effects, evaluate, score_conditions
+from perturbdiff.evaluation.report import (
+    CEILING,
+    CONDITION,
+    MODEL,
+    Report,
+    _training_effects,
+    evaluate,
+    score_conditions,
+)
 from perturbdiff.hub.records import SplitRecord
 from perturbdiff.inference.output import write_predicted
 from perturbdiff.model import PerturbDiff
@@ -117,6 +125,52 @@ def test_held_out_cells_do_not_reach_the_baselines(screen, split, truth, report)
     np.testing.assert_array_equal(a.effect, b.effect)
     after = score_conditions(truth, changed, "batch", split)
     assert not np.allclose(report.means()["mse_of_means"].loc["ridge"], after.means()["mse_of_means"].loc["ridge"])
+
+
+def test_genes_that_the_controls_lacked_are_scored_as_no_change(run, screen, truth, tmp_path, capsys):
+    names, rng = list(truth.var_names), np.random.default_rng()
+    absent = sorted(rng.choice(40, 15, replace=False))
+    truth = anndata.concat([truth] * 3, index_unique="-")  # 60 cells a condition: each of 30 controls twice
+    flagged = truth.copy()
+    flagged.var["measured"] = ~np.isin(np.arange(40), absent)
+    X = flagged.X.toarray()
+    X[:, absent] = rng.random((len(X), 15)) * 5  # whatever a network says of them
+    flagged.X = X
+    found = score_conditions(flagged, screen, "batch")
+    said = capsys.readouterr().out
+    assert "note: 15 of 40 genes are scored as no change" in said
+    assert names[absent[0]] in said
+    assert (found.n_genes, found.n_absent) == (40, 15)
+    assert "\n15 of 40 genes, which its controls lacked, are scored as no change" in found.table()
+    # Squared errors of means add up: none of the genes that are the truth, and those of no change of the others.
+    for (p, c, b), row in found.scores[found.scores["method"] == MODEL].set_index(CONDITION).iterrows():
+        obs, mean = screen.obs, {}
+        for label in (p, "control"):
+            chosen = (obs["perturbation"] == label) & (obs["cell_type"] == c) & (obs["batch"] == b)
+            mean[label] = screen.expression.log1p(np.flatnonzero(chosen.to_numpy())).toarray().mean(axis=0)
+        expected = ((mean[p] - mean["control"])[absent] ** 2).sum() / 40
+        assert row["mse_of_means"] == pytest.approx(expected, rel=1e-4)
+
+    # Left out, the same genes are scored the same; those that the screen lacks too are not scored.
+    left_out = truth[:, flagged.var["measured"].to_numpy()].copy()
+    left_out.uns["perturbdiff"] = {"genes_absent": [names[g] for g in absent]}
+    write_predicted(left_out, tmp_path / "p.parquet")
+    flagged.write_h5ad(tmp_path / "p.h5ad")
+    measured = anndata.read_h5ad(run.data.screen)
+    means = found.means().sort_index(axis=1)
+    for predicted in (left_out, tmp_path / "p.parquet", flagged, tmp_path / "p.h5ad"):
+        again = evaluate(predicted, measured)
+        assert again.n_absent == 15
+        pd.testing.assert_frame_equal(again.means().sort_index(axis=1), means, rtol=1e-4)
+    without = evaluate(flagged, measured[:, np.delete(names, absent)].copy())
+    assert (without.n_genes, without.n_absent) == (25, 0)
+    assert "no change" not in without.table().splitlines()[-1]
+
+
+def test_a_column_measured_of_something_else_is_refused(screen, truth):
+    truth.var["measured"] = "yes"
+    with pytest.raises(ValueError, match="'measured' of the predictions holds 'yes'; it must be true or false"):
+        score_conditions(truth, screen, "batch")
 
 
 def test_undefined_scores_are_counted_and_shown(report):

@@ -42,7 +42,7 @@ def test_the_summary_is_that_of_a_double_loop():
     values = rng.random((12, 4)).astype(np.float32)
     values[:, 2] = 0
     populations = np.array([0, 1, 2] * 4)
-    control = np.array([0.1, 0.2, 0.0, 0.4])
+    control = pd.Series([0.1, 0.2, 0.0, 0.4], index=[f"g{i}" for i in range(4)])
     table = population_summary(predicted_of(values, populations), control, CALIBRATION)
     for gene in range(4):
         means = [np.mean([float(values[c, gene]) for c in range(12) if populations[c] == k]) for k in range(3)]
@@ -52,7 +52,8 @@ def test_the_summary_is_that_of_a_double_loop():
         row = table.iloc[gene]
         assert row["gene"] == f"g{gene}"
         got = row[["mean", "control_mean", "delta", "spread", "lower", "upper"]].astype(float)
-        expected = [centre, control[gene], centre - control[gene], spread, max(centre - half, 0), centre + half]
+        own = control[f"g{gene}"]
+        expected = [centre, own, centre - own, spread, max(centre - half, 0), centre + half]
         np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
@@ -60,11 +61,27 @@ def test_one_population_and_no_calibration_say_nothing_of_uncertainty():
     values = np.random.default_rng(0).random((6, 3))
     alone = population_summary(predicted_of(values, [0] * 6), None, CALIBRATION)
     assert alone[["spread", "lower", "upper", "control_mean", "delta"]].isna().all(axis=None)
-    uncalibrated = population_summary(predicted_of(values, [0, 1] * 3), np.zeros(3))
+    uncalibrated = population_summary(predicted_of(values, [0, 1] * 3), pd.Series(0.0, index=["g0", "g1", "g2"]))
     assert uncalibrated["spread"].notna().all()
     assert uncalibrated[["lower", "upper"]].isna().all(axis=None)
     assert math.isnan(median_width(alone))
     assert math.isnan(median_width(uncalibrated))
+
+
+def test_genes_that_the_controls_lack_are_listed_without_numbers():
+    values = np.random.default_rng().random((6, 4)) + 0.1
+    control = pd.Series([0.5, np.nan, 0.7, np.nan, 0.9], index=["g0", "lost", "g1", "g2", "g3"])
+    predicted = predicted_of(values, [0, 1] * 3)
+    predicted.var["measured"] = [True, True, False, True]  # "lost" was left out, g2 kept
+    table = population_summary(predicted, control, CALIBRATION).set_index("gene")
+    assert list(table.index) == list(control.index)
+    assert table.loc[["lost", "g2"]].isna().all(axis=None)
+    present = ["g0", "g1", "g3"]
+    mean = values[:, [0, 1, 3]].mean(axis=0)
+    np.testing.assert_allclose(table.loc[present, "mean"], mean, atol=1e-6)
+    np.testing.assert_allclose(table.loc[present, "delta"], mean - control[present], atol=1e-6)
+    width = (table["upper"] - table["lower"])[present].median()
+    assert median_width(table) == pytest.approx(width)
 
 
 def test_the_width_is_that_of_expressed_genes():

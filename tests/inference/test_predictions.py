@@ -145,10 +145,40 @@ def test_the_summary_holds_each_gene_of_each_request(model, controls, tmp_path):
     np.testing.assert_allclose(own["upper"] - own["mean"], 2 * np.hypot(own["spread"], 0.1), rtol=1e-6)
 
 
+@pytest.mark.parametrize("suffix", ["h5ad", "parquet"])
+@pytest.mark.parametrize("all_genes", [False, True])
+def test_genes_that_the_controls_lack_are_counted_and_never_numbers(model, controls, tmp_path, suffix, all_genes):
+    names = np.array(model.gene_names)
+    absent = sorted(np.random.default_rng().choice(12, 4, replace=False))
+    fewer, lost = controls[:, np.delete(names, absent)].copy(), list(names[absent])
+    paths = {"out": tmp_path / f"p.{suffix}", "summary": tmp_path / "genes.csv"}
+    one = predict_request(model, fewer, REQUESTS[1], **paths, all_genes=all_genes)
+    alone_table, alone_file = pd.read_csv(paths["summary"]), read(paths["out"])
+    many = predict_requests(model, fewer, REQUESTS, **paths, all_genes=all_genes, overwrite=True)
+    table, file = pd.read_csv(paths["summary"]), read(paths["out"])
+    for done, found, of_genes in ((one, alone_file, alone_table), (many, file, table)):
+        assert list(found.var_names) == list(names if all_genes else fewer.var_names)
+        assert list(found.var["measured"]) == [name not in lost for name in found.var_names]
+        assert list(found.uns["perturbdiff"]["genes_absent"]) == lost
+        assert list(done.absent) == lost
+        said = done.text()
+        assert f"absent      4 genes that the controls lack, {'kept' if all_genes else 'left out'}" in said
+        assert f"{paths['out']}: {found.n_obs} cells, {12 if all_genes else 8} genes" in said
+        assert "NaN for the 4 absent ones" in said
+        assert list(of_genes["gene"]) == list(names) * (len(of_genes) // 12)
+        unknown = of_genes["gene"].isin(lost)
+        assert of_genes.loc[unknown, ["mean", "control_mean", "delta", "spread"]].isna().all(axis=None)
+        assert of_genes.loc[~unknown, ["mean", "control_mean", "delta"]].notna().all(axis=None)
+
+
 def test_the_control_mean_is_that_of_log1p_counts(model, controls):
     X = controls.X.toarray().astype(float)
     expected = np.log1p(X / X.sum(1, keepdims=True) * 1e4).mean(0)
     np.testing.assert_allclose(mean_expression(model, controls), expected, rtol=1e-5)
+    found = mean_expression(model, controls[:, 3:].copy())
+    assert found[["gene_0", "gene_1", "gene_2"]].isna().all()
+    X = X[:, 3:]
+    np.testing.assert_allclose(found[3:], np.log1p(X / X.sum(1, keepdims=True) * 1e4).mean(0), rtol=1e-5)
 
 
 @pytest.mark.parametrize("suffix", ["h5ad", "parquet"])

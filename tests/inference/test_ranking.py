@@ -137,6 +137,22 @@ def test_files_are_ranked_as_what_they_hold(model, controls, tmp_path, capsys):
     pd.testing.assert_frame_equal(by_file, by_cells)
 
 
+def test_genes_that_the_controls_lack_do_not_count(model, controls, capsys):
+    fewer = controls[:, [f"gene_{g}" for g in range(12) if g not in (4, 9)]].copy()
+    options = {"n_cells": 5, "n_populations": 2}
+    table = rank_perturbations(model, fewer, up=UP, down=DOWN, **options)
+    said = capsys.readouterr().out
+    assert "note        the controls lack 1 of the up genes: gene_4\n" in said
+    assert "note        the controls lack 1 of the down genes: gene_9\n" in said
+    present = {"up": ["gene_1", "gene_7"], "down": ["gene_2"]}
+    pd.testing.assert_frame_equal(table, rank_perturbations(model, fewer, **present, **options))
+    assert "lack" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"the controls have none of the up genes \(gene_4, gene_9\); name genes"):
+        rank_perturbations(model, fewer, up=["gene_4", "gene_9"], down=["gene_2"], **options)
+    with pytest.raises(ValueError, match="gene_4 must not be an up and a down gene"):
+        rank_perturbations(model, fewer, up=UP, down=["gene_4", "gene_2"], **options)
+
+
 def test_one_population_says_nothing_of_uncertainty(model, controls):
     table = rank_perturbations(model, controls, up=UP, n_populations=1)
     assert table[["sd", "p_above"]].isna().all(axis=None)
