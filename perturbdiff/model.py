@@ -577,17 +577,24 @@ class PerturbDiff:
             X is in another space, or library sizes are sums over other genes.
         """
         expression = expression_of(cells, self.preprocessing)
-        for note in filter(None, (expression.note, self._compare_sums(expression))):
+        for note in filter(None, (expression.note, self.compare_sums(expression))):
             warnings.warn(note, UserWarning, stacklevel=3)
         if not expression.note:
             return cells
         return AnnData(X=expression.X, obs=cells.obs, var=cells.var.loc[list(expression.genes.names)])
 
-    def _compare_sums(self, expression: Expression) -> str:
+    def sums_of(self, expression: Expression) -> np.ndarray:
+        """(n_cells,) what the model's genes sum to in each cell, in normalised counts."""
+        columns = self.genes.align(expression.genes, min_overlap=0.0).columns
+        log1p = expression.with_genes(self.genes, columns).log1p()
+        return totals(np.expm1(log1p.data.astype(np.float64)), log1p.indptr)
+
+    def compare_sums(self, expression: Expression) -> str:
+        """What is odd of `sums_of` cells beside those of the training controls; may be nothing. Raises ValueError as
+        `in_own_space`."""
         quantiles, n_genes = self.training.control_sums, self.training.measured_genes
         alignment = self.genes.align(expression.genes, min_overlap=0.0)
-        log1p = expression.with_genes(self.genes, alignment.columns).log1p()
-        sums = totals(np.expm1(log1p.data.astype(np.float64)), log1p.indptr)
+        sums = self.sums_of(expression)
         if quantiles is None or n_genes is None or not (sums > 0).any():
             return ""
         low, *_, high = quantiles

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from perturbdiff.cli.check import add_check_command
 from perturbdiff.cli.command import SETTINGS, add_command, add_settings
 from perturbdiff.cli.loadings import add_loadings_command
 from perturbdiff.cli.predict import add_predict_commands
@@ -101,6 +102,7 @@ def add_run_commands(commands: Any) -> None:
     _finetune_command(commands)
     _plan_command(commands)
 
+    add_check_command(commands)
     add_predict_commands(commands)
 
     evaluate = add_command(
