@@ -191,6 +191,22 @@ def test_a_model_is_calibrated_on_its_held_out_conditions(match):
     assert vars(found) == pytest.approx(vars(expected), rel=1e-4)
 
 
+def test_genes_that_the_screen_lacks_do_not_count_in_a_calibration():
+    adata = counts_screen(n=6)
+    held_out = (read(adata).obs["perturbation"] == "A+B").to_numpy()
+    found = [
+        calibrate(untrained(std=0.1), read(cells), held_out, "batch", n_populations=3, seed=2)
+        for cells in (adata[:, :10].copy(), with_zeros(adata))
+    ]
+    assert vars(found[0]) == pytest.approx(vars(found[1]), rel=1e-5)  # a gene that is zero everywhere is not used
+
+
+def with_zeros(adata):
+    adata = adata.copy()
+    adata.X = sparse.csr_matrix(adata.X.toarray() * (np.arange(12) < 10))
+    return adata
+
+
 def test_calibrating_needs_populations_and_conditions():
     model, screen = untrained(), read(counts_screen())
     everything = ~screen.is_control
