@@ -409,7 +409,7 @@ def _resolved(
     given: Mapping[str, Any] | None,
     base: Mapping[str, Any] | None = None,
 ) -> T:
-    parts: list[Any] = [dict(base or {}), {} if recipe is None else _read_yaml(recipe), dict(given or {})]
+    parts: list[Any] = [dict(base or {}), {} if recipe is None else _read_yaml(recipe, schema), dict(given or {})]
     for word in overrides:
         if "=" not in word:
             raise ValueError(f"override {word!r} is not key=value; for example training.n_steps=500.")
@@ -601,16 +601,42 @@ def _refuse_interpolations(values: Any) -> None:
         )
 
 
-def _read_yaml(recipe: Path) -> DictConfig:
+class _Texts(yaml.SafeLoader):
+    """YAML whose values are all texts."""
+
+
+_Texts.yaml_implicit_resolvers = {}
+
+
+def yaml_texts(text: str) -> Any:
+    """What a YAML document holds, values as they are written: `no` is no truth, 0.10 no number. Raises YAMLError."""
+    loader = _Texts(text)
     try:
-        settings = OmegaConf.load(recipe)
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
+def _read_yaml(recipe: Path, schema: type) -> DictConfig:
+    try:
+        settings, texts = OmegaConf.load(recipe), yaml_texts(recipe.read_text(encoding="utf-8"))
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"recipe {str(recipe)!r} is not yaml ({' '.join(str(error).split())}).") from error
     if not isinstance(settings, DictConfig):
         raise ValueError(
             f"recipe {str(recipe)!r} is a list; it must hold keys and values, as training: {{n_steps: 9}}."
         )
-    return settings
+    return OmegaConf.create(_verbatim(OmegaConf.to_container(settings), texts, schema))
+
+
+def _verbatim(values: Any, texts: Any, kind: Any) -> Any:
+    # The values of settings that are texts, as they are written.
+    if isinstance(kind, type) and is_dataclass(kind) and isinstance(values, dict):
+        return {key: _verbatim(value, texts[str(key)], _kind_of(kind, [key])) for key, value in values.items()}
+    if get_origin(kind) is list and isinstance(values, list):
+        return [_verbatim(value, text, get_args(kind)[0]) for value, text in zip(values, texts, strict=True)]
+    is_text = kind is str or get_origin(kind) is Literal or (kind == Optional[str] and values is not None)
+    return texts if is_text else values
 
 
 def _read_word(word: str, schema: type) -> DictConfig:
@@ -618,9 +644,9 @@ def _read_word(word: str, schema: type) -> DictConfig:
     kind = _kind_of(schema, key.split("."))
     if get_origin(kind) is Literal:  # words that need no quotes, which yaml would make true or false of
         kind, text = str, text.strip("'\"")
-    if kind is str or (kind == Optional[str] and text != "null"):
+    if kind is str or (kind == Optional[str] and text != "null") or kind == list[str]:
         # A text is what it says: yaml would make no a truth, 0.10 a number and # a comment of it.
-        nested: Any = text
+        nested: Any = _texts_of_list(word, text) if kind == list[str] else text
         for name in reversed(key.split(".")):
             nested = {name: nested}
         return OmegaConf.create(nested)
@@ -628,6 +654,15 @@ def _read_word(word: str, schema: type) -> DictConfig:
         return OmegaConf.from_dotlist([word])
     except yaml.YAMLError as error:
         raise ValueError(f"override {word!r}: {text!r} is not yaml; quote it: {key}=\"'{text}'\".") from error
+
+
+def _texts_of_list(word: str, text: str) -> Any:
+    try:
+        return yaml_texts(text)
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"override {word!r}: {text!r} is not a list; write it as [A,B], odd names in quotes."
+        ) from error
 
 
 def _kind_of(schema: type, names: list[str]) -> Any:

@@ -406,7 +406,9 @@ class PerturbDiff:
         expression = expression.with_genes(self.genes, alignment.columns)
         contexts = self._contexts(controls.obs, cell_type, batch)
         sources = [choose_controls(expression, n_cells, seed, population) for population in range(n_populations)]
-        sets, conditions = assign_sets(contexts, sources, self.config.set_size)
+        cell_types, batches = self.vocabularies.cell_types.ids, self.vocabularies.batches.ids
+        known = [(c if c in cell_types else None, b if b in batches else None) for c, b in contexts]
+        sets, conditions = assign_sets(known, sources, self.config.set_size)
         source = np.concatenate([s.rows for s in sets])  # the control each predicted cell starts from
         population = np.concatenate([np.full(len(s.rows), s.key[0]) for s in sets])
         labels = self.vocabularies.encode([(perturbation, *context) for context in conditions])
@@ -443,7 +445,7 @@ class PerturbDiff:
             "n_genes_matched": alignment.n_matched,
             "genes_matched_by": alignment.matched_by,
             "genes_absent": absent,
-            "unseen": self._unseen(perturbation, conditions),
+            "unseen": self._unseen(perturbation, sorted(set(contexts), key=str)),
         }
         return AnnData(X=X, obs=obs, var=var, uns={"perturbdiff": uns})
 

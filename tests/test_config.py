@@ -132,6 +132,20 @@ def test_words_that_are_one_of_a_few_are_texts_too():
     assert load("split.hold_out=[A,B]").split.hold_out == ["A", "B"]
 
 
+@pytest.mark.parametrize("name", ["no", "on", "0.10", "1e5", "null", "~", "2026-11-29", "a, b"])
+def test_texts_of_lists_and_recipes_are_what_is_written_too(recipe, name):
+    written = f"'{name}'" if "," in name else name
+    assert load(f"data.drop=[{written},'']").data.drop == [name, ""]
+    own = recipe(
+        f"data: {{drop: [{written}], control_label: {written}, n_hvg: null}}\ntraining: {{mixed_precision: no}}"
+    )
+    config = load(recipe=own)
+    assert (config.data.drop, config.data.control_label) == ([name], name)
+    assert (config.data.n_hvg, config.training.mixed_precision) == (None, "no")
+    with pytest.raises(ValueError, match=r"is not a list; write \[A,B\]"):
+        load("data.drop=[A")
+
+
 @pytest.mark.parametrize(
     "word",
     [

@@ -155,6 +155,18 @@ def test_no_predicted_value_is_under_one_count_of_its_control(model, controls):
     assert ((X == 0) | (one * (1 - 1e-5) <= X)).all()
 
 
+def test_contexts_that_the_model_cannot_tell_apart_share_sets(model, controls):
+    """Cells of many unknown batches are predicted in whole sets, as cells whose batch nobody knows."""
+    strange = controls.copy()
+    strange.obs["batch"] = [f"plate {i % 7}" for i in range(controls.n_obs)]
+    unknown = controls.copy()
+    del unknown.obs["batch"]
+    predicted, expected = (model.generate(cells, "pert_1", seed=1) for cells in (strange, unknown))
+    np.testing.assert_array_equal(dense(predicted), dense(expected))
+    assert set(predicted.obs["batch"]) == {f"plate {i}" for i in range(7)}
+    assert [str(name) for name in predicted.uns["perturbdiff"]["unseen"]] == [f"batch plate {i}" for i in range(7)]
+
+
 @pytest.mark.filterwarnings("ignore:no obs column")
 def test_unseen_context_labels_become_null_and_are_said_once(model, controls):
     bare = controls.copy()

@@ -106,7 +106,7 @@ def _predict(arguments: argparse.Namespace) -> None:
 
     check_output(arguments.out, *FORMATS, overwrite=arguments.overwrite)  # before the model is loaded
     if arguments.summary is not None:
-        check_output(arguments.summary, overwrite=arguments.overwrite)
+        check_output(arguments.summary, ".csv", overwrite=arguments.overwrite)
     one = Request(
         arguments.perturbation or "", arguments.cell_type, arguments.batch, arguments.n_cells, arguments.n_populations,
         arguments.seed,

@@ -56,7 +56,7 @@ def _rank(arguments: argparse.Namespace) -> None:
     from perturbdiff.files import check_output, written
     from perturbdiff.inference.ranking import rank_perturbations
 
-    out = check_output(arguments.out, overwrite=arguments.overwrite)
+    out = check_output(arguments.out, ".csv", overwrite=arguments.overwrite)
     up, down = _names(arguments.up, "--up"), _names(arguments.down, "--down")
     which = arguments.candidates
     model = load_model(arguments.model, arguments.features)

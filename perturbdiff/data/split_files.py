@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from perturbdiff.config import yaml_texts
 from perturbdiff.data.selectors import ANY
 from perturbdiff.files import short
 
@@ -39,7 +40,7 @@ def read_split_file(path: str | Path) -> Selected:
             case ".toml":
                 selected = _of_cell_load(tomllib.loads(text))
             case ".yaml" | ".yml":
-                selected = _of_reference(_texts(text))
+                selected = _of_reference(yaml_texts(text))
             case ".json":
                 selected = _of_run(json.loads(text))
             case _:
@@ -49,21 +50,6 @@ def read_split_file(path: str | Path) -> Selected:
     if not any(selected.values()):
         raise ValueError(f"split file {path} holds nothing out; {KINDS}.")
     return selected
-
-
-class _Texts(yaml.SafeLoader):
-    """YAML whose values are all text: `no` is a name, and 0.10 is not 0.1."""
-
-
-_Texts.yaml_implicit_resolvers = {}
-
-
-def _texts(text: str) -> Any:
-    loader = _Texts(text)
-    try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
 
 
 def _of_cell_load(content: Mapping[str, Any]) -> Selected:

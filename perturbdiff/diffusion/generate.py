@@ -78,7 +78,7 @@ def _representative(expression: Expression, chosen: np.ndarray, seed: int, popul
 def assign_sets(
     contexts: Sequence[Context], sources: Sequence[np.ndarray], set_size: int
 ) -> tuple[list[CellSet], list[Context]]:
-    """Make sets of cells of one context.
+    """Make sets of cells of one context, as far as the model tells contexts apart.
 
     Parameters
     ----------

@@ -240,7 +240,7 @@ def predict_requests(
 
 def _check_outputs(out: str | Path, summary: str | Path | None, overwrite: bool) -> tuple[Path, Path | None]:
     out = check_output(out, *FORMATS, overwrite=overwrite)
-    return out, None if summary is None else check_output(summary, overwrite=overwrite)
+    return out, None if summary is None else check_output(summary, ".csv", overwrite=overwrite)
 
 
 def _predict(

@@ -6,8 +6,10 @@ import stat
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
+from anndata import AnnData
 from safetensors.torch import load_file, save_file
 
 from perturbdiff.data.screen import control_cells
@@ -248,6 +250,22 @@ def test_a_folder_of_format_1_loads_and_is_saved_as_the_newest(tmp_path):
     assert config["denoiser"]["interaction"] is False
     expected = load_file(FORMAT_1 / GOLDEN)["x0_pred"]
     assert torch.allclose(load_file(tmp_path / "new" / GOLDEN)["x0_pred"], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_folder_of_an_older_format_predicts_what_it_predicted_then(version):
+    """The folder and the cells beside it were written by the versions that wrote these formats."""
+    path = Path(__file__).parent / f"format_{version}"
+    assert json.loads((path / CONFIG).read_text())["format_version"] == version
+    model, stored = PerturbDiff.from_pretrained(path, device="cpu"), load_file(path.with_suffix(".safetensors"))
+    controls = stored.pop("controls").numpy()
+    obs = pd.DataFrame({"cell_type": "T", "batch": ["b1"] * 8 + ["b2"] * 8}, index=[f"c{i}" for i in range(16)])
+    cells = AnnData(controls, obs=obs, var=pd.DataFrame(index=list(model.gene_names)))
+    assert set(stored) == {"A", "A+B"}
+    for perturbation, expected in stored.items():
+        predicted = model.generate(cells, perturbation, n_populations=2, seed=3)
+        torch.testing.assert_close(torch.from_numpy(predicted.X.toarray()), expected, rtol=0, atol=1e-5)
+    assert not torch.allclose(stored["A"], stored["A+B"], atol=0.1)
 
 
 def as_format_3(folder, **training):
