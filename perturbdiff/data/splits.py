@@ -7,6 +7,7 @@ atlas whole conditions.
 from __future__ import annotations
 
 import json
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from perturbdiff.config import SplitConfig
+from perturbdiff.data.identity import cells_sha256
 from perturbdiff.data.notation import Notation
 from perturbdiff.data.rng import numpy_generator
 from perturbdiff.data.screen import Screen
@@ -69,7 +71,9 @@ class Split:
     notes: tuple[str, ...] = ()
 
     def as_json(self, screen: Labelled) -> dict[str, Any]:
-        """Selectors, conditions with their number of cells, a screen's held-out cells by name, and a hash of it all."""
+        """Selectors, conditions with their number of cells, a screen's held-out cells by name with what they are, and a
+        hash of it all.
+        """
         content: dict[str, Any] = {
             "format_version": 1,
             "screen" if isinstance(screen, Screen) else "atlases": screen.path,
@@ -80,6 +84,7 @@ class Split:
         }
         if isinstance(screen, Screen):
             content["cells"] = {part: screen.obs.index[getattr(self, part)].tolist() for part in ("validation", "test")}
+            content["content"] = _content(screen, content["cells"])
         return {**content, "sha256": json_sha256(content)}
 
 
@@ -131,7 +136,10 @@ def read_split(path: str | Path, screen: Screen) -> Split:
     Raises
     ------
     FileNotFoundError, ValueError
-        No such file; not a split, changed by hand, of another version, or with cells that the screen lacks.
+        No such file; not a split, changed by hand, of another version, or with cells that the screen lacks or has with
+        other values.
+
+    Warns where the values cannot be compared, because they are log1p values of another number of counts a cell.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist; training writes it as split.json into the run folder.")
@@ -159,9 +167,39 @@ def read_split(path: str | Path, screen: Screen) -> Split:
                 "give the screen the split was made for."
             )
         parts[part] = inside
+    _refuse_other_values(stored.get("content"), _content(screen, cells), path, screen)
     train = ~parts["validation"] & ~parts["test"]
     config = SplitConfig(hold_out=hold_out, train=kept_in, validation=chosen)
     return Split(config, train, parts["validation"], parts["test"], sha)
+
+
+def _content(screen: Screen, cells: dict[str, list[str]]) -> dict[str, Any]:
+    """What the held-out cells are: hash of X with the library sizes, and of log1p values, of how many counts a cell."""
+    preprocessing = screen.expression.preprocessing
+    return {
+        "n_genes": len(screen.expression.genes),
+        "target_sum": preprocessing.target_sum if preprocessing.input_kind == "log1p" else None,
+        "sha256": cells_sha256(screen, [*cells["validation"], *cells["test"]]),
+    }
+
+
+def _refuse_other_values(then: dict[str, Any] | None, now: dict[str, Any], path: str | Path, screen: Screen) -> None:
+    if then is None or then == now:  # None: written before there was one
+        return
+    if None not in (then["target_sum"], now["target_sum"]) and then["target_sum"] != now["target_sum"]:
+        warnings.warn(
+            f"whether the cells of {screen.path} are those of {path} is not known: they became log1p values of "
+            f"{now['target_sum']:,.6g} counts a cell, and were such of {then['target_sum']:,.6g} (data.target_sum)",
+            UserWarning,
+            stacklevel=3,
+        )
+        return
+    differ = "X differs" if then["n_genes"] == now["n_genes"] else f"{now['n_genes']:,} genes, not {then['n_genes']:,}"
+    raise ValueError(
+        f"the held-out cells of {screen.path} have other values than those that {path} was made of ({differ}); give "
+        "the screen of the run, read as there (data.layer, data.input_kind, data.library_size_col), or train on this "
+        "one with another --out."
+    )
 
 
 def select_cells(screen: Labelled, selector: str, purpose: str = "hold-out") -> np.ndarray:

@@ -136,8 +136,8 @@ class AtlasConditions:
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Everything training reads. `origin` is what `split` speaks of; `atlases` are those of the settings, in order;
-    `tables` are what is known of perturbations besides their names.
+    """Everything training reads. `origin` is what `split` speaks of, with all genes of the file; `atlases` are those of
+    the settings, in order; `tables` are what is known of perturbations besides their names.
     """
 
     origin: Labelled
@@ -178,7 +178,7 @@ class TrainingSet:
         everything = ConditionIndex.build(screen, np.ones(len(screen), dtype=bool))
         match = resolve_control_match(everything, config.data.control_match)
         match_controls(everything, match)  # held-out conditions need controls too: say so now
-        description = screen.summary()
+        description, whole = screen.summary(), screen
         if config.data.n_hvg is not None and config.data.n_hvg < len(screen.expression.genes):
             chosen = highly_variable_genes(screen.expression.log1p(split.train), config.data.n_hvg)
             screen = screen.with_genes(_with_known(chosen, known_genes, screen.expression.genes))
@@ -188,7 +188,7 @@ class TrainingSet:
         )
         cells = (screen.expression, screen.expression)
         made = ((SetSource(),), description, (), known_tables)
-        return cls._indexed(config, screen, cells, split, match, train, validation, *made)
+        return cls._indexed(config, whole, cells, split, match, train, validation, *made)
 
     @classmethod
     def from_atlases(

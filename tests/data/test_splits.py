@@ -4,9 +4,11 @@ import re
 import numpy as np
 import pytest
 
-from perturbdiff.config import SplitConfig
+from perturbdiff.config import DataConfig, SplitConfig
 from perturbdiff.data.batch import make_batch
+from perturbdiff.data.screen import Screen
 from perturbdiff.data.splits import PARTS, make_split, read_split, select_cells, write_split
+from perturbdiff.files import json_sha256
 from perturbdiff.training.dataset import TrainingSet
 from tests.screens import config_for, counts_screen, read, screen_with_cells
 
@@ -302,3 +304,47 @@ def test_no_test_cell_is_validated_on():
     seen = {row for step in range(sampler.steps_per_epoch) for s in sampler.batch(0, step) for row in s.rows}
     expected = (screen.obs["cell_type"] == "NK") & (screen.obs["perturbation"] != "A") & ~screen.is_control
     assert seen == set(np.flatnonzero(expected))
+
+
+# ---------------------------------------------------------------- the content of held-out cells
+
+
+def stored_split(adata, path, **settings):
+    screen = Screen.read(adata, DataConfig(screen="unused", **settings))
+    write_split(split_of(screen, ["A:NK"]), screen, path)
+    return screen
+
+
+def test_held_out_cells_with_other_values_are_refused_and_training_cells_may_change(tmp_path):
+    path, adata = tmp_path / "split.json", counts_screen(seed=int(np.random.default_rng().integers(1 << 31)))
+    screen = stored_split(adata, path)
+    test = read_split(path, screen).test
+    held_out = adata.obs_names.isin(screen.obs.index[test])
+    other = adata.copy()
+    other.X = adata.X.toarray()
+    other.X[~held_out] *= 2
+    np.testing.assert_array_equal(read_split(path, read(other)).test, test)
+    other.X[np.flatnonzero(held_out)[:1]] *= 2
+    with pytest.raises(ValueError, match=r"other values than those that .*split\.json was made of \(X differs\); give"):
+        read_split(path, read(other))
+    with pytest.raises(ValueError, match=rf"\({adata.n_vars - 1} genes, not {adata.n_vars}\)"):
+        read_split(path, read(adata[:, 1:].copy()))
+
+
+def test_a_split_of_an_older_version_without_hashes_of_values_is_read(tmp_path):
+    path, adata = tmp_path / "split.json", counts_screen()
+    screen = stored_split(adata, path)
+    content = json.loads(path.read_text())
+    del content["content"], content["sha256"]
+    path.write_text(json.dumps({**content, "sha256": json_sha256(content)}))
+    assert set(screen.obs.index[read_split(path, screen).test]) == set(content["cells"]["test"])
+
+
+def test_logarithms_of_another_number_of_counts_are_not_compared_but_warned_of(tmp_path):
+    path, adata = tmp_path / "split.json", counts_screen(n_genes=40)
+    adata.X = np.asarray(np.log1p(adata.X.toarray() / adata.X.sum(axis=1) * 1e4))
+    screen = stored_split(adata, path)
+    other = Screen.read(adata, DataConfig(screen="unused", target_sum=5e3))
+    with pytest.warns(UserWarning, match=r"log1p values of 5,000 counts a cell, and were such of 10,000"):
+        again = read_split(path, other)
+    np.testing.assert_array_equal(again.test, read_split(path, screen).test)

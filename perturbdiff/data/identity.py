@@ -1,0 +1,65 @@
+"""What cells are, whatever their file is called and wherever it lies: hashes of a screen's content as it was read."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from perturbdiff.data.screen import LABELS, Expression, Screen
+from perturbdiff.files import json_sha256
+
+LOG1P_STEPS = 4096  # logarithms are hashed in steps of 1/4096: another machine's differ in the last digits
+_CHUNK = 1 << 22  # values hashed together
+
+
+def screen_identity(screen: Screen) -> dict[str, Any]:
+    """Numbers of cells and genes, and hashes: of genes in their order, which weights follow; names of cells; the label
+    of each; X with the library sizes, in the order of the screen, which follows from labels and names.
+    """
+    names_of_cells, genes = screen.obs.index.tolist(), screen.expression.genes
+    labels = [names_of_cells]
+    for name in LABELS:
+        codes, names = pd.factorize(screen.obs[name].to_numpy(), sort=True)
+        labels.append([hashlib.sha256(codes.astype("<i8").tobytes()).hexdigest(), list(names)])
+    return {
+        "n_cells": len(screen),
+        "n_genes": len(genes),
+        "genes": json_sha256([genes.names, genes.ensembl]),
+        "cells": json_sha256(sorted(names_of_cells)),
+        "labels": json_sha256(labels),
+        "expression": expression_sha256(screen.expression),
+    }
+
+
+def cells_sha256(screen: Screen, names: list[str]) -> str:
+    """Hash of X and the library sizes of some cells, in this order; genes may come in any."""
+    expression, rows = screen.expression, screen.obs.index.get_indexer(pd.Index(names))
+    genes = np.array(expression.genes.names, dtype=object)
+    rank = np.empty(len(genes), np.int32)
+    rank[np.argsort(genes)] = np.arange(len(genes), dtype=np.int32)
+    taken = expression.take(rows)
+    X = sparse.csr_matrix((taken.values, rank[taken.genes], taken.indptr), (len(rows), len(genes)))
+    X.sort_indices()
+    of_genes = json_sha256(sorted(genes))
+    kind = expression.preprocessing.input_kind
+    return json_sha256([of_genes, _sha256(X, taken.library_size, kind)])
+
+
+def expression_sha256(expression: Expression) -> str:
+    """Hash of X and the library sizes."""
+    return _sha256(expression.X, expression.library_size, expression.preprocessing.input_kind)
+
+
+def _sha256(X: sparse.csr_matrix, library_size: np.ndarray, kind: str) -> str:
+    digest = hashlib.sha256(f"{kind} {X.shape}".encode())
+    for array, dtype in ((X.indptr, "<i8"), (X.indices, "<i4"), (X.data, "<u4"), (library_size, "<f4")):
+        for start in range(0, len(array), _CHUNK):
+            part = array[start : start + _CHUNK]
+            if array is X.data and kind == "log1p":
+                part = np.rint(part * LOG1P_STEPS)
+            digest.update(part.astype(dtype).data)
+    return digest.hexdigest()
