@@ -237,6 +237,8 @@ class OptimConfig:
     warmup_steps: int = bounded(50, least=0)
     min_lr_ratio: float = bounded(0.1, least=0, most=1)  # the cosine ends at this part of lr
     plateau_ratio: float = bounded(0.0, least=0, most=1)  # part of the steps that stay at lr after the warm-up
+    # Steps after which lr has fallen to min_lr_ratio and stays there; null: training.n_steps.
+    schedule_steps: Optional[int] = bounded(None, least=1)
     grad_clip: float = bounded(1.0, above=0)  # global L2 norm
     ema_decay: float = bounded(0.99, least=0, most=1)
     ema_every: int = bounded(1, above=0)  # optimizer steps between EMA updates
@@ -520,6 +522,11 @@ def check_config(config: Config) -> None:
         )
     if config.adapt.method != "full" and config.adapt.init_from is None:
         raise ValueError(f"adapt.method={config.adapt.method} needs a checkpoint to start from; set adapt.init_from.")
+    if config.optim.min_lr_ratio == 0 and (config.optim.schedule_steps or math.inf) < config.training.n_steps:
+        raise ValueError(
+            f"optim.schedule_steps ({config.optim.schedule_steps}) under training.n_steps ({config.training.n_steps}) "
+            "must come with optim.min_lr_ratio over 0: nothing is learned at a rate of 0."
+        )
     check_denoiser(config.denoiser)
     if config.denoiser.published_encoding != PublishedEncoding():
         raise ValueError(

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from perturbdiff.data.screen import LABELS, Expression, Screen
+from perturbdiff.data.screen import Expression, Screen
+from perturbdiff.data.selectors import LABELS
 from perturbdiff.files import json_sha256
 
 LOG1P_STEPS = 4096  # logarithms are hashed in steps of 1/4096: another machine's differ in the last digits

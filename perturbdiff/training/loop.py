@@ -33,9 +33,11 @@ from perturbdiff.training.run_folder import (
     begin_folder,
     check_resumable,
     check_same_data,
+    data_record,
     leave_marker,
     model_config,
     training_record,
+    with_commits,
     with_streams,
 )
 from perturbdiff.training.signals import SIGNALS, StopRequest
@@ -68,11 +70,11 @@ def fit(
     stop_at: int | None = None,
     check: Callable[[TrainingSet], None] | None = None,
 ) -> TrainingResult:
-    """Train on a screen or on atlases, or go on where an earlier call with the same settings stopped.
+    """Train on a screen or on atlases, or go on where an earlier call with the same settings and data stopped.
 
     Under a launcher all processes call it; they may be more or fewer than before, or under another engine. Writes into
-    config.out: config.yaml, split.json, metrics.jsonl, tensorboard/, states/, and model/ (the model folder); and
-    stopped.json if it was stopped.
+    config.out: config.yaml, split.json, data.json, metrics.jsonl, tensorboard/, states/, and model/ (the model folder);
+    and stopped.json if it was stopped.
 
     Parameters
     ----------
@@ -97,7 +99,7 @@ def fit(
         screen = Screen.read(config.data.screen, config.data)
     if screen is not None:
         config = replace(config, data=screen.config)  # columns of a known kind of file filled in
-    config = with_streams(config, out)
+    config = with_commits(with_streams(config, out), out)
     check_trackers(config.training.trackers)
     accelerator = launch(config)
     check_resumable(out, config)
@@ -106,7 +108,8 @@ def fit(
         newest = saved_states(out / "states")[:1]
         saved = _latest_state(out, accelerator)
         start = prepare(config, screen, out, resuming=saved is not None)
-        check_same_data(out, start.data)
+        data = data_record(start.data)
+        check_same_data(out, data)
         if check is not None:
             check(start.data)
         with alone_in(out) if main else nullcontext():
@@ -115,7 +118,7 @@ def fit(
             run = _Run(config, start, accelerator, saved)
             accelerator.wait_for_everyone()  # nobody looks at the run folder any more
             if main:
-                begin_folder(out, config, start.data)
+                begin_folder(out, config, data)
                 write_adaptation(out, start)
                 print(f"{start.data.summary()}\n{run.summary()}", flush=True)
             result = run.train(stop_at)
@@ -169,6 +172,9 @@ class _Run:
             f"training    {training.n_steps:,} steps of {sampler.sets_per_batch} sets of {sampler.set_size} cells, "
             f"{training.n_steps / sampler.steps_per_epoch:.1f} epochs of {sampler.steps_per_epoch} steps",
         ]
+        if (falling := self.config.optim.schedule_steps or training.n_steps) < training.n_steps:
+            last = learning_rate(training.n_steps - 1, falling, self.config.optim)
+            lines.append(f"schedule    the learning rate falls over {falling:,} steps; it is {last:g} in the last one")
         if self.progress.step:
             lines.append(f"resuming    from step {self.progress.step} in {self.out}")
         return "\n".join(lines)
@@ -249,7 +255,7 @@ class _Run:
         Where a signal kept one of them from waiting for its data, all leave the weights as they are: no means then.
         """
         config, done = self.config, self.progress
-        lr = learning_rate(done.step, config.training.n_steps, config.optim)
+        lr = learning_rate(done.step, config.optim.schedule_steps or config.training.n_steps, config.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]
         (*firsts, last), n_cells = made or self._nothing()

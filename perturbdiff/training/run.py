@@ -18,7 +18,8 @@ from perturbdiff.evaluation.report import Report
 from perturbdiff.model import PerturbDiff
 from perturbdiff.training import loop
 from perturbdiff.training.dataset import TrainingSet
-from perturbdiff.training.start import prepare, settings_of
+from perturbdiff.training.run_folder import with_commits
+from perturbdiff.training.start import prepare, refuse_another, settings_at_start, settings_of, started_from
 from perturbdiff.training.state import saved_states
 
 HELD_OUT_OF_SIMULATION = ("pert_0:type_0", "pert_3:type_2")
@@ -130,13 +131,23 @@ def finetune(
 def finetune_config(
     init_from: str | Path | None, recipe: str | Path | None, overrides: Sequence[str], given: Mapping[str, Any]
 ) -> Config:
-    """Settings of a fine-tuning: defaults, then the checkpoint's, then as `load_config`. Raises as it."""
+    """Settings of a fine-tuning: defaults, then the checkpoint's, then as `load_config`. Raises as it.
+
+    A run that goes on keeps those of the checkpoint it was started from, and need not be told its name.
+    """
     recipe = None if recipe is None else find_recipe(recipe, "finetune")
-    start = str(init_from) if init_from is not None else load_config(recipe, overrides, given).adapt.init_from
+    out = Path(given["out"]) if "out" in given else None
+    recorded = None if out is None else started_from(out)
+    base = {"adapt": {"init_from": recorded}}
+    start = str(init_from) if init_from is not None else load_config(recipe, overrides, given, base).adapt.init_from
     if start is None:
         raise ValueError("there is nothing to start from; give --init-from MODEL, or adapt.init_from in the recipe.")
-    given = {**given, "adapt": {**given.get("adapt", {}), "init_from": start}}
-    return load_config(recipe, overrides, given, base=settings_of(start))
+    given, settings = {**given, "adapt": {**given.get("adapt", {}), "init_from": start}}, None
+    if out is not None and recorded is not None:
+        if init_from is not None or start != recorded:
+            refuse_another(start, out)
+        settings = settings_at_start(out)
+    return load_config(recipe, overrides, given, base=settings or settings_of(start))
 
 
 def preview(
@@ -153,6 +164,7 @@ def preview(
     """What `finetune` finds and would do: data, split, genes and labels matched. Writes nothing; raises as it."""
     settings.pop("score", None)
     config = finetune_config(init_from, recipe, overrides, _given(screen, out, atlases, hold_out, settings))
+    config = with_commits(config, Path(config.out))
     start = prepare(config, None, Path(config.out), resuming=bool(saved_states(Path(config.out) / "states")))
     n_train = sum(p.numel() for p in start.denoiser.parameters() if p.requires_grad)
     n_all = sum(p.numel() for p in start.denoiser.parameters())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from perturbdiff.atlas.stream import StreamedCells
-from perturbdiff.config import Config, PublishedEncoding, as_dict
+from perturbdiff.config import Config, PublishedEncoding, as_dict, load_config
 from perturbdiff.data.conditions import encode_conditions
 from perturbdiff.data.screen import Screen
 from perturbdiff.data.vocab import NULL
@@ -30,6 +30,7 @@ from perturbdiff.nn.denoiser import Denoiser, build_denoiser
 from perturbdiff.nn.lora import freeze_backbone, inject_lora, merged
 from perturbdiff.nn.transfer import Names, Rules, adapt, check_architecture, extended, tables_of
 from perturbdiff.training.dataset import IndexedCells, TrainingSet, marginal_conditions, subsample_log1p
+from perturbdiff.training.state import saved_states
 
 ADAPTATION = "adaptation.json"  # in the run folder: what a resumption must know of the checkpoint
 CELLS_OF_GENES = 4096  # cells at most whose expression says which genes go together
@@ -42,6 +43,7 @@ class Checkpoint:
 
     base: Base
     model: PerturbDiff
+    tensor_files: dict[str, str] | None = None  # hashes, where it is not the run's own
 
     @property
     def names(self) -> Names:
@@ -111,12 +113,15 @@ def find_checkpoint(config: Config, out: Path, resuming: bool) -> Checkpoint | N
     Raises
     ------
     FileNotFoundError, ValueError, OSError
-        There is no such model, or it is damaged; it has another architecture than the settings, or reads another X.
+        There is no such model, or it is damaged; it has another architecture than the settings, or reads another X; it
+        is not the one that the run was started from.
     """
     if config.adapt.init_from is None:
         return None
     if resuming:
         said = json.loads((out / ADAPTATION).read_text())
+        if config.adapt.init_from != started_from(out):
+            refuse_another(config.adapt.init_from, out)
         return Checkpoint(Base(**said["base"]), PerturbDiff.from_pretrained(out / "model", device="cpu"))
     base, folder, metadata = checkpoint_metadata(config.adapt.init_from)
     if folder.is_adapter and config.adapt.method == "lora":
@@ -125,7 +130,8 @@ def find_checkpoint(config: Config, out: Path, resuming: bool) -> Checkpoint | N
         )
     check_architecture(metadata.config.denoiser, config.denoiser)
     name, revision = name_and_revision(config.adapt.init_from)
-    return Checkpoint(base, PerturbDiff.from_pretrained(name, base.revision or revision, device="cpu"))
+    model = PerturbDiff.from_pretrained(name, base.revision or revision, device="cpu")
+    return Checkpoint(base, model, folder.tensor_files)
 
 
 def checkpoint_metadata(init_from: str) -> tuple[Base, ModelFolder, ModelMetadata]:
@@ -135,27 +141,62 @@ def checkpoint_metadata(init_from: str) -> tuple[Base, ModelFolder, ModelMetadat
     return Base(source.name, source.commit, folder.sha256), folder, metadata
 
 
+def started_from(out: Path) -> str | None:
+    """What the run in a folder that can go on was started from, as it was named; None where there is no such run."""
+    there = saved_states(out / "states") and (out / ADAPTATION).is_file()
+    return load_config(out / "config.yaml").adapt.init_from if there else None
+
+
 def settings_of(init_from: str) -> dict[str, Any]:
     """What a run takes over from its checkpoint unless it is told otherwise, as the `base` of `load_config`.
 
     Raises as `checkpoint_metadata`, and ValueError where training cannot go on from such a model.
     """
-    *_, said = checkpoint_metadata(init_from)
-    model, labels = said.config, said.vocabularies
+    *_, metadata = checkpoint_metadata(init_from)
+    return _settings(init_from, metadata)
+
+
+def settings_at_start(out: Path) -> dict[str, Any] | None:
+    """`settings_of` the checkpoint of a run that can go on, as it was; None where an older version started it."""
+    said: dict[str, Any] = json.loads((out / ADAPTATION).read_text())
+    return said.get("settings")
+
+
+def _settings(init_from: str, of: ModelMetadata | PerturbDiff) -> dict[str, Any]:
+    model, labels = of.config, of.vocabularies
     if model.denoiser.published_encoding != PublishedEncoding():
         raise ValueError(
             f"{init_from} is a converted checkpoint that knows labels by frozen tables, which cannot be trained on; "
             "start from one with rows of labels."
         )
     data = {
-        "target_sum": said.preprocessing.target_sum,
-        "scale": said.preprocessing.scale,
+        "target_sum": of.preprocessing.target_sum,
+        "scale": of.preprocessing.scale,
         "set_size": model.set_size,
         "combination_separator": labels.combination_separator,
         "dose_separator": labels.dose_separator,
     }
     parts = {name: as_dict(getattr(model, name)) for name in ("denoiser", "diffusion", "sampling")}
     return {**parts, "data": data}
+
+
+def refuse_another(init_from: str, out: Path) -> None:
+    """Refuse a checkpoint that is not the one that the run in `out` was started from. Raises ValueError.
+
+    The run needs it no more: a folder that is gone is not missed, and of a repo at no revision newer ones do not count.
+    """
+    said = json.loads((out / ADAPTATION).read_text())
+    started, (name, revision) = Base(**said["base"]), name_and_revision(init_from)
+    known = init_from in (said.get("init_from"), started_from(out)) or (name, revision) == (started.name, None)
+    if known and not Path(name).is_dir():
+        return
+    base, folder, _ = checkpoint_metadata(init_from)
+    # Scores and card of a model may change, its weights not.
+    if base.sha256 != started.sha256 and folder.tensor_files != said.get("tensor_files"):
+        raise ValueError(
+            f"run folder {out} was started from {started}, and {init_from} is another model, {base}; leave init_from "
+            "out (--init-from) to go on, or choose another --out to start from this one."
+        )
 
 
 def prepare(config: Config, screen: Screen | None, out: Path, resuming: bool) -> Start:
@@ -203,6 +244,7 @@ def make_start(config: Config, data: TrainingSet, checkpoint: Checkpoint | None,
     lora = {name for name, _ in denoiser.named_parameters() if ".lora_" in name}
     said = {
         "base": vars(checkpoint.base),
+        "init_from": config.adapt.init_from,
         "method": config.adapt.method,
         "genes_shared": done.n_shared,
         "genes_new": len(done.new_genes),
@@ -210,6 +252,8 @@ def make_start(config: Config, data: TrainingSet, checkpoint: Checkpoint | None,
         "genes_matched_by": done.matched_by,
         "new_labels": {kind: list(names) for kind, names in done.new_labels.items()},
         "new_parts": sorted(done.new_parts | lora),
+        "tensor_files": checkpoint.tensor_files,
+        "settings": _settings(checkpoint.base.name, checkpoint.model),
     }
     lines += [done.summary(), *_notes(config, checkpoint)]
     return Start(data, denoiser, done.new_parts | lora, said, "\n".join(lines), scaling)

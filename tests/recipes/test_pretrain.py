@@ -69,7 +69,7 @@ def test_it_is_complete(path):
         key
         for section in ("denoiser", "diffusion", "optim", "training")
         for key in config[section]
-        if key not in ("device", "profile_steps", "early_stop_patience", "covariate_dim")
+        if key not in ("device", "profile_steps", "early_stop_patience", "covariate_dim", "schedule_steps")
         and not key.endswith("_encoding")
     }
     assert [key for key in sorted(relevant) if not re.search(rf"^  {key}: ", text, re.MULTILINE)] == []

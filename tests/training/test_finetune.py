@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import perturbdiff
 from perturbdiff.config import PublishedEncoding, load_config
 from perturbdiff.data.screen import Screen
 from perturbdiff.data.simulate import simulate
@@ -19,6 +21,8 @@ from perturbdiff.nn.denoiser import build_denoiser
 from perturbdiff.nn.lora import BACKBONE, changed_layers
 from perturbdiff.training.loop import fit
 from perturbdiff.training.start import prepare, settings_of
+from tests.localhub.client import led_to
+from tests.localhub.server import LocalHub, Repo
 from tests.screens import log1p_cp10k
 from tests.simulated import SIMULATION, TINY, tiny_config, write_screen
 
@@ -278,3 +282,81 @@ def test_a_state_that_another_process_saved_while_the_data_were_read_is_not_pass
     with pytest.raises(FileExistsError, match=r"another process has trained in .* meanwhile"):
         fit(config, check=lambda data: fit(config, stop_at=4) and None)
     assert fit(config).step == 6
+
+
+# ---------------------------------------------------------------- the checkpoint of a run that goes on
+
+
+def other_model(checkpoint, folder):
+    model = PerturbDiff.from_pretrained(checkpoint, device="cpu")
+    with torch.no_grad():
+        model.denoiser.head.bias += 1
+    model.save_pretrained(folder)
+
+
+def go_on(screen, init_from, out, **words):
+    words = {"overrides": [*RUN, "training.n_steps=4"], "score": False, **words}
+    return perturbdiff.finetune(screen, init_from, out, **words)
+
+
+@pytest.fixture
+def stopped(checkpoint, screen, tmp_path):
+    """A run that was stopped, and the folder of its checkpoint."""
+    shutil.copytree(checkpoint, tmp_path / "base")
+    fit(tuned(screen, tmp_path / "base", tmp_path / "run", "training.n_steps=4"), stop_at=2)
+    return tmp_path / "run", tmp_path / "base"
+
+
+def test_a_checkpoint_goes_on_under_another_name_with_scores_or_gone(stopped, checkpoint, screen, tmp_path):
+    run, base = stopped
+    said = json.loads((run / "adaptation.json").read_text())
+    base.rename(tmp_path / "moved")
+    model = PerturbDiff.from_pretrained(tmp_path / "moved", device="cpu")
+    model.training = replace(model.training, license="mit")
+    model.save_pretrained(tmp_path / "moved")  # other words about the same weights
+    assert hashlib.sha256((tmp_path / "moved" / "config.json").read_bytes()).hexdigest() != said["base"]["sha256"]
+    go_on(screen, tmp_path / "moved", run)
+    go_on(screen, base, run)  # which is gone
+    go_on(screen, None, run)
+    assert json.loads((run / "adaptation.json").read_text()) == said
+    fit(tuned(screen, checkpoint, tmp_path / "straight", "training.n_steps=4"))
+    assert losses(run) == losses(tmp_path / "straight")
+
+
+def test_another_checkpoint_is_refused_whatever_its_name_and_the_run_goes_on_without_it(stopped, checkpoint, screen):
+    run, base = stopped
+    shutil.rmtree(base)
+    other_model(checkpoint, base)
+    with pytest.raises(
+        ValueError, match=r"was started from base .*, and \S+base is another model, .*leave init_from out"
+    ):
+        go_on(screen, base, run)
+    assert go_on(screen, None, run).step == 4
+
+
+def test_a_run_of_random_weights_and_one_of_a_checkpoint_do_not_go_on_as_each_other(stopped, screen, tmp_path):
+    run, base = stopped
+    with pytest.raises(ValueError, match=r"adapt\.init_from was '\S+base', is None"):
+        fit(load_config(run / "config.yaml", [], {"adapt": {"init_from": None}}))
+    fit(tiny_config(screen, tmp_path / "random", hold_out=()), stop_at=2)
+    with pytest.raises(ValueError, match=r"adapt\.init_from was None, is '\S+base'"):
+        fit(tuned(screen, base, tmp_path / "random"))
+
+
+def test_a_run_goes_on_from_the_checkpoint_of_its_start_after_another_push(checkpoint, screen, tmp_path):
+    other_model(checkpoint, tmp_path / "other")
+    run = tmp_path / "run"
+    with LocalHub() as hub, led_to(hub, tmp_path / "home"):
+        repo = hub.models["lab/base"] = Repo()
+        first = repo.commit(checkpoint)
+        fit(tuned(screen, "lab/base", run, "training.n_steps=4"), stop_at=2)
+        repo.commit(tmp_path / "other")
+        n_asked = len(hub.log)
+        go_on(screen, "lab/base", run)
+        assert len(hub.log) == n_asked
+        go_on(screen, f"lab/base@{first}", run)
+        with pytest.raises(
+            ValueError, match=rf"was started from lab/base at {first} .* lab/base@main is another model"
+        ):
+            go_on(screen, "lab/base@main", run)
+    assert json.loads((run / "model" / "training.json").read_text())["init_from"]["revision"] == first

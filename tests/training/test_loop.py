@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import anndata
 import numpy as np
 import pytest
 import torch
@@ -387,8 +388,20 @@ def test_a_signal_saves_and_the_same_command_goes_on_bit_identically(screen, tmp
     assert f"stopped     by {number.name}" in stdout, stderr
     saved = sorted(p.name for p in (tmp_path / "stopped" / "states").iterdir())
     assert saved != ["step_00000400"]
-    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    adata = anndata.read_h5ad(screen)
+    adata.write_h5ad(tmp_path / "moved.h5ad")
+    adata.X = adata.X.toarray()[::-1].copy()
+    adata.write_h5ad(tmp_path / "reversed.h5ad")
+    command[command.index(str(screen))] = "reversed.h5ad"
+    other = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert other.returncode == 2
+    assert other.stderr.startswith("perturbdiff: error: the data of run folder")
+    assert "other X in reversed.h5ad than in" in other.stderr
+    assert other.stderr.count("\n") == 1
+    command[command.index("reversed.h5ad")] = "moved.h5ad"
+    again = subprocess.run([*command, "training.validate_every=7"], capture_output=True, text=True, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert "resuming    from step" in again.stdout
-    assert losses(tmp_path / "straight") == losses(tmp_path / "stopped")
+    trained = [[line for line in losses(tmp_path / name) if "loss" in line] for name in ("straight", "stopped")]
+    assert trained[0] == trained[1]
     assert_same_weights(tmp_path / "straight" / "model", tmp_path / "stopped" / "model")

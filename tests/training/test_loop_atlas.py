@@ -101,7 +101,7 @@ def test_a_run_does_not_go_on_with_an_atlas_that_changed(screen, atlas, tmp_path
     shutil.rmtree(tmp_path / "atlas")
     read = Screen.read(screen, DataConfig(screen=str(screen)))
     atlas_of_screen(tmp_path / "atlas", read, rows_per_shard=50)
-    with pytest.raises(ValueError, match=r"are not those it was started with \(atlases of split.json differ\)"):
+    with pytest.raises(ValueError, match=r"not those it was started with \(data\.atlases\[0\] is .* was "):
         run_of(tmp_path / "run", on(tmp_path / "atlas"), "data.n_hvg=null")
 
 
