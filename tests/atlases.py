@@ -69,6 +69,7 @@ def write_atlas(
     library_size: np.ndarray | None = None,
     genes: GeneVocab | None = None,
     names: Sequence[str] | None = None,
+    measured: np.ndarray | None = None,
     **info: object,
 ) -> Path:
     """An atlas of n cells of each (perturbation, cell_type, batch, n); shards may end within a condition.
@@ -131,7 +132,7 @@ def write_atlas(
     )
     changed = replace(manifest, **info)
     table = condition_table(conditions, rows_per_shard)
-    write_manifest(folder, changed, genes, table, digests, atlas_card(changed))
+    write_manifest(folder, changed, genes, table, digests, atlas_card(changed), measured)
     return folder
 
 
@@ -142,7 +143,7 @@ def condition_table(conditions: Sequence[tuple[str, str, str, int]], rows_per_sh
         shard, row = divmod(first, rows_per_shard)
         place = {"cell_type": cell_type, "batch": batch, "perturbation": perturbation}
         place |= {"is_control": perturbation == "control", "n_cells": n_cells}
-        rows.append({**place, "shard": shard_name(shard), "first_row": row})
+        rows.append({**place, "shard": shard_name(shard), "first_row": row, "sources": [0]})
         first += n_cells
     return pa.Table.from_pylist(rows, schema=CONDITIONS_SCHEMA)
 

@@ -78,8 +78,8 @@ The values: {escaped(info.normalisation, 2000)}
 | file | what |
 |---|---|
 | `data/cells-*.parquet` | the cells |
-| `genes.parquet` | names and Ensembl ids of the genes, in the order of the indices |
-| `conditions.parquet` | each condition's number of cells, its shard and its first row there |
+| `genes.parquet` | names and Ensembl ids of the genes, in the order of the indices, and which source measured them |
+| `conditions.parquet` | each condition's number of cells, its shard and its first row there, its sources |
 | `atlas.json` | sizes, sources, license, what a reader must do with the values |
 | `checksums.json` | sha256 and size of every file |
 

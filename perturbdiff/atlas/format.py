@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,13 +39,23 @@ MAX_BYTES = {MANIFEST: 64 << 20, CHECKSUMS: 64 << 20, GENES: 256 << 20, CONDITIO
 MAX_SHARD_FILE = 4 << 30
 MAX_GENES = 1 << 20
 MAX_CONDITIONS = 1 << 26
+MAX_MEASURED = 1 << 30  # genes times sources
 MAX_NAME = 4096  # bytes of a name or label
 AGAIN = "Get or build the atlas again."
 
 T = TypeVar("T")
 
+
+def _lists(name: str, kind: pa.DataType) -> pa.Field:
+    return pa.field(name, pa.list_(pa.field("element", kind, nullable=False)), nullable=False)
+
+
 GENES_SCHEMA = pa.schema(
-    [pa.field("name", pa.string(), nullable=False), pa.field("ensembl", pa.string(), nullable=False)]
+    [
+        pa.field("name", pa.string(), nullable=False),
+        pa.field("ensembl", pa.string(), nullable=False),
+        _lists("measured", pa.bool_()),  # by each source, in the order of atlas.json
+    ]
 )
 CONDITIONS_SCHEMA = pa.schema(
     [
@@ -54,6 +64,7 @@ CONDITIONS_SCHEMA = pa.schema(
         pa.field("n_cells", pa.int64(), nullable=False),
         pa.field("shard", pa.string(), nullable=False),
         pa.field("first_row", pa.int64(), nullable=False),  # within the shard
+        _lists("sources", pa.int32()),  # numbers of those that it has cells of, rising
     ]
 )
 DICTIONARY = ("perturbation", "cell_type", "batch", "source")
@@ -79,14 +90,10 @@ def shard_schema(gene_type: str, value_column: str, value_type: str) -> pa.Schem
     value_column, value_type
         "counts" with "uint16" or "uint32"; "log1p" with "float32".
     """
-
-    def lists(name: str, kind: str) -> pa.Field:
-        element = pa.field("element", getattr(pa, kind)(), nullable=False)
-        return pa.field(name, pa.list_(element), nullable=False)
-
     texts = [pa.field(name, pa.string(), nullable=False) for name in (*DICTIONARY, "cell")]
     library = pa.field("library_size", pa.float32(), nullable=False)
-    return pa.schema([*texts, library, lists("genes", gene_type), lists(value_column, value_type)])
+    values = _lists("genes", getattr(pa, gene_type)()), _lists(value_column, getattr(pa, value_type)())
+    return pa.schema([*texts, library, *values])
 
 
 def parquet_options(value_column: str) -> dict[str, Any]:
@@ -151,6 +158,7 @@ class AtlasInfo:
     target_sum: float | None  # counts a cell that log1p values are of; None: nobody knows, or counts
     sources: tuple[AtlasSource, ...]
     shards: tuple[Shard, ...]
+    format_version: int = field(default=FORMAT_VERSION, compare=False)  # of the files that were read
 
     @property
     def value_column(self) -> str:
@@ -162,7 +170,7 @@ class AtlasInfo:
         return shard_schema(self.gene_type, self.value_column, self.value_type)
 
     def as_json(self) -> dict[str, Any]:
-        return {"format_version": FORMAT_VERSION, **asdict(self)}
+        return {**asdict(self), "format_version": FORMAT_VERSION}
 
 
 def write_manifest(
@@ -172,6 +180,7 @@ def write_manifest(
     conditions: pa.Table,
     digests: Mapping[str, tuple[str, int]],
     card: str,
+    measured: np.ndarray | None = None,
 ) -> None:
     """Write every file of an atlas but its shards; the checksums, without which nothing opens, last.
 
@@ -183,9 +192,14 @@ def write_manifest(
         sha256 and size of each shard by its path within the folder.
     card
         Markdown of the README.md, as `atlas_card` makes it.
+    measured
+        (n_sources, G) bool, the genes that each source measured; all if None.
     """
+    if measured is None:
+        measured = np.ones((len(info.sources), len(genes)), dtype=bool)
     ensembl = genes.ensembl or ("",) * len(genes)
-    columns = [pa.array(genes.names, pa.string()), pa.array(ensembl, pa.string())]
+    by_gene = pa.array(list(np.ascontiguousarray(measured.T)), GENES_SCHEMA.field("measured").type)
+    columns = [pa.array(genes.names, pa.string()), pa.array(ensembl, pa.string()), by_gene]
     pq.write_table(pa.Table.from_arrays(columns, schema=GENES_SCHEMA), folder / GENES, compression="zstd")
     pq.write_table(conditions.cast(CONDITIONS_SCHEMA), folder / CONDITIONS, compression="zstd")
     write_json(folder / MANIFEST, info.as_json())
@@ -196,7 +210,7 @@ def write_manifest(
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """One of the JSON files, its format version checked and taken out.
+    """One of the JSON files, its format version checked and taken out, but of the manifest.
 
     Raises
     ------
@@ -217,7 +231,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     if name == MANIFEST and version < 3:
         content = _from_version_1(content) if version == 1 else content
         content = {**content, "target_sum": None, "dose_separator": None}
-    return content
+    return {**content, "format_version": version} if name == MANIFEST else content
 
 
 def read_checksums(folder: Path) -> dict[str, tuple[str, int]]:
@@ -265,11 +279,22 @@ def read_info(folder: Path) -> AtlasInfo:
     return info
 
 
-def read_genes(folder: Path, info: AtlasInfo) -> GeneVocab:
-    """genes.parquet. Raises ValueError where it is damaged, has duplicates or not the stated number."""
-    table = _read_table(folder / GENES, GENES_SCHEMA, info.n_genes)
+def read_genes(folder: Path, info: AtlasInfo) -> tuple[GeneVocab, np.ndarray]:
+    """genes.parquet: the genes, and (n_sources, G) which of them each source measured.
+
+    Raises ValueError where it is damaged, has duplicates or not the stated number.
+    """
+    path, n_sources = folder / GENES, len(info.sources)
+    table = _read_table(path, GENES_SCHEMA, info, info.n_genes, min(info.n_genes * n_sources, MAX_MEASURED))
     names, ensembl = (tuple(table.column(i).cast(pa.string()).to_pylist()) for i in range(2))
-    return GeneVocab(names, ensembl if any(ensembl) else None)
+    genes = GeneVocab(names, ensembl if any(ensembl) else None)
+    if info.format_version < 3:  # nobody knows
+        return genes, np.ones((n_sources, len(genes)), dtype=bool)
+    lists = table["measured"].chunk(0)
+    wrong = lists.value_lengths().to_numpy() != n_sources
+    if wrong.any():
+        raise ValueError(f"{path}, row {int(wrong.argmax())}: measured must hold {n_sources}, one a source. {AGAIN}")
+    return genes, lists.flatten().to_numpy(zero_copy_only=False).reshape(-1, n_sources).T
 
 
 def read_conditions(folder: Path, info: AtlasInfo) -> pa.Table:
@@ -281,7 +306,7 @@ def read_conditions(folder: Path, info: AtlasInfo) -> pa.Table:
         It is damaged, not sorted, or does not say the same of the shards as atlas.json; names the row.
     """
     path = folder / CONDITIONS
-    table = _read_table(path, CONDITIONS_SCHEMA, info.n_conditions)
+    table = _read_table(path, CONDITIONS_SCHEMA, info, info.n_conditions, info.n_cells)
     shard, n_cells, first_row = table["shard"].chunk(0), table["n_cells"].to_numpy(), table["first_row"].to_numpy()
     position = {s.file: i for i, s in enumerate(info.shards)}
     if foreign := [name for name in shard.dictionary.to_pylist() if name not in position]:
@@ -317,6 +342,16 @@ def read_conditions(folder: Path, info: AtlasInfo) -> pa.Table:
     ends = np.cumsum(n_cells)
     refuse(shard_first[of] + first_row != ends - n_cells, "it must start where the last one ends")
     refuse((np.arange(len(table)) == len(table) - 1) & (ends != info.n_cells), "the last must end with the shards")
+    if info.format_version < 3:  # nobody wrote them down
+        column = CONDITIONS_SCHEMA.field("sources")
+        return table.append_column(column, pa.array([[]] * len(table), column.type))
+    lists = table["sources"].chunk(0)
+    sources, lengths = lists.flatten().to_numpy(), lists.value_lengths().to_numpy()
+    row = np.repeat(np.arange(len(table)), lengths)
+    wrong = (sources < 0) | (sources >= len(info.sources))
+    wrong[1:] |= (np.diff(sources) <= 0) & (np.diff(row) == 0)
+    wrong = (np.bincount(row[wrong], minlength=len(table)) > 0) | (lengths == 0)
+    refuse(wrong, f"sources must be one or several of 0 to {len(info.sources) - 1}, rising")
     return table
 
 
@@ -399,16 +434,26 @@ def _fields(schema: type[T], content: Any, where: str) -> T:
     return schema(**content)
 
 
-def _read_table(path: Path, schema: pa.Schema, n_rows: int) -> pa.Table:
+def _read_table(path: Path, schema: pa.Schema, info: AtlasInfo, n_rows: int, n_elements: int) -> pa.Table:
     """A table with one chunk a column; texts as dictionaries, whose words are sorted.
 
-    As dictionaries, because a small file may state one long text for every row.
+    As dictionaries, because a small file may state one long text for every row. Its lists, which came with version 3,
+    hold at most `n_elements`.
     """
+    if info.format_version < 3:
+        schema = pa.schema([field for field in schema if not pa.types.is_list(field.type)])
     footer = read_footer(path, schema, n_rows)
     groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
     size = sum(group.column(i).total_uncompressed_size for group in groups for i in range(group.num_columns))
     if size > MAX_BYTES[path.name]:
         raise ValueError(f"{path} holds {size:,} bytes; at most {MAX_BYTES[path.name]:,} are read. {AGAIN}")
+    stated = sum(
+        column.num_values
+        for column in (group.column(i) for group in groups for i in range(group.num_columns))
+        if column.path_in_schema.endswith(".list.element")
+    )
+    if stated > n_elements:
+        raise ValueError(f"{path} states {stated:,} elements of lists; it must be at most {n_elements:,}. {AGAIN}")
     texts = [field.name for field in schema if field.type == pa.string()]
     try:
         table = pq.ParquetFile(path, read_dictionary=texts).read()

@@ -62,6 +62,8 @@ class Atlas:
         (n_shards + 1,) int64 row of each shard's first cell.
     digests
         sha256 and size of each file.
+    measured
+        (n_sources, G) bool, the genes that each source measured; all where a format before 3 does not tell.
     commit
         Of the repo; None for a folder.
     """
@@ -73,6 +75,7 @@ class Atlas:
     conditions: pa.Table
     shard_first: np.ndarray
     digests: dict[str, tuple[str, int]]
+    measured: np.ndarray
     commit: str | None = None
 
     @classmethod
@@ -116,8 +119,8 @@ class Atlas:
             raise ValueError(
                 f"{folder / MANIFEST}: n_cells is {info.n_cells:,}, but the shards hold {shard_first[-1]:,}. {AGAIN}"
             )
-        genes, conditions = read_genes(folder, info), read_conditions(folder, info)
-        return cls(name, folder, info, genes, conditions, shard_first, digests)
+        (genes, measured), conditions = read_genes(folder, info), read_conditions(folder, info)
+        return cls(name, folder, info, genes, conditions, shard_first, digests, measured)
 
     def __len__(self) -> int:
         return self.info.n_cells
@@ -126,6 +129,15 @@ class Atlas:
     def sha256(self) -> str:
         """Hash of all files' hashes: two atlases that share it are the same."""
         return json_sha256(self.digests)
+
+    def panels(self) -> tuple[np.ndarray, np.ndarray]:
+        """Genes measured in all cells of each condition: rows (n_conditions,) of a table, and the table (n, G) bool."""
+        lists = self.conditions.column("sources").combine_chunks()
+        lengths = lists.value_lengths().to_numpy()
+        sources = np.full((len(lists), max(int(lengths.max(initial=0)), 1)), -1)
+        sources[np.arange(sources.shape[1]) < lengths[:, None]] = lists.flatten().to_numpy()
+        found, panel = np.unique(sources, axis=0, return_inverse=True)
+        return panel.reshape(-1), np.stack([self.measured[numbers[numbers >= 0]].all(axis=0) for numbers in found])
 
     def row_name(self, row: int) -> str:
         """A cell, for messages."""
@@ -302,10 +314,12 @@ class Atlas:
             expected = own.indices.to_numpy()[condition]
             refuse(known[column.indices.to_numpy()] != expected, f"another {name} than {CONDITIONS} states")
         source = batch.column("source")
-        known = pc.is_in(source.dictionary, pa.array([s.name for s in self.info.sources])).to_numpy(
-            zero_copy_only=False
-        )
-        refuse(~known[source.indices.to_numpy()], f"a source that is not in {MANIFEST}")
+        known = pc.index_in(source.dictionary, pa.array([s.name for s in self.info.sources])).fill_null(-1).to_numpy()
+        number = known[source.indices.to_numpy()]
+        refuse(number < 0, f"a source that is not in {MANIFEST}")
+        if self.info.format_version >= 3:
+            pair = condition * len(self.info.sources) + number
+            refuse(~np.isin(pair, self._condition_sources), f"another source than {CONDITIONS} states")
         library = batch.column("library_size").to_numpy()
         refuse(~(np.isfinite(library) & (library >= 0)), "a library size that is negative or not finite")
         genes, values = batch.column("genes"), batch.column(self.info.value_column)
@@ -318,6 +332,13 @@ class Atlas:
         falls[offsets[:-1][offsets[:-1] < len(falls)]] = False  # the first of a cell follows nothing
         refuse(falls, "gene indices that do not increase", offsets)
         refuse(~(np.isfinite(numbers) & (numbers > 0)), "a value that is not positive and finite", offsets)
+
+    @cached_property
+    def _condition_sources(self) -> np.ndarray:
+        # condition * n_sources + source, of all that conditions.parquet states
+        lists = self.conditions.column("sources").chunk(0)
+        condition = np.repeat(np.arange(len(lists)), lists.value_lengths().to_numpy())
+        return condition * len(self.info.sources) + lists.flatten().to_numpy()
 
     @cached_property
     def _condition_ends(self) -> np.ndarray:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from perturbdiff.config import Preprocessing
 from perturbdiff.data.expression import Cells
+from perturbdiff.data.measured import MeasuredGenes
 from perturbdiff.data.samplers import CellSet
 from perturbdiff.data.vocab import Labels
 
@@ -92,6 +93,8 @@ class CellSetBatch:
         (epoch, set number) of each set.
     conditions
         Index of each set's condition, for messages.
+    measured
+        (B, G) True where a gene was measured in all cells and controls of a set; None where all were.
     """
 
     cells: SparseCells
@@ -102,6 +105,7 @@ class CellSetBatch:
     preprocessing: Preprocessing
     keys: tuple[tuple[int, int], ...]
     conditions: tuple[int, ...]
+    measured: Tensor | None = None
 
     def to(self, device: torch.device | str) -> CellSetBatch:
         return replace(
@@ -110,13 +114,19 @@ class CellSetBatch:
             controls=self.controls.to(device),
             mask=self.mask.to(device),
             labels=self.labels.to(device),
+            measured=None if self.measured is None else self.measured.to(device),
         )
 
     def dense(self) -> tuple[Tensor, Tensor]:
-        """x0 and control, each (B, S, G) in model units, on the batch's device."""
+        """x0 and control, each (B, S, G) in model units, on the batch's device; 0 for genes that were not measured."""
         n_sets, set_size = self.mask.shape
         x0 = self.cells.dense(n_sets, set_size, self.n_genes, self.preprocessing)
-        return x0, self.controls.dense(n_sets, set_size, self.n_genes, self.preprocessing)
+        control = self.controls.dense(n_sets, set_size, self.n_genes, self.preprocessing)
+        return self.of_measured(x0), self.of_measured(control)
+
+    def of_measured(self, x: Tensor) -> Tensor:
+        """x (B, S, G) with 0 for genes that were not measured, to which no gradient goes."""
+        return x if self.measured is None else x.masked_fill(~self.measured[:, None], 0.0)
 
     def one_count(self) -> Tensor:
         """(B, S) a single count in each control, model units; 0 where there is none."""
@@ -124,10 +134,12 @@ class CellSetBatch:
         return self.controls.one_count(n_sets, set_size, self.preprocessing)
 
 
-def make_batch(sets: Sequence[CellSet], set_size: int, cells: Cells, labels: Labels) -> CellSetBatch:
+def make_batch(
+    sets: Sequence[CellSet], set_size: int, cells: Cells, labels: Labels, measured: MeasuredGenes | None = None
+) -> CellSetBatch:
     """Gather the cells of some sets. `labels` are those of all conditions of the index, by condition.
 
-    An empty list gives a batch without sets.
+    `measured` tells the genes of the rows of `cells`; None: all. An empty list gives a batch without sets.
     """
     mask = torch.zeros(len(sets), set_size, dtype=torch.bool)
     has_control = mask.clone()
@@ -144,7 +156,13 @@ def make_batch(sets: Sequence[CellSet], set_size: int, cells: Cells, labels: Lab
         preprocessing=cells.preprocessing,
         keys=tuple(s.key for s in sets),
         conditions=tuple(s.condition for s in sets),
+        measured=None if measured is None else _measured(sets, measured),
     )
+
+
+def _measured(sets: Sequence[CellSet], measured: MeasuredGenes) -> Tensor | None:
+    of_sets = [measured.in_all(np.concatenate([s.rows, s.control_rows])) for s in sets]
+    return None if all(genes.all() for genes in of_sets) else torch.from_numpy(np.stack(of_sets))
 
 
 def _gather(cells: Cells, rows: Sequence[np.ndarray], where: Tensor) -> SparseCells:

@@ -155,14 +155,16 @@ class GeneMoments:
     """Mean and variance of each gene over cells that come in parts, and the highly variable genes they show."""
 
     def __init__(self, n_genes: int) -> None:
-        self.n_cells = 0
+        self.n_cells = np.zeros(n_genes, dtype=np.int64)  # that measured the gene
         self.total = np.zeros(n_genes)
         self.total_square = np.zeros(n_genes)
 
-    def add(self, X: sparse.csr_matrix) -> None:
-        """(n, G) log1p values of some more cells."""
+    def add(self, X: sparse.csr_matrix, measured: np.ndarray | None = None) -> None:
+        """(n, G) log1p values of some more cells, which measured these genes (G,); all if None."""
         linear = np.expm1(X.data.astype(np.float64))
-        self.n_cells += X.shape[0]
+        if measured is not None:
+            linear *= measured[X.indices]
+        self.n_cells += X.shape[0] if measured is None else X.shape[0] * measured
         self.total += np.bincount(X.indices, weights=linear, minlength=X.shape[1])
         self.total_square += np.bincount(X.indices, weights=linear * linear, minlength=X.shape[1])
 
@@ -177,8 +179,9 @@ class GeneMoments:
         n_genes = len(self.total)
         if n >= n_genes:
             return np.arange(n_genes)
-        mean = self.total / self.n_cells
-        variance = (self.total_square / self.n_cells - mean**2) * self.n_cells / max(self.n_cells - 1, 1)
+        n_cells = np.maximum(self.n_cells, 1)
+        mean = self.total / n_cells
+        variance = (self.total_square / n_cells - mean**2) * n_cells / np.maximum(n_cells - 1, 1)
         mean[mean == 0] = 1e-12
         dispersion = variance / mean
         log_dispersion = np.log(np.where(dispersion > 0, dispersion, np.nan))

@@ -51,9 +51,14 @@ def self_pairs(y: Tensor, mask: Tensor | None = None) -> Tensor:
     return torch.where(n > 1, within / (2 * (n - 1).clamp_min(1)), torch.zeros_like(within))
 
 
-def mse(x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean squared error of each set over its real cells and all genes, (B,); 0 for an empty set."""
-    return ((x - y).square().mean(-1) * _weights(x, mask)).sum(-1)
+def mse(x: Tensor, y: Tensor, mask: Tensor | None = None, genes: Tensor | None = None) -> Tensor:
+    """Mean squared error of each set over its real cells and all genes, or (B, G) `genes`, (B,); 0 for an empty set."""
+    error = (x - y).square()
+    if genes is None:
+        of_cells = error.mean(-1)  # (B, S)
+    else:
+        of_cells = (error * genes[:, None]).sum(-1) / genes.sum(-1, keepdim=True).clamp_min(1)
+    return (of_cells * _weights(x, mask)).sum(-1)
 
 
 def energy_distance(x: Tensor, y: Tensor, x_mask: Tensor | None = None, y_mask: Tensor | None = None) -> Tensor:

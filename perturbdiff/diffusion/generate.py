@@ -147,7 +147,8 @@ def sample_batch(
     def denoise(x_t: Tensor, t: Tensor, control: Tensor, cond: Labels | None, self_cond: Tensor | None) -> Tensor:
         # A denoiser that never saw its own estimate in training would make nothing but noise of it.
         self_cond = None if self_cond is None or diffusion.p_self_cond == 0 else self_cond.to(dtype)
-        return denoiser(x_t.to(dtype), t, control.to(dtype), cond, self_cond, batch.mask).float()
+        x_t = batch.of_measured(x_t)  # as in training
+        return batch.of_measured(denoiser(x_t.to(dtype), t, control.to(dtype), cond, self_cond, batch.mask).float())
 
     x0 = sample(denoise, draw(), control, batch.labels, sampling, schedule, draw)
     if sampling.whole_counts:

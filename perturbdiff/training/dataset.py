@@ -26,6 +26,7 @@ from perturbdiff.data.conditions import (
     vocabularies_of,
 )
 from perturbdiff.data.expression import Cells, ConcatenatedCells, GeneMoments, highly_variable_genes, log1p_normalised
+from perturbdiff.data.measured import MeasuredGenes
 from perturbdiff.data.notation import Notation
 from perturbdiff.data.rng import permuted
 from perturbdiff.data.samplers import CellSet, CellSetSampler, SetSource, StreamedSampler
@@ -48,13 +49,18 @@ CELLS_OF_SUMS = 2_000
 
 @dataclass(frozen=True)
 class IndexedCells:
-    """The conditions of some cells, their controls and labels (one row a condition), and how they become sets."""
+    """The conditions of some cells, their controls and labels (one row a condition), and how they become sets.
+
+    measured
+        The genes that were measured in which cells; None where all were in all.
+    """
 
     cells: Cells
     index: ConditionIndex
     pools: ControlPools
     labels: Labels
     sources: Sequence[SetSource]
+    measured: MeasuredGenes | None = None
 
     @classmethod
     def build(
@@ -65,6 +71,7 @@ class IndexedCells:
         vocabularies: Vocabularies,
         sources: Sequence[SetSource],
         set_size: int,
+        measured: MeasuredGenes | None = None,
     ) -> IndexedCells:
         """Match and label an index that holds the controls too. Raises as `match_controls`, `encode`."""
         borders = cells.borders if isinstance(cells, StreamedCells) else None
@@ -74,7 +81,7 @@ class IndexedCells:
         if borders is not None:  # other shards are read for controls only where a condition's own has too few
             here = match_controls(index.by_shard(borders), match, np.zeros(len(index), dtype=bool))
             pools = pools.preferring(here, set_size)
-        return cls(cells, index, pools, encode_conditions(vocabularies, index, marginal), sources)
+        return cls(cells, index, pools, encode_conditions(vocabularies, index, marginal), sources, measured)
 
     def release(self) -> None:
         """Free the memory of shards until the next batch."""
@@ -116,7 +123,7 @@ class IndexedCells:
 
     def batch_of(self, sets: Sequence[CellSet], sampler: CellSetSampler | StreamedSampler) -> CellSetBatch:
         """A batch of some of the `sets` last taken; perhaps of none."""
-        return make_batch(sets, sampler.set_size, self.cells, self.labels)
+        return make_batch(sets, sampler.set_size, self.cells, self.labels, self.measured)
 
 
 @dataclass(frozen=True)
@@ -187,7 +194,7 @@ class TrainingSet:
             ConditionIndex.build(screen, split.validation | screen.is_control) if split.validation.any() else None
         )
         cells = (screen.expression, screen.expression)
-        made = ((SetSource(),), description, (), known_tables)
+        made = ((SetSource(),), description, (), known_tables, None)
         return cls._indexed(config, whole, cells, split, match, train, validation, *made)
 
     @classmethod
@@ -208,6 +215,7 @@ class TrainingSet:
         preprocessing = _common_preprocessing(atlases, config)
         first_rows = np.cumsum([0, *map(len, atlases)])
         index = ConditionIndex.concat([_index(atlas) for atlas in atlases], first_rows[:-1].tolist())
+        measured = _measured_genes(atlases, first_rows)
         marginal = marginal_conditions(index, sources)
         origin = _conditions(index, atlases, config.data)
         split = make_split(origin, config.split, config.training.seed, marginal)
@@ -221,9 +229,12 @@ class TrainingSet:
             controls = _spans(index.select(index.is_control))
             cells = StreamedCells(atlases, preprocessing, controls), StreamedCells(atlases, preprocessing, controls)
         else:
-            cells = (_cached_cells(atlases, preprocessing, train, config.data.n_hvg, known_genes),) * 2
+            cells = (_cached_cells(atlases, preprocessing, train, config.data.n_hvg, known_genes, measured),) * 2
+        if measured is not None:
+            position = {name: i for i, name in enumerate(atlases[0].genes.names)}
+            measured = measured.select(np.array([position[name] for name in cells[0].genes.names]))
         description = "\n".join(atlas.summary() for atlas in atlases)
-        made = (sources, description, tuple(atlases), known_tables)
+        made = (sources, description, tuple(atlases), known_tables, measured)
         return cls._indexed(config, origin, cells, split, match, train, validation, *made)
 
     @classmethod
@@ -240,17 +251,18 @@ class TrainingSet:
         description: str,
         atlases: tuple[Atlas, ...],
         known_tables: Sequence[FeatureTable],
+        measured: MeasuredGenes | None,
     ) -> TrainingSet:
         # Where batch and perturbation are confounded, a batch label would give the answer away.
         marginal = marginal_conditions(train, sources)
         vocabularies = vocabularies_of(train, origin.notation, match == "batch", marginal)
         description += "".join(f"\nnote        {note}" for note in split.notes)
-        tables = _feature_tables(config, cells[0], train, known_tables)
+        tables = _feature_tables(config, cells[0], train, known_tables, measured)
         if tables:
             lines = coverage(tables, vocabularies.labelled).splitlines()
             description += "".join(f"\nfeatures    {line}" for line in lines)
             vocabularies = with_tables(vocabularies, tables)
-        indexed = IndexedCells.build(cells[0], train, match, vocabularies, sources, config.data.set_size)
+        indexed = IndexedCells.build(cells[0], train, match, vocabularies, sources, config.data.set_size, measured)
         sampler = indexed.sampler(config)
         if sampler.n_sets == 0:
             raise ValueError(
@@ -261,7 +273,7 @@ class TrainingSet:
             only_controls = (SetSource(),) * len(sources)  # unperturbed cells are not held out, so nothing to score
             try:
                 validated = IndexedCells.build(
-                    cells[1], validation, match, vocabularies, only_controls, config.data.set_size
+                    cells[1], validation, match, vocabularies, only_controls, config.data.set_size, measured
                 )
             except KeyError as error:
                 raise ValueError(f"split.validation cannot be scored: {error.args[0]} Validate known ones.") from error
@@ -294,7 +306,7 @@ class TrainingSet:
         }
         of_features = f", {known.n_by_features:,} more known by features" if known.n_by_features else ""
         lines = [
-            f"genes       {len(self.cells.genes):,} in the model",
+            f"genes       {len(self.cells.genes):,} in the model{_by_not_all(self.train.measured)}",
             f"split       {n['train']:,} perturbed cells to train on, {n['validation']:,} to validate, "
             f"{n['test']:,} held out",
             f"labels      {len(known.labelled)} perturbations, {len(known.cell_types)} cell types, "
@@ -313,6 +325,28 @@ class TrainingSet:
 def marginal_conditions(index: ConditionIndex, sources: Sequence[SetSource]) -> np.ndarray:
     """(n_conditions,) True where a condition is of a marginal source."""
     return np.array([source.marginal for source in sources], dtype=bool)[index.source]
+
+
+def _measured_genes(atlases: Sequence[Atlas], first_rows: np.ndarray) -> MeasuredGenes | None:
+    if all(atlas.measured.all() for atlas in atlases):
+        return None
+    panels, tables = zip(*(atlas.panels() for atlas in atlases), strict=True)
+    first_panels = np.cumsum([0, *map(len, tables)])
+    n_cells = np.concatenate([atlas.conditions.column("n_cells").to_numpy() for atlas in atlases])
+    panel = np.concatenate([panel + first for panel, first in zip(panels, first_panels, strict=False)])
+    return MeasuredGenes(np.cumsum(n_cells) - n_cells, panel, np.concatenate(tables))
+
+
+def _by_not_all(measured: MeasuredGenes | None) -> str:
+    if measured is None:
+        return ""
+    n = int((~measured.by_all).sum())
+    return f", {n:,} of them not measured in every source: sets without a gene say nothing of it"
+
+
+def complete_conditions(index: ConditionIndex, measured: MeasuredGenes | None) -> ConditionIndex:
+    """Those of an index of atlases in whose cells all genes were measured."""
+    return index if measured is None else index.select(measured.complete(index.first))
 
 
 def _common_preprocessing(atlases: Sequence[Atlas], config: Config) -> Preprocessing:
@@ -381,6 +415,7 @@ def _cached_cells(
     train: ConditionIndex,
     n_hvg: int | None,
     known_genes: GeneVocab | None,
+    measured: MeasuredGenes | None,
 ) -> Cells:
     for atlas in atlases:
         atlas.download()
@@ -388,19 +423,25 @@ def _cached_cells(
     cells = ConcatenatedCells.concatenate([atlas.arrow_cells(None, preprocessing) for atlas in atlases], n_cells)
     if n_hvg is None or n_hvg >= len(cells.genes):
         return cells
-    chosen = _with_known(_highly_variable_genes(cells, train, n_hvg), known_genes, cells.genes)
+    chosen = _with_known(_highly_variable_genes(cells, train, n_hvg, measured), known_genes, cells.genes)
     genes = cells.genes.select(chosen)
     return ConcatenatedCells.concatenate([atlas.arrow_cells(genes, preprocessing) for atlas in atlases], n_cells)
 
 
 def _feature_tables(
-    config: Config, cells: Cells, train: ConditionIndex, known: Sequence[FeatureTable]
+    config: Config,
+    cells: Cells,
+    train: ConditionIndex,
+    known: Sequence[FeatureTable],
+    measured: MeasuredGenes | None,
 ) -> tuple[FeatureTable, ...]:
     tables, of_checkpoint = [], {table.name: table for table in known}
     for given in config.data.perturbation_features:
         if given == COEXPRESSION:
             # Loadings of other cells would have other axes, on which a checkpoint's weights mean nothing.
-            tables.append(of_checkpoint.get(COEXPRESSION) or _coexpression(cells, train, config.training.seed))
+            tables.append(
+                of_checkpoint.get(COEXPRESSION) or _coexpression(cells, train, config.training.seed, measured)
+            )
         else:
             tables.append(read_features(given))
     if len({table.name for table in tables}) < len(tables):
@@ -411,13 +452,19 @@ def _feature_tables(
     return tuple(tables)
 
 
-def _coexpression(cells: Cells, train: ConditionIndex, seed: int) -> FeatureTable:
+def _coexpression(cells: Cells, train: ConditionIndex, seed: int, measured: MeasuredGenes | None) -> FeatureTable:
     if isinstance(cells, StreamedCells):
         raise ValueError(
             "data.perturbation_features=[coexpression] needs a pass over cells, which data.streamed=true does not "
             "make; give a table instead."
         )
-    X = subsample_log1p(cells, train, CELLS_OF_LOADINGS, seed, "loadings")
+    complete = complete_conditions(train, measured)
+    if not len(complete):
+        raise ValueError(
+            "data.perturbation_features=[coexpression] needs cells in which all genes were measured, and no training "
+            "condition has any; give a table, or build the atlas with --genes intersection."
+        )
+    X = subsample_log1p(cells, complete, CELLS_OF_LOADINGS, seed, "loadings")
     return coexpression_table(X, cells.genes.names, name=COEXPRESSION).directions()
 
 
@@ -472,10 +519,11 @@ def _chunks(index: ConditionIndex) -> Iterator[np.ndarray]:
             yield np.arange(first, min(first + ROWS_AT_ONCE, stop))
 
 
-def _highly_variable_genes(cells: Cells, train: ConditionIndex, n: int) -> np.ndarray:
+def _highly_variable_genes(cells: Cells, train: ConditionIndex, n: int, measured: MeasuredGenes | None) -> np.ndarray:
     moments = GeneMoments(len(cells.genes))
     with progress(int(train.n_cells.sum()), "choose genes", "cell") as bar:
         for rows in _chunks(train):
-            moments.add(_log1p(cells, rows))
+            for part, genes in [(rows, None)] if measured is None else measured.parts(rows):
+                moments.add(_log1p(cells, part), genes)
             bar.update(len(rows))
     return moments.highly_variable(n)

@@ -29,7 +29,13 @@ from perturbdiff.model import PerturbDiff
 from perturbdiff.nn.denoiser import Denoiser, build_denoiser
 from perturbdiff.nn.lora import freeze_backbone, inject_lora, merged
 from perturbdiff.nn.transfer import Names, Rules, adapt, check_architecture, extended, tables_of
-from perturbdiff.training.dataset import IndexedCells, TrainingSet, marginal_conditions, subsample_log1p
+from perturbdiff.training.dataset import (
+    IndexedCells,
+    TrainingSet,
+    complete_conditions,
+    marginal_conditions,
+    subsample_log1p,
+)
 from perturbdiff.training.state import saved_states
 
 ADAPTATION = "adaptation.json"  # in the run folder: what a resumption must know of the checkpoint
@@ -315,17 +321,21 @@ def _rules(config: Config, data: TrainingSet, checkpoint: Checkpoint) -> Rules:
     # Streamed cells come shard by shard: no sample of all of them.
     if not isinstance(data.cells, StreamedCells):
         n_new = int((data.cells.genes.align(checkpoint.model.genes, 0.0).columns < 0).sum())
-        if n_new:
-            expression = subsample_log1p(data.cells, index, CELLS_OF_GENES, seed, "adaptation").toarray()
+        complete = complete_conditions(index, data.train.measured)
+        if n_new and len(complete):
+            expression = subsample_log1p(data.cells, complete, CELLS_OF_GENES, seed, "adaptation").toarray()
         if config.adapt.new_labels == "nearest":
             profiles = {kind: _profiles(data.train, column, seed) for column, kind in ((1, "cell_type"), (2, "batch"))}
     return Rules(config.adapt.new_labels, expression, profiles, data.tables)
 
 
 def _profiles(cells: IndexedCells, column: int, seed: int) -> dict[str, np.ndarray]:
-    index, made = cells.index, {}
+    index, made = cells.index, dict[str, np.ndarray]()
+    shared = slice(None) if cells.measured is None else cells.measured.by_all
+    if cells.measured is not None and not cells.measured.by_all.any():  # nothing to compare them by
+        return made
     for code in np.unique(index.codes[index.is_control, column]):
         controls = index.select(index.is_control & (index.codes[:, column] == code))
         X = subsample_log1p(cells.cells, controls, CELLS_OF_PROFILE, seed, "adaptation")
-        made[index.names[column][code]] = np.asarray(X.mean(0)).ravel()
+        made[index.names[column][code]] = np.asarray(X.mean(0)).ravel()[shared]
     return made

@@ -57,25 +57,27 @@ def validate(
         The same with the controls in place of the generated cells: what must be undercut.
     validation_pearson_delta
         Correlation over genes of generated and measured mean, each minus the mean of the controls; mean over the
-        conditions where it is defined.
+        conditions where it is defined. Of the genes that were measured.
 
     A score that nothing defines is NaN; so is one of cells that are not finite.
     """
     looked_at = _looked_at(sampler, config.training.validate_sets)
     row_of = _row_of_condition(cells, [s.condition for sets in looked_at for s in sets])
     # Of each condition: what _scores gives of its sets, summed.
-    sums = torch.zeros(
-        max(row_of.values(), default=-1) + 1, 5 + 3 * len(cells.cells.genes), dtype=torch.float64, device=device
-    )
+    n_genes, n_profiles = len(cells.cells.genes), 3 if cells.measured is None else 4
+    shape = max(row_of.values(), default=-1) + 1, 5 + n_profiles * n_genes
+    sums = torch.zeros(shape, dtype=torch.float64, device=device)
     for batch in _batches(cells, sampler, looked_at, config, rank, world_size):
-        scores = _scores(denoiser, batch.to(device), config)
+        scores = _scores(denoiser, batch.to(device), config, cells.measured is not None)
         for row, condition in zip(scores, batch.conditions, strict=True):
             sums[row_of[condition]] += row
     cells.release()
     sums = total(sums).cpu()
     n_cells, loss, n_scored, energy, no_change = sums[:, :5].unbind(1)  # (C,)
-    generated, measured, control = (sums[:, 5:] / n_cells[:, None]).chunk(3, dim=1)  # (C, G)
-    pearson, defined = _pearson(generated - control, measured - control)
+    # (C, G) each, and cells of each gene, or of all
+    *profiles, of_cells = [*sums[:, 5:].chunk(n_profiles, dim=1), n_cells[:, None].expand(-1, n_genes)][:4]
+    generated, measured, control = (profile / of_cells.clamp_min(1) for profile in profiles)
+    pearson, defined = _pearson(generated - control, measured - control, of_cells > 0)
     return {
         "validation_loss": float(loss.sum() / n_cells.sum()),
         "validation_energy_distance": float((energy / n_scored)[n_scored > 0].mean()),
@@ -115,11 +117,12 @@ def _batches(
             yield cells.batch_of(own[start : start + at_once], sampler)
 
 
-def _scores(denoiser: Denoiser, batch: CellSetBatch, config: Config) -> Tensor:
-    """(B, 5 + 3 G) float64 of each set, each to be summed over sets.
+def _scores(denoiser: Denoiser, batch: CellSetBatch, config: Config, by_gene: bool) -> Tensor:
+    """(B, 5 + 3 G) float64 of each set, each to be summed over sets; `by_gene` (B, 5 + 4 G).
 
     Its cells; loss times cells; cells that have an energy distance; that of the generated cells and that of the
-    controls times those; and the sums over cells of the generated, measured and control expression.
+    controls times those; the sums over cells of the generated, measured and control expression; and `by_gene`, the
+    cells that measured each gene.
     """
     seed, diffusion = config.training.seed, config.diffusion
     loss = DiffusionLoss(diffusion)(denoiser, batch, validation_draws(batch, diffusion, seed)).total
@@ -133,11 +136,17 @@ def _scores(denoiser: Denoiser, batch: CellSetBatch, config: Config) -> Tensor:
     energies = [torch.where(n_scored > 0, distance * n_scored, 0.0) for distance in distances]
     scalars = [n_cells, loss * n_cells, n_scored, *energies]
     profiles = [x.sum(1, dtype=torch.float64) * scale for x in (generated, measured, control)]  # (B, G) each
+    if by_gene:
+        profiles.append(batch.of_measured(batch.mask[..., None].expand_as(measured).double()).sum(1))
     return torch.cat([torch.stack(scalars, dim=1), *profiles], dim=1)
 
 
-def _pearson(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Correlation over genes, (C, G) each to (C,), and where it is defined: neither is constant."""
-    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
-    a_std, b_std = a.square().mean(1).sqrt(), b.square().mean(1).sqrt()
-    return (a * b).mean(1) / (a_std * b_std), ~((a_std <= NO_SPREAD) | (b_std <= NO_SPREAD))
+def _pearson(a: Tensor, b: Tensor, genes: Tensor) -> tuple[Tensor, Tensor]:
+    """Correlation over `genes`, (C, G) each to (C,), and where it is defined: neither is constant."""
+
+    def mean(x: Tensor) -> Tensor:  # (C, 1)
+        return (x * genes).sum(1, keepdim=True) / genes.sum(1, keepdim=True).clamp_min(1)
+
+    a, b = a - mean(a), b - mean(b)
+    a_std, b_std = mean(a.square()).sqrt(), mean(b.square()).sqrt()
+    return (mean(a * b) / (a_std * b_std))[:, 0], ~((a_std <= NO_SPREAD) | (b_std <= NO_SPREAD))[:, 0]

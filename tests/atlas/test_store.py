@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from perturbdiff.atlas.format import (
     GENES_SCHEMA,
     MANIFEST,
     MAX_BYTES,
+    AtlasSource,
     parquet_options,
     shard_name,
     shard_schema,
@@ -216,11 +218,91 @@ def test_an_atlas_of_format_1_opens_with_its_licenses(folder):
         del content["target_sum"]
 
     change_json(folder, MANIFEST, older)
+    without_sources(folder)
     change_json(folder, CHECKSUMS, set_to(format_version=1))
     opened = Atlas.open(folder)
     assert opened.info == info
     assert opened.info.license == "cc-by-4.0"
     opened.verify()
+
+
+def without_sources(folder: Path) -> None:
+    """The tables of formats before 3."""
+    for name, column in ((GENES, "measured"), (CONDITIONS, "sources")):
+        pq.write_table(pq.read_table(folder / name).drop_columns(column), folder / name)
+    seal(folder)
+
+
+def test_in_an_atlas_of_format_2_all_genes_were_measured(folder):
+    def older(content):
+        content["format_version"] = 2
+        del content["target_sum"]
+
+    change_json(folder, MANIFEST, older)
+    refused("has other columns than an atlas", lambda: Atlas.open(folder))  # those of format 3
+    without_sources(folder)
+    atlas = Atlas.open(folder)
+    assert atlas.measured.all()
+    assert atlas.panels()[1].all()
+    atlas.verify()
+
+
+def test_an_atlas_of_format_3_states_sources_and_what_they_measured(folder):
+    without_sources(folder)
+    refused("genes.parquet has other columns than an atlas; check measured", lambda: Atlas.open(folder))
+
+
+@pytest.mark.parametrize("n_sources", [1, 2, 5])
+def test_genes_of_a_condition_are_those_that_all_of_its_sources_measured(tmp_path, n_sources):
+    rng = np.random.default_rng(n_sources)
+    measured = rng.random((n_sources, N_GENES)) < 0.6
+    random = AtlasSource("random", "x", None, N_CELLS, N_GENES, N_GENES, "row sums")
+    sources = tuple(replace(random, name=f"random{i or ''}") for i in range(n_sources))
+    folder = write_atlas(tmp_path / "atlas", measured=measured, sources=sources)
+    chosen = [sorted({0, *rng.choice(n_sources, rng.integers(1, n_sources + 1), False).tolist()}) for _ in CELLS]
+    change_conditions(
+        folder, lambda rows: [row.update(sources=c) for row, c in zip(rows, chosen, strict=True)] and None
+    )
+    atlas = Atlas.open(folder)
+    np.testing.assert_array_equal(atlas.measured, measured)
+    panel, table = atlas.panels()
+    for condition, of in enumerate(chosen):
+        expected = [all(measured[source, g] for source in of) for g in range(N_GENES)]
+        assert table[panel[condition]].tolist() == expected
+    atlas.verify()
+
+
+def test_a_source_that_a_condition_does_not_state_is_found(tmp_path):
+    random = AtlasSource("random", "x", None, N_CELLS, N_GENES, N_GENES, "row sums")
+    folder = write_atlas(tmp_path / "atlas", sources=(random, replace(random, name="other")))
+    change_conditions(folder, row(2, sources=[1]))
+    atlas = Atlas.open(folder)
+    refused(r"row 16 of data/cells-00000\.parquet .* has another source than conditions\.parquet", atlas.verify)
+
+
+def test_what_sources_measured_must_be_told_of_each(folder):
+    columns = pq.read_table(folder / GENES)
+    lists = pa.array([[True]] * (N_GENES - 1) + [[]], GENES_SCHEMA.field("measured").type)
+    pq.write_table(columns.set_column(2, GENES_SCHEMA.field("measured"), lists), folder / GENES)
+    seal(folder)
+    refused("row 19: measured must hold 1, one a source", lambda: Atlas.open(folder))
+
+
+def test_lists_that_are_longer_than_they_can_be_take_no_memory(folder):
+    genes, conditions = (GENES, GENES_SCHEMA, "measured", True), (CONDITIONS, CONDITIONS_SCHEMA, "sources", 0)
+    for name, schema, column, value in (genes, conditions):
+        table, field = pq.read_table(folder / name), schema.field(column)
+        offsets = pa.array(np.arange(len(table) + 1) * 500_000, pa.int32())
+        values = pa.array(np.full(500_000 * len(table), value), field.type.value_type)
+        lists = pa.ListArray.from_arrays(offsets, values, type=field.type)
+        wrong = table.set_column(table.column_names.index(column), field, lists)
+        before = (folder / name).read_bytes()
+        pq.write_table(wrong, folder / name, compression="zstd")
+        seal(folder)
+        del values, lists, wrong
+        refused("00,000 elements of lists; it must be at most", lambda: Atlas.open(folder))
+        (folder / name).write_bytes(before)
+        seal(folder)
 
 
 def set_to(**values):
@@ -394,6 +476,10 @@ def cells_that_wrap_round(rows):
         (row(1, cell_type="A"), "row 1: .*: conditions must be sorted and each there once"),
         (row(0, is_control=True), "row 0: .*: is_control is for 'control' alone"),
         (row(1, is_control=False), "row 1: .*: is_control is for 'control' alone"),
+        (row(1, sources=[]), "row 1: .*: sources must be one or several of 0 to 0, rising"),
+        (row(2, sources=[1]), "row 2: .*: sources must be one or several of 0 to 0, rising"),
+        (row(3, sources=[-1]), "row 3: .*: sources must be one or several of 0 to 0, rising"),
+        (row(4, sources=[0, 0]), "row 4: .*: sources must be one or several of 0 to 0, rising"),
         (lambda rows: rows.pop(), "row 5: .*: the last must end with the shards|of n_batches"),
         (row(0, batch="x" * 5000), "has a text of 5,000 bytes; at most 4,096"),
     ],
@@ -410,7 +496,7 @@ def test_conditions_with_other_columns_are_refused(folder):
 
 
 def change_genes(folder: Path, names: list[str]) -> None:
-    columns = [pa.array(names), pa.array([""] * len(names))]
+    columns = [pa.array(names), pa.array([""] * len(names)), pa.array([[True]] * len(names))]
     pq.write_table(pa.Table.from_arrays(columns, schema=GENES_SCHEMA), folder / GENES)
     seal(folder)
 
@@ -423,8 +509,9 @@ def test_duplicate_genes_are_refused(folder):
 def test_one_long_name_stated_for_all_genes_takes_no_memory(folder):
     n, length = 2000, 10_000_000  # 20 GB, in a file of some kilobytes
     column = pa.DictionaryArray.from_arrays(pa.array(np.zeros(n, np.int32)), pa.array(["x" * length]))
-    schema = pa.schema([pa.field(f.name, column.type, nullable=False) for f in GENES_SCHEMA])
-    table = pa.Table.from_arrays([column, column], schema=schema)
+    *texts, measured = GENES_SCHEMA
+    schema = pa.schema([*(pa.field(f.name, column.type, nullable=False) for f in texts), measured])
+    table = pa.Table.from_arrays([column, column, pa.array([[True]] * n, measured.type)], schema=schema)
     pq.write_table(table, folder / GENES, store_schema=False, compression="zstd", write_statistics=False)
     change_json(folder, MANIFEST, set_to(n_genes=n))
     assert (folder / GENES).stat().st_size < 1 << 16

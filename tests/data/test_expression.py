@@ -8,6 +8,7 @@ from scipy import sparse
 
 from perturbdiff.config import Preprocessing
 from perturbdiff.data.expression import (
+    GeneMoments,
     as_csr,
     highly_variable_genes,
     library_sizes,
@@ -120,8 +121,8 @@ def test_log1p_input_is_not_normalised_again():
 
 def hvg_by_pandas(logged: np.ndarray, n: int) -> np.ndarray:
     """flavor="seurat" as scanpy writes it: pd.cut on the log mean, z-scores by groupby."""
-    linear = np.expm1(logged)
-    table = pd.DataFrame({"mean": linear.mean(0), "variance": linear.var(0, ddof=1)})
+    linear = pd.DataFrame(np.expm1(logged))
+    table = pd.DataFrame({"mean": linear.mean(), "variance": linear.var(ddof=1)})
     table.loc[table["mean"] == 0, "mean"] = 1e-12
     dispersion = table["variance"] / table["mean"]
     table["dispersion"] = np.log(dispersion.where(dispersion > 0))
@@ -143,6 +144,17 @@ def test_highly_variable_genes_equal_a_pandas_derivation(seed):
     logged = log1p_cp10k(counts)
     for n in (1, 40, 200):
         np.testing.assert_array_equal(highly_variable_genes(sparse.csr_matrix(logged), n), hvg_by_pandas(logged, n))
+
+
+def test_a_gene_varies_as_it_does_in_the_cells_that_measured_it():
+    rng = np.random.default_rng()
+    logged = log1p_cp10k(rng.poisson(rng.gamma(1.0, rng.lognormal(0, 1, 100), (90, 100)) + 0.2))
+    moments, measured = GeneMoments(100), rng.random((3, 100)) < 0.8
+    measured[0] |= ~measured.any(axis=0)
+    for genes, rows in zip(measured, np.split(np.arange(90), [20, 65]), strict=True):
+        moments.add(sparse.csr_matrix(logged[rows]), genes)  # values that do not count among them
+        logged[np.ix_(rows, ~genes)] = np.nan
+    np.testing.assert_array_equal(moments.highly_variable(30), hvg_by_pandas(logged, 30))
 
 
 def test_all_genes_come_in_order_where_no_more_are_there():

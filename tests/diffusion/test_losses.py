@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from perturbdiff.config import DiffusionConfig
+from perturbdiff.config import DenoiserConfig, DiffusionConfig
 from perturbdiff.data.batch import CellSetBatch
 from perturbdiff.data.vocab import NULL, Labels
 from perturbdiff.diffusion.distances import energy_mmd, self_pairs
 from perturbdiff.diffusion.draws import Draws, training_draws
 from perturbdiff.diffusion.losses import DiffusionLoss
+from perturbdiff.nn.conditioning import VocabSizes
+from perturbdiff.nn.denoiser import Denoiser
 from perturbdiff.reference.convert import denoiser_from_reference
 from tests.cell_sets import batch_of, cells, numbered_labels
 
@@ -268,3 +270,59 @@ def test_loss_of_a_set_does_not_depend_on_the_other_sets():
             Draws(draws.t[one], draws.noise[one], self_cond[one], draws.labels.select(one)),
         )
         torch.testing.assert_close(alone.total, loss.total[one])
+
+
+OF_GENES = {  # weights and which of their axes is genes
+    "embed_x.weight": 1, "embed_self_cond.weight": 1, "embed_control.weight": 1,
+    "head.weight": 0, "head.bias": 0, "effect.weight": 0,
+}  # fmt: skip
+
+
+def of_kept(name: str, weight: Tensor, kept: Tensor) -> Tensor:
+    return weight.index_select(OF_GENES[name], kept.nonzero()[:, 0]) if name in OF_GENES else weight
+
+
+@pytest.mark.parametrize("words", [{}, {"p_self_cond": 1.0}, {"whole_counts": True, "unbiased": True}], ids=str)
+def test_a_set_trains_a_denoiser_as_if_genes_that_it_did_not_measure_were_not_there(words):
+    seed = int(np.random.default_rng().integers(1 << 30))
+    config, n_genes = DiffusionConfig(**words), 7
+    settings = DenoiserConfig(width=16, depth=2, n_heads=2, mean_effect=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        denoiser = Denoiser(settings, n_genes, VocabSizes(3, 3, 3))
+        for parameter in denoiser.parameters():
+            nn.init.normal_(parameter, std=0.2)
+        measured = torch.rand(3, n_genes) < 0.6
+    measured[0], measured[1:, 0], measured[1:, 1] = True, True, False
+    x0, control = cells(3, 6, n_genes, seed=seed), cells(3, 6, n_genes, seed=seed + 1) + 0.02
+    control[..., 0] = 0.01  # one count, whichever genes are looked at
+    mask = torch.arange(6)[None] < torch.tensor([[6], [4], [1]])
+    batch = replace(batch_of(x0, control, numbered_labels(3), mask), measured=measured)
+    draws = training_draws(batch, config, seed)
+    for b in range(3):
+        denoiser.zero_grad()
+        loss = DiffusionLoss(config)(denoiser, batch, draws)
+        loss.total[b].backward()
+        kept, only = measured[b], slice(b, b + 1)
+        cut = Denoiser(settings, int(kept.sum()), VocabSizes(3, 3, 3))
+        cut.load_state_dict({name: of_kept(name, weight, kept) for name, weight in denoiser.state_dict().items()})
+        alone = DiffusionLoss(config)(
+            cut,
+            batch_of(x0[only][..., kept], control[only][..., kept], batch.labels.select(only), mask[only]),
+            Draws(
+                draws.t[only],
+                draws.noise[only][..., kept],
+                draws.self_cond[only],
+                draws.labels.select(only),
+                None if draws.rounding is None else draws.rounding[only][..., kept],
+            ),
+        )
+        alone.total.backward()
+        torch.testing.assert_close(loss.mse[only], alone.mse, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(loss.mmd[only], alone.mmd, rtol=1e-4, atol=1e-4)
+        expected = dict(cut.named_parameters())
+        for name, parameter in denoiser.named_parameters():
+            found, own = (torch.zeros_like(p) if p.grad is None else p.grad for p in (parameter, expected[name]))
+            torch.testing.assert_close(of_kept(name, found, kept), own, rtol=1e-2, atol=1e-3)
+            if name in OF_GENES:
+                assert (of_kept(name, found, ~kept) == 0).all()

@@ -2,13 +2,27 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from scipy import sparse
 
 from perturbdiff.atlas.build.run import build
-from perturbdiff.config import AtlasConfig, BuildConfig, Config, DataConfig, SourceConfig, SplitConfig
-from perturbdiff.data.expression import highly_variable_genes
+from perturbdiff.config import (
+    AtlasConfig,
+    BuildConfig,
+    Config,
+    DataConfig,
+    DenoiserConfig,
+    DiffusionConfig,
+    SourceConfig,
+    SplitConfig,
+)
+from perturbdiff.data.expression import GeneMoments, highly_variable_genes
 from perturbdiff.data.screen import Screen
 from perturbdiff.data.vocab import GeneVocab
+from perturbdiff.diffusion.draws import training_draws
+from perturbdiff.diffusion.losses import DiffusionLoss
+from perturbdiff.nn.conditioning import VocabSizes
+from perturbdiff.nn.denoiser import Denoiser
 from perturbdiff.training.dataset import TrainingSet
 from tests.screens import config_for, counts_screen, log1p_cp10k, read, screen_with_cells, written
 
@@ -208,3 +222,68 @@ def test_a_screen_and_the_atlas_built_from_it_have_one_index_and_deal_the_same_c
                     for rows in ("rows", "control_rows"):
                         found = of_screen.origin.obs.index[getattr(of_cells, rows)]
                         assert found.tolist() == names[getattr(of_rows, rows)].tolist()
+
+
+@pytest.fixture
+def unlike_sources(tmp_path, monkeypatch):
+    """An atlas of two screens of 30 and 22 genes, of which 12 are common, under batches of their own; its settings."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    seed = int(np.random.default_rng().integers(1 << 30))
+    first, second = counts_screen(n_genes=30, seed=seed), counts_screen(n_genes=22, seed=seed + 1)
+    second.var_names = [f"gene_{g}" for g in range(18, 40)]
+    second.obs["batch"] = second.obs["batch"].map({"b1": "b3", "b2": "b4"})
+    paths = [written(adata, tmp_path / f"{name}.h5ad") for name, adata in (("one", first), ("two", second))]
+    build(BuildConfig(str(tmp_path / "atlas"), [SourceConfig(str(path)) for path in paths]), workers=1)
+
+    def config(**settings):
+        data = DataConfig(atlases=[AtlasConfig(str(tmp_path / "atlas"))], set_size=4, sets_per_batch=8, **settings)
+        return Config(out="unused", data=data, split=SplitConfig([], [], 0.0))
+
+    return first, second, config
+
+
+@pytest.mark.parametrize("settings", [{"n_hvg": None}, {"n_hvg": 25}, {"n_hvg": None, "streamed": True}], ids=str)
+def test_sets_of_a_source_give_genes_that_it_lacks_no_gradient(unlike_sources, settings):
+    first, second, config = unlike_sources
+    data = TrainingSet.from_atlases(config(**settings))
+    names, sampler = data.cells.genes.names, data.train.sampler(config(**settings))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        denoiser = Denoiser(DenoiserConfig(width=12, depth=1, n_heads=2), len(names), VocabSizes(9, 9, 9))
+        for parameter in denoiser.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    seen = set()
+    for step in range(sampler.steps_per_epoch):
+        batch = data.train.batch(sampler, 0, step, 0, 1)
+        for b, condition in enumerate(batch.conditions):
+            own = first if data.train.index.labels(condition)[2] in ("b1", "b2") else second
+            has = np.isin(names, own.var_names)
+            assert batch.measured[b].tolist() == has.tolist()
+            denoiser.zero_grad()
+            draws = training_draws(batch, DiffusionConfig(), step)
+            DiffusionLoss(DiffusionConfig())(denoiser, batch, draws).total[b].backward()
+            gradient = denoiser.head.weight.grad.abs().sum(1)
+            assert (gradient[~has] == 0).all()
+            assert (gradient[has] > 0).any()
+            for layer in (denoiser.embed_x, denoiser.embed_control):
+                assert (layer.weight.grad[:, ~has] == 0).all()
+            seen.add(own is first)
+    assert seen == {True, False}
+    data.train.close()
+    assert "not measured in every source" in data.summary()
+
+
+def test_genes_are_chosen_by_the_cells_that_measured_them(unlike_sources):
+    first, second, config = unlike_sources
+    moments = GeneMoments(40)
+    for adata, genes in ((first, slice(0, 30)), (second, slice(18, 40))):
+        values, measured = np.zeros((len(adata), 40)), np.zeros(40, dtype=bool)
+        values[:, genes], measured[genes] = log1p_cp10k(adata.X), True
+        moments.add(sparse.csr_matrix(values), measured)
+    chosen = TrainingSet.from_atlases(config(n_hvg=20)).cells.genes.names
+    assert chosen == tuple(f"gene_{g}" for g in moments.highly_variable(20))
+
+
+def test_loadings_are_of_cells_in_which_all_genes_were_measured(unlike_sources):
+    with pytest.raises(ValueError, match="needs cells in which all genes were measured, and no training condition"):
+        TrainingSet.from_atlases(unlike_sources[-1](n_hvg=None, perturbation_features=["coexpression"]))

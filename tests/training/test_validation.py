@@ -8,13 +8,14 @@ from perturbdiff.data.batch import make_batch
 from perturbdiff.data.rng import torch_generator
 from perturbdiff.data.samplers import CellSetSampler
 from perturbdiff.data.screen import Screen
+from perturbdiff.data.vocab import GeneVocab
 from perturbdiff.diffusion.draws import validation_draws
 from perturbdiff.diffusion.losses import DiffusionLoss
 from perturbdiff.evaluation.metrics import pearson_delta, score_condition
 from perturbdiff.nn.denoiser import build_denoiser
 from perturbdiff.training.dataset import TrainingSet
 from perturbdiff.training.validation import validate
-from tests.atlases import atlas_of_screen
+from tests.atlases import atlas_of_screen, random_cells, write_atlas
 from tests.simulated import TINY, tiny_config, write_screen
 
 pytestmark = pytest.mark.slow
@@ -301,3 +302,31 @@ def test_a_streamed_condition_is_one_condition_over_its_shards(read, tmp_path, w
     expected = expected_scores(sets, lambda control: shifted(control / 10) * 10)
     cells.close()
     assert values(found[0]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_genes_that_no_cell_measured_are_no_part_of_the_scores(tmp_path):
+    rng = np.random.default_rng()
+    conditions = [(p, c, "b", n) for c in ("T", "NK") for p, n in (("control", 20), ("A", 16), ("B", 12))]
+    X, library = random_cells(96, 12, int(rng.integers(1 << 30))), rng.integers(50, 90, 96)
+    kept = rng.permutation(12) < 8
+    names = np.array([f"gene_{g}" for g in range(12)])
+    whole = write_atlas(tmp_path / "whole", conditions, 12, cells=X, library_size=library, measured=kept[None])
+    unmasked = write_atlas(tmp_path / "unmasked", conditions, 12, cells=X, library_size=library)
+    cut = write_atlas(
+        tmp_path / "cut", conditions, cells=X[:, np.flatnonzero(kept)], library_size=library,
+        genes=GeneVocab(tuple(names[kept])),
+    )  # fmt: skip
+
+    def scores(folder):
+        given = {
+            "out": "unused",
+            "data": {"atlases": [{"path": str(folder)}]},
+            "split": {"validation": ["A:T", "B:NK"]},
+        }
+        words = [*TINY, "data.n_hvg=null", "sampling.whole_counts=false"]
+        config = load_config(None, words, given)
+        cells = TrainingSet.from_atlases(config).validation
+        return values(alone(FromControls(shifted), config, cells, cells.sampler(config)))
+
+    assert scores(whole) == pytest.approx(scores(cut), abs=1e-3)  # of distances in float32
+    assert scores(unmasked) != pytest.approx(scores(cut), abs=1e-3)

@@ -37,6 +37,7 @@ READ_BYTES = READ_VALUES * 40  # of them, at the most crowded moment
 GROUP_TIMES = 8  # what a row group takes while it is gathered and written as Parquet, of its genes and values
 VALUE_BYTES = 14  # of a value of a chunk that waits to be written
 MOST_VALUES = 1 << 24  # of a chunk; more saves nothing
+ARRAYS = ("keys", "n_cells", "first_bucket", "n_parts", "sources")  # of `Conditions`
 BLOCK_CELLS = 1 << 18  # one piece of work where only labels or moments are read
 
 
@@ -92,7 +93,7 @@ class Plan:
             "cell_bytes": self.cell_bytes,
             "disk_bytes": self.disk_bytes,
         }
-        arrays = {name: getattr(conditions, name) for name in ("keys", "n_cells", "first_bucket", "n_parts")}
+        arrays = {name: getattr(conditions, name) for name in ARRAYS}
         arrays |= {f"columns_{i}": columns for i, columns in enumerate(sort.columns)}
         write_json(temporary / "plan.json", content)
         with written(temporary / "plan.npz") as partial, open(partial, "wb") as file:
@@ -115,7 +116,7 @@ class Plan:
             sources=inputs.sources,
             columns=tuple(found[f"columns_{i}"] for i in range(len(inputs.sources))),
             gene_names=tuple(content["genes"]),
-            conditions=Conditions(names, *(found[name] for name in ("keys", "n_cells", "first_bucket", "n_parts"))),  # type: ignore[arg-type]
+            conditions=Conditions(names, *(found[name] for name in ARRAYS)),  # type: ignore[arg-type]
             chunks=found["chunks"],
             pieces=found["pieces"],
             perturbations=tuple(content["perturbations"]),
@@ -268,7 +269,7 @@ def _moments(
     moments = [GeneMoments(len(source.genes)) for source in inputs.sources]
     for i, k, _ in parts:  # always in this order, because sums of floats depend on it
         with np.load(_moments_file(inputs, i, k), allow_pickle=False) as part:
-            moments[i].n_cells += int(part["n_cells"])
+            moments[i].n_cells += part["n_cells"]
             moments[i].total += part["total"]
             moments[i].total_square += part["total_square"]
     return moments

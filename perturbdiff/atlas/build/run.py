@@ -31,6 +31,7 @@ from perturbdiff.atlas.build.plan import (
     share_memory,
 )
 from perturbdiff.atlas.build.sort import Sort, merge_bucket, spill_chunk
+from perturbdiff.atlas.build.sources.atlas import OtherAtlas
 from perturbdiff.atlas.build.sources.base import Source, open_source
 from perturbdiff.atlas.build.workers import Crew
 from perturbdiff.atlas.card import atlas_card
@@ -180,6 +181,7 @@ def _check_settings(inputs: Inputs) -> None:
 
 
 def _report(plan: Plan) -> None:
+    measured = _measured(plan)
     for i, source in enumerate(plan.sort.sources):
         n_kept = GeneSpace(plan.genes, plan.sort.columns).n_kept(i)
         print(
@@ -188,6 +190,12 @@ def _report(plan: Plan) -> None:
             f"{source.library_size}; {source.values}",
             flush=True,
         )
+        if n_left := n_kept - int(measured[i].sum()):
+            print(
+                f"note        {n_left:,} genes of {source.name} were not measured in all of its own "
+                "sources: they count as not measured in any of its cells; build from those sources to keep them.",
+                flush=True,
+            )
 
 
 # ------------------------------------------------------------------------------------ partition and merge
@@ -226,6 +234,23 @@ def _bucket(sort: Sort, i: int) -> dict[str, Any]:
     return content
 
 
+def _source_lists(sources: np.ndarray) -> pa.Array:
+    condition, source = np.nonzero(sources)
+    starts = np.searchsorted(condition, np.arange(len(sources) + 1))
+    return pa.ListArray.from_arrays(starts.astype(np.int32), source.astype(np.int32))
+
+
+def _measured(plan: Plan) -> np.ndarray:
+    """(n_sources, G) the genes of the atlas that each source measured; of another atlas, all of its sources."""
+    measured = np.zeros((len(plan.sort.sources), len(plan.genes)), dtype=bool)
+    for row, source, columns in zip(measured, plan.sort.sources, plan.sort.columns, strict=True):
+        own = columns >= 0
+        if isinstance(source, OtherAtlas):
+            own &= source.atlas.measured.all(axis=0)
+        row[columns[own]] = True
+    return measured
+
+
 def _finish(inputs: Inputs, plan: Plan, out: Path) -> None:
     """Give the shards their names, write what goes with them, and let the atlas appear."""
     sort, conditions, config = plan.sort, plan.sort.conditions, inputs.config
@@ -253,7 +278,7 @@ def _finish(inputs: Inputs, plan: Plan, out: Path) -> None:
         [
             pa.array(cell_type), pa.array(batch), pa.array(perturbation), pa.array(is_control),
             pa.array(conditions.n_cells), pa.array([shards[i].file for i in position.tolist()]),
-            pa.array(row - firsts[position]),
+            pa.array(row - firsts[position]), _source_lists(conditions.sources),
         ],
         schema=CONDITIONS_SCHEMA,
     )  # fmt: skip
@@ -289,7 +314,7 @@ def _finish(inputs: Inputs, plan: Plan, out: Path) -> None:
         ),
         shards=tuple(shards),
     )  # fmt: skip
-    write_manifest(folder, info, plan.genes, table, digests, atlas_card(info))
+    write_manifest(folder, info, plan.genes, table, digests, atlas_card(info), _measured(plan))
     for path in (*folder.iterdir(), folder / "data", folder):
         to_disk(path)
     shutil.rmtree(inputs.folder / "spill", ignore_errors=True)

@@ -47,6 +47,8 @@ class Conditions:
         (n,) int64.
     first_bucket, n_parts
         (n,) int64: a condition's cells are in this bucket, or cut by hash among `n_parts` from it.
+    sources
+        (n, n_sources) bool, True where a condition has cells of a source.
     """
 
     names: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
@@ -54,6 +56,7 @@ class Conditions:
     n_cells: np.ndarray
     first_bucket: np.ndarray
     n_parts: np.ndarray
+    sources: np.ndarray
 
     @classmethod
     def from_counts(
@@ -85,7 +88,7 @@ class Conditions:
                 here, filled = here + parts, 0.0
             else:
                 filled += size
-        return cls(names, keys[order], n_cells.sum(axis=1), first_bucket, n_parts)  # type: ignore[arg-type]
+        return cls(names, keys[order], n_cells.sum(axis=1), first_bucket, n_parts, n_cells > 0)  # type: ignore[arg-type]
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -211,6 +211,26 @@ def test_genes_are_merged_as_a_direct_computation_on_dense_matrices_does(screens
     assert all((np.diff(genes.astype(int)) > 0).all() for genes in rows["genes"])
 
 
+def test_genes_that_a_source_has_not_are_not_measured_in_it(screens, tmp_path, pieces):
+    first, second, *paths = screens
+    atlas = built(config(tmp_path / "atlas", *map(source, paths)), shard_bytes=SMALL)
+    assert atlas.measured.sum(axis=1).tolist() == [12, 15]
+    for row, adata in zip(atlas.measured, (first, second), strict=True):
+        assert {g for g, there in zip(atlas.genes.names, row, strict=True) if there} == set(adata.var_names)
+    found, labels = table(atlas), ["cell_type", "batch", "perturbation"]
+    of_cells = {key: sorted(set(part["source"])) for key, part in found.groupby(labels)}
+    assert {len(names) for names in of_cells.values()} == {1, 2}  # b2 is a batch of both
+    for row in atlas.conditions.to_pylist():
+        names = [atlas.info.sources[number].name for number in row["sources"]]
+        assert names == of_cells[tuple(row[label] for label in labels)]
+    atlas.verify()
+    # In an atlas of it, a gene counts where all of its sources measured it.
+    other = built(config(tmp_path / "other", source(tmp_path / "atlas"), source(paths[0], name="again")))
+    common = [g in set(first.var_names) & set(second.var_names) for g in other.genes.names]
+    assert other.measured.tolist() == [common, [g in set(first.var_names) for g in other.genes.names]]
+    other.verify()
+
+
 def test_overlap_is_reported(screens, tmp_path, capsys):
     _, _, one, two = screens
     built(config(tmp_path / "atlas", source(one), source(two), genes="intersection"))
