@@ -143,7 +143,9 @@ def condition_table(conditions: Sequence[tuple[str, str, str, int]], rows_per_sh
         shard, row = divmod(first, rows_per_shard)
         place = {"cell_type": cell_type, "batch": batch, "perturbation": perturbation}
         place |= {"is_control": perturbation == "control", "n_cells": n_cells}
-        rows.append({**place, "shard": shard_name(shard), "first_row": row, "sources": [0]})
+        rows.append(
+            {**place, "shard": shard_name(shard), "first_row": row, "sources": [0], "shared_with": [], "n_shared": []}
+        )
         first += n_cells
     return pa.Table.from_pylist(rows, schema=CONDITIONS_SCHEMA)
 

@@ -39,6 +39,7 @@ MAX_BYTES = {MANIFEST: 64 << 20, CHECKSUMS: 64 << 20, GENES: 256 << 20, CONDITIO
 MAX_SHARD_FILE = 4 << 30
 MAX_GENES = 1 << 20
 MAX_CONDITIONS = 1 << 26
+MAX_LINKS = 400  # of a cell to conditions
 MAX_MEASURED = 1 << 30  # genes times sources
 MAX_NAME = 4096  # bytes of a name or label
 AGAIN = "Get or build the atlas again."
@@ -65,6 +66,8 @@ CONDITIONS_SCHEMA = pa.schema(
         pa.field("shard", pa.string(), nullable=False),
         pa.field("first_row", pa.int64(), nullable=False),  # within the shard
         _lists("sources", pa.int32()),  # numbers of those that it has cells of, rising
+        _lists("shared_with", pa.int32()),  # other conditions that hold some of its cells too, rising
+        _lists("n_shared", pa.int64()),  # how many
     ]
 )
 DICTIONARY = ("perturbation", "cell_type", "batch", "source")
@@ -158,6 +161,8 @@ class AtlasInfo:
     target_sum: float | None  # counts a cell that log1p values are of; None: nobody knows, or counts
     sources: tuple[AtlasSource, ...]
     shards: tuple[Shard, ...]
+    repeats_within: int = 0  # cells that another cell of their condition equals
+    repeats_across: int = 0  # cells that come in several conditions
     format_version: int = field(default=FORMAT_VERSION, compare=False)  # of the files that were read
 
     @property
@@ -231,6 +236,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     if name == MANIFEST and version < 3:
         content = _from_version_1(content) if version == 1 else content
         content = {**content, "target_sum": None, "dose_separator": None}
+        content |= {"repeats_within": 0, "repeats_across": 0}  # nobody looked
     return {**content, "format_version": version} if name == MANIFEST else content
 
 
@@ -306,7 +312,7 @@ def read_conditions(folder: Path, info: AtlasInfo) -> pa.Table:
         It is damaged, not sorted, or does not say the same of the shards as atlas.json; names the row.
     """
     path = folder / CONDITIONS
-    table = _read_table(path, CONDITIONS_SCHEMA, info, info.n_conditions, info.n_cells)
+    table = _read_table(path, CONDITIONS_SCHEMA, info, info.n_conditions, MAX_LINKS * info.n_cells)
     shard, n_cells, first_row = table["shard"].chunk(0), table["n_cells"].to_numpy(), table["first_row"].to_numpy()
     position = {s.file: i for i, s in enumerate(info.shards)}
     if foreign := [name for name in shard.dictionary.to_pylist() if name not in position]:
@@ -343,16 +349,24 @@ def read_conditions(folder: Path, info: AtlasInfo) -> pa.Table:
     refuse(shard_first[of] + first_row != ends - n_cells, "it must start where the last one ends")
     refuse((np.arange(len(table)) == len(table) - 1) & (ends != info.n_cells), "the last must end with the shards")
     if info.format_version < 3:  # nobody wrote them down
-        column = CONDITIONS_SCHEMA.field("sources")
-        return table.append_column(column, pa.array([[]] * len(table), column.type))
-    lists = table["sources"].chunk(0)
-    sources, lengths = lists.flatten().to_numpy(), lists.value_lengths().to_numpy()
-    row = np.repeat(np.arange(len(table)), lengths)
-    wrong = (sources < 0) | (sources >= len(info.sources))
-    wrong[1:] |= (np.diff(sources) <= 0) & (np.diff(row) == 0)
-    wrong = (np.bincount(row[wrong], minlength=len(table)) > 0) | (lengths == 0)
-    refuse(wrong, f"sources must be one or several of 0 to {len(info.sources) - 1}, rising")
+        for column in CONDITIONS_SCHEMA:
+            if column.name not in table.column_names:
+                table = table.append_column(column, pa.array([[]] * len(table), column.type))
+        return table
+    for name, most in (("sources", len(info.sources)), ("shared_with", len(table))):
+        refuse(_not_rising(table[name].chunk(0), most), f"{name} must be numbers of 0 to {most - 1}, rising")
+    lengths = {name: table[name].chunk(0).value_lengths().to_numpy() for name in ("sources", "shared_with", "n_shared")}
+    refuse(lengths["sources"] == 0, "it must have a source")
+    refuse(lengths["shared_with"] != lengths["n_shared"], "n_shared must hold one number for each of shared_with")
     return table
+
+
+def _not_rising(lists: pa.ListArray, most: int) -> np.ndarray:
+    """(n,) True for lists that are not of rising numbers from 0 to under `most`."""
+    numbers, row = lists.flatten().to_numpy(), np.repeat(np.arange(len(lists)), lists.value_lengths().to_numpy())
+    wrong = (numbers < 0) | (numbers >= most)
+    wrong[1:] |= (np.diff(numbers) <= 0) & (np.diff(row) == 0)
+    return np.bincount(row[wrong], minlength=len(lists)) > 0
 
 
 def check_file(folder: Path, name: str, digests: Mapping[str, tuple[str, int]]) -> Path:

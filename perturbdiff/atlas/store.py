@@ -139,6 +139,12 @@ class Atlas:
         found, panel = np.unique(sources, axis=0, return_inverse=True)
         return panel.reshape(-1), np.stack([self.measured[numbers[numbers >= 0]].all(axis=0) for numbers in found])
 
+    def shared(self) -> np.ndarray:
+        """(n, 3) int64: two conditions, and how many cells of the first are in the second too, under its labels."""
+        others, numbers = (self.conditions.column(name).combine_chunks() for name in ("shared_with", "n_shared"))
+        condition = np.repeat(np.arange(len(others)), others.value_lengths().to_numpy())
+        return np.column_stack([condition, others.flatten().to_numpy(), numbers.flatten().to_numpy()])
+
     def row_name(self, row: int) -> str:
         """A cell, for messages."""
         i = int(np.searchsorted(self.shard_first, row, side="right")) - 1
@@ -379,7 +385,26 @@ class Atlas:
                 f"conditions  {len(sizes)} (perturbation, cell type, batch) with {sizes.min():,} to {sizes.max():,} "
                 f"cells, median {np.median(sizes):,.0f}"
             )
+        if info.repeats_within or info.repeats_across:
+            lines.append(self._repeats())
         return "\n".join(lines)
+
+    def _repeats(self) -> str:
+        shared = self.shared()
+        shared = shared[shared[:, 0] < shared[:, 1]]
+        names = [self.conditions.column(name) for name in ("perturbation", "cell_type", "batch")]
+
+        def named(condition: int) -> str:
+            return ":".join(str(column[condition].as_py()) for column in names)
+
+        top = shared[np.argsort(-shared[:, 2], kind="stable")[:3]].tolist()
+        examples = "; ".join(f"{named(a)} and {named(b)} share {n:,}" for a, b, n in top)
+        return (
+            f"repeats     {self.info.repeats_within:,} cells equal another one of their condition, "
+            f"{self.info.repeats_across:,} are in several conditions"
+            + (f": {examples}{'; ...' if len(shared) > 3 else ''}" if top else "")
+            + ". Was a source given twice, or cells of one in another?"
+        )
 
     def _check_shards(self, folder: Path) -> None:
         """Sizes and Parquet footers: cheap, and enough to know what reading will take."""

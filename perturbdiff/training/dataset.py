@@ -211,6 +211,7 @@ class TrainingSet:
             As `Atlas.open`; atlases differ in genes or kind of input; as `of`.
         """
         atlases = [Atlas.open(atlas.path, atlas.revision) for atlas in config.data.atlases]
+        _refuse_twice(atlases, config)
         sources = tuple(SetSource(atlas.sets == "marginal", atlas.weight) for atlas in config.data.atlases)
         preprocessing = _common_preprocessing(atlases, config)
         first_rows = np.cumsum([0, *map(len, atlases)])
@@ -219,6 +220,7 @@ class TrainingSet:
         marginal = marginal_conditions(index, sources)
         origin = _conditions(index, atlases, config.data)
         split = make_split(origin, config.split, config.training.seed, marginal)
+        note = _refuse_shared(atlases, index, split)
         match = resolve_control_match(index.select(~marginal), config.data.control_match)
         match_controls(index, match, ~marginal)
         train = index.select(split.train)
@@ -233,7 +235,7 @@ class TrainingSet:
         if measured is not None:
             position = {name: i for i, name in enumerate(atlases[0].genes.names)}
             measured = measured.select(np.array([position[name] for name in cells[0].genes.names]))
-        description = "\n".join(atlas.summary() for atlas in atlases)
+        description = "\n".join(atlas.summary() for atlas in atlases) + note
         made = (sources, description, tuple(atlases), known_tables, measured)
         return cls._indexed(config, origin, cells, split, match, train, validation, *made)
 
@@ -325,6 +327,41 @@ class TrainingSet:
 def marginal_conditions(index: ConditionIndex, sources: Sequence[SetSource]) -> np.ndarray:
     """(n_conditions,) True where a condition is of a marginal source."""
     return np.array([source.marginal for source in sources], dtype=bool)[index.source]
+
+
+def _refuse_twice(atlases: Sequence[Atlas], config: Config) -> None:
+    seen: dict[tuple[str, str], str] = {}
+    for atlas, given in zip(atlases, config.data.atlases, strict=True):
+        key = atlas.sha256, given.sets
+        if key in seen:
+            raise ValueError(
+                f"data.atlases {seen[key]} and {given.path} are the same atlas (sha256 {atlas.sha256[:12]}), both with "
+                f"sets={given.sets}; give it once, with a larger weight if its cells shall count more."
+            )
+        seen[key] = given.path
+
+
+def _refuse_shared(atlases: Sequence[Atlas], index: ConditionIndex, split: Split) -> str:
+    """Refuse to train on a held-out cell under another label; says where cells are validated that train."""
+    links, first = [], 0
+    for atlas in atlases:
+        links.append(atlas.shared() + np.array([first, first, 0]))
+        first += len(atlas.conditions)
+    held, other, n = np.concatenate(links).T
+    leaks = np.flatnonzero(split.test[held] & split.train[other])
+    if len(leaks):
+        worst = leaks[np.argmax(n[leaks])]
+        (p, c, b), (p2, c2, b2) = index.labels(int(held[worst])), index.labels(int(other[worst]))
+        more = f" ({len(leaks)} such pairs of conditions)" if len(leaks) > 1 else ""
+        raise ValueError(
+            f"{n[worst]:,} cells of the held-out condition (perturbation {p!r}, cell type {c!r}, batch {b!r}) are also "
+            f"in the training condition (perturbation {p2!r}, cell type {c2!r}, batch {b2!r}){more}; hold out "
+            f"{p2}:{c2}:{b2} too, or build the atlas without the source that repeats them."
+        )
+    n_validated = len(np.unique(held[split.validation[held] & split.train[other]]))
+    if n_validated == 0:
+        return ""
+    return f"\nnote        {n_validated:,} validation conditions hold cells that also train elsewhere: scores flatter"
 
 
 def _measured_genes(atlases: Sequence[Atlas], first_rows: np.ndarray) -> MeasuredGenes | None:

@@ -287,3 +287,43 @@ def test_genes_are_chosen_by_the_cells_that_measured_them(unlike_sources):
 def test_loadings_are_of_cells_in_which_all_genes_were_measured(unlike_sources):
     with pytest.raises(ValueError, match="needs cells in which all genes were measured, and no training condition"):
         TrainingSet.from_atlases(unlike_sources[-1](n_hvg=None, perturbation_features=["coexpression"]))
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    """An atlas of a study and of some of its cells under another cell type, as integrated objects hold them."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    study = counts_screen(n_genes=80, n=10, seed=int(np.random.default_rng().integers(1 << 30)))
+    again = study[(study.obs["cell_type"] == "T").to_numpy()].copy()
+    again.obs["cell_type"] = "T cell, type 1"
+    again.obs_names = [f"other-{name}" for name in again.obs_names]
+    paths = [written(adata, tmp_path / f"{name}.h5ad") for name, adata in (("study", study), ("integrated", again))]
+    build(BuildConfig(str(tmp_path / "atlas"), [SourceConfig(str(path)) for path in paths]), workers=1)
+    return tmp_path / "atlas"
+
+
+def on_atlases(hold_out, *atlases):
+    data = DataConfig(atlases=list(atlases), n_hvg=None, set_size=4, sets_per_batch=8)
+    return TrainingSet.from_atlases(Config(out="unused", data=data, split=SplitConfig(hold_out, [], 0.0)))
+
+
+def test_held_out_cells_that_train_under_another_label_are_refused(copied):
+    atlas = AtlasConfig(str(copied))
+    with pytest.raises(ValueError, match="10 cells of the held-out condition") as raised:
+        on_atlases(["A:T:b1"], atlas)
+    said = str(raised.value)
+    assert "(perturbation 'A', cell type 'T', batch 'b1') are also in the training condition (perturbation 'A'" in said
+    assert "hold out A:T cell, type 1:b1 too" in said
+    data = on_atlases(["A:T:b1", "A:T cell, type 1:b1"], atlas)  # what it says
+    trained = {data.train.index.labels(i) for i in range(len(data.train.index))}
+    assert ("A", "T", "b1") not in trained
+    assert ("A", "T cell, type 1", "b2") in trained
+    on_atlases(["A:NK"], atlas)  # nobody else's cells
+    assert "repeats     0 cells equal another one of their condition, 86 are in several conditions" in data.summary()
+
+
+def test_an_atlas_is_given_once(copied):
+    atlas, marginal = AtlasConfig(str(copied)), AtlasConfig(str(copied), sets="marginal")
+    with pytest.raises(ValueError, match=r"are the same atlas \(sha256 .*\), both with sets=perturbed; give it once"):
+        on_atlases([], atlas, atlas)
+    on_atlases([], atlas, marginal)  # with labels and without them

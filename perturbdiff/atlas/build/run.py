@@ -30,6 +30,7 @@ from perturbdiff.atlas.build.plan import (
     row_bytes,
     share_memory,
 )
+from perturbdiff.atlas.build.repeats import find_repeats
 from perturbdiff.atlas.build.sort import Sort, merge_bucket, spill_chunk
 from perturbdiff.atlas.build.sources.atlas import OtherAtlas
 from perturbdiff.atlas.build.sources.base import Source, open_source
@@ -141,6 +142,13 @@ def _opened(config: BuildConfig) -> tuple[Source, ...]:
     twice = [name for name, n in Counter(source.name for source in sources).items() if n > 1]
     if twice:
         raise ValueError(f"two sources are called {twice[0]!r}; give one of them another name.")
+    for i, source in enumerate(sources):
+        for other in sources[:i]:
+            if _same_cells(source, other):
+                raise ValueError(
+                    f"sources {other.name!r} ({other.config.path}) and {source.name!r} ({source.config.path}) are the "
+                    "same file; give it once, or select other cells of it in each."
+                )
     first = sources[0]
     for other in sources[1:]:
         if other.input_kind != first.input_kind:
@@ -149,6 +157,18 @@ def _opened(config: BuildConfig) -> tuple[Source, ...]:
                 "one kind: give the raw counts of both, or build two atlases."
             )
     return sources
+
+
+def _same_cells(a: Source, b: Source) -> bool:
+    selections = [(s.config.cells, list(s.config.keep), list(s.config.drop)) for s in (a, b)]
+    if selections[0] != selections[1]:
+        return False
+    if "files_sha256" in a.fingerprint or "files_sha256" in b.fingerprint:  # of many files
+        return a.fingerprint.get("files_sha256") == b.fingerprint.get("files_sha256")
+    first, second = Path(a.config.path), Path(b.config.path)
+    if not (first.is_file() and second.is_file()):  # on the Hub
+        return a.fingerprint == b.fingerprint
+    return first.samefile(second) or (first.stat().st_size == second.stat().st_size and sha256(first) == sha256(second))
 
 
 def _kind(source: Source) -> str:
@@ -240,6 +260,15 @@ def _source_lists(sources: np.ndarray) -> pa.Array:
     return pa.ListArray.from_arrays(starts.astype(np.int32), source.astype(np.int32))
 
 
+def _shared_lists(pairs: np.ndarray, n_conditions: int) -> tuple[pa.Array, pa.Array]:
+    """Of each condition, those that it shares cells with, and how many."""
+    both = np.concatenate([pairs, pairs[:, [1, 0, 2]]])
+    both = both[np.lexsort((both[:, 1], both[:, 0]))]
+    starts = np.searchsorted(both[:, 0], np.arange(n_conditions + 1)).astype(np.int32)
+    others, numbers = both[:, 1].astype(np.int32), both[:, 2].copy()
+    return pa.ListArray.from_arrays(starts, others), pa.ListArray.from_arrays(starts, numbers)
+
+
 def _measured(plan: Plan) -> np.ndarray:
     """(n_sources, G) the genes of the atlas that each source measured; of another atlas, all of its sources."""
     measured = np.zeros((len(plan.sort.sources), len(plan.genes)), dtype=bool)
@@ -270,6 +299,7 @@ def _finish(inputs: Inputs, plan: Plan, out: Path) -> None:
             f"{firsts[-1]} cells were sorted of {sum(plan.source_cells)}; an input changed while it was read. Delete "
             f"{inputs.folder} and build again."
         )
+    repeats = find_repeats([sort.hash_file(i) for i in range(conditions.n_buckets)], int(firsts[-1]))
     row = np.cumsum(conditions.n_cells) - conditions.n_cells
     position = np.searchsorted(firsts, row, side="right") - 1
     cell_type, batch, perturbation = conditions.labels(np.arange(len(conditions)))
@@ -279,6 +309,7 @@ def _finish(inputs: Inputs, plan: Plan, out: Path) -> None:
             pa.array(cell_type), pa.array(batch), pa.array(perturbation), pa.array(is_control),
             pa.array(conditions.n_cells), pa.array([shards[i].file for i in position.tolist()]),
             pa.array(row - firsts[position]), _source_lists(conditions.sources),
+            *_shared_lists(repeats.pairs, len(conditions)),
         ],
         schema=CONDITIONS_SCHEMA,
     )  # fmt: skip
@@ -313,6 +344,8 @@ def _finish(inputs: Inputs, plan: Plan, out: Path) -> None:
             for i, s in enumerate(inputs.sources)
         ),
         shards=tuple(shards),
+        repeats_within=repeats.within,
+        repeats_across=repeats.across,
     )  # fmt: skip
     write_manifest(folder, info, plan.genes, table, digests, atlas_card(info), _measured(plan))
     for path in (*folder.iterdir(), folder / "data", folder):

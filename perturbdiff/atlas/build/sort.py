@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy import sparse
 
+from perturbdiff.atlas.build.repeats import HASHED, LEAST_GENES, content_hashes, gene_keys
 from perturbdiff.atlas.build.sources.base import Source
 from perturbdiff.atlas.build.sources.checks import coded_as
 from perturbdiff.atlas.format import ROW_GROUP, SORTED_BY, gene_type, parquet_options, shard_schema
@@ -179,6 +180,10 @@ class Sort:
         """Says which shards a bucket became; a bucket is done when it is there."""
         return self.folder / "shards" / f"bucket-{bucket:06d}.json"
 
+    def hash_file(self, bucket: int) -> Path:
+        """Content and condition of the cells of a bucket that are compared, HASHED."""
+        return self.folder / "shards" / f"bucket-{bucket:06d}.npy"
+
     def shard_file(self, bucket: int, i: int) -> Path:
         return self.folder / "shards" / f"bucket-{bucket:06d}-{i:03d}.parquet"
 
@@ -338,6 +343,7 @@ def merge_bucket(sort: Sort, bucket: int, memory: int) -> int:
     name_starts = _starts(cells["name_bytes"])
     all_names = np.concatenate(names) if names else np.zeros(0, np.uint8)
     schema, shards = sort.schema, []
+    keys, hashed = gene_keys(len(sort.gene_names)), [np.zeros(0, HASHED)]
     reader = _Values(sort, runs, run_of, cells["n_values"], memory)
     sizes = cells["n_values"][order].astype(np.int64) * sort.value_bytes
     for i, (first, last) in enumerate(cuts(sizes, cells["condition"][order], sort.shard_bytes)):
@@ -347,6 +353,10 @@ def merge_bucket(sort: Sort, bucket: int, memory: int) -> int:
             groups = [order[start : min(start + ROW_GROUP, last)] for start in range(first, last, ROW_GROUP)]
             for rows, genes, values in reader.groups(groups):
                 starts = _starts(cells["n_values"][rows]).astype(np.int32)
+                part = np.zeros(len(rows), dtype=HASHED)
+                part["content"] = content_hashes(keys, genes, values, starts)
+                part["condition"] = cells["condition"][rows]
+                hashed.append(part[cells["n_values"][rows] >= LEAST_GENES])
                 found, position = np.unique(cells["condition"][rows], return_inverse=True)
                 labels = dict(zip(SORTED_BY, sort.conditions.labels(found), strict=True))
                 columns = {
@@ -360,6 +370,8 @@ def merge_bucket(sort: Sort, bucket: int, memory: int) -> int:
                 table = pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
                 writer.write_table(table, row_group_size=ROW_GROUP)
         shards.append({"file": path.name, "n_cells": last - first, "sha256": sha256(path), "size": path.stat().st_size})
+    with written(sort.hash_file(bucket)) as temporary, open(temporary, "wb") as file:
+        np.save(file, np.concatenate(hashed))
     write_json(sort.bucket_file(bucket), {"n_cells": len(order), "shards": shards})
     return len(order)
 

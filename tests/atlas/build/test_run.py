@@ -2,6 +2,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -229,6 +230,44 @@ def test_genes_that_a_source_has_not_are_not_measured_in_it(screens, tmp_path, p
     common = [g in set(first.var_names) & set(second.var_names) for g in other.genes.names]
     assert other.measured.tolist() == [common, [g in set(first.var_names) for g in other.genes.names]]
     other.verify()
+
+
+def test_cells_that_come_again_are_reported(tmp_path, capsys, pieces):
+    study = counts_screen(n_genes=100, n=6, seed=int(np.random.default_rng().integers(1 << 30)))
+    moved = study[(study.obs["cell_type"] == "T").to_numpy() & (study.obs["perturbation"] != "B").to_numpy()].copy()
+    moved.obs["cell_type"] = "T cell"
+    same = study[(study.obs["perturbation"] == "B").to_numpy()].copy()
+    for adata in (moved, same):
+        adata.obs_names = [f"other-{name}" for name in adata.obs_names]
+    names = ("study", "moved", "same")
+    paths = [written(adata, tmp_path / f"{n}.h5ad") for n, adata in zip(names, (study, moved, same), strict=True)]
+    sources = [source(paths[0]), source(paths[1]), source(paths[2], cells="perturbed")]
+    atlas = built(config(tmp_path / "atlas", *sources), shard_bytes=SMALL)
+    assert len(atlas.info.shards) > 3  # wherever they lie
+    assert (atlas.info.repeats_within, atlas.info.repeats_across) == (len(same), len(moved))
+    labels = [(r["perturbation"], r["cell_type"], r["batch"]) for r in atlas.conditions.to_pylist()]
+    shared = {(labels[a], labels[b]): n for a, b, n in atlas.shared().tolist()}
+    expected = {}
+    for p, b in ((p, b) for p in ("control", "A", "A+B") for b in ("b1", "b2")):
+        expected[(p, "T", b), (p, "T cell", b)] = expected[(p, "T cell", b), (p, "T", b)] = 9 if p == "control" else 6
+    assert shared == expected
+    said = capsys.readouterr().out
+    assert f"repeats     {len(same)} cells equal another one of their condition, {len(moved)} are in several" in said
+    assert "control:T:b1 and control:T cell:b1 share 9; control:T:b2 and control:T cell:b2 share 9" in said
+    atlas.verify()
+
+
+def test_one_file_is_one_source(screens, tmp_path):
+    *_, path, other = screens
+    copy = Path(shutil.copy(path, tmp_path / "copy.h5ad"))
+    (tmp_path / "link.h5ad").symlink_to(path)
+    for again in (copy, tmp_path / "link.h5ad"):
+        with pytest.raises(
+            ValueError, match=r"sources 'one' \(.*\) and 'again' \(.*\) are the same file; give it once"
+        ):
+            build(config(tmp_path / "a", source(path), source(other), source(again, name="again")), workers=1)
+    parts = [source(path, cells="perturbed"), source(copy, cells="unperturbed")]
+    assert len(built(config(tmp_path / "b", *parts))) == 108
 
 
 def test_overlap_is_reported(screens, tmp_path, capsys):
