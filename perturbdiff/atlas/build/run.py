@@ -299,7 +299,8 @@ def _finish(inputs: Inputs, plan: Plan, out: Path) -> None:
             f"{firsts[-1]} cells were sorted of {sum(plan.source_cells)}; an input changed while it was read. Delete "
             f"{inputs.folder} and build again."
         )
-    repeats = find_repeats([sort.hash_file(i) for i in range(conditions.n_buckets)], int(firsts[-1]))
+    hashed = [sort.hash_file(i) for i in range(conditions.n_buckets) if _bucket(sort, i)["n_compared"]]
+    repeats = find_repeats(hashed, int(firsts[-1]))
     row = np.cumsum(conditions.n_cells) - conditions.n_cells
     position = np.searchsorted(firsts, row, side="right") - 1
     cell_type, batch, perturbation = conditions.labels(np.arange(len(conditions)))

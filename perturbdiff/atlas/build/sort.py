@@ -181,7 +181,7 @@ class Sort:
         return self.folder / "shards" / f"bucket-{bucket:06d}.json"
 
     def hash_file(self, bucket: int) -> Path:
-        """Content and condition of the cells of a bucket that are compared, HASHED."""
+        """Content and condition of the cells of a bucket that are compared, HASHED; not there without any."""
         return self.folder / "shards" / f"bucket-{bucket:06d}.npy"
 
     def shard_file(self, bucket: int, i: int) -> Path:
@@ -343,7 +343,7 @@ def merge_bucket(sort: Sort, bucket: int, memory: int) -> int:
     name_starts = _starts(cells["name_bytes"])
     all_names = np.concatenate(names) if names else np.zeros(0, np.uint8)
     schema, shards = sort.schema, []
-    keys, hashed = gene_keys(len(sort.gene_names)), [np.zeros(0, HASHED)]
+    keys, hashed = gene_keys(len(sort.gene_names)), list[np.ndarray]()
     reader = _Values(sort, runs, run_of, cells["n_values"], memory)
     sizes = cells["n_values"][order].astype(np.int64) * sort.value_bytes
     for i, (first, last) in enumerate(cuts(sizes, cells["condition"][order], sort.shard_bytes)):
@@ -370,9 +370,10 @@ def merge_bucket(sort: Sort, bucket: int, memory: int) -> int:
                 table = pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
                 writer.write_table(table, row_group_size=ROW_GROUP)
         shards.append({"file": path.name, "n_cells": last - first, "sha256": sha256(path), "size": path.stat().st_size})
-    with written(sort.hash_file(bucket)) as temporary, open(temporary, "wb") as file:
-        np.save(file, np.concatenate(hashed))
-    write_json(sort.bucket_file(bucket), {"n_cells": len(order), "shards": shards})
+    if n_compared := sum(map(len, hashed)):
+        with written(sort.hash_file(bucket)) as temporary, open(temporary, "wb") as file:
+            np.save(file, np.concatenate(hashed))
+    write_json(sort.bucket_file(bucket), {"n_cells": len(order), "n_compared": n_compared, "shards": shards})
     return len(order)
 
 
