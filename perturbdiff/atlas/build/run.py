@@ -287,7 +287,8 @@ def _finish(inputs: Inputs, plan: Plan, out: Path) -> None:
     (folder / "data").mkdir(parents=True, exist_ok=True)
     shards: list[Shard] = []
     digests: dict[str, tuple[str, int]] = {}
-    for shard in (shard for i in range(conditions.n_buckets) for shard in _bucket(sort, i)["shards"]):
+    buckets = [_bucket(sort, i) for i in range(conditions.n_buckets)]
+    for shard in (shard for bucket in buckets for shard in bucket["shards"]):
         name = shard_name(len(shards))
         if (made := sort.folder / "shards" / shard["file"]).exists():
             made.replace(folder / name)
@@ -299,7 +300,7 @@ def _finish(inputs: Inputs, plan: Plan, out: Path) -> None:
             f"{firsts[-1]} cells were sorted of {sum(plan.source_cells)}; an input changed while it was read. Delete "
             f"{inputs.folder} and build again."
         )
-    hashed = [sort.hash_file(i) for i in range(conditions.n_buckets) if _bucket(sort, i)["n_compared"]]
+    hashed = [sort.hash_file(i) for i, bucket in enumerate(buckets) if bucket["n_compared"]]
     repeats = find_repeats(hashed, int(firsts[-1]))
     row = np.cumsum(conditions.n_cells) - conditions.n_cells
     position = np.searchsorted(firsts, row, side="right") - 1
