@@ -651,25 +651,16 @@ def _read_word(word: str, schema: type) -> DictConfig:
     kind = _kind_of(schema, key.split("."))
     if get_origin(kind) is Literal:  # words that need no quotes, which yaml would make true or false of
         kind, text = str, text.strip("'\"")
-    if kind is str or (kind == Optional[str] and text != "null") or kind == list[str]:
-        # A text is what it says: yaml would make no a truth, 0.10 a number and # a comment of it.
-        nested: Any = _texts_of_list(word, text) if kind == list[str] else text
-        for name in reversed(key.split(".")):
-            nested = {name: nested}
-        return OmegaConf.create(nested)
     try:
+        if kind is str or (kind == Optional[str] and text != "null") or kind == list[str]:
+            # A text is what it says: yaml would make no a truth, 0.10 a number and # a comment of it.
+            nested: Any = yaml_texts(text) if kind == list[str] else text
+            for name in reversed(key.split(".")):
+                nested = {name: nested}
+            return OmegaConf.create(nested)
         return OmegaConf.from_dotlist([word])
     except yaml.YAMLError as error:
         raise ValueError(f"override {word!r}: {text!r} is not yaml; quote it: {key}=\"'{text}'\".") from error
-
-
-def _texts_of_list(word: str, text: str) -> Any:
-    try:
-        return yaml_texts(text)
-    except yaml.YAMLError as error:
-        raise ValueError(
-            f"override {word!r}: {text!r} is not a list; write it as [A,B], odd names in quotes."
-        ) from error
 
 
 def _kind_of(schema: type, names: list[str]) -> Any:

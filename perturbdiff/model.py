@@ -428,6 +428,8 @@ class PerturbDiff:
         var = pd.DataFrame(index=pd.Index(self.genes.names))
         if self.genes.ensembl is not None:
             var["ensembl_id"] = self.genes.ensembl
+        if self.genes.symbols is not None:
+            var["gene_symbol"] = self.genes.symbols
         var["measured"] = alignment.columns >= 0
         absent = var.index[~var["measured"]].tolist()
         if absent and not all_genes:

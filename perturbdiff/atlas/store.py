@@ -139,6 +139,13 @@ class Atlas:
         found, panel = np.unique(sources, axis=0, return_inverse=True)
         return panel.reshape(-1), np.stack([self.measured[numbers[numbers >= 0]].all(axis=0) for numbers in found])
 
+    def sources(self) -> list[str]:
+        """The names of the sources of each condition, joined; "" where a format before 3 does not tell."""
+        names = [source.name for source in self.info.sources]
+        known: dict[tuple[int, ...], str] = {}
+        lists = (tuple(numbers) for numbers in self.conditions.column("sources").to_pylist())
+        return [known.setdefault(numbers, ", ".join(names[i] for i in numbers)) for numbers in lists]
+
     def shared(self) -> np.ndarray:
         """(n, 3) int64: two conditions, and how many cells of the first are in the second too, under its labels."""
         others, numbers = (self.conditions.column(name).combine_chunks() for name in ("shared_with", "n_shared"))
@@ -385,9 +392,26 @@ class Atlas:
                 f"conditions  {len(sizes)} (perturbation, cell type, batch) with {sizes.min():,} to {sizes.max():,} "
                 f"cells, median {np.median(sizes):,.0f}"
             )
+        if mixed := self._mixed_contexts():
+            lines.append(
+                "note        cells of several sources share a cell type and a batch, and their controls stand for each "
+                f"other: {few(mixed)}"
+            )
         if info.repeats_within or info.repeats_across:
             lines.append(self._repeats())
         return "\n".join(lines)
+
+    def _mixed_contexts(self) -> list[str]:
+        contexts: dict[tuple[str, str], set[int]] = {}
+        columns = (self.conditions.column(name).to_pylist() for name in ("cell_type", "batch", "sources"))
+        for cell_type, batch, numbers in zip(*columns, strict=True):
+            contexts.setdefault((cell_type, batch), set()).update(numbers)
+        names = [source.name for source in self.info.sources]
+        return [
+            f"{cell_type}:{batch} ({', '.join(names[i] for i in sorted(numbers))})"
+            for (cell_type, batch), numbers in contexts.items()
+            if len(numbers) > 1
+        ]
 
     def _repeats(self) -> str:
         shared = self.shared()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +19,8 @@ from perturbdiff.files import few
 
 MISSING = "nan"  # what a cell without a label is called by selectors of data.drop
 ALL = "all"  # the only label of a column that is null
+MAX_LABEL = 1000  # characters
+CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 DOSE = "@"  # stands before a dose where nothing else is asked for
 
 
@@ -63,6 +66,8 @@ def read_labels(obs: pd.DataFrame, config: DataConfig, path: str, names: Collect
     _refuse_missing_columns(obs, config, path)
     notes = [dialect] if dialect else []
     raw = {name: _Column.read(obs, getattr(config, f"{name}_col")) for name in LABELS}
+    for column in raw.values():
+        check_texts(column.texts, column.name, path)
     controls = tuple(dict.fromkeys((config.control_label, *config.other_control_labels)))
     _refuse_missing_controls(raw["perturbation"], controls, config, path)
     perturbations, notation = _conditions(raw["perturbation"], controls, obs, config, path, names)
@@ -80,6 +85,17 @@ def read_labels(obs: pd.DataFrame, config: DataConfig, path: str, names: Collect
     ]
     notes += _remarks(set(table["perturbation"].unique()), notation)
     return CellLabels(table, kept, notation, config, tuple(notes))
+
+
+def check_texts(labels: Iterable[str], column: str | None, path: str) -> None:
+    """Refuse labels that are no names: with control characters, or very long. Raises ValueError."""
+    for label in labels:
+        if len(label) > MAX_LABEL or CONTROL_CHARACTER.search(label):
+            what = f"has {len(label):,} characters" if len(label) > MAX_LABEL else "holds a control character"
+            raise ValueError(
+                f"obs column {column!r} of {path}: label {label[:40]!r} {what}; rename it, names have at most "
+                f"{MAX_LABEL:,} characters that can be shown."
+            )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import warnings
 from collections import Counter
@@ -18,13 +19,13 @@ from scipy import sparse
 from perturbdiff.config import DataConfig, ObsColumns, Preprocessing
 from perturbdiff.data.expression import CellRows, as_csr, library_sizes, log1p_normalised
 from perturbdiff.data.h5ad import read_h5ad_parts, values_of
-from perturbdiff.data.labels import numbers, read_labels
+from perturbdiff.data.labels import CellLabels, numbers, read_labels
 from perturbdiff.data.notation import Notation
 from perturbdiff.data.rng import cell_order_key
 from perturbdiff.data.selectors import LABELS
 from perturbdiff.data.space import RAW_COUNTS, found, renormalised, space_of
-from perturbdiff.data.vocab import GeneVocab, nearest
-from perturbdiff.files import few
+from perturbdiff.data.vocab import ENSEMBL_ID, GeneVocab, nearest
+from perturbdiff.files import few, printable
 
 IN_MEMORY = "screen in memory"  # in place of a path
 READ_BY = (
@@ -39,7 +40,12 @@ READ_BY = (
     "dose_separator",
 )  # settings of labels
 FEATURE_TYPES, GENE_EXPRESSION = "feature_types", "Gene Expression"  # a column of 10x, and what it says of genes
+GUIDE_NUMBER = re.compile(r"[-_.]?(sg|g|guide|grna)?[-_.]?\d+$", re.IGNORECASE)
+MIN_GUIDE_CELLS = 0.1  # part of a perturbation's cells that have its guide, of any that is captured
 ENSEMBL_COLUMNS = ("ensembl_id", "gene_ids", "gene_id", "feature_id")
+SYMBOL_COLUMNS = (
+    "gene_symbol", "gene_symbols", "symbol", "gene_name", "gene_names", "feature_name", "gene_short_name"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -137,6 +143,12 @@ class Screen:
         config, notes, control_label = labels.config, [*labels.notes], labels.config.control_label
         if not labels.kept.all():
             X, obs = _cells_by_genes(X, len(obs), len(var), path)[labels.kept], obs[labels.kept]
+        if (guides := _guides(X, var, labels)).any():
+            notes.append(
+                f"{few(var.index[guides].astype(str).tolist())} are counted in cells of their own perturbation alone: "
+                "guides or transgenes, which are left out"
+            )
+            X, var = _cells_by_genes(X, len(obs), len(var), path)[:, ~guides], var[~guides]
         expression = read_expression(X, obs, var, config.input_kind, config, path)
         if expression.note:
             notes.append(expression.note)
@@ -233,7 +245,7 @@ class Screen:
         for name, plural in (("perturbation", "perturbations"), ("cell_type", "cell types"), ("batch", "batches")):
             found = self.obs[name][~control] if name == "perturbation" else self.obs[name]
             counts = found.value_counts()
-            shown = ", ".join(f"{label} ({n:,})" for label, n in counts.head(6).items())
+            shown = ", ".join(f"{printable(str(label))} ({n:,})" for label, n in counts.head(6).items())
             lines.append(f"{plural:<11} {len(counts)}: {shown}{', ...' if len(counts) > 6 else ''}")
         if len(sizes):
             lines.append(
@@ -371,14 +383,41 @@ def gene_rows(var: pd.DataFrame) -> np.ndarray:
     return of_genes.to_numpy() if of_genes.any() else np.ones(len(var), dtype=bool)
 
 
+def _guides(X: Any, var: pd.DataFrame, labels: CellLabels) -> np.ndarray:
+    """(n_vars,) True for rows of var that are counted in cells of the perturbation of their name, and in no others.
+
+    They would give the perturbation away. A guide's number may stand behind the name, as in STAT1g2 or STAT1_2.
+    """
+    parts = {label: {name for name, _ in labels.notation.parse(label)} for label in labels.obs["perturbation"].unique()}
+    known = set[str]().union(*parts.values())
+    own = [name if name in known else GUIDE_NUMBER.sub("", name) for name in var.index.astype(str)]
+    found = np.zeros(len(own), dtype=bool)
+    columns = np.flatnonzero([name in known for name in own])
+    if not len(columns):
+        return found
+    counted = as_csr(X)[:, columns].tocsc()
+    for i, column in enumerate(columns.tolist()):
+        of_name = labels.obs["perturbation"].isin([label for label in parts if own[column] in parts[label]]).to_numpy()
+        rows = counted.indices[counted.indptr[i] : counted.indptr[i + 1]]
+        found[column] = len(rows) >= max(2, MIN_GUIDE_CELLS * of_name.sum()) and of_name[rows].all()
+    return found
+
+
 def genes_of(var: pd.DataFrame) -> GeneVocab:
-    """Gene names and, where var has such a column, Ensembl ids. Raises ValueError on duplicate names."""
-    ensembl = None
-    for column in ENSEMBL_COLUMNS:
-        if column in var.columns:
-            ensembl = tuple("" if pd.isna(name) else str(name) for name in var[column])
-            break
-    return GeneVocab(tuple(var.index.astype(str)), ensembl)
+    """Gene names and, where var has such columns, Ensembl ids, or symbols of names that are such ids.
+
+    Raises ValueError on duplicate names.
+    """
+    names = tuple(var.index.astype(str))
+    column = next((column for column in ENSEMBL_COLUMNS if column in var.columns), None)
+    ensembl = None if column is None else tuple("" if pd.isna(name) else str(name) for name in var[column])
+    if 2 * sum(ENSEMBL_ID.fullmatch(name) is not None for name in names[:100]) <= len(names[:100]):
+        return GeneVocab(names, ensembl)
+    column = next((column for column in SYMBOL_COLUMNS if column in var.columns), None)
+    if column is None:
+        return GeneVocab(names, ensembl)
+    of_several = var[column].duplicated(keep=False) | var[column].isna()
+    return GeneVocab(names, ensembl or names, tuple(var[column].astype(str).where(~of_several, "")))
 
 
 def _cells_by_genes(X: Any, n_obs: int, n_vars: int, path: str) -> sparse.csr_matrix:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -91,25 +92,30 @@ class Alignment:
 
 @dataclass(frozen=True)
 class GeneVocab:
-    """Genes in model order: unique names, and Ensembl ids where the file had them ("" for a gene without)."""
+    """Genes in model order: unique names, and Ensembl ids and symbols where the file had them ("" for a gene without).
+
+    Symbols are there where names are ids; one of several genes stands for none.
+    """
 
     names: tuple[str, ...]
     ensembl: tuple[str, ...] | None = None
+    symbols: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         _refuse_duplicates(self.names, "gene names")
-        if self.ensembl is not None and len(self.ensembl) != len(self.names):
-            raise ValueError(f"{len(self.ensembl)} Ensembl ids for {len(self.names)} genes; give one each.")
+        for others, what in ((self.ensembl, "Ensembl ids"), (self.symbols, "symbols")):
+            if others is not None and len(others) != len(self.names):
+                raise ValueError(f"{len(others)} {what} for {len(self.names)} genes; give one each.")
 
     def __len__(self) -> int:
         return len(self.names)
 
     def select(self, columns: Sequence[int] | np.ndarray) -> GeneVocab:
-        ensembl = None if self.ensembl is None else tuple(self.ensembl[i] for i in columns)
-        return GeneVocab(tuple(self.names[i] for i in columns), ensembl)
+        others = (None if of is None else tuple(of[i] for i in columns) for of in (self.ensembl, self.symbols))
+        return GeneVocab(tuple(self.names[i] for i in columns), *others)
 
     def align(self, file: GeneVocab, min_overlap: float) -> Alignment:
-        """Find these genes in a file's, by name or, where that finds more, by Ensembl id; never by position.
+        """Find these genes in a file's, by name or, where that finds more, by Ensembl id or symbol; never by position.
 
         Versions of Ensembl ids do not matter.
 
@@ -122,9 +128,13 @@ class GeneVocab:
             raise ValueError(f"min_gene_overlap ({min_overlap}) must be between 0 and 1.")
         wanted, present = self.names, file.names
         best = Alignment(_columns(wanted, present), "name")
-        for own, theirs in ((self.ensembl, file.ensembl), (self.ensembl, file.names), (self.names, file.ensembl)):
+        for own, theirs, what in (
+            (self.ensembl, file.ensembl, "Ensembl id"), (self.ensembl, file.names, "Ensembl id"),
+            (self.names, file.ensembl, "Ensembl id"), (self.names, file.symbols, "symbol"),
+            (self.symbols, file.names, "symbol"), (self.symbols, file.symbols, "symbol"),
+        ):  # fmt: skip
             if own is not None and theirs is not None:
-                other = Alignment(_columns(own, theirs), "Ensembl id")
+                other = Alignment(_columns(own, theirs), what)
                 if other.n_matched > best.n_matched:
                     best, (wanted, present) = other, (own, theirs)
         _refuse_repeated(wanted, present, file)
@@ -133,9 +143,31 @@ class GeneVocab:
             raise ValueError(
                 f"only {best.n_matched} of the model's {len(self)} genes ({best.overlap:.0%}) are among the file's "
                 f"{len(file)}, under min_gene_overlap ({min_overlap:.0%}); missing are {', '.join(missing[:5])}, ... "
-                "Give a file with these genes (names or Ensembl ids), or lower min_gene_overlap."
+                f"{self._hint(file, best.n_matched)}Give a file with these genes (names or Ensembl ids), or lower "
+                "min_gene_overlap."
             )
         return best
+
+    def _hint(self, file: GeneVocab, n_matched: int) -> str:
+        """What else would make more of the names agree."""
+        n = max(2 * n_matched, len(self) // 2, 1)
+        prefix, mark, _ = file.names[0].partition("_") if len(file) else ("", "", "")
+        start = prefix + mark * (1 + file.names[0][len(prefix) + 1 :].startswith("_")) if mark else ""
+        if start and len({name.removeprefix(start) for name in file.names} & {*self.names, *(self.ensembl or ())}) >= n:
+            return f"The file's names begin with {start!r}, a genome's; cut it off. "
+        species = [_species(names) for names in (self.names, file.names)]
+        if None not in species and species[0] != species[1]:
+            return f"The model's ids are of {species[0]}..., the file's of {species[1]}...: another species. "
+        if len({name.casefold() for name in file.names} & {name.casefold() for name in self.names}) >= n:
+            return f"Names agree but for capitals ({file.names[0]}, {self.names[0]}): another species? "
+        return ""
+
+
+def _species(names: Sequence[str]) -> str | None:
+    """The letters that most Ensembl ids among names begin with, as ENSMUSG of mice; None where names are no ids."""
+    found = Counter(match[1].rstrip("0123456789") for name in names if (match := ENSEMBL_ID.fullmatch(name)))
+    start, n = found.most_common(1)[0] if found else ("", 0)
+    return start if 2 * n > len(names) else None
 
 
 def stable_id(gene_id: str) -> str:

@@ -49,7 +49,11 @@ class ModelMetadata:
         config = {"library_version": __version__, "class": CLASS, **parts, "set_size": self.config.set_size}
         names = self.vocabularies
         files: dict[str, dict[str, Any]] = {
-            "genes.json": {"names": self.genes.names, "ensembl": self.genes.ensembl or ()},
+            "genes.json": {
+                "names": self.genes.names,
+                "ensembl": self.genes.ensembl or (),
+                "symbols": self.genes.symbols or (),
+            },
             "perturbations.json": {
                 "names": names.perturbations.names,
                 "combination_separator": names.combination_separator,
@@ -82,8 +86,8 @@ def parse_metadata(folder: ModelFolder) -> ModelMetadata:
     model = ModelConfig(**parts, set_size=typed(int, config["set_size"], f"{where}: set_size"))
     try:
         names = {file: typed(tuple[str, ...], files[file]["names"], f"names of {file}") for file in _NAMES}
-        ensembl: tuple[str, ...] = typed(tuple[str, ...], files["genes.json"]["ensembl"], "ensembl")
-        genes, labels = GeneVocab(names["genes.json"], ensembl or None), files["perturbations.json"]
+        others = [typed(tuple[str, ...], files["genes.json"][key], key) or None for key in ("ensembl", "symbols")]
+        genes, labels = GeneVocab(names["genes.json"], *others), files["perturbations.json"]
         vocabularies = Vocabularies(
             LabelVocab("perturbation", names["perturbations.json"]),
             LabelVocab("cell_type", names["cell_types.json"]),

@@ -261,8 +261,9 @@ def _from_version_4(config: dict[str, Any], files: JsonFiles) -> tuple[dict[str,
     # Only one label was that of controls, and nobody knew which doses were trained.
     labels = _with_new(files["perturbations.json"], {"control_labels": [], "doses": {}})
     config = {**config, "format_version": 5, "obs": _with_new(config["obs"], {"other_control_labels": []})}
+    genes = _with_new(files["genes.json"], {"symbols": []})
     new = {"preprocessing.json": preprocessing, "training.json": training, "perturbations.json": labels}
-    return config, {**files, **new}
+    return config, {**files, **new, "genes.json": genes}
 
 
 def _with_new(content: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

@@ -137,9 +137,10 @@ def rank_perturbations(
 
 
 def find_genes(genes: GeneVocab, names: Iterable[str]) -> tuple[list[int], list[str]]:
-    """Positions of genes in a vocabulary, by name or Ensembl id, each once, and the names that are not in it."""
+    """Positions of genes in a vocabulary, by name, Ensembl id or symbol, each once; the names that are not in it."""
     positions = {stable_id(name): i for i, name in enumerate(genes.names)}
-    ensembl = {stable_id(name): i for i, name in enumerate(genes.ensembl or ()) if name}
+    others = [*enumerate(genes.ensembl or ()), *enumerate(genes.symbols or ())]
+    ensembl = {stable_id(name): i for i, name in others if name}
     found: dict[int, None] = {}
     missing: dict[str, None] = {}
     for name in names:

@@ -533,6 +533,7 @@ def _conditions(index: ConditionIndex, atlases: Sequence[Atlas], data: DataConfi
     obs = pd.DataFrame(
         {name: pd.Categorical.from_codes(index.codes[:, i], pd.Index(index.names[i])) for i, name in enumerate(LABELS)}
     )
+    obs["source"] = pd.Categorical([source for atlas in atlases for source in atlas.sources()])
     names = ", ".join(f"{atlas.name} ({atlas.sha256})" for atlas in atlases)
     markers = {atlas.info.dose_separator for atlas in atlases} - {None}
     marker = data.dose_marker or (markers.pop() if markers else None)

@@ -47,6 +47,17 @@ def test_cells_are_left_out_by_label_and_those_without_by_nan(missing):
         labels_of(DataConfig(drop=["A", "control"]), perturbation=["control", "A"])
 
 
+@pytest.mark.parametrize("label", ["A\x1b[2J", "A\nB", "\x00", "x" * 100_000])
+@pytest.mark.parametrize("column", ["perturbation", "cell_type"])
+def test_labels_that_are_no_names_are_refused_in_a_printable_line(label, column):
+    columns = {"perturbation": ["control", "A"], "cell_type": ["T", "T"]}
+    columns[column][1] = label
+    with pytest.raises(ValueError, match=f"obs column '{column}' of memory: label .*rename it") as error:
+        labels_of(**columns)
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 300
+
+
 def test_a_missing_cell_type_is_dropped_by_its_place_in_a_selector():
     columns = {"perturbation": ["control", "A", "A"], "cell_type": ["T", "T", None]}
     with pytest.raises(ValueError, match=r"data.drop=\['\*:nan'\]"):
@@ -86,7 +97,7 @@ def test_lists_of_drugs_with_doses_are_drugs_at_doses():
     assert found.notation.dose_separator == "@"
 
 
-@pytest.mark.parametrize("text", ["[('A', 1.0)]", "[('A', 'x', 'uM')]", "[(" + "[" * 3000, "[(1).__class__]"])
+@pytest.mark.parametrize("text", ["[('A', 1.0)]", "[('A', 'x', 'uM')]", "[(" + "[" * 900, "[(1).__class__]"])
 def test_what_only_looks_like_such_a_list_is_a_name(text):
     assert perturbations(perturbation=["control", text]) == ["control", text]
 

@@ -275,6 +275,9 @@ def as_format_3(folder, **training):
     config["obs"].pop("other_control_labels", None)
     if "n_by_features" in perturbations:
         del perturbations["control_labels"], perturbations["doses"]
+        genes = json.loads((folder / "genes.json").read_text())
+        del genes["symbols"]
+        (folder / "genes.json").write_text(json.dumps(genes))
         perturbations["n_described"] = perturbations.pop("n_by_features")
         (folder / "perturbations.json").write_text(json.dumps(perturbations))
         config["diffusion"]["p_unlabelled"] = config["diffusion"].pop("p_features_only")

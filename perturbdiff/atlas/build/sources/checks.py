@@ -14,7 +14,7 @@ from scipy import sparse
 from perturbdiff.atlas.format import CONTROL_LABEL
 from perturbdiff.config import SourceConfig
 from perturbdiff.data.expression import as_csr
-from perturbdiff.data.labels import at_dose, learned
+from perturbdiff.data.labels import at_dose, check_texts, learned
 from perturbdiff.data.notation import Parts
 from perturbdiff.data.selectors import LABELS, Selectors
 from perturbdiff.data.space import LOG1P_MAX, InputKind
@@ -190,7 +190,9 @@ def categorical(values: Any, column: str, names: np.ndarray, path: str) -> pd.Ca
             f"column {column!r} of {path} has {(codes < 0).sum()} missing values, the first in cell "
             f"{names[int(np.argmax(codes < 0))]!r}; every cell needs a label: fill them or drop the cells."
         )
-    return coded_as(pd.Series(categories).astype(str).tolist(), codes)
+    texts = pd.Series(categories).astype(str).tolist()
+    check_texts(texts, column, path)
+    return coded_as(texts, codes)
 
 
 def coded_as(texts: Sequence[str], codes: np.ndarray) -> pd.Categorical:
@@ -237,7 +239,7 @@ def _dosed(labels: pd.DataFrame) -> pd.DataFrame:
     if (bad := ~(np.isfinite(doses) & ((doses > 0) | (perturbation == CONTROL_LABEL)))).any():
         row = int(bad.argmax())
         raise ValueError(
-            f"cell {labels['cell'].iloc[row]!r} received {perturbation[row]!r} at dose {labels['dose'].iloc[row]!r}; "
+            f"cell {labels['cell'].iloc[row]!r} received {perturbation[row]!r} at dose {labels['dose'].iloc[row]}; "
             "doses must be finite and greater than 0."
         )
     pairs, codes = np.unique(np.stack([perturbation.codes, doses]), axis=1, return_inverse=True)

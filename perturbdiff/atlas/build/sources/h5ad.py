@@ -91,7 +91,7 @@ class H5adSource:
                 f"row pointers from {ends[0]} to {ends[1]} for {n_obs} cells; get or write the file again."
             )
         settings = {f"{name}_col": getattr(config, f"{name}_col") for name in (*LABELS, "library_size", "dose")}
-        settings |= {f"where={column}": column for column in extra_names(config) - {config.dose_col}}
+        settings |= {f"where={column}": column for column in sorted(extra_names(config) - {config.dose_col})}
         if absent := {name: column for name, column in settings.items() if column not in (None, *columns)}:
             raise KeyError(
                 f"obs column{'s' if len(absent) > 1 else ''} {', '.join(map(repr, absent.values()))} not in {path}; "

@@ -1,0 +1,86 @@
+"""Genes of a file and of a model: ids and symbols as names of each other, what is no gene, and what a refusal says."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from anndata import AnnData
+
+from perturbdiff.data.screen import Screen, genes_of
+from perturbdiff.data.vocab import GeneVocab
+from tests.screens import read, screen_with_cells
+
+IDS = tuple(f"ENSG{i:011d}" for i in range(6))
+SYMBOLS = ("STAT1", "IL2", "MYC", "CD4", "JUN", "FOS")
+
+
+def var_of(index, **columns):
+    return pd.DataFrame(columns, index=list(index))
+
+
+@pytest.mark.parametrize("column", ["gene_symbol", "feature_name", "gene_name", "gene_short_name"])
+def test_a_file_named_by_ids_is_found_by_its_symbols_and_the_other_way_round(column):
+    by_id = genes_of(var_of(IDS, **{column: SYMBOLS}))
+    by_symbol, with_ids = genes_of(var_of(SYMBOLS[::-1])), genes_of(var_of(SYMBOLS[::-1], gene_ids=IDS[::-1]))
+    assert by_id.names == IDS
+    for model, file in ((by_id, by_symbol), (by_symbol, by_id), (by_id, with_ids), (with_ids, by_id)):
+        found = model.align(file, 1.0)
+        assert found.columns.tolist() == [5, 4, 3, 2, 1, 0]
+    assert by_id.align(by_symbol, 1.0).matched_by == "symbol"
+    assert by_id.align(with_ids, 1.0).matched_by == "Ensembl id"
+    assert by_id.select([1, 3]).symbols == ("IL2", "CD4")
+
+
+def test_a_symbol_of_several_ids_names_none_of_them():
+    file = genes_of(var_of(IDS, gene_symbol=[*SYMBOLS[:4], "FOS", "FOS"]))
+    assert file.symbols == (*SYMBOLS[:4], "", "")
+    assert GeneVocab(SYMBOLS).align(file, 0.0).columns.tolist() == [0, 1, 2, 3, -1, -1]
+
+
+@pytest.mark.parametrize(
+    ("model", "file", "hint"),
+    [
+        (SYMBOLS, [f"GRCh38_{name}" for name in SYMBOLS], "begin with 'GRCh38_', a genome's; cut it off"),
+        (SYMBOLS, [f"hg19__{name}" for name in SYMBOLS], "begin with 'hg19__'"),
+        (SYMBOLS, [name.capitalize() for name in SYMBOLS], "agree but for capitals (Stat1, STAT1): another species?"),
+        (IDS, [name.replace("ENSG", "ENSMUSG") for name in IDS], "are of ENSG..., the file's of ENSMUSG..."),
+    ],
+)
+def test_a_refusal_says_what_else_the_names_may_be(model, file, hint):
+    with pytest.raises(ValueError, match="only 0 of the model's 6 genes") as error:
+        GeneVocab(tuple(model)).align(GeneVocab(tuple(file)), 0.5)
+    assert hint in str(error.value)
+
+
+def test_a_refusal_of_quite_other_names_guesses_nothing():
+    with pytest.raises(ValueError, match=r"\.\.\. Give a file with these genes"):
+        GeneVocab(SYMBOLS).align(GeneVocab(("a_1", "b_2", "c_3")), 0.5)
+
+
+def screen_with_rows(**rows):
+    """Cells of A, B, A+B and controls, besides genes with these rows, each a function of the perturbation."""
+    found = [(p, "T", "b", 20) for p in ("control", "A", "B", "A+B")]
+    adata = screen_with_cells(found, n_genes=30)
+    p = adata.obs["perturbation"].to_numpy()
+    X = np.column_stack([adata.X.toarray(), *(np.array([float(row(label)) for label in p]) for row in rows.values())])
+    return AnnData(X.astype(np.float32), obs=adata.obs, var=pd.DataFrame(index=[*adata.var_names, *rows]))
+
+
+def test_a_row_counted_in_cells_of_its_own_perturbation_alone_is_no_gene():
+    adata = screen_with_rows(
+        A=lambda p: 7 * (p in ("A", "A+B")), B_2=lambda p: 3 * (p in ("B", "A+B")), Bg1=lambda p: p == "B",
+        B=lambda p: 1 + (p == "B"), other=lambda p: 5 * (p == "A"),
+    )  # fmt: skip
+    screen = read(adata)
+    assert screen.expression.genes.names == (*(f"gene_{i}" for i in range(30)), "B", "other")
+    assert "A, B_2, Bg1 are counted in cells of their own perturbation alone" in "\n".join(screen.notes)
+    genes = adata[screen.obs.index, list(screen.expression.genes.names)].X
+    np.testing.assert_array_equal(screen.expression.X.toarray(), genes)
+    np.testing.assert_array_equal(screen.expression.library_size, genes.sum(1))
+
+
+def test_a_knocked_out_gene_that_all_cells_but_its_own_have_stays():
+    adata = screen_with_rows(A=lambda p: 0 if "A" in p else 3, gene=lambda p: 0)
+    assert "A" in Screen.read(adata).expression.genes.names
+    few = screen_with_rows(A=lambda p: 0)
+    few.X[np.flatnonzero(few.obs["perturbation"] == "A")[0], -1] = 1  # one count in one cell says nothing
+    assert "A" in read(few).expression.genes.names
