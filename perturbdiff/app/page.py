@@ -62,7 +62,8 @@ CSS = """
 
 def build_page(model: PerturbDiff, name: str, given: Controls | None, limits: Limits) -> gr.Blocks:
     """The page of one model; `given` are the controls it can start from without an upload."""
-    perturbations = list(model.vocabularies.perturbations.names)
+    known = model.vocabularies
+    perturbations = [*known.trained, *known.perturbations.names[len(known.labelled) :]]
     combine = model.vocabularies.combination_separator is not None
     sampling = model.config.sampling
     default_steps = sampling.n_calls

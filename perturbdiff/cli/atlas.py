@@ -33,7 +33,8 @@ def add_atlas_commands(commands: Any) -> None:
         "\nsettings:\n"
         "  source.KEY=value is of every input named here: perturbation_col, cell_type_col, batch_col (null: none),\n"
         "  control_label, other_control_labels, dose_col, combination_separator, library_size_col, cells=unperturbed,\n"
-        "  keep, drop, where=[COLUMN=VALUE], license, ... Inputs that differ go into a recipe. Others are license, gene_table, count_type, seed. `perturbdiff settings atlas` prints all.\n",
+        "  keep, drop, where=[COLUMN=VALUE], license, ... Inputs that differ go into a recipe. Others are license,\n"
+        "  gene_table, count_type, seed. `perturbdiff settings atlas` prints all.\n",
     )  # fmt: skip
     build.add_argument("inputs", nargs="*", metavar="IN", help=".h5ad, folder or repo id; and key=value settings")
     build.add_argument("--out", required=True, metavar="DIR", help="folder to make")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 
-from perturbdiff.config import DataConfig
+from perturbdiff.config import DataConfig, SourceConfig
 
 COLUMNS = ("perturbation_col", "cell_type_col", "batch_col")
 TAHOE_CONTROL = "[('DMSO_TF', 0.0, 'uM')]"
@@ -65,7 +65,10 @@ DIALECTS = (
 )  # fmt: skip
 
 
-def understood(config: DataConfig, obs: pd.DataFrame) -> tuple[DataConfig, str]:
+C = TypeVar("C", DataConfig, SourceConfig)
+
+
+def understood(config: C, obs: pd.DataFrame, section: str = "data") -> tuple[C, str]:
     """The settings with the columns and the control label of a known kind of file, and what was found.
 
     Only where a column of the settings is missing, and only what is at its default.
@@ -73,7 +76,7 @@ def understood(config: DataConfig, obs: pd.DataFrame) -> tuple[DataConfig, str]:
     named = [getattr(config, name) for name in COLUMNS]
     if all(column is None or column in obs.columns for column in named):
         return config, ""
-    default = DataConfig()
+    default = type(config)()
     for dialect in DIALECTS:
         wanted = _settings(dialect, obs)
         if wanted is None:
@@ -85,7 +88,7 @@ def understood(config: DataConfig, obs: pd.DataFrame) -> tuple[DataConfig, str]:
             and not (name in COLUMNS and getattr(config, name) in obs.columns)
         }
         config = replace(config, **changed)
-        said = " ".join(f"data.{name}={_word(value)}" for name, value in changed.items())
+        said = " ".join(f"{section}.{name}={_word(value)}" for name, value in changed.items())
         return config, f"columns as of {dialect.name}: {said}"
     return config, ""
 

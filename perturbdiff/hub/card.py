@@ -351,7 +351,7 @@ def _limits(model: ModelMetadata) -> str:
         'then rests on the control cells, and `predicted.uns["perturbdiff"]["unseen"]` says so.'
     )
     lines.append(
-        "- Fewer than half of its genes in the control cells are an error; of those that they lack nothing is predicted."
+        "- Fewer than half of its genes in the control cells are an error; of the others nothing is predicted."
     )
     if model.evaluation is None:
         lines.append("- How well it predicts is not known: it was not evaluated.")

@@ -260,6 +260,28 @@ def test_doses_of_conditions_are_those_of_their_labels():
     assert labels.perturbation[by_name["control"]].tolist() == [NULL, NULL]
 
 
+def test_doses_outside_of_training_and_perturbations_never_trained_are_extrapolated(known):
+    doses = {"A": (0.1, 10.0), "B": (), "JAK2": (1.0,)}
+    model = replace(known, dose_separator="@", doses=doses, n_by_features=1)  # X+Y by features alone
+    assert model.trained == ("A@0.1", "A@10", "B", "JAK2@1")
+    assert model.extrapolated("A@3+B") == model.extrapolated("A@0.1") == []
+    assert model.extrapolated("A@30+JAK2@1") == ["dose 30 of A (0.1 to 10)"]
+    assert model.extrapolated("X+Y") == ["perturbation X+Y"]
+    assert model.encode([("B", None, None)]).dose.tolist() == [[0.0]]  # it never had a dose
+    with pytest.raises(ValueError, match=r"'A' has no dose.*'A@0\.1'"):
+        model.encode([("A", None, None)])
+
+
+def test_a_control_label_is_no_part_and_no_perturbation(known):
+    model = replace(known, control_labels=("ctrl", "NT"))
+    assert model.encode([("A+ctrl", None, None), ("NT+B+A", None, None)]).perturbation.tolist() == [[0, NULL], [0, 1]]
+    with pytest.raises(ValueError, match="'ctrl' is a control label"):
+        model.encode([("ctrl", None, None)])
+    assert not model.knows("NT")
+    assert model.knows("B+A")
+    assert not model.knows("B+C")
+
+
 def test_every_part_of_labels_is_selected_and_moved(dosed):
     labels = dosed.encode([("A@1", "T", "b1"), ("B@10", "NK", None)])
     labels = replace(labels, hidden=torch.tensor([True, False]), features_only=torch.tensor([False, True]))

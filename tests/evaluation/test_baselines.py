@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from sklearn.linear_model import Ridge
 
+from perturbdiff.data.notation import Notation
 from perturbdiff.evaluation.baselines import (
     BASELINES,
     PENALTIES,
@@ -238,3 +239,20 @@ def test_baselines_reach_the_anchors_of_the_kang_task(
     scores = score_condition(shift_cells(controls, shift), real, controls)
     assert scores["pearson_delta"] == pytest.approx(pearson, abs=0.005)
     assert scores["energy_distance"] == pytest.approx(energy, abs=0.015)
+
+
+def test_labels_are_read_as_the_screen_wrote_them():
+    """Parts in any order and with another separator; of doses the nearest on a log scale."""
+    notation = Notation(frozenset("ABC"), "|", "@")
+    labels = ["A@1", "A@100", "B@1", "A@1|C@1"]
+    effect = np.eye(4)
+    effects = TrainingEffects(labels, ["T"] * 4, ["b"] * 4, np.zeros((4, 4)), effect, np.ones(4), notation)
+
+    def shift(label):
+        return perturbation_mean_shift(effects, label, "T", "b", np.zeros(4)).tolist()
+
+    assert shift("A@1") == shift("A@9") == effect[0].tolist()
+    assert shift("A@11") == effect[1].tolist()
+    assert shift("C@1|A@1") == effect[3].tolist()
+    assert shift("B@1|A@100") == (effect[1] + effect[2]).tolist()
+    assert shift("B@1|C@1") == effect.mean(axis=0).tolist()  # C was never seen alone

@@ -101,3 +101,14 @@ def test_two_studies_that_share_a_context_are_named_and_told_apart_by_source(tmp
     held_out = make_split(origin, SplitConfig(["*:T:source=two"], [], 0.0), 0).test
     assert origin.obs["perturbation"][held_out].tolist() == ["B", "A:x"]
     assert make_split(origin, SplitConfig(["A:x"], [], 0.0), 0).test.sum() == 1
+
+
+def test_inputs_of_a_known_kind_are_read_by_their_own_columns_and_that_is_said(tmp_path, capsys):
+    obs = {"gene": ["non-targeting", "A"] * 2, "gem_group": ["1", "1", "2", "2"]}
+    atlas = built(tmp_path, SourceConfig(str(write(tmp_path / "k562.h5ad", obs))))
+    assert cells_of(atlas) == {"control": 2, "A": 2}
+    table = atlas.conditions.to_pandas()
+    assert set(table["cell_type"]) == {"k562"}
+    assert set(table["batch"]) == {"1", "2"}
+    said = capsys.readouterr()
+    assert "columns as of Replogle: source.perturbation_col=gene source.cell_type_col=null" in said.out + said.err

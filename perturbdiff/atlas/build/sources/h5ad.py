@@ -28,6 +28,7 @@ from perturbdiff.atlas.build.sources.checks import (
 )
 from perturbdiff.atlas.format import PREPROCESSING
 from perturbdiff.config import SourceConfig
+from perturbdiff.data.dialects import COLUMNS, understood
 from perturbdiff.data.expression import as_csr, library_sizes
 from perturbdiff.data.h5ad import open_h5ad, parts_of
 from perturbdiff.data.screen import gene_rows, genes_of
@@ -52,6 +53,7 @@ class H5adSource:
     is_sparse: bool
     parts: tuple[str, str, str]  # names of values, obs and var in the file
     is_gene: np.ndarray  # (columns of X,); guides and antibodies are none
+    dialect: str = ""  # the known kind of file whose columns are taken, for people
 
     @classmethod
     def open(cls, config: SourceConfig) -> H5adSource:
@@ -64,6 +66,9 @@ class H5adSource:
             tables = not missing and all(isinstance(file[name], h5py.Group) for name in parts[1:])
             var = read_elem(file[parts[2]]) if tables else None
             columns = _column_names(file["obs"]) if tables else []
+            dialect = ""
+            if tables and any(getattr(config, name) not in (None, *columns) for name in COLUMNS):
+                config, dialect = understood(config, read_elem(file[parts[1]]), "source")
             index = _index(file["obs"]) if tables else None
             n_obs = len(index) if isinstance(index, h5py.Dataset) else 0
             X = file.get(parts[0])
@@ -98,7 +103,8 @@ class H5adSource:
                 f"found {sorted(columns)}. Set {', '.join(absent)}."
             )
         fingerprint = {"file": path.name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-        return cls(config, config.name or path.stem, n_obs, genes, fingerprint, form == "csr", parts, is_gene)
+        name = config.name or path.stem
+        return cls(config, name, n_obs, genes, fingerprint, form == "csr", parts, is_gene, dialect)
 
     @cached_property
     def space(self) -> Space:
@@ -124,6 +130,7 @@ class H5adSource:
     @property
     def values(self) -> str:
         left_out = f"; {n:,} columns of X are no genes" if (n := int((~self.is_gene).sum())) else ""
+        left_out += f"; {self.dialect}" if self.dialect else ""
         if self.space is RAW_COUNTS:
             return f"raw counts{left_out}"
         return found(self.space, self.target_sum, self.space.bases == UNKNOWN.bases) + left_out
