@@ -103,8 +103,9 @@ class Notation:
     @cached_property
     def _whole(self) -> dict[tuple[str, ...], str]:
         # Names that hold the separator, by their pieces in any order.
-        return {tuple(sorted(self._pieces(name))): name for name in sorted(self.names, reverse=True)
-                if len(self._pieces(name)) > 1}  # fmt: skip
+        separator = self.combination_separator
+        names = sorted((name for name in self.names if separator and separator in name), reverse=True)
+        return {tuple(sorted(self._pieces(name))): name for name in names}
 
     def _spelled(self, label: str) -> str | None:
         # A name that was written with its pieces in another order.

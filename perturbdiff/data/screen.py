@@ -390,7 +390,9 @@ def _guides(X: Any, var: pd.DataFrame, labels: CellLabels) -> np.ndarray:
     """
     parts = {label: {name for name, _ in labels.notation.parse(label)} for label in labels.obs["perturbation"].unique()}
     known = set[str]().union(*parts.values())
-    own = [name if name in known else GUIDE_NUMBER.sub("", name) for name in var.index.astype(str)]
+    begins = {name[:1] for name in known}
+    names = var.index.astype(str).tolist()
+    own = [GUIDE_NUMBER.sub("", n) if n not in known and n[:1] in begins and n[-1:].isdigit() else n for n in names]
     found = np.zeros(len(own), dtype=bool)
     columns = np.flatnonzero([name in known for name in own])
     if not len(columns):

@@ -30,6 +30,7 @@ from perturbdiff.nn.denoiser import Denoiser, build_denoiser
 from perturbdiff.nn.lora import freeze_backbone, inject_lora, merged
 from perturbdiff.nn.transfer import Names, Rules, adapt, check_architecture, extended, tables_of
 from perturbdiff.training.dataset import (
+    CELLS_OF_SUMS,
     IndexedCells,
     TrainingSet,
     complete_conditions,
@@ -232,7 +233,7 @@ def make_start(config: Config, data: TrainingSet, checkpoint: Checkpoint | None,
                 embedding.fill(table, data.vocabularies.perturbations.names)
             names = frozenset(name for name, _ in denoiser.named_parameters())
             return Start(data, denoiser, names, None, "")
-        _check_same_input(checkpoint, data)
+        remarks = _check_same_input(checkpoint, data)
         data = _with_labels(data, checkpoint)
         wanted = Names(data.cells.genes, data.vocabularies)
         rules = _rules(config, data, checkpoint) if saved is None else Rules()
@@ -261,7 +262,7 @@ def make_start(config: Config, data: TrainingSet, checkpoint: Checkpoint | None,
         "tensor_files": checkpoint.tensor_files,
         "settings": _settings(checkpoint.base.name, checkpoint.model),
     }
-    lines += [done.summary(), *_notes(config, checkpoint)]
+    lines += [done.summary(), *_notes(config, checkpoint), *remarks]
     return Start(data, denoiser, done.new_parts | lora, said, "\n".join(lines), scaling)
 
 
@@ -292,13 +293,23 @@ def _notes(config: Config, checkpoint: Checkpoint) -> list[str]:
     ]
 
 
-def _check_same_input(checkpoint: Checkpoint, data: TrainingSet) -> None:
+def _check_same_input(checkpoint: Checkpoint, data: TrainingSet) -> list[str]:
+    # Lines for people where the controls of a screen sum to something else than those of the checkpoint did.
     had, has = checkpoint.model.preprocessing, data.cells.preprocessing
     if had.target_sum is None and has.input_kind == "counts":
         raise ValueError(
             f"X holds counts, and checkpoint {checkpoint.base.name} was trained on log1p values of nobody knows how "
             "many counts a cell; normalise X as its training data were, or start from a checkpoint of counts."
         )
+    if not isinstance(data.origin, Screen):
+        return []
+    expression, rows = data.origin.expression, np.flatnonzero(data.origin.is_control)[:CELLS_OF_SUMS]
+    controls = replace(expression, X=expression.X[rows], library_size=expression.library_size[rows])
+    try:
+        found = checkpoint.model.compare_sums(controls)
+    except ValueError as error:  # training may adapt to it, predictions cannot
+        found = str(error)
+    return [f"note        beside the checkpoint's training, {found}"] if found else []
 
 
 def _with_labels(data: TrainingSet, checkpoint: Checkpoint) -> TrainingSet:

@@ -55,6 +55,11 @@ def screen(tmp_path_factory) -> Path:
     return path
 
 
+def tuned_config(screen, checkpoint, out, *words):
+    given = {"out": str(out), "data": {"screen": str(screen)}, "adapt": {"init_from": str(checkpoint)}}
+    return load_config(None, [*RUN, *words], given, base=settings_of(str(checkpoint)))
+
+
 def tuned(screen, checkpoint, out, *words, hold_out=()):
     given = {"out": str(out), "data": {"screen": str(screen)}, "split": {"hold_out": list(hold_out)}}
     given["adapt"] = {"init_from": str(checkpoint)}
@@ -257,6 +262,19 @@ def test_log1p_values_fit_a_checkpoint_of_counts_but_counts_none_of_nobody_knows
         ValueError, match="X holds counts, and checkpoint unknown was trained on log1p values of nobody"
     ):
         fit(tuned(screen, tmp_path / "unknown", tmp_path / "other"))
+
+
+def test_controls_that_sum_to_something_else_than_the_checkpoints_are_said(tmp_path):
+    path = write_screen(tmp_path)
+    of_some = fit(tiny_config(path, tmp_path / "some", "data.n_hvg=15", "training.n_steps=2")).folder / "model"
+    names = json.loads((of_some / "genes.json").read_text())["names"]
+    anndata.read_h5ad(path)[:, names].copy().write_h5ad(tmp_path / "few.h5ad")  # library sizes are sums over these
+    said = [
+        prepare(tuned_config(screen, of_some, tmp_path / "run"), None, tmp_path / "run", resuming=False).summary
+        for screen in (path, tmp_path / "few.h5ad")
+    ]
+    assert "beside the checkpoint's training" not in said[0]
+    assert "beside the checkpoint's training, the model's genes sum to" in said[1]
 
 
 def test_a_converted_checkpoint_with_frozen_tables_is_refused(checkpoint, tmp_path):
