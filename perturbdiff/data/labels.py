@@ -21,6 +21,7 @@ MISSING = "nan"  # what a cell without a label is called by selectors of data.dr
 ALL = "all"  # the only label of a column that is null
 MAX_LABEL = 1000  # characters
 CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+AMOUNT = re.compile(r"\s*([+-]?[\d.]+(?:[eE][+-]?\d+)?)\s*((?:[^\W\d_]|%)[\w/%^-]*)?\s*")  # a number, its unit
 DOSE = "@"  # stands before a dose where nothing else is asked for
 
 
@@ -172,15 +173,32 @@ def at_dose(parts: Parts, dose: float) -> Parts:
 
 def _doses(obs: pd.DataFrame, column: str, perturbed: np.ndarray, labels: np.ndarray, path: str) -> np.ndarray:
     """(n_obs,) float64 doses, 0 for the others."""
-    values = numbers(obs, column, "data.dose_col", path)
-    if obs[column].dtype == np.float32:  # 0.1 is meant, and not the nearest float32
-        values = obs[column].astype(str).astype(np.float64).to_numpy()
+    if column not in obs.columns:
+        raise KeyError(
+            f"obs column {column!r} not in {path}; found {sorted(map(str, obs.columns))}. Set data.dose_col."
+        )
+    values, units = amounts(obs[column])
+    if len(used := sorted(set(units[perturbed].tolist()) - {""})) > 1:
+        raise ValueError(
+            f"obs column {column!r} of {path} holds doses in {few(used)}; write them in one unit, a number is compared."
+        )
     if bad := np.flatnonzero(perturbed & ~(np.isfinite(values) & (values > 0))).tolist():
         raise ValueError(
             f"obs column {column!r} holds {obs[column].iloc[bad[0]]!r} in cell {obs.index[bad[0]]!r}, which received "
             f"{labels[bad[0]]!r}; doses must be finite and greater than 0."
         )
     return np.where(perturbed, values, 0.0)
+
+
+def amounts(column: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) float64 numbers of a column that may have units behind them, as "0.2 uM", and these; NaN where is none.
+
+    Of float32 the number that is shown: 0.1 is meant, and not the nearest float32.
+    """
+    codes, texts = pd.factorize(column.astype(str))
+    found = [AMOUNT.fullmatch(text) for text in texts]
+    values = pd.to_numeric(pd.Series([match[1] if match else "nan" for match in found]), errors="coerce").to_numpy()
+    return values[codes], np.array([(match and match[2]) or "" for match in found], dtype=object)[codes]
 
 
 def numbers(obs: pd.DataFrame, column: str, setting: str, path: str) -> np.ndarray:

@@ -130,7 +130,7 @@ def check_file(model: PerturbDiff, path: str | Path, layer: str | None = None, m
         obs = read_elem(file["obs"])
     own = set(_labels(controls.obs, columns.perturbation))
     perturbed = [label for label in _labels(obs, columns.perturbation) if label not in own]
-    perturbations = Labels(*_parted(perturbed, [label for label in perturbed if _can_be_predicted(model, label)]))
+    perturbations = Labels(*_parted(perturbed, [label for label in perturbed if known.knows(label)]))
     if perturbations.unknown:
         first = perturbations.unknown[0]
         names = few(list(perturbations.unknown))
@@ -172,14 +172,6 @@ def _labels(obs: pd.DataFrame, column: str | None) -> list[str]:
 def _parted(labels: Sequence[str], known: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     among = set(known)
     return tuple(name for name in labels if name in among), tuple(name for name in labels if name not in among)
-
-
-def _can_be_predicted(model: PerturbDiff, label: str) -> bool:
-    try:
-        model.vocabularies.encode([(label, None, None)])
-    except (KeyError, ValueError):
-        return False
-    return True
 
 
 def _range(quantiles: Sequence[float]) -> str:

@@ -87,6 +87,17 @@ def test_doses_of_a_column_are_those_it_shows(dtype):
     assert both.obs["perturbation"].tolist() == ["control", "A@0.1", "B@1000000", "A@0.1+B@0.1"]
 
 
+def test_doses_may_have_a_unit_and_no_two(tmp_path):
+    config, labels = DataConfig(dose_col="dose"), ["control", "A", "A", "B"]
+    found = perturbations(config, perturbation=labels, dose=["0", "0.2uM", "1e-1 uM", "3 uM"])
+    assert found == ["control", "A@0.2", "A@0.1", "B@3"]
+    with pytest.raises(ValueError, match="'dose' of memory holds doses in mg/ml, uM; write them in one unit"):
+        perturbations(config, perturbation=labels, dose=["0", "0.2uM", "1", "3 mg/ml"])
+    for wrong in ("high", "0", "-1", "nan", "1 2", "1+1"):
+        with pytest.raises(ValueError, match="which received 'A'; doses must be finite and greater than 0"):
+            perturbations(config, perturbation=labels, dose=["0", wrong, "1", "1"])
+
+
 def test_lists_of_drugs_with_doses_are_drugs_at_doses():
     texts = [repr([(name, dose, "uM")]) for name, dose in TAHOE]
     config = DataConfig(control_label=texts[0])

@@ -14,7 +14,7 @@ from scipy import sparse
 from perturbdiff.atlas.format import CONTROL_LABEL
 from perturbdiff.config import SourceConfig
 from perturbdiff.data.expression import as_csr
-from perturbdiff.data.labels import at_dose, check_texts, learned
+from perturbdiff.data.labels import amounts, at_dose, check_texts, learned
 from perturbdiff.data.notation import Parts
 from perturbdiff.data.selectors import LABELS, Selectors
 from perturbdiff.data.space import LOG1P_MAX, InputKind
@@ -269,7 +269,7 @@ def extra_columns(config: SourceConfig, columns: Mapping[str, Any]) -> dict[str,
     """Of the rows: `dose`, and whether `where` holds; from the obs columns of `extra_names`."""
     extra: dict[str, Any] = {}
     if config.dose_col is not None:
-        extra["dose"] = pd.to_numeric(pd.Series(columns[config.dose_col]).astype(str), errors="coerce").to_numpy()
+        extra["dose"] = amounts(pd.Series(columns[config.dose_col]))[0]
     if config.where:
         extra["where"] = np.logical_and.reduce(
             [
