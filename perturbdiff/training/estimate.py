@@ -213,8 +213,9 @@ def step_work(config: Config, data: DataSize, n_sets: int) -> StepWork:
         labels = Labels(ids[:, None], ids, ids, ids.bool())
         # What the loss reads of a batch. A real one is sparse, and where its values go depends on them.
         batch: Any = SimpleNamespace(
-            mask=mask, dense=lambda: (torch.empty(shape), torch.empty(shape)), one_count=lambda: torch.empty(shape[:2])
-        )
+            mask=mask, dense=lambda: (torch.empty(shape), torch.empty(shape)), one_count=lambda: torch.empty(shape[:2]),
+            measured=None, of_measured=lambda x: x,
+        )  # fmt: skip
         with _Counter(denoiser) as first, torch.no_grad(), torch.autocast("cpu", torch.bfloat16, in_bf16):
             denoiser(torch.empty(shape), ids, torch.empty(shape), labels, None, mask)
         with _Counter(denoiser) as step:

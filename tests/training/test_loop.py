@@ -133,8 +133,11 @@ def test_a_non_finite_loss_stops_with_step_and_condition_and_keeps_the_state(scr
     config = tiny_config(screen, tmp_path / "run")
     fit(config, stop_at=2)
     poisoned = Screen.read(screen, config.data)
-    cells = (poisoned.obs["perturbation"] == "pert_2").to_numpy()
+    held_out = json.loads((tmp_path / "run" / "split.json").read_text())["cells"]
+    trained = ~poisoned.obs.index.isin([*held_out["test"], *held_out["validation"]])
+    cells = (poisoned.obs["perturbation"] == "pert_2").to_numpy() & trained
     poisoned.expression.library_size[cells] = 1e-38  # counts over it are beyond float32
+    (tmp_path / "run" / "data.json").unlink()  # or other data would be refused before the first step
     with pytest.raises(FloatingPointError, match=r"step [3-6] .*perturbation 'pert_2', cell type 'type_"):
         fit(config, screen=poisoned)
     assert PerturbDiff.from_pretrained(tmp_path / "run" / "model").training.steps == 2
