@@ -311,6 +311,7 @@ class ObsColumns:
     batch: Optional[str] = "batch"
     control_label: str = "control"
     other_control_labels: tuple[str, ...] = ()
+    dose: Optional[str] = None
 
 
 @dataclass
@@ -654,7 +655,9 @@ def _read_word(word: str, schema: type) -> DictConfig:
     try:
         if kind is str or (kind == Optional[str] and text != "null") or kind == list[str]:
             # A text is what it says: yaml would make no a truth, 0.10 a number and # a comment of it.
-            nested: Any = yaml_texts(text) if kind == list[str] else text
+            nested: Any = text if kind != list[str] else yaml_texts(text)
+            if kind == list[str] and isinstance(nested, str):  # one name alone, or none
+                nested = [] if nested == "null" else [nested]
             for name in reversed(key.split(".")):
                 nested = {name: nested}
             return OmegaConf.create(nested)
@@ -678,6 +681,7 @@ def _one_line(error: Exception, schema: type | None = None) -> str:
         return f"{name} is not set; give it ({name}=..., --{name})."
     sections = fields(schema) if schema is not None else ()
     near = [f"{part.name}.{where}" for part in sections if where in _names_in(part.default_factory)]
+    near += ["source." + where] if schema is BuildConfig and where in _names_in(SourceConfig) else []
     return (
         f"config: {lines[0]}"
         + (f" (key {where})" if where and where not in lines[0] else "")

@@ -101,7 +101,7 @@ def test_values_are_what_their_words_look_like():
         ("training=5", "TrainingConfig"),
         ("n_steps=5", r"Key 'n_steps' not in 'Config'; did you mean sampling.n_steps or training.n_steps\?"),
         ("training.n_steps.x=5", r"\(key training.n_steps\)"),
-        ("split.hold_out=A", r"\(key split.hold_out\)"),
+        ("split.hold_out={A: B}", "incompatible container types"),
         ("split.hold_out[0]=A", "config: "),
         ("split.hold_out=[A", r"'\[A' is not yaml; quote it: split.hold_out=\"'\[A'\""),
         ("split.hold_out=[@x]", r"'\[@x\]' is not yaml; quote it"),

@@ -65,6 +65,10 @@ DIALECTS = (
 )  # fmt: skip
 
 
+PERTURBATION_COLUMNS = {
+    *(name for dialect in DIALECTS for name in dialect.perturbation), "treatment", "stimulation", "perturbation"
+}  # fmt: skip
+
 C = TypeVar("C", DataConfig, SourceConfig)
 
 
@@ -87,6 +91,8 @@ def understood(config: C, obs: pd.DataFrame, section: str = "data") -> tuple[C, 
             if getattr(config, name) == getattr(default, name) != value
             and not (name in COLUMNS and getattr(config, name) in obs.columns)
         }
+        if changed.get("perturbation_col", config.perturbation_col) != wanted["perturbation_col"]:
+            changed.pop("control_label", None)  # of another column
         config = replace(config, **changed)
         said = " ".join(f"{section}.{name}={_word(value)}" for name, value in changed.items())
         return config, f"columns as of {dialect.name}: {said}"

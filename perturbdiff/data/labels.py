@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
-from collections.abc import Collection, Iterable, Sequence
+import shlex
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -71,9 +73,8 @@ def read_labels(obs: pd.DataFrame, config: DataConfig, path: str, names: Collect
         check_texts(column.texts, column.name, path)
     controls = tuple(dict.fromkeys((config.control_label, *config.other_control_labels)))
     _refuse_missing_controls(raw["perturbation"], controls, config, path)
-    perturbations, notation = _conditions(raw["perturbation"], controls, obs, config, path, names)
+    perturbations, notation, kept = _conditions(raw, controls, obs, config, path, names)
     table = pd.DataFrame({"perturbation": perturbations, **{name: raw[name].values for name in LABELS[1:]}})
-    kept = _kept(table, notation, config, path)
     for name in LABELS:
         _refuse_missing(raw[name], name, kept, obs, path)
     if (n := int((~kept).sum())) and kept.any():
@@ -119,9 +120,15 @@ class _Column:
 
 
 def _conditions(
-    column: _Column, controls: Sequence[str], obs: pd.DataFrame, config: DataConfig, path: str, names: Collection[str]
-) -> tuple[np.ndarray, Notation]:
-    """(n_obs,) the one way to write each cell's perturbation, and the notation it is written in."""
+    raw: Mapping[str, _Column],
+    controls: Sequence[str],
+    obs: pd.DataFrame,
+    config: DataConfig,
+    path: str,
+    names: Collection[str],
+) -> tuple[np.ndarray, Notation, np.ndarray]:
+    """(n_obs,) the one way to write each cell's perturbation, the notation it is written in, and which cells stay."""
+    column = raw["perturbation"]
     texts = [*column.texts.tolist(), MISSING]
     used = [texts[i] for i in np.unique(column.codes)]
     in_labels = None if config.dose_col else config.dose_separator
@@ -130,13 +137,16 @@ def _conditions(
     codes = np.where(column.codes < 0, len(texts) - 1, column.codes)
     if config.dose_col is not None:
         is_control = np.array([not parts for parts in parsed])[codes]
-        doses = _doses(obs, config.dose_col, ~is_control & (column.codes >= 0), column.values, path)
+        undosed = np.array([notation.text(parts) for parts in parsed], dtype=object)[codes]
+        kept = _kept(raw, undosed, notation, obs, config, path, certain=False)
+        doses = _doses(obs, config.dose_col, kept & ~is_control & (column.codes >= 0), column.values, path)
         keys, codes = np.unique(np.stack([codes, doses]), axis=1, return_inverse=True)
-        parsed = [at_dose(parsed[int(code)], dose) for code, dose in keys.T]
+        parsed = [at_dose(parsed[int(code)], dose) if dose else parsed[int(code)] for code, dose in keys.T]
         codes = codes.ravel()
     if any(dose is not None for parts in parsed for _, dose in parts):
         notation = replace(notation, dose_separator=config.dose_marker or DOSE)
-    return np.array([notation.text(parts) for parts in parsed], dtype=object)[codes], notation
+    written = np.array([notation.text(parts) for parts in parsed], dtype=object)[codes]
+    return written, notation, _kept(raw, written, notation, obs, config, path)
 
 
 def learned(
@@ -208,12 +218,25 @@ def numbers(obs: pd.DataFrame, column: str, setting: str, path: str) -> np.ndarr
     return pd.to_numeric(obs[column], errors="coerce").to_numpy(dtype=np.float64)
 
 
-def _kept(table: pd.DataFrame, notation: Notation, config: DataConfig, path: str) -> np.ndarray:
-    selectors = Selectors(table, notation)
-    kept = np.ones(len(table), dtype=bool)
+def _kept(
+    raw: Mapping[str, _Column],
+    perturbations: np.ndarray,
+    notation: Notation,
+    obs: pd.DataFrame,
+    config: DataConfig,
+    path: str,
+    certain: bool = True,
+) -> np.ndarray:
+    """(n_obs,) True for cells that data.drop leaves; a selector that names none is an error where that is `certain`."""
+    kept = np.ones(len(perturbations), dtype=bool)
+    if not config.drop:
+        return kept
+    others = obs.drop(columns=[name for name in LABELS if name in obs.columns]).reset_index(drop=True)
+    named = {"perturbation": perturbations, **{name: raw[name].values for name in LABELS[1:]}}
+    selectors = Selectors(others.assign(**named), notation)
     for selector in config.drop:
         dropped = selectors.rows(selector)
-        if not dropped.any():
+        if certain and not dropped.any():
             raise ValueError(f"data.drop {selector!r} names no cell of {path}. {GRAMMAR}")
         kept &= ~dropped
     return kept
@@ -224,7 +247,8 @@ def _refuse_missing_columns(obs: pd.DataFrame, config: DataConfig, path: str) ->
     missing = {name: column for name, column in wanted.items() if column is not None and column not in obs.columns}
     if missing:
         settings = " ".join(f"data.{name}=..." for name in missing)
-        kind = "; null where all cells are alike" if set(missing) - {"perturbation_col"} else ""
+        alike = [name for name in missing if name != "perturbation_col"]
+        kind = f"; {' and '.join(alike)} are null where all cells are alike" if alike else ""
         raise KeyError(
             f"obs column{'s' if len(missing) > 1 else ''} {', '.join(map(repr, missing.values()))} not in {path}; "
             f"found {sorted(map(str, obs.columns))}. Set {settings}{kind}."
@@ -236,6 +260,7 @@ def _refuse_missing_controls(column: _Column, controls: Sequence[str], config: D
     if not present & set(controls):
         likely = sorted(label for label in present if label.lower() in CONTROL_WORDS)
         hint = f"data.control_label={likely[0]}" if likely else "data.control_label"
+        hint += f" {shlex.quote(f'data.other_control_labels={json.dumps(likely[1:])}')}" if likely[1:] else ""
         raise ValueError(
             f"no cell of {path} has the control label {config.control_label!r} in obs column "
             f"{config.perturbation_col!r}; {nearest(config.control_label, present)}. Set {hint}."
@@ -253,17 +278,25 @@ def _refuse_missing(column: _Column, role: str, kept: np.ndarray, obs: pd.DataFr
         )
 
 
+def odd_labels(labels: Collection[str], notation: Notation) -> tuple[list[str], list[str]]:
+    """Labels of perturbed cells that are hardly perturbations, and such that mostly mark controls."""
+    perturbed = sorted(label for label in labels if notation.parse(label))
+    return tuple(  # type: ignore[return-value]
+        [label for label in perturbed if label.strip().lower() in words] for words in (NO_PERTURBATION, CONTROL_WORDS)
+    )
+
+
 def _remarks(labels: Collection[str], notation: Notation) -> list[str]:
     """What looks wrong about perturbations, with the settings that would mend it."""
     perturbed = sorted(label for label in labels if notation.parse(label))
     notes = []
-    if words := [label for label in perturbed if label.strip().lower() in NO_PERTURBATION]:
-        drop = ",".join(word if word.strip() else "''" for word in words)
-        notes.append(f"{few([repr(word) for word in words])} are taken for perturbations; data.drop=[{drop}] leaves "
-                     "such cells out")  # fmt: skip
-    if words := [label for label in perturbed if label.strip().lower() in CONTROL_WORDS]:
-        notes.append(f"{few([repr(word) for word in words])} are taken for perturbations; "
-                     f"data.other_control_labels=[{','.join(words)}] makes controls of them")  # fmt: skip
+    for words, setting, does in zip(
+        odd_labels(labels, notation), ("drop", "other_control_labels"),
+        ("leaves such cells out", "makes controls of them"), strict=True,
+    ):  # fmt: skip
+        if words:
+            word = shlex.quote(f"data.{setting}={json.dumps(words)}")
+            notes.append(f"{few([repr(w) for w in words])} are taken for perturbations; {word} {does}")
     separator = notation.combination_separator
     whole = [label for label in perturbed if separator and any(separator in name for name, _ in notation.parse(label))]
     if whole:

@@ -46,9 +46,9 @@ class Notation:
         known = set(names)
         notation = cls(known, combination_separator, dose_separator, tuple(controls))
         together = []
-        for label in sorted(set(labels)):
+        for label in sorted({label.strip() for label in labels}):
             pieces = notation._pieces(label)
-            left = [piece.strip() for piece in pieces if not notation._is_control(piece.strip())]
+            left = [piece for piece in pieces if not notation._is_control(piece)]
             if notation._is_control(label) or not left:
                 continue
             name, _ = split_dose(label, dose_separator)
@@ -71,6 +71,7 @@ class Notation:
 
         Raises ValueError where a dose is not finite and greater than 0.
         """
+        label = label.strip()
         if self._is_control(label):
             return ()
         parts = self._split(label)
@@ -92,7 +93,8 @@ class Notation:
         return self.text(self.parse(label))
 
     def _pieces(self, label: str) -> list[str]:
-        return [label] if self.combination_separator is None else label.split(self.combination_separator)
+        pieces = [label] if self.combination_separator is None else label.split(self.combination_separator)
+        return [piece.strip() for piece in pieces]
 
     def _part(self, text: str) -> tuple[str, float | None]:
         return (text, None) if text in self.names else split_dose(text, self.dose_separator)
@@ -122,7 +124,7 @@ class Notation:
         for end in range(1, len(pieces) + 1):
             for begin in range(max(0, end - longest), end):
                 before = best[begin]
-                text = self.combination_separator.join(pieces[begin:end]).strip()
+                text = self.combination_separator.join(pieces[begin:end])
                 if before is None or not text:
                     continue
                 found = self._control_or_part(text)

@@ -17,10 +17,11 @@ from anndata import AnnData
 from scipy import sparse
 
 from perturbdiff.config import DataConfig, ObsColumns, Preprocessing
+from perturbdiff.data.dialects import CONTROL_WORDS, PERTURBATION_COLUMNS
 from perturbdiff.data.expression import CellRows, as_csr, library_sizes, log1p_normalised
 from perturbdiff.data.h5ad import read_h5ad_parts, values_of
-from perturbdiff.data.labels import CellLabels, numbers, read_labels
-from perturbdiff.data.notation import Notation
+from perturbdiff.data.labels import ALL, CellLabels, numbers, odd_labels, read_labels
+from perturbdiff.data.notation import Notation, dose_text
 from perturbdiff.data.rng import cell_order_key
 from perturbdiff.data.selectors import LABELS
 from perturbdiff.data.space import RAW_COUNTS, found, renormalised, space_of
@@ -139,7 +140,8 @@ class Screen:
             X is neither counts nor logarithms, or not what was declared; duplicate genes; missing labels; no cell has
             the control label.
         """
-        labels = read_labels(obs, config, path, var.index.astype(str))
+        symbols = next((var[column].astype(str) for column in SYMBOL_COLUMNS if column in var.columns), ())
+        labels = read_labels(obs, config, path, {*var.index.astype(str), *symbols})
         config, notes, control_label = labels.config, [*labels.notes], labels.config.control_label
         if not labels.kept.all():
             X, obs = _cells_by_genes(X, len(obs), len(var), path)[labels.kept], obs[labels.kept]
@@ -207,16 +209,23 @@ class Screen:
         if (selector := self._left_out()) is not None:
             words += ["--hold-out", selector]
         words += ["--out", f"runs/{Path(self.path).stem}"]
-        default = DataConfig()
+        default, config = DataConfig(), self.config
+        dropped, controls = odd_labels(set(self.obs["perturbation"]), self.notation)
+        config = replace(
+            config,
+            drop=[*config.drop, *dropped],
+            other_control_labels=[*config.other_control_labels, *controls],
+        )
         for name in (*READ_BY, "input_kind", "layer", "library_size_col", "target_sum"):
-            if (value := getattr(self.config, name)) != getattr(default, name):
+            if (value := getattr(config, name)) != getattr(default, name):
                 shown = "null" if value is None else json.dumps(list(value)) if isinstance(value, list) else value
                 words.append(f"data.{name}={shown}")
         return shlex.join(map(str, words))
 
     def _left_out(self) -> str | None:
         # A condition of a perturbation that others train: in another cell type, or else in another batch.
-        perturbed = self.obs[~self.is_control]
+        odd = {label for words in odd_labels(set(self.obs["perturbation"]), self.notation) for label in words}
+        perturbed = self.obs[~self.is_control & ~self.obs["perturbation"].isin(odd).to_numpy()]
         for column, form in (("cell_type", "{}:{}"), ("batch", "{}:*:{}")):
             sizes = perturbed.groupby(["perturbation", column], observed=True).size()
             several = sizes[sizes.groupby(level=0).transform("size") > 1]
@@ -245,8 +254,15 @@ class Screen:
         for name, plural in (("perturbation", "perturbations"), ("cell_type", "cell types"), ("batch", "batches")):
             found = self.obs[name][~control] if name == "perturbation" else self.obs[name]
             counts = found.value_counts()
-            shown = ", ".join(f"{printable(str(label))} ({n:,})" for label, n in counts.head(6).items())
+            shown = ", ".join(f"{printable(str(label)) or repr('')} ({n:,})" for label, n in counts.head(6).items())
             lines.append(f"{plural:<11} {len(counts)}: {shown}{', ...' if len(counts) > 6 else ''}")
+        if self.notation.dose_separator is not None:
+            doses: dict[str, set[float]] = {}
+            for label in self.obs["perturbation"].unique():
+                for name, dose in self.notation.parse(label):
+                    doses.setdefault(name, set()).update(() if dose is None else (dose,))
+            known = [f"{name} ({', '.join(map(dose_text, sorted(doses[name]))) or 'none'})" for name in sorted(doses)]
+            lines.append(f"doses       {few(known)}")
         if len(sizes):
             lines.append(
                 f"conditions  {len(sizes)} (perturbation, cell type, batch) with {sizes.min():,} to {sizes.max():,} "
@@ -277,6 +293,8 @@ def control_cells(
     matrix = _cells_by_genes(X, len(table), len(var), str(path))
     warn_of_missing_columns(table, obs, cell_type, batch)
     controls = [obs.control_label, *obs.other_control_labels]
+    if obs.perturbation in table.columns:  # "ctrl+ctrl" too
+        controls += [label for label in table[obs.perturbation].astype(str).unique() if is_control(label, obs)]
     wanted = ((obs.perturbation, controls), (obs.cell_type, [cell_type]), (obs.batch, [batch]))
     chosen = np.ones(len(table), dtype=bool)
     for column, values in wanted:
@@ -291,6 +309,11 @@ def control_cells(
     return AnnData(X=matrix[chosen], obs=table[chosen].set_axis(unique_names(table.index[chosen])), var=var)
 
 
+def is_control(label: str, obs: ObsColumns) -> bool:
+    """Whether a label marks control cells, or is made of such labels alone."""
+    return not Notation((), "+", None, (obs.control_label, *obs.other_control_labels)).parse(label)
+
+
 def warn_of_missing_columns(obs: pd.DataFrame, columns: ObsColumns, cell_type: str | None, batch: str | None) -> None:
     """Warn of what all cells are taken for, because no column says of each what it is.
 
@@ -302,16 +325,25 @@ def warn_of_missing_columns(obs: pd.DataFrame, columns: ObsColumns, cell_type: s
         columns.cell_type: None if cell_type is None else f"cells of type {cell_type!r}",
         columns.batch: None if batch is None else f"cells of batch {batch!r}",
     }
+    for own, given, kinds in ((columns.cell_type, cell_type, "cell types"), (columns.batch, batch, "batches")):
+        if own is None and given not in (None, ALL):
+            raise ValueError(
+                f"this model was trained without {kinds}: it cannot choose cells of {given!r}; leave it out."
+            )
     for column, what in taken.items():
         if column is None or what is None or column in obs.columns:
             continue
         if column == columns.perturbation:
             texts = obs.select_dtypes(include=["object", "string", "category"])
-            if holds := [str(name) for name in texts if (texts[name].astype(str) == columns.control_label).any()]:
-                raise ValueError(
-                    f"no obs column {column!r} says which cells are controls, but {few(holds)} holds "
-                    f"{columns.control_label!r}; rename it to {column!r}, or give the control cells alone."
-                )
+            for name in texts:
+                words = CONTROL_WORDS if name in PERTURBATION_COLUMNS else ()
+                labels = texts[name].astype(str).unique()
+                if holds := [label for label in labels if label == columns.control_label or label.lower() in words]:
+                    raise ValueError(
+                        f"no obs column {column!r} says which cells are controls, but {name} holds {holds[0]!r}; give "
+                        f"the control cells alone, or rename it to {column!r} and its label to "
+                        f"{columns.control_label!r}."
+                    )
         warnings.warn(
             f"no obs column {column!r}: all {len(obs):,} cells are taken for {what}", UserWarning, stacklevel=4
         )
@@ -389,6 +421,8 @@ def _guides(X: Any, var: pd.DataFrame, labels: CellLabels) -> np.ndarray:
     They would give the perturbation away. A guide's number may stand behind the name, as in STAT1g2 or STAT1_2.
     """
     parts = {label: {name for name, _ in labels.notation.parse(label)} for label in labels.obs["perturbation"].unique()}
+    controls = {label for label in parts if not parts[label]}
+    parts |= {label: {label, *labels.notation.controls} for label in controls}  # controls have guides too
     known = set[str]().union(*parts.values())
     begins = {name[:1] for name in known}
     names = var.index.astype(str).tolist()

@@ -63,6 +63,8 @@ class Selectors:
         for n in range(len(words), 0, -1):
             text = ":".join(words[:n])
             column, equals, value = text.partition("=")
+            if equals and column in self._obs.columns and pd.api.types.is_float_dtype(self._obs[column].dtype):
+                value = _number(value)
             if position < len(LABELS) and (text == ANY or self._known(LABELS[position], text)):
                 own = {} if text == ANY else {LABELS[position]: text}
                 yield from ({**own, **rest} for rest in self._readings(words[n:], position + 1))
@@ -75,7 +77,10 @@ class Selectors:
     def _column(self, name: str) -> tuple[np.ndarray, dict[str, int]]:
         # Codes of the rows, and of each label among the rows that may be chosen.
         if name not in self._columns:
-            codes, labels = pd.factorize(self._obs[name].astype(str))
+            values = self._obs[name]
+            if pd.api.types.is_float_dtype(values.dtype):  # 10 and 10.0 are one
+                values = values.map(lambda number: f"{number:.15g}")
+            codes, labels = pd.factorize(values.astype(str))
             here = np.unique(codes[self._among])
             self._columns[name] = codes, {str(labels[i]): int(i) for i in here}
         return self._columns[name]
@@ -102,6 +107,13 @@ class Selectors:
         groups = [found for key, found in self._by_names.items() if names <= key] if others else []
         groups = groups or [self._by_names.get(names, [])]
         return [label for found in groups for label, parts in found if _same_doses(dict(parts), wanted)]
+
+
+def _number(text: str) -> str:
+    try:
+        return f"{float(text):.15g}"
+    except ValueError:
+        return text
 
 
 def _same_doses(has: dict[str, float | None], wanted: Parts) -> bool:

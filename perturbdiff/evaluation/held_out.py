@@ -87,6 +87,7 @@ def calibrate_model(
         "target_sum": preprocessing.target_sum, "library_size_col": preprocessing.library_size_col,
         "perturbation_col": columns.perturbation, "cell_type_col": columns.cell_type, "batch_col": columns.batch,
         "control_label": columns.control_label, "other_control_labels": list(columns.other_control_labels),
+        "dose_col": columns.dose,
     }  # fmt: skip
     measured, match, chosen = read_measured(screen, split, known, overrides, settings)
     assert chosen is not None, "there is a split"

@@ -18,7 +18,7 @@ from perturbdiff.config import load_config, sections
 from perturbdiff.data.conditions import ConditionIndex, ControlMatch, resolve_control_match
 from perturbdiff.data.expression import as_csr, gene_means
 from perturbdiff.data.h5ad import open_h5ad, read_h5ad_parts
-from perturbdiff.data.screen import IN_MEMORY, Expression, Screen, genes_of, unique_names
+from perturbdiff.data.screen import IN_MEMORY, READ_BY, Expression, Screen, genes_of, unique_names
 from perturbdiff.data.space import RAW_COUNTS, SAME, UNKNOWN, check_values, find_space
 from perturbdiff.data.splits import Split, read_split
 from perturbdiff.data.vocab import GeneVocab
@@ -97,7 +97,8 @@ class Report:
         shown.columns = pd.Index([f"{name} ({direction[METRICS[name]]})" for name in METRICS])
         return (
             f"{shown.to_string()}\n"
-            f"mean over {n_conditions} held-out condition{'s' if n_conditions > 1 else ''}, log1p space; "
+            f"mean over {n_conditions} {'measured' if self.hold_out is None else 'held-out'} "
+            f"condition{'s' if n_conditions > 1 else ''}, log1p space; "
             f"+ higher is better, - lower is better, 1 ideal is 1{absent if self.n_absent else ''}"
         )
 
@@ -322,12 +323,21 @@ def read_measured(
     """Measured cells by settings of which `known` are those of data that may be overridden; whose controls a condition
     has; the split. Raises as `evaluate`."""
     origin = IN_MEMORY if isinstance(screen, AnnData) else str(screen)
-    base = {"out": "unused", "data": {"screen": origin, **known}}
+    base = {"out": "unused", "data": {"screen": origin, **_of_run(split), **known}}
     config = load_config(None, overrides, sections(settings), base=base)
     measured = Screen.read(screen, config.data)
     everything = ConditionIndex.build(measured, np.ones(len(measured), dtype=bool))
     match = resolve_control_match(everything, config.data.control_match)
     return measured, match, None if split is None else read_split(split, measured)
+
+
+def _of_run(split: str | Path | None) -> dict[str, Any]:
+    """How the labels of a run's screen were read, of the run folder that a split lies in."""
+    recipe = None if split is None else Path(split).parent / "config.yaml"
+    if recipe is None or not recipe.is_file():
+        return {}
+    data = load_config(recipe).data
+    return {name: getattr(data, name) for name in READ_BY}
 
 
 def _shown(conditions: Iterable[Condition]) -> str:
@@ -342,6 +352,11 @@ def held_out_rows(
     if not real:
         raise ValueError("nothing is held out: give split.hold_out (--hold-out) conditions to predict and score.")
     controls = {(c, b): rows for (_, c, b), rows in _group(screen.obs, screen.is_control, match).items()}
+    if lacking := [condition for condition in real if condition[1:] not in controls]:
+        raise ValueError(
+            f"condition {':'.join(lacking[0])} has no control cells of its cell type and batch in {screen.path}; "
+            "data.control_match=cell_type takes those of any batch, data.other_control_labels names more controls."
+        )
     return real, controls
 
 

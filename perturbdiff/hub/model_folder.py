@@ -260,7 +260,11 @@ def _from_version_4(config: dict[str, Any], files: JsonFiles) -> tuple[dict[str,
     training = _with_new(files["training.json"], {"control_sums": None, "measured_genes": None})
     # Only one label was that of controls, and nobody knew which doses were trained.
     labels = _with_new(files["perturbations.json"], {"control_labels": [], "doses": {}})
-    config = {**config, "format_version": 5, "obs": _with_new(config["obs"], {"other_control_labels": []})}
+    config = {
+        **config,
+        "format_version": 5,
+        "obs": _with_new(config["obs"], {"other_control_labels": [], "dose": None}),
+    }
     genes = _with_new(files["genes.json"], {"symbols": []})
     new = {"preprocessing.json": preprocessing, "training.json": training, "perturbations.json": labels}
     return config, {**files, **new, "genes.json": genes}

@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 from anndata.io import read_elem
 
-from perturbdiff.config import Preprocessing
+from perturbdiff.config import DataConfig, Preprocessing
 from perturbdiff.data.expression import as_csr
 from perturbdiff.data.h5ad import open_h5ad
+from perturbdiff.data.labels import read_labels
 from perturbdiff.data.screen import control_cells, expression_of, gene_rows, genes_of
 from perturbdiff.data.space import Space, space_of
 from perturbdiff.data.vocab import nearest
@@ -117,10 +118,10 @@ def check_file(model: PerturbDiff, path: str | Path, layer: str | None = None, m
         raise ValueError(f"{path} has no cells; give control cells.")
     is_gene = gene_rows(controls.var)
     genes = genes_of(controls.var[is_gene])
-    alignment = model.genes.align(genes, min_gene_overlap)
     space = space_of(as_csr(controls.X)[:, is_gene], genes.names, "auto", str(path))
     expression = expression_of(controls, model.preprocessing)
     remarks = [note for note in (expression.note, model.compare_sums(expression)) if note]
+    alignment = model.genes.align(genes, min_gene_overlap)  # after what `predict` looks at first
     sums = model.sums_of(expression)
     counts = expression.preprocessing.input_kind == "counts"
     missing = tuple(model.genes.names[i] for i in np.flatnonzero(alignment.columns < 0))
@@ -128,8 +129,7 @@ def check_file(model: PerturbDiff, path: str | Path, layer: str | None = None, m
         remarks.append(f"{len(missing):,} genes that the controls lack are left out of predictions, or flagged")
     with open_h5ad(path, ("obs",)) as file:
         obs = read_elem(file["obs"])
-    own = set(_labels(controls.obs, columns.perturbation))
-    perturbed = [label for label in _labels(obs, columns.perturbation) if label not in own]
+    perturbed = _perturbed(model, obs, str(path))
     perturbations = Labels(*_parted(perturbed, [label for label in perturbed if known.knows(label)]))
     if perturbations.unknown:
         first = perturbations.unknown[0]
@@ -143,9 +143,9 @@ def check_file(model: PerturbDiff, path: str | Path, layer: str | None = None, m
         found[kind] = Labels(*_parted(labels, vocabulary.names))
         if not len(vocabulary):
             continue
-        if not labels:
+        if not labels and column is not None:
             remarks.append(f"extrapolated unless predict is told one: {kind}, which no obs column says")
-        if found[kind].unknown:
+        if found[kind].unknown and column is not None:
             names = few(list(found[kind].unknown))
             remarks.append(f"extrapolated: {kind} {names}, which training has not seen, as an average one")
         if alone := [label for label in _labels(obs, column) if label not in set(labels)]:
@@ -167,6 +167,21 @@ def _labels(obs: pd.DataFrame, column: str | None) -> list[str]:
         return []
     values = obs[column]
     return sorted({*values.dropna().astype(str), *["unknown"] * bool(values.isna().any())})
+
+
+def _perturbed(model: PerturbDiff, obs: pd.DataFrame, path: str) -> list[str]:
+    # As training would read them; without a column of them there are none.
+    known, columns = model.vocabularies, model.config.obs
+    if columns.perturbation not in obs.columns:
+        return []
+    config = DataConfig(
+        perturbation_col=columns.perturbation, cell_type_col=None, batch_col=None, control_label=columns.control_label,
+        other_control_labels=list(columns.other_control_labels), combination_separator=known.combination_separator,
+        dose_col=columns.dose if columns.dose in obs.columns else None, dose_separator=known.dose_separator,
+    )  # fmt: skip
+    named = obs[obs[columns.perturbation].notna()]
+    labels = read_labels(named, config, path, known.perturbations.names)
+    return sorted({*labels.obs["perturbation"]} - {columns.control_label})
 
 
 def _parted(labels: Sequence[str], known: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -91,7 +91,7 @@ class Predictions:
         for label, numbers in sorted(self.unseen.items()):
             first = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
             which = "" if self.n_requests is None else f", in {len(numbers):,} requests (number {first})"
-            lines.append(f"unseen      {label}{which}: predicted from features or control cells alone")
+            lines.append(f"unseen      {label}{which}: extrapolated from features, other doses or the control cells")
         lines.append(f"sampler     {uns['sampler']}, {uns['n_steps']} steps, guidance {uns['guidance_scale']:g}")
         lines.append(f"certainty   {certainty(self.calibration, self.widths)}")
         lines.append(f"written     {self.out}: {self.n_cells:,} cells, {n_written:,} genes")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from anndata import AnnData
 from perturbdiff.config import ObsColumns
 from perturbdiff.data.screen import control_cells
 from perturbdiff.data.vocab import nearest
-from perturbdiff.files import printable, short
+from perturbdiff.files import few, printable, short
 from perturbdiff.model import PerturbDiff
 
 COLUMNS = ("perturbation", "cell_type", "batch", "n_cells", "n_populations", "seed")
@@ -125,6 +126,14 @@ def context_rows(obs: pd.DataFrame, columns: ObsColumns, requests: Sequence[Requ
     """
     labels = {name: obs[name].astype(str).to_numpy() for name in (columns.cell_type, columns.batch) if name in obs}
     found: dict[tuple[str | None, str | None], np.ndarray] = {}
+    for what, column in (("cell_type", columns.cell_type), ("batch", columns.batch)):
+        if (given := {getattr(request, what) for request in requests} - {None}) and column not in labels:
+            warnings.warn(
+                f"no obs column {column!r}: all {len(obs):,} control cells are taken for each {what} of the requests, "
+                f"{few(sorted(map(str, given)))}",
+                UserWarning,
+                stacklevel=3,
+            )
     for request in requests:
         context = (request.cell_type, request.batch)
         if context in found:

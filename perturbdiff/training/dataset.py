@@ -353,10 +353,11 @@ def _refuse_shared(atlases: Sequence[Atlas], index: ConditionIndex, split: Split
         worst = leaks[np.argmax(n[leaks])]
         (p, c, b), (p2, c2, b2) = index.labels(int(held[worst])), index.labels(int(other[worst]))
         more = f" ({len(leaks)} such pairs of conditions)" if len(leaks) > 1 else ""
+        too = "" if index.is_control[other[worst]] else f"hold out {p2}:{c2}:{b2} too, or "
         raise ValueError(
             f"{n[worst]:,} cells of the held-out condition (perturbation {p!r}, cell type {c!r}, batch {b!r}) are also "
-            f"in the training condition (perturbation {p2!r}, cell type {c2!r}, batch {b2!r}){more}; hold out "
-            f"{p2}:{c2}:{b2} too, or build the atlas without the source that repeats them."
+            f"in the training condition (perturbation {p2!r}, cell type {c2!r}, batch {b2!r}){more}; {too}"
+            "build the atlas without the source that repeats them (source.drop, source.where)."
         )
     n_validated = len(np.unique(held[split.validation[held] & split.train[other]]))
     if n_validated == 0:

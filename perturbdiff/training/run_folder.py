@@ -220,7 +220,8 @@ def model_config(config: Config) -> ModelConfig:
     """What a model folder keeps of the settings of its run."""
     data = config.data
     others = tuple(data.other_control_labels)
-    obs = ObsColumns(data.perturbation_col, data.cell_type_col, data.batch_col, data.control_label, others)
+    columns = data.perturbation_col, data.cell_type_col, data.batch_col
+    obs = ObsColumns(*columns, data.control_label, others, data.dose_col)
     return ModelConfig(config.denoiser, config.diffusion, config.sampling, obs, data.set_size)
 
 

@@ -67,8 +67,11 @@ def test_a_missing_cell_type_is_dropped_by_its_place_in_a_selector():
 
 def test_words_that_are_no_perturbation_are_named_with_the_setting_that_mends_it():
     notes = "\n".join(labels_of(perturbation=["control", "A", "nan", "", "unassigned", "non-targeting"]).notes)
-    assert "'', 'nan', 'unassigned' are taken for perturbations; data.drop=['',nan,unassigned]" in notes
-    assert "'non-targeting' are taken for perturbations; data.other_control_labels=[non-targeting]" in notes
+    assert (
+        "'', 'nan', 'unassigned' are taken for perturbations; 'data.drop=[\"\", \"nan\", \"unassigned\"]' leaves"
+        in notes
+    )
+    assert "'non-targeting' are taken for perturbations; 'data.other_control_labels=[\"non-targeting\"]' makes" in notes
     assert labels_of(perturbation=["control", "A", "B", "A+B"]).notes == ()
 
 
@@ -124,7 +127,9 @@ def test_all_missing_columns_are_named_at_once():
         read_labels(pd.DataFrame({"x": ["control"]}), DataConfig(), "memory")
     text = error.value.args[0]
     assert "obs columns 'perturbation', 'cell_type', 'batch' not in memory; found ['x']" in text
-    assert "Set data.perturbation_col=... data.cell_type_col=... data.batch_col=...; null where" in text
+    assert (
+        "Set data.perturbation_col=... data.cell_type_col=... data.batch_col=...; cell_type_col and batch_col" in text
+    )
 
 
 def test_a_control_label_that_no_cell_has_names_a_likely_one():

@@ -319,7 +319,7 @@ def test_a_set_trains_a_denoiser_as_if_genes_that_it_did_not_measure_were_not_th
         )
         alone.total.backward()
         torch.testing.assert_close(loss.mse[only], alone.mse, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(loss.mmd[only], alone.mmd, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(loss.mmd[only], alone.mmd, rtol=1e-3, atol=1e-3)  # of square roots
         expected = dict(cut.named_parameters())
         for name, parameter in denoiser.named_parameters():
             found, own = (torch.zeros_like(p) if p.grad is None else p.grad for p in (parameter, expected[name]))

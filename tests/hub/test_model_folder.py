@@ -272,7 +272,8 @@ def as_format_3(folder, **training):
     """Its files as format 3 had them."""
     config = json.loads((folder / CONFIG).read_text())
     perturbations = json.loads((folder / "perturbations.json").read_text())
-    config["obs"].pop("other_control_labels", None)
+    for key in ("other_control_labels", "dose"):
+        config["obs"].pop(key, None)
     if "n_by_features" in perturbations:
         del perturbations["control_labels"], perturbations["doses"]
         genes = json.loads((folder / "genes.json").read_text())

@@ -131,8 +131,9 @@ def test_controls_are_those_of_the_cell_type_and_batch(cell_type, batch, rows):
     assert found.tolist() == rows
 
 
-def test_a_column_that_the_file_lacks_leaves_all_controls():
-    (found,) = context_rows(OBS[["batch"]], COLUMNS, [Request("A", "anything", "y")])
+def test_a_column_that_the_file_lacks_leaves_all_controls_with_a_word():
+    with pytest.warns(UserWarning, match="all 5 control cells are taken for each cell_type of the requests, anything"):
+        (found,) = context_rows(OBS[["batch"]], COLUMNS, [Request("A", "anything", "y")])
     assert found.tolist() == [1]
 
 

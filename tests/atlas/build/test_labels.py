@@ -83,7 +83,9 @@ def test_cells_are_chosen_by_obs_columns(tmp_path):
     path = write(tmp_path / "a.h5ad", obs)
     atlas = built(tmp_path, SourceConfig(str(path), where=["primary=True", "tissue=lung"]))
     assert cells_of(atlas) == {"control": 1, "A": 1}
-    with pytest.raises(KeyError, match=r"obs columns '(sex|ploidy)', '(sex|ploidy)' not in .*; found .* Set where="):
+    with pytest.raises(
+        KeyError, match=r"obs columns '(sex|ploidy)', '(sex|ploidy)' not in .*; found .* Set source.where="
+    ):
         built(tmp_path / "b", SourceConfig(str(path), where=["sex=f", "ploidy=2"]))
     with pytest.raises(ValueError, match="where 'primary' must be COLUMN=VALUE"):
         built(tmp_path / "b", SourceConfig(str(path), where=["primary"]))

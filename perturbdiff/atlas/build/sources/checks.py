@@ -14,8 +14,8 @@ from scipy import sparse
 from perturbdiff.atlas.format import CONTROL_LABEL
 from perturbdiff.config import SourceConfig
 from perturbdiff.data.expression import as_csr
-from perturbdiff.data.labels import amounts, at_dose, check_texts, learned
-from perturbdiff.data.notation import Parts
+from perturbdiff.data.labels import MISSING, amounts, at_dose, check_texts, learned
+from perturbdiff.data.notation import Notation, Parts
 from perturbdiff.data.selectors import LABELS, Selectors
 from perturbdiff.data.space import LOG1P_MAX, InputKind
 from perturbdiff.data.vocab import GeneVocab
@@ -185,14 +185,9 @@ def categorical(values: Any, column: str, names: np.ndarray, path: str) -> pd.Ca
         codes, categories = values.codes, values.categories
     else:
         codes, categories = pd.factorize(values)
-    if len(codes) and codes.min() < 0:
-        raise ValueError(
-            f"column {column!r} of {path} has {(codes < 0).sum()} missing values, the first in cell "
-            f"{names[int(np.argmax(codes < 0))]!r}; every cell needs a label: fill them or drop the cells."
-        )
     texts = pd.Series(categories).astype(str).tolist()
     check_texts(texts, column, path)
-    return coded_as(texts, codes)
+    return coded_as([*texts, MISSING], np.where(codes < 0, len(texts), codes))
 
 
 def coded_as(texts: Sequence[str], codes: np.ndarray) -> pd.Categorical:
@@ -211,17 +206,23 @@ def selector_fields(selector: str, config: SourceConfig) -> dict[str, str]:
 
 
 def selector_matches(labels: pd.DataFrame, selector: str, config: SourceConfig) -> np.ndarray:
-    """Rows that a selector names, by the words of the source itself."""
-    first, colon, rest = selector.partition(":")
-    own = CONTROL_LABEL + colon + rest if first == config.control_label else selector
-    return Selectors(labels).rows(own)
+    """Rows that a selector names: parts in any order, control parts apart."""
+    return Selectors(labels, _plain(config)).rows(selector)
+
+
+def _plain(config: SourceConfig) -> Notation:
+    # Every label taken apart, whether its parts stand alone or not: for comparing, all are.
+    controls = tuple({CONTROL_LABEL: None, config.control_label: None, **dict.fromkeys(config.other_control_labels)})
+    return Notation((), config.combination_separator, config.dose_separator, controls)
 
 
 def selected(labels: pd.DataFrame, config: SourceConfig) -> pd.DataFrame:
     """The rows that `cells`, `keep`, `drop` and `where` leave, each perturbation with its dose (`dosed`)."""
     selected = np.ones(len(labels), dtype=bool)
     if config.cells != "all":
-        selected = (labels["perturbation"] == CONTROL_LABEL).to_numpy() == (config.cells == "unperturbed")
+        perturbation, notation = labels["perturbation"].array, _plain(config)
+        is_control = np.array([not notation.parse(label) for label in perturbation.categories], dtype=bool)
+        selected = is_control[perturbation.codes] == (config.cells == "unperturbed")
     if config.keep:
         selected &= np.logical_or.reduce([selector_matches(labels, selector, config) for selector in config.keep])
     for selector in config.drop:
@@ -229,6 +230,13 @@ def selected(labels: pd.DataFrame, config: SourceConfig) -> pd.DataFrame:
     if "where" in labels:
         selected &= labels["where"].to_numpy()
     left = labels if selected.all() else labels[selected]
+    for name in LABELS:
+        if (missing := (left[name] == MISSING).to_numpy()).any():
+            raise ValueError(
+                f"column {getattr(config, f'{name}_col')!r} of {config.path} has {missing.sum():,} missing values or "
+                f"labels {MISSING!r}, the first in cell {left['cell'].iloc[int(missing.argmax())]!r}; every cell needs "
+                f"a label: leave the cells out with source.drop=['{'*:' * LABELS.index(name)}{MISSING}'], or fill them."
+            )
     return _dosed(left) if "dose" in left else left
 
 

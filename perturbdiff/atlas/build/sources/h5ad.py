@@ -100,7 +100,8 @@ class H5adSource:
         if absent := {name: column for name, column in settings.items() if column not in (None, *columns)}:
             raise KeyError(
                 f"obs column{'s' if len(absent) > 1 else ''} {', '.join(map(repr, absent.values()))} not in {path}; "
-                f"found {sorted(columns)}. Set {', '.join(absent)}."
+                f"found {sorted(columns)}. Set {', '.join(f'source.{name}' for name in absent)}; inputs that differ go "
+                "into a recipe."
             )
         fingerprint = {"file": path.name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         name = config.name or path.stem
