@@ -84,3 +84,17 @@ def test_a_knocked_out_gene_that_all_cells_but_its_own_have_stays():
     few = screen_with_rows(A=lambda p: 0)
     few.X[np.flatnonzero(few.obs["perturbation"] == "A")[0], -1] = 1  # one count in one cell says nothing
     assert "A" in read(few).expression.genes.names
+
+
+def test_guides_of_controls_are_no_genes_either():
+    adata = screen_with_rows(control_1=lambda p: 9 * (p == "control"), A_1=lambda p: 9 * (p in ("A", "A+B")))
+    assert not {"control_1", "A_1"} & set(read(adata).expression.genes.names)
+
+
+def test_symbols_of_a_file_named_by_ids_may_be_parts_of_combinations():
+    adata = screen_with_cells([(p, "T", "b", 3) for p in ("control", "STAT1+MYC", "MYC+STAT1")], n_genes=6)
+    adata.var_names = list(IDS)
+    adata.var["gene_name"] = list(SYMBOLS)
+    screen = read(adata)
+    assert set(screen.obs["perturbation"]) == {"control", "MYC+STAT1"}
+    assert len(screen.notation.parse("MYC+STAT1")) == 2

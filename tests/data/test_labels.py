@@ -197,3 +197,25 @@ def test_a_file_with_all_three_columns_is_of_no_other_kind():
     adata.obs["gene"] = "non-targeting"
     adata.obs["gem_group"] = 1
     assert Screen.read(adata).config == DataConfig()
+
+
+def test_cells_are_dropped_before_their_doses_are_looked_at_and_by_any_column():
+    columns = {"perturbation": ["control", "A", "nan", "unassigned", "A"], "dose": [0.0, 1.0, 0.0, np.nan, 0.0]}
+    config = DataConfig(dose_col="dose", drop=["nan", "unassigned", "qc=fail"])
+    found = labels_of(config, **columns, qc=["ok", "ok", "ok", "ok", "fail"])
+    assert found.obs["perturbation"].tolist() == ["control", "A@1"]
+    with pytest.raises(ValueError, match="in cell 'c4', which received 'A'; doses must be finite"):
+        labels_of(DataConfig(dose_col="dose", drop=["nan", "unassigned"]), **columns)
+
+
+def test_a_control_label_that_is_said_is_not_that_of_another_column():
+    columns = {"gene": ["control", "A"], "condition": ["ctrl", "x"], "cell_type": ["T", "T"]}
+    config = DataConfig(perturbation_col="gene", control_label="control")
+    found = read_labels(pd.DataFrame(columns, index=["x", "y"]), config, "memory")
+    assert found.obs["perturbation"].tolist() == ["control", "A"]
+
+
+def test_a_float_column_is_named_by_its_numbers():
+    columns = {"perturbation": ["control", "A", "B"], "day": [0.0, 10.0, 0.5]}
+    assert perturbations(DataConfig(drop=["day=10"]), **columns) == ["control", "B"]
+    assert perturbations(DataConfig(drop=["day=0.50"]), **columns) == ["control", "A"]

@@ -116,3 +116,10 @@ def test_what_was_written_in_one_way_is_read_again_as_the_same(labels, dose):
     for label, canonical in written.items():
         assert notation.parse(canonical) == notation.parse(label)
         assert again.canonical(canonical) == canonical
+
+
+def test_space_around_labels_and_parts_says_nothing():
+    notation = learned("A", " A", "X + Y", "Y+X ", "A + ctrl")
+    assert set(notation.names) == {"A", "X + Y"}
+    assert notation.canonical("A ") == notation.canonical("A+ctrl") == "A"
+    assert notation.canonical(" Y+X") == notation.canonical("X+Y") == "X + Y"

@@ -583,3 +583,20 @@ def test_target_sum_may_be_the_median_of_the_controls(adata):
     assert expected != np.median(counts)
     how = read(adata, target_sum=None).expression.preprocessing
     assert how.target_sum == pytest.approx(expected)
+
+
+def test_labels_made_of_control_labels_alone_are_controls(adata, tmp_path):
+    labels = adata.obs["perturbation"].astype(str).replace({"A": "NT", "B": "control+NT"})
+    adata.obs["perturbation"] = labels
+    path = written(adata, tmp_path / "x.h5ad")
+    columns = ObsColumns(other_control_labels=("NT",))
+    found = control_cells(path, columns, None, None)
+    assert set(found.obs["perturbation"].astype(str)) == {"control", "NT", "control+NT"}
+    assert found.n_obs == labels.isin(["control", "NT", "control+NT"]).sum()
+
+
+def test_cells_of_a_type_cannot_be_chosen_for_a_model_without_types(adata, tmp_path):
+    path = written(adata, tmp_path / "x.h5ad")
+    with pytest.raises(ValueError, match="trained without cell types: it cannot choose cells of 'NK'"):
+        control_cells(path, ObsColumns(cell_type=None), "NK", None)
+    assert control_cells(path, ObsColumns(cell_type=None), "all", None).n_obs

@@ -114,3 +114,31 @@ def test_inputs_of_a_known_kind_are_read_by_their_own_columns_and_that_is_said(t
     assert set(table["batch"]) == {"1", "2"}
     said = capsys.readouterr()
     assert "columns as of Replogle: source.perturbation_col=gene source.cell_type_col=null" in said.out + said.err
+
+
+@pytest.mark.parametrize(
+    ("settings", "left"),
+    [
+        ({"drop": ["FOSB+CEBPE"]}, {"control": 6, "FOSB": 4, "CEBPE": 2}),
+        ({"drop": ["FOSB"]}, {"control": 6, "CEBPE": 2, "CEBPE+FOSB": 2}),
+        ({"drop": ["FOSB+*"]}, {"control": 6, "CEBPE": 2}),
+        ({"keep": ["ctrl", "FOSB+ctrl"]}, {"control": 6, "FOSB": 4}),
+        ({"cells": "perturbed"}, {"FOSB": 4, "CEBPE": 2, "CEBPE+FOSB": 2}),
+        ({"cells": "unperturbed"}, {"control": 6}),
+    ],
+)
+def test_cells_of_a_source_are_chosen_by_what_their_labels_mean(tmp_path, settings, left):
+    obs = labels("ctrl", "ctrl+ctrl", "NT+ctrl", "FOSB+ctrl", "ctrl+FOSB", "CEBPE", "CEBPE+FOSB")
+    path = write(tmp_path / "a.h5ad", obs)
+    words = {"control_label": "ctrl", "other_control_labels": ["NT"], **settings}
+    assert cells_of(built(tmp_path, SourceConfig(str(path), **words))) == left
+
+
+def test_cells_without_a_label_are_left_out_by_nan_or_are_an_error(tmp_path):
+    obs = labels("control", "A", "A") | {"ok": [True] * 4 + [False] * 2}
+    obs["perturbation"] = [*obs["perturbation"][:4], None, None]
+    path = write(tmp_path / "a.h5ad", obs)
+    with pytest.raises(ValueError, match=r"2 missing values .* first in cell 'a4'.*source\.drop=\['nan'\]"):
+        built(tmp_path / "x", SourceConfig(str(path)))
+    for i, settings in enumerate(({"drop": ["nan"]}, {"where": ["ok=True"]})):
+        assert cells_of(built(tmp_path / str(i), SourceConfig(str(path), **settings))) == {"control": 2, "A": 2}
