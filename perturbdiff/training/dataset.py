@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from perturbdiff.atlas.build.repeats import LEAST_GENES, content_hashes, gene_keys
 from perturbdiff.atlas.format import CONTROL_LABEL
 from perturbdiff.atlas.store import Atlas
 from perturbdiff.atlas.stream import StreamedCells
@@ -182,10 +183,11 @@ class TrainingSet:
             trained on; no set is as large as data.min_set_size.
         """
         split = make_split(screen, config.split, config.training.seed)
+        repeats = _refuse_repeats(screen, split)
         everything = ConditionIndex.build(screen, np.ones(len(screen), dtype=bool))
         match = resolve_control_match(everything, config.data.control_match)
         match_controls(everything, match)  # held-out conditions need controls too: say so now
-        description, whole = screen.summary(), screen
+        description, whole = screen.summary() + repeats, screen
         if config.data.n_hvg is not None and config.data.n_hvg < len(screen.expression.genes):
             chosen = highly_variable_genes(screen.expression.log1p(split.train), config.data.n_hvg)
             screen = screen.with_genes(_with_known(chosen, known_genes, screen.expression.genes))
@@ -339,6 +341,24 @@ def _refuse_twice(atlases: Sequence[Atlas], config: Config) -> None:
                 f"sets={given.sets}; give it once, with a larger weight if its cells shall count more."
             )
         seen[key] = given.path
+
+
+def _refuse_repeats(screen: Screen, split: Split) -> str:
+    """Refuse to train on a held-out cell under another label; says how many cells of a screen come again."""
+    X = screen.expression.X
+    hashes = content_hashes(gene_keys(X.shape[1]), X.indices, X.data, X.indptr)
+    compared = np.diff(X.indptr) >= LEAST_GENES
+    leaks = compared & split.test & np.isin(hashes, hashes[compared & split.train])
+    if leaks.any():
+        row = int(leaks.argmax())
+        other = int(np.flatnonzero(compared & split.train & (hashes == hashes[row]))[0])
+        one, two = (":".join(screen.obs.iloc[i][list(LABELS)]) for i in (row, other))
+        raise ValueError(
+            f"{int(leaks.sum()):,} held-out cells of {screen.path} are there again under training labels, as a cell of "
+            f"{one} under {two}; leave the copies out (data.drop), or hold them out too."
+        )
+    n_again = int(compared.sum()) - len(np.unique(hashes[compared]))
+    return f"\nnote        {n_again:,} cells equal another one, gene by gene" if n_again else ""
 
 
 def _refuse_shared(atlases: Sequence[Atlas], index: ConditionIndex, split: Split) -> str:

@@ -1,3 +1,4 @@
+import anndata
 import datasets
 import numpy as np
 import pyarrow.parquet as pq
@@ -327,3 +328,15 @@ def test_an_atlas_is_given_once(copied):
     with pytest.raises(ValueError, match=r"are the same atlas \(sha256 .*\), both with sets=perturbed; give it once"):
         on_atlases([], atlas, atlas)
     on_atlases([], atlas, marginal)  # with labels and without them
+
+
+def test_a_held_out_cell_that_trains_under_another_label_is_refused():
+    adata = screen_with_cells([(p, t, "b", 6) for p in ("control", "A") for t in ("T", "NK")], n_genes=60)
+    copied = adata[(adata.obs["perturbation"] == "A") & (adata.obs["cell_type"] == "T")].copy()
+    copied.obs["cell_type"] = "T, integrated"
+    copied.obs_names = [f"copy {name}" for name in copied.obs_names]
+    twice = anndata.concat([adata, copied])
+    twice.obs["perturbation"] = twice.obs["perturbation"].astype(str)
+    with pytest.raises(ValueError, match=r"6 held-out cells of .* as a cell of A:T:b under A:T, integrated:b"):
+        training_set(twice, "data.control_match=cell_type", hold_out=["A:T"])
+    training_set(adata, hold_out=["A:T"])
