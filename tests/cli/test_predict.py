@@ -114,7 +114,9 @@ def test_outputs_that_exist_or_cannot_be_written_are_refused(refused, here, mode
     start = ["predict", model, "--controls", screen, "--requests", requests, "--out"]
     (here / "p.h5ad").write_text("mine")
     assert_says(refused(*start, "p.h5ad"), "p.h5ad exists", "--overwrite")
-    assert_says(refused(*start, "q.h5ad", "--summary", "p.h5ad"), "p.h5ad exists")
+    (here / "s.csv").write_text("mine")
+    assert_says(refused(*start, "q.h5ad", "--summary", "s.csv"), "s.csv exists")
+    assert_says(refused(*start, "q.h5ad", "--summary", "p.h5ad"), "p.h5ad must end in .csv")
     assert_says(refused(*start, "p.h5ad/q.h5ad"), "p.h5ad")
     (here / "folder.h5ad").mkdir()
     assert_says(refused(*start, "folder.h5ad", "--overwrite"), "folder.h5ad is a folder")
@@ -179,7 +181,7 @@ BAD_RANKS = {  # more in tests/inference
     "only commas": (["--up", ",,"], ["--up ,, names nothing"]),
     "reference": (["--towards", "none.txt"], ["none.txt is not a readable .h5ad"]),
     "no reference": (["--towards", "nowhere.h5ad"], ["nowhere.h5ad does not exist"]),
-    "output": (["--up", "gene_1", "--out", "none.txt"], ["none.txt exists", "--overwrite"]),
+    "output": (["--up", "gene_1", "--out", "none.txt"], ["none.txt must end in .csv"]),
     "cell type": (["--up", "gene_1", "--cell-type", "nk"], ["no control cell with cell_type 'nk'"]),
 }
 
