@@ -336,7 +336,10 @@ def _of_run(split: str | Path | None) -> dict[str, Any]:
     recipe = None if split is None else Path(split).parent / "config.yaml"
     if recipe is None or not recipe.is_file():
         return {}
-    data = load_config(recipe).data
+    try:
+        data = load_config(recipe).data
+    except ValueError:  # of a version with other settings
+        return {}
     return {name: getattr(data, name) for name in READ_BY}
 
 
