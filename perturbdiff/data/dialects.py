@@ -65,6 +65,8 @@ DIALECTS = (
 )  # fmt: skip
 
 
+DOSE_COLUMNS = ("dose", "dose_value", "dose_val", "drug_dose", "concentration")
+
 PERTURBATION_COLUMNS = {
     *(name for dialect in DIALECTS for name in dialect.perturbation), "treatment", "stimulation", "perturbation"
 }  # fmt: skip

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from perturbdiff.config import DataConfig
-from perturbdiff.data.dialects import COLUMNS, CONTROL_WORDS, NO_PERTURBATION, understood
+from perturbdiff.data.dialects import COLUMNS, CONTROL_WORDS, DOSE_COLUMNS, NO_PERTURBATION, understood
 from perturbdiff.data.notation import Notation, Parts, split_dose
 from perturbdiff.data.selectors import GRAMMAR, LABELS, Selectors
 from perturbdiff.data.vocab import nearest
@@ -86,6 +86,8 @@ def read_labels(obs: pd.DataFrame, config: DataConfig, path: str, names: Collect
         f"no cell has the control label {label!r}" for label in controls if label not in raw["perturbation"].texts
     ]
     notes += _remarks(set(table["perturbation"].unique()), notation)
+    if config.dose_col is None and notation.dose_separator is None:
+        notes += _pooled_doses(obs[kept], table["perturbation"].to_numpy() != controls[0])
     return CellLabels(table, kept, notation, config, tuple(notes))
 
 
@@ -157,21 +159,26 @@ def learned(
     names: Collection[str],
 ) -> tuple[Notation, dict[str, Parts]]:
     """`Notation.learned` of labels, and what those stand for that are Tahoe-100M's lists of drugs with doses."""
-    pairs = {text: parts for text in labels if text not in controls and (parts := _tuples(text)) is not None}
+    found = {text: parts for text in labels if text not in controls and (parts := _tuples(text)) is not None}
+    if len(units := sorted({unit for triples in found.values() for *_, unit in triples})) > 1:
+        raise ValueError(f"labels hold doses in {few(units)}, as {next(iter(found))!r}; write them in one unit.")
+    pairs: dict[str, Parts] = {
+        text: tuple((name, dose) for name, dose, _ in triples) for text, triples in found.items()
+    }
     others = [text for text in labels if text not in pairs]
     named = {name for parts in pairs.values() for name, _ in parts}
     return Notation.learned(others, combination_separator, dose_separator, controls, {*names, *named}), pairs
 
 
-def _tuples(text: str) -> Parts | None:
+def _tuples(text: str) -> tuple[tuple[str, float, str], ...] | None:
     # "[('A', 0.5, 'uM')]", as Tahoe-100M writes drugs with their doses.
     if not text.startswith("[("):
         return None
     try:
-        found = [(str(name), float(dose)) for name, dose, _ in ast.literal_eval(text)]
+        found = [(str(name), float(dose), str(unit)) for name, dose, unit in ast.literal_eval(text)]
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return None
-    for name, dose in found:
+    for name, dose, _ in found:
         split_dose(f"{name}@{dose!r}", "@")  # refuses one that cannot be
     return tuple(sorted(set(found)))
 
@@ -276,6 +283,18 @@ def _refuse_missing(column: _Column, role: str, kept: np.ndarray, obs: pd.DataFr
             f"{obs.index[int(missing.argmax())]!r}; every cell needs a label: fill them, or leave the cells "
             f"out with data.drop=['{selector}']."
         )
+
+
+def _pooled_doses(obs: pd.DataFrame, perturbed: np.ndarray) -> list[str]:
+    notes = []
+    for name in DOSE_COLUMNS:
+        if name in obs.columns:
+            doses = np.unique(amounts(obs[name])[0][perturbed])
+            if (n := int((doses > 0).sum())) > 1:
+                notes.append(
+                    f"{n} doses of obs column {name!r} are one condition; data.dose_col={name} tells them apart"
+                )
+    return notes
 
 
 def odd_labels(labels: Collection[str], notation: Notation) -> tuple[list[str], list[str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from perturbdiff.config import yaml_texts
 from perturbdiff.data.selectors import ANY
 from perturbdiff.files import short
 
+SOURCE = ":source="  # in a selector, before the data set
 MAX_BYTES = 64 << 20
 KINDS = "give a .toml of cell-load, a .yaml of the reference, or a split.json of a run"
 _PARTS = {"test": "hold_out", "val": "validation", "validation": "validation"}
@@ -55,20 +56,23 @@ def read_split_file(path: str | Path) -> Selected:
 def _of_cell_load(content: Mapping[str, Any]) -> Selected:
     """`zeroshot` names whole cell types, "data set.cell type" = "test"; `fewshot` lists of perturbations of one."""
     selected: Selected = {"hold_out": [], "validation": []}
+    known = {*content.get("datasets", {}), *content.get("training", {})}
     for context, part in content.get("zeroshot", {}).items():
-        selected[_PARTS[part]].append(f"{ANY}:{_cell_type(context)}")
+        selected[_PARTS[part]].append(f"{ANY}:{_context(context, known)}")
     for context, lists in content.get("fewshot", {}).items():
         for part, perturbations in lists.items():
             if part in _PARTS:
-                selected[_PARTS[part]] += [f"{name}:{_cell_type(context)}" for name in _names(perturbations)]
+                selected[_PARTS[part]] += [f"{name}:{_context(context, known)}" for name in _names(perturbations)]
     return selected
 
 
-def _cell_type(context: str) -> str:
-    _, dot, cell_type = context.partition(".")
-    if not dot:
+def _context(context: str, datasets: Collection[str]) -> str:
+    """CELL_TYPE:source=DATA_SET of "DATA_SET.CELL_TYPE"; data sets may hold dots."""
+    named = max((name for name in datasets if context.startswith(f"{name}.")), key=len, default="")
+    dataset = named or context.partition(".")[0]
+    if not (cell_type := context.removeprefix(dataset).removeprefix(".")):
         raise ValueError(f"{context!r} must be DATA_SET.CELL_TYPE")
-    return cell_type
+    return f"{cell_type}{SOURCE}{dataset}"
 
 
 def _of_reference(content: Any) -> Selected:
@@ -78,7 +82,10 @@ def _of_reference(content: Any) -> Selected:
         raise ValueError(f"{len(found)} entries have holdout_pert, one must")
     lists, selected = found[0], Selected(hold_out=[], validation=[])
     contexts = [f":{name}" for name in _names(lists.get("holdout_celltype") or [])]
-    contexts = contexts or [f":{ANY}:{name}" for name in _names(lists.get("holdout_batches") or [])]
+    batches = [f":{ANY}:{name}" for name in _names(lists.get("holdout_batches") or [])]
+    if contexts and batches:
+        raise ValueError("it has holdout_celltype and holdout_batches; keep one")
+    contexts += batches
     for part, perturbations in lists["holdout_pert"].items():
         selected[_PARTS[part]] += [f"{name}{where}" for name in _names(perturbations) for where in contexts or [""]]
     return selected

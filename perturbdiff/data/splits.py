@@ -23,7 +23,7 @@ from perturbdiff.data.notation import Notation
 from perturbdiff.data.rng import numpy_generator
 from perturbdiff.data.screen import Screen
 from perturbdiff.data.selectors import ANY, LABELS, Selectors
-from perturbdiff.data.split_files import read_split_file
+from perturbdiff.data.split_files import SOURCE, read_split_file
 from perturbdiff.files import few, json_sha256, write_json
 
 PARTS = ("train", "validation", "test")
@@ -222,7 +222,10 @@ def _with_file(screen: Labelled, config: SplitConfig) -> tuple[SplitConfig, list
     """The settings with the conditions of their split file that are there, and how many are not."""
     if config.file is None:
         return config, []
-    selected, perturbed = read_split_file(config.file), Selectors(screen.obs, screen.notation, ~screen.is_control)
+    perturbed, selected = Selectors(screen.obs, screen.notation, ~screen.is_control), read_split_file(config.file)
+    sources = set(screen.obs["source"].astype(str)) if "source" in screen.obs else set[str]()
+    for part, selectors in selected.items():  # of data that know no such source, the cell type alone counts
+        selected[part] = [s if s.rpartition(SOURCE)[2] in sources else s.partition(SOURCE)[0] for s in selectors]
     here = {part: [s for s in selectors if perturbed.rows(s).any()] for part, selectors in selected.items()}
     absent = [s for part, selectors in selected.items() for s in sorted({*selectors} - {*here[part]})]
     if not here["hold_out"] and selected["hold_out"]:

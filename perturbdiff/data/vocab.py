@@ -275,7 +275,8 @@ class Vocabularies:
     @property
     def trained(self) -> tuple[str, ...]:
         """A label for each perturbation that training gave a row, at each of its doses."""
-        known = ((name, dose) for name in self.labelled for dose in self.doses.get(name) or (None,))
+        names = [name for name in self.labelled if name not in self.control_labels]  # one may be a control by now
+        known = ((name, dose) for name in names for dose in self.doses.get(name) or (None,))
         return tuple(self.notation.text((part,)) for part in known)
 
     @cached_property

@@ -219,3 +219,16 @@ def test_a_float_column_is_named_by_its_numbers():
     columns = {"perturbation": ["control", "A", "B"], "day": [0.0, 10.0, 0.5]}
     assert perturbations(DataConfig(drop=["day=10"]), **columns) == ["control", "B"]
     assert perturbations(DataConfig(drop=["day=0.50"]), **columns) == ["control", "A"]
+
+
+def test_lists_of_drugs_in_two_units_are_refused():
+    texts = [repr([("DMSO_TF", 0.0, "uM")]), repr([("A", 0.5, "uM")]), repr([("A", 500.0, "nM")])]
+    with pytest.raises(ValueError, match="labels hold doses in nM, uM"):
+        labels_of(DataConfig(control_label=texts[0]), perturbation=texts)
+
+
+def test_doses_that_are_pooled_are_said():
+    columns = {"perturbation": ["control", "A", "A"], "dose_value": [0.0, 10.0, 1e4]}
+    (note,) = labels_of(**columns).notes
+    assert note == "2 doses of obs column 'dose_value' are one condition; data.dose_col=dose_value tells them apart"
+    assert labels_of(DataConfig(dose_col="dose_value"), **columns).notes == ()

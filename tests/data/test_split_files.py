@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 
 from perturbdiff.config import SplitConfig
@@ -118,4 +119,25 @@ def test_a_yaml_that_refers_to_itself_many_times_is_soon_read(tmp_path):
     ]
     (tmp_path / "x.yaml").write_text("\n".join(lines))
     with pytest.raises(ValueError, match="is not a split file"):
+        read_split_file(tmp_path / "x.yaml")
+
+
+def test_data_sets_of_cell_load_are_the_sources_of_an_atlas_and_may_hold_dots(tmp_path, screen):
+    (tmp_path / "split.toml").write_text(
+        '[datasets]\n"rep.v1" = "x"\nnadig = "y"\n[zeroshot]\n"rep.v1.T" = "test"\n[fewshot."nadig.NK"]\nval = ["A"]'
+    )
+    test, validation, _ = held_out(screen, tmp_path / "split.toml")  # a screen knows no sources
+    assert test == {(p, "T", donor) for p in NAMES for donor in ("d1", "d2")}
+    assert validation == {("A", "NK", "d1")}
+    screen.obs["source"] = np.where(screen.obs["batch"] == "d1", "rep.v1", "nadig")
+    test, validation, split = held_out(screen, tmp_path / "split.toml")
+    assert test == {(p, "T", "d1") for p in NAMES}
+    assert validation == set()
+    assert split.notes == ("1 conditions of the split file are not in the data: A:NK:source=nadig",)
+
+
+def test_a_yaml_of_the_reference_with_both_contexts_is_refused(tmp_path):
+    text = "holdout_celltype: [T]\nholdout_batches: [d1]\nholdout_pert: {test: [A]}"
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ValueError, match="holdout_celltype and holdout_batches"):
         read_split_file(tmp_path / "x.yaml")

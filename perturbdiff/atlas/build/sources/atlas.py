@@ -84,7 +84,7 @@ class OtherAtlas:
         ]
         frame = pa.concat_tables(parts).unify_dictionaries().to_pandas()
         names = frame["cell"].to_numpy(dtype=object)
-        found = {name: categorical(frame[name].array, name, names, self.config.path) for name in LABELS}
+        found = {name: categorical(frame[name].array, name, self.config.path) for name in LABELS}
         return label_table(self.config, self.name, first, found, names)
 
     def labels(self, first: int, last: int) -> pd.DataFrame:

@@ -179,15 +179,17 @@ def label_table(
     return pd.DataFrame({**table, "cell": names, **(extra or {})})
 
 
-def categorical(values: Any, column: str, names: np.ndarray, path: str) -> pd.Categorical:
-    """Labels as a categorical of str. Raises ValueError naming the first cell without one."""
+def categorical(values: Any, column: str, path: str) -> pd.Categorical:
+    """Labels as a categorical of str; a missing one is MISSING. Raises ValueError where one is no name."""
     if isinstance(values, pd.Categorical):
         codes, categories = values.codes, values.categories
     else:
         codes, categories = pd.factorize(values)
     texts = pd.Series(categories).astype(str).tolist()
     check_texts(texts, column, path)
-    return coded_as([*texts, MISSING], np.where(codes < 0, len(texts), codes))
+    if not (missing := codes < 0).any():
+        return coded_as(texts, codes)
+    return coded_as([*texts, MISSING], np.where(missing, len(texts), codes))  # `selected` refuses what is left of it
 
 
 def coded_as(texts: Sequence[str], codes: np.ndarray) -> pd.Categorical:

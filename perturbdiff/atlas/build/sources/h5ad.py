@@ -170,7 +170,7 @@ class H5adSource:
             wanted = {column for column in columns.values() if column is not None} | extra_names(self.config)
             values = {column: _column(file["obs"], column, first, last) for column in wanted}
         found = {
-            name: None if column is None else categorical(values[column], column, names, self.config.path)
+            name: None if column is None else categorical(values[column], column, self.config.path)
             for name, column in columns.items()
         }
         return label_table(self.config, self.name, first, found, names, extra_columns(self.config, values))

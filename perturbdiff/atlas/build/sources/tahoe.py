@@ -28,6 +28,7 @@ from perturbdiff.atlas.build.sources.parquet import ParquetFiles, RowGroups, bat
 from perturbdiff.atlas.format import CONTROL_LABEL
 from perturbdiff.config import SourceConfig
 from perturbdiff.data.expression import library_sizes
+from perturbdiff.data.labels import MISSING
 from perturbdiff.data.selectors import LABELS
 from perturbdiff.data.space import InputKind
 from perturbdiff.data.vocab import GeneVocab
@@ -127,12 +128,12 @@ class TahoeSource:
                 found[name] = None
                 continue
             raw = values.array if isinstance(values.dtype, pd.CategoricalDtype) else values.to_numpy()
-            found[name] = categorical(raw, str(column), names, self.config.path)
+            found[name] = categorical(raw, str(column), self.config.path)
         if self.samples is not None and (sample := found["perturbation"]) is not None:
-            unknown = [s for s in sample.categories if s not in self.samples]
+            unknown = [s for s in sample.categories if s not in self.samples and s != MISSING]
             if unknown:
                 raise ValueError(f"sample {unknown[0]!r} of {self.config.path} is not in its sample_metadata.parquet.")
-            found["perturbation"] = coded_as([self.samples[name] for name in sample.categories], sample.codes)
+            found["perturbation"] = coded_as([self.samples.get(name, name) for name in sample.categories], sample.codes)
         extra = extra_columns(self.config, {column: frame[column] for column in more})
         return label_table(self.config, self.name, first, found, names, extra)
 
