@@ -143,8 +143,10 @@ def test_it_takes_a_step_when_it_is_shrunk(path, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     config = load_config(path)
     conditions = [(p, c, b, 9) for p in ("control", "A", "B") for c in ("NK", "T") for b in ("b1", "b2")]
-    atlas = str(write_atlas(tmp_path / "atlas", conditions))
-    atlases = [AtlasConfig(atlas, weight=a.weight, sets=a.sets) for a in config.data.atlases]
+    atlases = [
+        AtlasConfig(str(write_atlas(tmp_path / f"atlas_{i}", conditions, seed=i)), weight=a.weight, sets=a.sets)
+        for i, a in enumerate(config.data.atlases)
+    ]
     n_streams = None if config.data.n_streams is None else 2
     config = replace(
         config,
