@@ -198,9 +198,14 @@ def as_format_3(folder: Path) -> None:
     """The folder as version 3 wrote it, but for training.json."""
     perturbations = json.loads((folder / "perturbations.json").read_text())
     perturbations["n_described"] = perturbations.pop("n_by_features")
+    del perturbations["control_labels"], perturbations["doses"]
     (folder / "perturbations.json").write_text(json.dumps(perturbations))
+    genes = json.loads((folder / "genes.json").read_text())
+    del genes["symbols"]
+    (folder / "genes.json").write_text(json.dumps(genes))
 
     def change(config: dict[str, Any]) -> None:
+        del config["obs"]["other_control_labels"], config["obs"]["dose"]
         config["denoiser"]["attention"] = "paired"
         diffusion = config["diffusion"]
         diffusion |= {"kernel": "energy", "mean_weight": 0.0, "p_unlabelled": diffusion.pop("p_features_only")}
