@@ -23,7 +23,7 @@ from perturbdiff.config import ModelConfig, Preprocessing, SamplingConfig, as_di
 from perturbdiff.data.h5ad import values_of
 from perturbdiff.data.labels import ALL
 from perturbdiff.data.rng import torch_generator
-from perturbdiff.data.screen import Expression, expression_of, is_control, warn_of_missing_columns
+from perturbdiff.data.screen import Expression, control_labels, expression_of, warn_of_missing_columns
 from perturbdiff.data.space import SAME, totals
 from perturbdiff.data.vocab import GeneVocab, LabelVocab, Vocabularies, nearest
 from perturbdiff.diffusion.generate import Context, assign_sets, choose_controls, denoise_sets
@@ -551,8 +551,7 @@ class PerturbDiff:
         warn_of_missing_columns(controls.obs, names, cell_type, batch)
         if names.perturbation in controls.obs:
             labels = controls.obs[names.perturbation].astype(str)
-            controls_here = [label for label in labels.unique() if is_control(label, names)]
-            if (other := ~labels.isin(controls_here)).any():
+            if (other := ~labels.isin(control_labels(labels.unique(), names))).any():
                 raise ValueError(
                     f"{int(other.sum()):,} of {len(labels):,} cells are no controls: obs column {names.perturbation!r} "
                     f"calls them {few(sorted(set(labels[other])))}. Give adata[adata.obs[{names.perturbation!r}] == "

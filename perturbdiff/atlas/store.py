@@ -6,7 +6,7 @@ The content of a shard is believed once its sha256 is right; what could do harm 
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -130,21 +130,31 @@ class Atlas:
         """Hash of all files' hashes: two atlases that share it are the same."""
         return json_sha256(self.digests)
 
-    def panels(self) -> tuple[np.ndarray, np.ndarray]:
-        """Genes measured in all cells of each condition: rows (n_conditions,) of a table, and the table (n, G) bool."""
+    @cached_property
+    def _source_sets(self) -> tuple[np.ndarray, list[np.ndarray]]:
+        # Which sources each condition has cells of: (n_conditions,) the place of their numbers in a list.
         lists = self.conditions.column("sources").combine_chunks()
         lengths = lists.value_lengths().to_numpy()
         sources = np.full((len(lists), max(int(lengths.max(initial=0)), 1)), -1)
         sources[np.arange(sources.shape[1]) < lengths[:, None]] = lists.flatten().to_numpy()
-        found, panel = np.unique(sources, axis=0, return_inverse=True)
-        return panel.reshape(-1), np.stack([self.measured[numbers[numbers >= 0]].all(axis=0) for numbers in found])
+        if sources.shape[1] == 1:  # numbers are sorted much faster than rows
+            found, of = np.unique(sources[:, 0], return_inverse=True)
+        else:
+            found, of = np.unique(sources, axis=0, return_inverse=True)
+        return of.reshape(-1), [numbers[numbers >= 0] for numbers in found.reshape(-1, sources.shape[1])]
 
-    def sources(self) -> list[str]:
-        """The names of the sources of each condition, joined; "" where a format before 3 does not tell."""
-        names = [source.name for source in self.info.sources]
-        known: dict[tuple[int, ...], str] = {}
-        lists = (tuple(numbers) for numbers in self.conditions.column("sources").to_pylist())
-        return [known.setdefault(numbers, ", ".join(names[i] for i in numbers)) for numbers in lists]
+    def panels(self) -> tuple[np.ndarray, np.ndarray]:
+        """Genes measured in all cells of each condition: rows (n_conditions,) of a table, and the table (n, G) bool."""
+        of, sets = self._source_sets
+        return of, np.stack([self.measured[numbers].all(axis=0) for numbers in sets])
+
+    def sources(self) -> np.ndarray:
+        """(n_conditions,) names of the sources of each, joined; "" where a format before 3 does not tell."""
+        of, sets = self._source_sets
+        return np.array([self._source_names(numbers) for numbers in sets], dtype=object)[of]
+
+    def _source_names(self, numbers: Iterable[int]) -> str:
+        return ", ".join(self.info.sources[i].name for i in numbers)
 
     def shared(self) -> np.ndarray:
         """(n, 3) int64: two conditions, and how many cells of the first are in the second too, under its labels."""
@@ -402,14 +412,16 @@ class Atlas:
         return "\n".join(lines)
 
     def _mixed_contexts(self) -> list[str]:
-        contexts: dict[tuple[str, str], set[int]] = {}
-        columns = (self.conditions.column(name).to_pylist() for name in ("cell_type", "batch", "sources"))
-        for cell_type, batch, numbers in zip(*columns, strict=True):
-            contexts.setdefault((cell_type, batch), set()).update(numbers)
-        names = [source.name for source in self.info.sources]
+        of, sets = self._source_sets
+        cell_type, batch = (self.conditions.column(name).chunk(0) for name in ("cell_type", "batch"))
+        context = cell_type.indices.to_numpy().astype(np.int64) * len(batch.dictionary) + batch.indices.to_numpy()
+        contexts: dict[int, set[int]] = {}
+        for pair in np.unique(context * len(sets) + of).tolist():
+            contexts.setdefault(pair // len(sets), set()).update(sets[pair % len(sets)].tolist())
         return [
-            f"{cell_type}:{batch} ({', '.join(names[i] for i in sorted(numbers))})"
-            for (cell_type, batch), numbers in contexts.items()
+            f"{cell_type.dictionary[i // len(batch.dictionary)]}:{batch.dictionary[i % len(batch.dictionary)]} "
+            f"({self._source_names(sorted(numbers))})"
+            for i, numbers in contexts.items()
             if len(numbers) > 1
         ]
 

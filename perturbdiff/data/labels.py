@@ -190,11 +190,7 @@ def at_dose(parts: Parts, dose: float) -> Parts:
 
 def _doses(obs: pd.DataFrame, column: str, perturbed: np.ndarray, labels: np.ndarray, path: str) -> np.ndarray:
     """(n_obs,) float64 doses, 0 for the others."""
-    if column not in obs.columns:
-        raise KeyError(
-            f"obs column {column!r} not in {path}; found {sorted(map(str, obs.columns))}. Set data.dose_col."
-        )
-    values, units = amounts(obs[column])
+    values, units = amounts(obs_column(obs, column, "data.dose_col", path))
     if len(used := sorted(set(units[perturbed].tolist()) - {""})) > 1:
         raise ValueError(
             f"obs column {column!r} of {path} holds doses in {few(used)}; write them in one unit, a number is compared."
@@ -218,11 +214,11 @@ def amounts(column: pd.Series) -> tuple[np.ndarray, np.ndarray]:
     return values[codes], np.array([(match and match[2]) or "" for match in found], dtype=object)[codes]
 
 
-def numbers(obs: pd.DataFrame, column: str, setting: str, path: str) -> np.ndarray:
-    """(n_cells,) float64 of an obs column, NaN where there is no number."""
+def obs_column(obs: pd.DataFrame, column: str, setting: str, path: str) -> pd.Series:
+    """An obs column. Raises KeyError where it is missing; the message lists those there."""
     if column not in obs.columns:
         raise KeyError(f"obs column {column!r} not in {path}; found {sorted(map(str, obs.columns))}. Set {setting}.")
-    return pd.to_numeric(obs[column], errors="coerce").to_numpy(dtype=np.float64)
+    return obs[column]
 
 
 def _kept(

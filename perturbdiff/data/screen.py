@@ -7,6 +7,7 @@ import re
 import shlex
 import warnings
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from perturbdiff.config import DataConfig, ObsColumns, Preprocessing
 from perturbdiff.data.dialects import CONTROL_WORDS, PERTURBATION_COLUMNS
 from perturbdiff.data.expression import CellRows, as_csr, library_sizes, log1p_normalised
 from perturbdiff.data.h5ad import read_h5ad_parts, values_of
-from perturbdiff.data.labels import ALL, CellLabels, numbers, odd_labels, read_labels
+from perturbdiff.data.labels import ALL, CellLabels, obs_column, odd_labels, read_labels
 from perturbdiff.data.notation import Notation, dose_text
 from perturbdiff.data.rng import cell_order_key
 from perturbdiff.data.selectors import LABELS
@@ -140,8 +141,9 @@ class Screen:
             X is neither counts nor logarithms, or not what was declared; duplicate genes; missing labels; no cell has
             the control label.
         """
-        symbols = next((var[column].astype(str) for column in SYMBOL_COLUMNS if column in var.columns), ())
-        labels = read_labels(obs, config, path, {*var.index.astype(str), *symbols})
+        symbols = _first_of(var, SYMBOL_COLUMNS)
+        known = {*var.index.astype(str), *(() if symbols is None else symbols.astype(str))}
+        labels = read_labels(obs, config, path, known)
         config, notes, control_label = labels.config, [*labels.notes], labels.config.control_label
         if not labels.kept.all():
             X, obs = _cells_by_genes(X, len(obs), len(var), path)[labels.kept], obs[labels.kept]
@@ -294,7 +296,7 @@ def control_cells(
     warn_of_missing_columns(table, obs, cell_type, batch)
     controls = [obs.control_label, *obs.other_control_labels]
     if obs.perturbation in table.columns:  # "ctrl+ctrl" too
-        controls += [label for label in table[obs.perturbation].astype(str).unique() if is_control(label, obs)]
+        controls += control_labels(table[obs.perturbation].astype(str).unique(), obs)
     wanted = ((obs.perturbation, controls), (obs.cell_type, [cell_type]), (obs.batch, [batch]))
     chosen = np.ones(len(table), dtype=bool)
     for column, values in wanted:
@@ -309,9 +311,10 @@ def control_cells(
     return AnnData(X=matrix[chosen], obs=table[chosen].set_axis(unique_names(table.index[chosen])), var=var)
 
 
-def is_control(label: str, obs: ObsColumns) -> bool:
-    """Whether a label marks control cells, or is made of such labels alone."""
-    return not Notation((), "+", None, (obs.control_label, *obs.other_control_labels)).parse(label)
+def control_labels(labels: Iterable[str], obs: ObsColumns) -> list[str]:
+    """Those of the labels that mark control cells, or are made of such labels alone."""
+    notation = Notation((), "+", None, (obs.control_label, *obs.other_control_labels))
+    return [label for label in labels if not notation.parse(label)]
 
 
 def warn_of_missing_columns(obs: pd.DataFrame, columns: ObsColumns, cell_type: str | None, batch: str | None) -> None:
@@ -445,15 +448,19 @@ def genes_of(var: pd.DataFrame) -> GeneVocab:
     Raises ValueError on duplicate names.
     """
     names = tuple(var.index.astype(str))
-    column = next((column for column in ENSEMBL_COLUMNS if column in var.columns), None)
-    ensembl = None if column is None else tuple("" if pd.isna(name) else str(name) for name in var[column])
+    ids = _first_of(var, ENSEMBL_COLUMNS)
+    ensembl = None if ids is None else tuple("" if pd.isna(name) else str(name) for name in ids)
     if 2 * sum(ENSEMBL_ID.fullmatch(name) is not None for name in names[:100]) <= len(names[:100]):
         return GeneVocab(names, ensembl)
-    column = next((column for column in SYMBOL_COLUMNS if column in var.columns), None)
-    if column is None:
+    symbols = _first_of(var, SYMBOL_COLUMNS)
+    if symbols is None:
         return GeneVocab(names, ensembl)
-    of_several = var[column].duplicated(keep=False) | var[column].isna()
-    return GeneVocab(names, ensembl or names, tuple(var[column].astype(str).where(~of_several, "")))
+    of_several = symbols.duplicated(keep=False) | symbols.isna()
+    return GeneVocab(names, ensembl or names, tuple(symbols.astype(str).where(~of_several, "")))
+
+
+def _first_of(var: pd.DataFrame, columns: Sequence[str]) -> pd.Series | None:
+    return next((var[column] for column in columns if column in var.columns), None)
 
 
 def _cells_by_genes(X: Any, n_obs: int, n_vars: int, path: str) -> sparse.csr_matrix:
@@ -474,7 +481,8 @@ def _with_median_of(expression: Expression, is_control: np.ndarray, path: str) -
 
 
 def _library_column(obs: pd.DataFrame, column: str, path: str) -> np.ndarray:
-    values = numbers(obs, column, "data.library_size_col", path)
+    of_cells = obs_column(obs, column, "data.library_size_col", path)
+    values = pd.to_numeric(of_cells, errors="coerce").to_numpy(dtype=np.float64)
     if not (np.isfinite(values) & (values >= 0)).all():
         bad = int(np.argmin(np.isfinite(values) & (values >= 0)))
         raise ValueError(

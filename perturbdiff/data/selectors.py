@@ -25,10 +25,10 @@ GRAMMAR = "Selectors are PERTURBATION[:CELL_TYPE[:BATCH]], * is any, or COLUMN=V
 class Selectors:
     """Selectors over the rows of `obs` where `among` (n_rows,) is True; all rows without.
 
-    With a notation `B+A` names A+B and `A` every dose of A; without, perturbations are compared as text.
+    By the notation `B+A` names A+B and `A` every dose of A.
     """
 
-    def __init__(self, obs: pd.DataFrame, notation: Notation | None = None, among: np.ndarray | None = None) -> None:
+    def __init__(self, obs: pd.DataFrame, notation: Notation, among: np.ndarray | None = None) -> None:
         self._obs, self._notation = obs, notation
         self._among = np.ones(len(obs), dtype=bool) if among is None else among
         self._columns: dict[str, tuple[np.ndarray, dict[str, int]]] = {}
@@ -46,12 +46,11 @@ class Selectors:
     def explain(self, selector: str) -> str:
         """Why a selector names no row."""
         column, equals, value = selector.partition("=")
-        fields = selector.split(":", maxsplit=len(LABELS) - 1)
-        wanted = dict(zip(LABELS, fields, strict=False))
+        wanted = plain_fields(selector)
         if equals and column in self._obs.columns:
             wanted = {column: value}
         for name, value in wanted.items():
-            if value != ANY and not self._known(name, value):
+            if not self._known(name, value):
                 there = nearest(value, self._column(name)[1])
                 return f"{selector!r}: no perturbed cell has {name} {value!r}; {there}. {GRAMMAR}"
         return f"{selector!r} matches no perturbed cell: no cell has all of {wanted}."
@@ -87,7 +86,6 @@ class Selectors:
 
     @cached_property
     def _by_names(self) -> dict[frozenset[str], list[tuple[str, Parts]]]:
-        assert self._notation is not None, "asked for with one"
         found: dict[frozenset[str], list[tuple[str, Parts]]] = {}
         for label in self._column("perturbation")[1]:
             parts = self._notation.parse(label)
@@ -95,8 +93,6 @@ class Selectors:
         return found
 
     def _perturbations(self, text: str) -> list[str]:
-        if self._notation is None:
-            return [text] if text in self._column("perturbation")[1] else []
         end = f"{self._notation.combination_separator}{ANY}"
         others = self._notation.combination_separator is not None and text.endswith(end)
         try:
@@ -107,6 +103,12 @@ class Selectors:
         groups = [found for key, found in self._by_names.items() if names <= key] if others else []
         groups = groups or [self._by_names.get(names, [])]
         return [label for found in groups for label, parts in found if _same_doses(dict(parts), wanted)]
+
+
+def plain_fields(selector: str) -> dict[str, str]:
+    """What a selector of positions asks for, by label, whatever is there; for messages."""
+    words = zip(LABELS, selector.split(":", maxsplit=len(LABELS) - 1), strict=False)
+    return {name: word for name, word in words if word != ANY}
 
 
 def _number(text: str) -> str:

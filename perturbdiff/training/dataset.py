@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from perturbdiff.atlas.build.repeats import LEAST_GENES, content_hashes, gene_keys
 from perturbdiff.atlas.format import CONTROL_LABEL
 from perturbdiff.atlas.store import Atlas
 from perturbdiff.atlas.stream import StreamedCells
@@ -27,6 +26,7 @@ from perturbdiff.data.conditions import (
     vocabularies_of,
 )
 from perturbdiff.data.expression import Cells, ConcatenatedCells, GeneMoments, highly_variable_genes, log1p_normalised
+from perturbdiff.data.identity import LEAST_GENES, content_hashes, gene_keys
 from perturbdiff.data.measured import MeasuredGenes
 from perturbdiff.data.notation import Notation
 from perturbdiff.data.rng import permuted
@@ -554,7 +554,7 @@ def _conditions(index: ConditionIndex, atlases: Sequence[Atlas], data: DataConfi
     obs = pd.DataFrame(
         {name: pd.Categorical.from_codes(index.codes[:, i], pd.Index(index.names[i])) for i, name in enumerate(LABELS)}
     )
-    obs["source"] = pd.Categorical([source for atlas in atlases for source in atlas.sources()])
+    obs["source"] = pd.Categorical(np.concatenate([atlas.sources() for atlas in atlases]))
     names = ", ".join(f"{atlas.name} ({atlas.sha256})" for atlas in atlases)
     markers = {atlas.info.dose_separator for atlas in atlases} - {None}
     marker = data.dose_marker or (markers.pop() if markers else None)

@@ -3,6 +3,7 @@ import pandas as pd
 import pytest
 
 from perturbdiff.config import DataConfig, SplitConfig
+from perturbdiff.data.notation import Notation
 from perturbdiff.data.screen import Screen
 from perturbdiff.data.selectors import Selectors
 from perturbdiff.data.splits import make_split, read_split, write_split
@@ -51,10 +52,11 @@ def test_a_perturbation_is_meant_at_every_dose_and_in_any_order():
     assert labels_of(screen, "A@7") == labels_of(screen, "A@0") == labels_of(screen, "C") == set()
 
 
-def test_without_a_notation_labels_are_text():
+def test_without_a_separator_labels_are_text():
     obs = pd.DataFrame({"perturbation": ["A+B", "B+A", "A"], "cell_type": "T", "batch": "b"})
-    assert Selectors(obs).rows("A+B").tolist() == [True, False, False]
-    assert Selectors(obs).rows("A+*").tolist() == [False] * 3
+    selectors = Selectors(obs, Notation((), None))
+    assert selectors.rows("A+B").tolist() == [True, False, False]
+    assert selectors.rows("A+*").tolist() == [False] * 3
 
 
 def combined():

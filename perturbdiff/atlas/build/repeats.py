@@ -1,4 +1,4 @@
-"""Cells that come twice: compared by a 64-bit hash of their genes and values, whatever they are called.
+"""Cells that come twice: compared by the hash of their content (`data.identity`), whatever they are called.
 
 Studies are downloaded twice, and integrated objects hold the cells of others under other labels. Cells of a few genes
 are alike by chance and not compared. Memory is that of PART cells.
@@ -11,15 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy import sparse
 
-from perturbdiff.data.rng import numpy_generator
-
-LEAST_GENES = 20  # of a cell that is compared
 PART = 1 << 24  # cells compared together, about
 MOST_CONDITIONS = 100  # of one content that are noted with each of its conditions
 HASHED = np.dtype([("content", "<u8"), ("condition", "<i4")])
-_ROWS = 1024  # hashed at once: the numbers stay in the cache
 
 
 @dataclass(frozen=True)
@@ -37,28 +32,6 @@ class Repeats:
     within: int
     across: int
     pairs: np.ndarray
-
-
-def gene_keys(n_genes: int) -> np.ndarray:
-    """(G,) uint64 odd numbers that values are multiplied with: the same in every process."""
-    return numpy_generator(0, "content of cells").integers(0, 2**64, n_genes, dtype=np.uint64) | np.uint64(1)
-
-
-def content_hashes(keys: np.ndarray, genes: np.ndarray, values: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """(n,) uint64 sums of key times value, modulo 2**64, of cells whose values start at `starts` (n + 1,).
-
-    Notes
-    -----
-    Multilinear hashing: two cells that differ share a sum with a chance of 2**-48 or less where values are uint16.
-    """
-    numbers = values.view(np.uint32) if values.dtype.kind == "f" else values
-    hashes = np.zeros(len(starts) - 1, dtype=np.uint64)
-    for first in range(0, len(hashes), _ROWS):
-        ends = starts[first : first + _ROWS + 1]
-        own = slice(int(ends[0]), int(ends[-1]))
-        cells = numbers[own].astype(np.uint64), genes[own].astype(np.int32), ends - ends[0]
-        hashes[first : first + _ROWS] = sparse.csr_matrix(cells, (len(ends) - 1, len(keys))) @ keys
-    return hashes
 
 
 def find_repeats(files: Sequence[Path], n_cells: int, part: int = PART) -> Repeats:

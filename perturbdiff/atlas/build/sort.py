@@ -18,10 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy import sparse
 
-from perturbdiff.atlas.build.repeats import HASHED, LEAST_GENES, content_hashes, gene_keys
+from perturbdiff.atlas.build.repeats import HASHED
 from perturbdiff.atlas.build.sources.base import Source
 from perturbdiff.atlas.build.sources.checks import coded_as
 from perturbdiff.atlas.format import ROW_GROUP, SORTED_BY, gene_type, parquet_options, shard_schema
+from perturbdiff.data.identity import LEAST_GENES, content_hashes, gene_keys
 from perturbdiff.data.rng import cell_order_key
 from perturbdiff.files import sha256, write_json, written
 

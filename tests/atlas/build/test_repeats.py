@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from perturbdiff.atlas.build.repeats import HASHED, MOST_CONDITIONS, content_hashes, find_repeats, gene_keys
+from perturbdiff.atlas.build.repeats import HASHED, MOST_CONDITIONS, find_repeats
+from perturbdiff.data.identity import content_hashes, gene_keys
 
 
 def random_values(rng, n_cells, n_genes, dtype):

@@ -16,7 +16,7 @@ from perturbdiff.config import SourceConfig
 from perturbdiff.data.expression import as_csr
 from perturbdiff.data.labels import MISSING, amounts, at_dose, check_texts, learned
 from perturbdiff.data.notation import Notation, Parts
-from perturbdiff.data.selectors import LABELS, Selectors
+from perturbdiff.data.selectors import LABELS, Selectors, plain_fields
 from perturbdiff.data.space import LOG1P_MAX, InputKind
 from perturbdiff.data.vocab import GeneVocab
 from perturbdiff.files import short
@@ -200,8 +200,7 @@ def coded_as(texts: Sequence[str], codes: np.ndarray) -> pd.Categorical:
 
 def selector_fields(selector: str, config: SourceConfig) -> dict[str, str]:
     """What a selector asks for, by label; the source's own control label is "control"."""
-    parts = selector.split(":", maxsplit=len(LABELS) - 1)
-    wanted = {name: part for name, part in zip(LABELS, parts, strict=False) if part != "*"}
+    wanted = plain_fields(selector)
     if wanted.get("perturbation") == config.control_label:
         wanted["perturbation"] = CONTROL_LABEL
     return wanted
@@ -214,8 +213,12 @@ def selector_matches(labels: pd.DataFrame, selector: str, config: SourceConfig) 
 
 def _plain(config: SourceConfig) -> Notation:
     # Every label taken apart, whether its parts stand alone or not: for comparing, all are.
-    controls = tuple({CONTROL_LABEL: None, config.control_label: None, **dict.fromkeys(config.other_control_labels)})
-    return Notation((), config.combination_separator, config.dose_separator, controls)
+    return Notation((), config.combination_separator, config.dose_separator, _controls(config))
+
+
+def _controls(config: SourceConfig) -> tuple[str, ...]:
+    # That of the atlas first: what control cells are called from `label_table` on.
+    return tuple(dict.fromkeys((CONTROL_LABEL, config.control_label, *config.other_control_labels)))
 
 
 def selected(labels: pd.DataFrame, config: SourceConfig) -> pd.DataFrame:
@@ -266,9 +269,8 @@ def parsed(labels: Collection[str], config: SourceConfig, names: Collection[str]
     `names` are perturbations that a combination may be of, besides those that stand alone here.
     """
     split = {label: label.partition(DOSE_MARK) for label in labels}
-    controls = tuple({CONTROL_LABEL: None, config.control_label: None, **dict.fromkeys(config.other_control_labels)})
     texts = {text for text, _, _ in split.values()}
-    notation, lists = learned(texts, config.combination_separator, config.dose_separator, controls, names)
+    notation, lists = learned(texts, config.combination_separator, config.dose_separator, _controls(config), names)
     parts = {text: lists.get(text) or notation.parse(text) for text in texts}
     return {
         label: at_dose(parts[text], float(dose)) if dose else parts[text] for label, (text, _, dose) in split.items()
