@@ -18,6 +18,7 @@ from perturbdiff.hub.records import ConversionRecord, TrainingRecord
 from perturbdiff.model import PerturbDiff
 from perturbdiff.training.loop import fit
 from tests.simulated import tiny_config, write_screen
+from tests.trust import attacks
 
 HASHED_FILES = (*JSON_FILES, WEIGHTS, GOLDEN)
 FORMAT_1 = Path(__file__).parent / "format_1"  # written by the version that wrote format 1
@@ -270,23 +271,10 @@ def test_a_folder_of_an_older_format_predicts_what_it_predicted_then(version):
 
 def as_format_3(folder, **training):
     """Its files as format 3 had them."""
-    config = json.loads((folder / CONFIG).read_text())
-    perturbations = json.loads((folder / "perturbations.json").read_text())
-    for key in ("other_control_labels", "dose"):
-        config["obs"].pop(key, None)
-    if "n_by_features" in perturbations:
-        del perturbations["control_labels"], perturbations["doses"]
-        genes = json.loads((folder / "genes.json").read_text())
-        del genes["symbols"]
-        (folder / "genes.json").write_text(json.dumps(genes))
-        perturbations["n_described"] = perturbations.pop("n_by_features")
-        (folder / "perturbations.json").write_text(json.dumps(perturbations))
-        config["diffusion"]["p_unlabelled"] = config["diffusion"].pop("p_features_only")
-        config["diffusion"] |= {"kernel": "energy", "mean_weight": 0.0}
-        config["denoiser"]["attention"] = "paired"
+    if json.loads((folder / CONFIG).read_text())["format_version"] != 3:
+        attacks.as_format_3(folder)
     (folder / "training.json").write_text(json.dumps(training))
-    parts = {name: config[name] for name in ("denoiser", "diffusion", "obs")}
-    rehash(folder, format_version=3, **parts)
+    rehash(folder)
 
 
 def test_a_folder_of_format_3_loads_with_the_names_of_today(folder):
