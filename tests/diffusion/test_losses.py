@@ -282,9 +282,9 @@ def of_kept(name: str, weight: Tensor, kept: Tensor) -> Tensor:
     return weight.index_select(OF_GENES[name], kept.nonzero()[:, 0]) if name in OF_GENES else weight
 
 
+@pytest.mark.parametrize("seed", range(3))  # gradients of distances that are nearly 0 are far apart in float32
 @pytest.mark.parametrize("words", [{}, {"p_self_cond": 1.0}, {"whole_counts": True, "unbiased": True}], ids=str)
-def test_a_set_trains_a_denoiser_as_if_genes_that_it_did_not_measure_were_not_there(words):
-    seed = int(np.random.default_rng().integers(1 << 30))
+def test_a_set_trains_a_denoiser_as_if_genes_that_it_did_not_measure_were_not_there(words, seed):
     config, n_genes = DiffusionConfig(**words), 7
     settings = DenoiserConfig(width=16, depth=2, n_heads=2, mean_effect=True)
     with torch.random.fork_rng():
@@ -319,7 +319,7 @@ def test_a_set_trains_a_denoiser_as_if_genes_that_it_did_not_measure_were_not_th
         )
         alone.total.backward()
         torch.testing.assert_close(loss.mse[only], alone.mse, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(loss.mmd[only], alone.mmd, rtol=1e-3, atol=1e-3)  # of square roots
+        torch.testing.assert_close(loss.mmd[only], alone.mmd, rtol=1e-4, atol=1e-4)
         expected = dict(cut.named_parameters())
         for name, parameter in denoiser.named_parameters():
             found, own = (torch.zeros_like(p) if p.grad is None else p.grad for p in (parameter, expected[name]))
