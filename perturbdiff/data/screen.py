@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import warnings
 from collections import Counter
@@ -20,8 +19,9 @@ from scipy import sparse
 from perturbdiff.config import DataConfig, ObsColumns, Preprocessing
 from perturbdiff.data.dialects import CONTROL_WORDS, PERTURBATION_COLUMNS
 from perturbdiff.data.expression import CellRows, as_csr, library_sizes, log1p_normalised
+from perturbdiff.data.guides import Guides, gene_rows
 from perturbdiff.data.h5ad import read_h5ad_parts, values_of
-from perturbdiff.data.labels import ALL, CellLabels, obs_column, odd_labels, read_labels
+from perturbdiff.data.labels import ALL, obs_column, odd_labels, read_labels
 from perturbdiff.data.notation import Notation, dose_text
 from perturbdiff.data.rng import cell_order_key
 from perturbdiff.data.selectors import LABELS
@@ -41,9 +41,6 @@ READ_BY = (
     "dose_col",
     "dose_separator",
 )  # settings of labels
-FEATURE_TYPES, GENE_EXPRESSION = "feature_types", "Gene Expression"  # a column of 10x, and what it says of genes
-GUIDE_NUMBER = re.compile(r"[-_.]?(sg|g|guide|grna)?[-_.]?\d+$", re.IGNORECASE)
-MIN_GUIDE_CELLS = 0.1  # part of a perturbation's cells that have its guide, of any that is captured
 ENSEMBL_COLUMNS = ("ensembl_id", "gene_ids", "gene_id", "feature_id")
 SYMBOL_COLUMNS = (
     "gene_symbol", "gene_symbols", "symbol", "gene_name", "gene_names", "feature_name", "gene_short_name"
@@ -147,12 +144,17 @@ class Screen:
         config, notes, control_label = labels.config, [*labels.notes], labels.config.control_label
         if not labels.kept.all():
             X, obs = _cells_by_genes(X, len(obs), len(var), path)[labels.kept], obs[labels.kept]
-        if (guides := _guides(X, var, labels)).any():
+        perturbations = pd.Categorical(labels.obs["perturbation"])
+        guides = Guides.of_labels(var.index.astype(str), perturbations.categories, labels.notation)
+        if guides:
+            X = _cells_by_genes(X, len(obs), len(var), path)
+            guides.look(X, perturbations)
+        if (left_out := guides.found()).any():
             notes.append(
-                f"{few(var.index[guides].astype(str).tolist())} are counted in cells of their own perturbation alone: "
-                "guides or transgenes, which are left out"
+                f"{few(var.index[left_out].astype(str).tolist())} are counted in cells of their own perturbation "
+                "alone: guides or transgenes, which are left out"
             )
-            X, var = _cells_by_genes(X, len(obs), len(var), path)[:, ~guides], var[~guides]
+            X, var = X[:, ~left_out], var[~left_out]
         expression = read_expression(X, obs, var, config.input_kind, config, path)
         if expression.note:
             notes.append(expression.note)
@@ -296,7 +298,12 @@ def control_cells(
     warn_of_missing_columns(table, obs, cell_type, batch)
     controls = [obs.control_label, *obs.other_control_labels]
     if obs.perturbation in table.columns:  # "ctrl+ctrl" too
-        controls += control_labels(table[obs.perturbation].astype(str).unique(), obs)
+        perturbations = pd.Categorical(table[obs.perturbation].astype(str))
+        controls += control_labels(perturbations.categories, obs)
+        guides = Guides.of_labels(var.index.astype(str), perturbations.categories, _plain(obs))
+        guides.look(matrix, perturbations)
+        if (left_out := guides.found()).any():  # their counts would be a part of library sizes
+            matrix, var = matrix[:, ~left_out], var[~left_out]
     wanted = ((obs.perturbation, controls), (obs.cell_type, [cell_type]), (obs.batch, [batch]))
     chosen = np.ones(len(table), dtype=bool)
     for column, values in wanted:
@@ -313,8 +320,12 @@ def control_cells(
 
 def control_labels(labels: Iterable[str], obs: ObsColumns) -> list[str]:
     """Those of the labels that mark control cells, or are made of such labels alone."""
-    notation = Notation((), "+", None, (obs.control_label, *obs.other_control_labels))
+    notation = _plain(obs)
     return [label for label in labels if not notation.parse(label)]
+
+
+def _plain(obs: ObsColumns) -> Notation:
+    return Notation((), "+", None, (obs.control_label, *obs.other_control_labels))
 
 
 def warn_of_missing_columns(obs: pd.DataFrame, columns: ObsColumns, cell_type: str | None, batch: str | None) -> None:
@@ -410,36 +421,6 @@ def expression_of(adata: AnnData, preprocessing: Preprocessing) -> Expression:
         ones = np.ones(len(expression), np.float32)
         return replace(expression, X=expression.log1p(), library_size=ones, preprocessing=preprocessing)
     return expression
-
-
-def gene_rows(var: pd.DataFrame) -> np.ndarray:
-    """(n_vars,) True where a row of var is a gene, and none of the guides and antibodies that 10x files hold too."""
-    of_genes = var.get(FEATURE_TYPES, pd.Series(GENE_EXPRESSION, index=var.index)).astype(str) == GENE_EXPRESSION
-    return of_genes.to_numpy() if of_genes.any() else np.ones(len(var), dtype=bool)
-
-
-def _guides(X: Any, var: pd.DataFrame, labels: CellLabels) -> np.ndarray:
-    """(n_vars,) True for rows of var that are counted in cells of the perturbation of their name, and in no others.
-
-    They would give the perturbation away. A guide's number may stand behind the name, as in STAT1g2 or STAT1_2.
-    """
-    parts = {label: {name for name, _ in labels.notation.parse(label)} for label in labels.obs["perturbation"].unique()}
-    controls = {label for label in parts if not parts[label]}
-    parts |= {label: {label, *labels.notation.controls} for label in controls}  # controls have guides too
-    known = set[str]().union(*parts.values())
-    begins = {name[:1] for name in known}
-    names = var.index.astype(str).tolist()
-    own = [GUIDE_NUMBER.sub("", n) if n not in known and n[:1] in begins and n[-1:].isdigit() else n for n in names]
-    found = np.zeros(len(own), dtype=bool)
-    columns = np.flatnonzero([name in known for name in own])
-    if not len(columns):
-        return found
-    counted = as_csr(X)[:, columns].tocsc()
-    for i, column in enumerate(columns.tolist()):
-        of_name = labels.obs["perturbation"].isin([label for label in parts if own[column] in parts[label]]).to_numpy()
-        rows = counted.indices[counted.indptr[i] : counted.indptr[i + 1]]
-        found[column] = len(rows) >= max(2, MIN_GUIDE_CELLS * of_name.sum()) and of_name[rows].all()
-    return found
 
 
 def genes_of(var: pd.DataFrame) -> GeneVocab:

@@ -12,9 +12,10 @@ from anndata.io import read_elem
 
 from perturbdiff.config import DataConfig, Preprocessing
 from perturbdiff.data.expression import as_csr
+from perturbdiff.data.guides import gene_rows
 from perturbdiff.data.h5ad import open_h5ad
 from perturbdiff.data.labels import read_labels
-from perturbdiff.data.screen import control_cells, expression_of, gene_rows, genes_of
+from perturbdiff.data.screen import control_cells, expression_of, genes_of
 from perturbdiff.data.space import Space, space_of
 from perturbdiff.data.vocab import nearest
 from perturbdiff.files import few

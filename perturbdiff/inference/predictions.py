@@ -29,7 +29,8 @@ from torch import distributed as dist
 from perturbdiff._version import __version__
 from perturbdiff.config import as_dict
 from perturbdiff.data.expression import as_csr
-from perturbdiff.data.screen import gene_rows, genes_of
+from perturbdiff.data.guides import gene_rows
+from perturbdiff.data.screen import genes_of
 from perturbdiff.files import check_output, few, json_sha256, progress, read_json, short, write_json, written
 from perturbdiff.inference.intervals import (
     Calibration,

@@ -3,9 +3,12 @@
 import numpy as np
 import pandas as pd
 import pytest
-from anndata import AnnData
+from anndata import AnnData, concat
 
-from perturbdiff.data.screen import Screen, genes_of
+from perturbdiff.atlas.build.run import build
+from perturbdiff.atlas.build.sources.h5ad import H5adSource
+from perturbdiff.config import BuildConfig, DataConfig, ObsColumns, SourceConfig
+from perturbdiff.data.screen import Screen, control_cells, genes_of
 from perturbdiff.data.vocab import GeneVocab
 from tests.screens import read, screen_with_cells
 
@@ -89,6 +92,40 @@ def test_a_knocked_out_gene_that_all_cells_but_its_own_have_stays():
 def test_guides_of_controls_are_no_genes_either():
     adata = screen_with_rows(control_1=lambda p: 9 * (p == "control"), A_1=lambda p: 9 * (p in ("A", "A+B")))
     assert not {"control_1", "A_1"} & set(read(adata).expression.genes.names)
+
+
+@pytest.mark.parametrize("part", [1, 7, 10_000])
+def test_guides_are_found_in_sources_and_controls_files_as_in_a_screen(tmp_path, monkeypatch, part):
+    adata = screen_with_rows(
+        A=lambda p: 7 * (p in ("A", "A+B")), control_1=lambda p: 9 * (p == "control"), B=lambda p: 1 + (p == "B"),
+        stray_1=lambda p: 5 * (p == "doublet"),
+    )  # fmt: skip
+    doublets = adata[adata.obs["perturbation"] == "B"].copy()
+    doublets.X[:, -4] = 3  # cells that are left out say nothing of a guide
+    doublets.obs["perturbation"] = "doublet"
+    adata = concat([adata, doublets], index_unique="-")
+    adata.write_h5ad(path := tmp_path / "x.h5ad")
+    monkeypatch.setattr("perturbdiff.data.guides.CELLS", part)
+    monkeypatch.setattr("perturbdiff.atlas.build.sources.h5ad._GUIDE_VALUES", 40 * part)
+    source = H5adSource.open(SourceConfig(path=str(path), drop=["doublet"]))
+    screen = Screen.read(path, DataConfig(drop=["doublet"]))
+    assert source.genes == screen.expression.genes
+    assert source.genes.names == (*(f"gene_{i}" for i in range(30)), "B", "stray_1")
+    assert "2 columns of X are no genes, A, control_1 counted in cells of their own perturbation" in source.values
+    X, library = source.read(0, source.n_cells)
+    names = adata.obs_names[adata.obs["perturbation"] != "doublet"]
+    rows = screen.obs.index.get_indexer(names)
+    np.testing.assert_array_equal(X.toarray()[: len(rows)], screen.expression.X[rows].toarray())
+    np.testing.assert_array_equal(library[: len(rows)], screen.expression.library_size[rows])
+    adata[~adata.obs["perturbation"].eq("doublet")].write_h5ad(path)
+    controls = control_cells(path, ObsColumns(), None, None)
+    assert tuple(controls.var_names) == screen.expression.genes.names
+
+
+def test_an_atlas_of_a_source_with_guides_has_none(tmp_path):
+    screen_with_rows(A_2=lambda p: 7 * (p in ("A", "A+B"))).write_h5ad(path := tmp_path / "x.h5ad")
+    atlas = build(BuildConfig(out=str(tmp_path / "atlas"), sources=[SourceConfig(str(path))]), workers=1)
+    assert atlas.genes.names == tuple(f"gene_{i}" for i in range(30))
 
 
 def test_symbols_of_a_file_named_by_ids_may_be_parts_of_combinations():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -23,6 +23,7 @@ from perturbdiff.atlas.build.sources.checks import (
     label_table,
     library_text,
     naming,
+    parsed,
     reading,
     selected,
 )
@@ -30,14 +31,17 @@ from perturbdiff.atlas.format import PREPROCESSING
 from perturbdiff.config import SourceConfig
 from perturbdiff.data.dialects import COLUMNS, understood
 from perturbdiff.data.expression import as_csr, library_sizes
+from perturbdiff.data.guides import Guides, gene_rows
 from perturbdiff.data.h5ad import open_h5ad, parts_of
-from perturbdiff.data.screen import gene_rows, genes_of
+from perturbdiff.data.screen import genes_of
 from perturbdiff.data.selectors import LABELS
 from perturbdiff.data.space import RAW_COUNTS, UNKNOWN, InputKind, Space, found, renormalised, space_of
 from perturbdiff.data.vocab import GeneVocab
+from perturbdiff.files import few
 
 _PROBES = 8  # positions of a file looked at to tell counts from log1p values
 _PROBE_VALUES = 1 << 18  # values of each
+_GUIDE_VALUES = 1 << 21  # read together to find guides
 _MAX_ROWS = 1 << 18  # cells read together, however empty: their labels need memory too
 
 
@@ -54,6 +58,7 @@ class H5adSource:
     parts: tuple[str, str, str]  # names of values, obs and var in the file
     is_gene: np.ndarray  # (columns of X,); guides and antibodies are none
     dialect: str = ""  # the known kind of file whose columns are taken, for people
+    guides: str = ""  # names of those that the values gave away, for people
 
     @classmethod
     def open(cls, config: SourceConfig) -> H5adSource:
@@ -105,7 +110,30 @@ class H5adSource:
             )
         fingerprint = {"file": path.name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         name = config.name or path.stem
-        return cls(config, name, n_obs, genes, fingerprint, form == "csr", parts, is_gene, dialect)
+        return cls(config, name, n_obs, genes, fingerprint, form == "csr", parts, is_gene, dialect)._without_guides()
+
+    def _without_guides(self) -> H5adSource:
+        """Without the rows of var that their counts give away for guides; most files need one look at few cells."""
+        config, column = self.config, self.config.perturbation_col
+        if column is None:
+            return self
+        with open_h5ad(config.path, self.parts) as file, reading(config.path):
+            labels = categorical(_column(file["obs"], column, 0, self.n_cells), column, config.path)
+        meanings = parsed(labels.categories, config, self.genes.names)
+        controls = {config.control_label, *config.other_control_labels}
+        received = {label: {name for name, _ in parts} or controls for label, parts in meanings.items()}
+        guides = Guides(self.genes.names, received)
+        for first, last in self.chunks(_GUIDE_VALUES) if guides else ():
+            rows = self.labels(first, last)["row"].to_numpy()
+            guides.look(self._matrix(first, last)[rows - first], labels[rows])
+            if not guides:
+                return self
+        if not (guide := guides.found()).any():
+            return self
+        is_gene = self.is_gene.copy()
+        is_gene[is_gene] = ~guide
+        names = [self.genes.names[i] for i in np.flatnonzero(guide)]
+        return replace(self, genes=self.genes.select(np.flatnonzero(~guide)), is_gene=is_gene, guides=few(names))
 
     @cached_property
     def space(self) -> Space:
@@ -131,6 +159,7 @@ class H5adSource:
     @property
     def values(self) -> str:
         left_out = f"; {n:,} columns of X are no genes" if (n := int((~self.is_gene).sum())) else ""
+        left_out += f", {self.guides} counted in cells of their own perturbation alone" if self.guides else ""
         left_out += f"; {self.dialect}" if self.dialect else ""
         if self.space is RAW_COUNTS:
             return f"raw counts{left_out}"
