@@ -116,7 +116,7 @@ def merge_genes(
     """The gene space of all sources.
 
     Genes are one where their names are (after the table), or their Ensembl ids (whatever the version); a gene the table
-    renames is known by its new name alone.
+    renames is known by its new name alone. Genes that are named by ids get their symbols, where these are of one.
 
     Parameters
     ----------
@@ -183,9 +183,20 @@ def _union(sources: Mapping[str, GeneVocab], table: dict[str, str]) -> GeneSpace
     for source, genes in sources.items():
         columns = np.full(len(genes), -1, dtype=np.int32)
         taken: dict[int, str] = {}
-        for g, (own, given) in enumerate(zip(genes.names, genes.ensembl or ("",) * len(genes), strict=True)):
+        owned = set(genes.names)
+        none = ("",) * len(genes)
+        for g, (own, given, symbol) in enumerate(
+            zip(genes.names, genes.ensembl or none, genes.symbols or none, strict=True)
+        ):
             gene_id = given or (own if ENSEMBL_ID.fullmatch(own) else "")
             name, by_table = own, False
+            if symbol and symbol not in owned:  # what other sources may call it
+                known = by_id.get(stable_id(gene_id))
+                at = by_name.get(symbol)
+                if known is not None:
+                    name = names[known]
+                elif at is None or (at not in taken and stable_id(ids[at]) in ("", stable_id(gene_id))):
+                    name = symbol
             for key in (own, gene_id, stable_id(gene_id)):
                 if key and key in table:
                     used.add(key)
@@ -210,6 +221,8 @@ def _union(sources: Mapping[str, GeneVocab], table: dict[str, str]) -> GeneSpace
                 ids.append("")
                 givers.append("")
                 by_name[name] = position
+            elif ENSEMBL_ID.fullmatch(names[position]):
+                by_name.setdefault(name, position)
             if match_id and not ids[position] and (other := by_id.get(stable_id(match_id), position)) != position:
                 raise ValueError(
                     f"gene {name!r} ({match_id}) of source {source!r} is two genes of the sources before it: "

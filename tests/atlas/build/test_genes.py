@@ -61,6 +61,45 @@ def test_genes_are_one_by_name_or_ensembl_id(second, why):
     assert columns(space)[1] == [0]
 
 
+def by_ids(*genes: str) -> GeneVocab:
+    """ "symbol/Ensembl id", named by the ids."""
+    parts = [gene.partition("/") for gene in genes]
+    ids = tuple(part[2] for part in parts)
+    return GeneVocab(ids, ids, tuple(part[0] for part in parts))
+
+
+def test_genes_named_by_ids_are_those_of_their_symbols_in_every_order():
+    ids, symbols = by_ids(f"A/{E[0]}", f"B/{E[1]}", f"/{E[2]}"), vocab("C", "B", "A")
+    space = merged(ids, symbols)
+    assert space.genes.names == ("A", "B", E[2], "C")
+    assert space.genes.ensembl == (*E[:3], "")
+    assert columns(space) == [[0, 1, 2], [3, 1, 0]]
+    space = merged(symbols, ids)
+    assert space.genes.names == ("C", "B", "A", E[2])
+    assert space.genes.ensembl == ("", E[1], E[0], E[2])
+    assert columns(space) == [[0, 1, 2], [2, 1, 3]]
+
+
+def test_an_id_without_a_symbol_is_known_by_the_name_another_source_gives_it():
+    space = merged(vocab(E[0], E[1]), vocab(f"A/{E[0]}.3"), vocab("B", "A"))
+    assert columns(space) == [[0, 1], [0], [2, 0]]
+    assert space.genes.names == (E[0], E[1], "B")
+
+
+def test_a_symbol_of_another_id_or_of_a_gene_of_its_own_file_is_not_taken():
+    space = merged(vocab(f"A/{E[0]}"), by_ids(f"A/{E[1]}", f"B/{E[2]}"))
+    assert columns(space) == [[0], [1, 2]]
+    assert space.genes.names == ("A", E[1], "B")
+    of_both = GeneVocab((E[1], E[2], "GFP"), (E[1], E[2], ""), ("GFP", "B", ""))
+    assert columns(merged(vocab("GFP", "B"), of_both)) == [[0, 1], [2, 1, 0]]
+    assert columns(merged(vocab("B"), by_ids(f"A/{E[1]}", f"B/{E[2]}"), vocab(f"B/{E[2]}"))) == [[0], [1, 0], [0]]
+
+
+def test_the_table_overrules_symbols():
+    space = merged(by_ids(f"A/{E[0]}", f"B/{E[1]}"), vocab("A", "B"), table={E[0]: "new"})
+    assert space.genes.names == ("new", "B", "A")
+
+
 def test_an_id_is_learnt_from_a_later_source():
     space = merged(vocab("A", "B"), vocab(f"A/{E[0]}"), vocab(f"alias/{E[0]}"))
     assert space.genes == GeneVocab(("A", "B"), (E[0], ""))
