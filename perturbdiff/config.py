@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING as REQUIRED
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Optional, TypeVar, get_args, get_origin
 
@@ -367,6 +367,33 @@ def load_config(
     config = _resolved(Config, None if recipe is None else find_recipe(recipe, "train"), overrides, given, base)
     check_config(config)
     return config
+
+
+OF_CONTROLS = {
+    "perturbation_col": "perturbation", "cell_type_col": "cell_type", "batch_col": "batch",
+    "control_label": "control_label", "other_control_labels": "other_control_labels",
+}  # fmt: skip
+"""Settings of data.* that say how a file of control cells calls what a model needs, and their names in `ObsColumns`."""
+
+
+def given_columns(obs: ObsColumns, overrides: Sequence[str]) -> ObsColumns:
+    """The columns of a file that calls them otherwise than the training data did: words as "data.cell_type_col=NAME".
+
+    Raises ValueError on words that set anything else, or null.
+    """
+    changed: dict[str, Any] = {}
+    for word in overrides:
+        key = word.partition("=")[0].removeprefix("data.")
+        if key not in OF_CONTROLS or not word.startswith("data.") or "=" not in word:
+            raise ValueError(
+                f"setting {word!r}: what a file of control cells can be told is data.{', data.'.join(OF_CONTROLS)}, "
+                "each as data.cell_type_col=NAME."
+            )
+        value = getattr(_resolved(Config, None, [word], {"out": ""}).data, key)
+        if not value and key != "other_control_labels":
+            raise ValueError(f"setting {word!r} must name one; leave it out where the file has none.")
+        changed[OF_CONTROLS[key]] = tuple(value) if isinstance(value, list) else value
+    return replace(obs, **changed)
 
 
 def sections(settings: Mapping[str, Any]) -> dict[str, Any]:

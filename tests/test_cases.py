@@ -137,8 +137,16 @@ def test_controls_under_other_column_names(case, run, refused):
     case("screens", "c08")
     run("train", "--screen", "train.h5ad", "--out", "run", *TINY)
     predict = ("predict", "run/model", "--controls", "other_names.h5ad", "--perturbation", "A", "--out", "o.h5ad")
-    assert "no obs column 'perturbation' says which cells are controls, but condition holds" in refused(*predict)
+    predict += ("--overwrite",)
+    assert "set data.perturbation_col=condition data.control_label=control" in refused(*predict)
     screen = anndata.read_h5ad("other_names.h5ad")
+    named = ("data.perturbation_col=condition", "data.cell_type_col=celltype")
+    assert "200 cells" in run("check", "run/model", "other_names.h5ad", *named)
+    run(*predict, *named)
+    predicted = anndata.read_h5ad("o.h5ad")
+    assert predicted.n_obs == 120
+    assert set(predicted.obs["cell_type"]) == {"K562"}
+    assert "setting 'data.layer=x': what a file of control cells" in refused(*predict, "data.layer=x")
     del screen.obs["condition"]
     screen.write_h5ad("bare.h5ad")
     said = run(*[word.replace("other_names", "bare") for word in predict], "--cell-type", "K562")

@@ -13,11 +13,13 @@ from perturbdiff.config import (
     Config,
     DataConfig,
     DenoiserConfig,
+    ObsColumns,
     Preprocessing,
     SamplingConfig,
     as_dict,
     find_recipe,
     from_dict,
+    given_columns,
     list_recipes,
     load_build_config,
     load_config,
@@ -406,3 +408,17 @@ def test_every_setting_is_read_somewhere_in_the_package():
 
 def test_a_setting_that_is_only_written_counts_as_unread():
     assert read_attributes("config.lr = 1\nx = config.eps.deep\n# config.beta") == {"eps", "deep"}
+
+
+def test_columns_of_a_file_of_controls_are_given_as_those_of_a_screen():
+    obs = ObsColumns("p", "c", None, "control", ("NT",), "dose")
+    words = ["data.perturbation_col=no", "data.batch_col=0.10", "data.other_control_labels=[a, 'b,c']"]
+    given = dataclasses.replace(obs, perturbation="no", batch="0.10", other_control_labels=("a", "b,c"))
+    assert given_columns(obs, words) == given
+    assert given_columns(obs, ["data.other_control_labels=[]"]).other_control_labels == ()
+    for word in ("data.cell_type_col=null", "data.control_label="):
+        with pytest.raises(ValueError, match="must name one"):
+            given_columns(obs, [word])
+    for word in ("perturbation_col=x", "data.layer=x", "data.dose_col=x", "data.perturbation_col", "training.seed=1"):
+        with pytest.raises(ValueError, match=f"setting {word!r}: what a file of control cells can be told"):
+            given_columns(obs, [word])

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from perturbdiff.cli.command import add_command
+from perturbdiff.cli.predict import add_columns
 
 
 def add_check_command(commands: Any) -> None:
@@ -24,11 +25,14 @@ def add_check_command(commands: Any) -> None:
         "--min-gene-overlap", type=float, default=0.5, metavar="PART",
         help="refuse files with fewer of the model's genes (default: %(default)s)",
     )  # fmt: skip
+    add_columns(check)
 
 
 def _check(arguments: argparse.Namespace) -> None:
+    from perturbdiff.config import given_columns
     from perturbdiff.inference.check import check_file
     from perturbdiff.model import PerturbDiff
 
     model = PerturbDiff.from_pretrained(arguments.model, device="cpu")
+    model.config.obs = given_columns(model.config.obs, arguments.settings)
     print(check_file(model, arguments.file, arguments.layer, arguments.min_gene_overlap).text())

@@ -43,6 +43,7 @@ def add_predict_commands(commands: Any) -> None:
     predict.add_argument("--n-populations", type=int, default=1, metavar="N", help="draws of the response distribution")
     predict.add_argument("--all-genes", action="store_true", help="keep genes of the model that the controls lack")
     add_sampling(predict)
+    add_columns(predict)
 
     calibrate = add_command(
         commands, "calibrate", _calibrate, "make a model's spread between populations into intervals",
@@ -83,15 +84,29 @@ def sampling_of(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in ("guidance_scale", "steps", "sampler", "min_gene_overlap")}
 
 
-def load_model(name: str, features: list[str]) -> PerturbDiff:
-    """A model that knows what `features` describe, on the GPU of this process where a launcher started several."""
+def add_columns(parser: argparse.ArgumentParser) -> None:
+    """Settings of a file whose obs columns have other names than those of the training data."""
+    parser.add_argument(
+        "settings", nargs="*", metavar="key=value",
+        help="columns and control labels of the file where training had others: data.cell_type_col=celltype, "
+        "data.perturbation_col, data.batch_col, data.control_label, data.other_control_labels",
+    )  # fmt: skip
+
+
+def load_model(name: str, features: list[str], settings: list[str]) -> PerturbDiff:
+    """A model that knows what `features` describe, on the GPU of this process where a launcher started several.
+
+    It reads control cells by the columns that `settings` name.
+    """
     import torch
 
+    from perturbdiff.config import given_columns
     from perturbdiff.features.fingerprints import read_features
     from perturbdiff.model import PerturbDiff
 
     device = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ and torch.cuda.is_available() else None
     model = PerturbDiff.from_pretrained(name, device=device)
+    model.config.obs = given_columns(model.config.obs, settings)
     new = model.add_features([read_features(path) for path in features]) if features else []
     if new:
         print(f"features    {len(new):,} more perturbations known by {', '.join(features)}")
@@ -114,7 +129,7 @@ def _predict(arguments: argparse.Namespace) -> None:
     where = {name: getattr(arguments, name) for name in ("layer", "summary", "overwrite", "all_genes")}
     options = {**where, **sampling_of(arguments)}
     requests = None if arguments.requests is None else read_requests(arguments.requests, one)
-    model = load_model(arguments.model, arguments.features)
+    model = load_model(arguments.model, arguments.features, arguments.settings)
     done = (
         predict_request(model, arguments.controls, one, arguments.out, **options)
         if requests is None

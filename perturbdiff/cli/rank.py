@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from perturbdiff.cli.command import add_command
-from perturbdiff.cli.predict import add_sampling, load_model, sampling_of
+from perturbdiff.cli.predict import add_columns, add_sampling, load_model, sampling_of
 
 SHOWN = 20  # lines of the printed table
 MAX_LIST_BYTES = 1 << 24
@@ -50,6 +50,7 @@ def add_rank_command(screen_commands: Any) -> None:
         help="draws of each response distribution (default: %(default)s)",
     )  # fmt: skip
     add_sampling(rank)
+    add_columns(rank)
 
 
 def _rank(arguments: argparse.Namespace) -> None:
@@ -59,7 +60,7 @@ def _rank(arguments: argparse.Namespace) -> None:
     out = check_output(arguments.out, ".csv", overwrite=arguments.overwrite)
     up, down = _names(arguments.up, "--up"), _names(arguments.down, "--down")
     which = arguments.candidates
-    model = load_model(arguments.model, arguments.features)
+    model = load_model(arguments.model, arguments.features, arguments.settings)
     knows = model.vocabularies.knows
     candidates = None if which == "trained" else which if which == "all" else _names(which, "--candidates", knows)
     table = rank_perturbations(

@@ -313,7 +313,8 @@ def control_cells(
         named = labels.isin(values).to_numpy()
         if not (chosen & named).any():
             there = nearest(str(values[0]), set(labels[chosen]))
-            raise ValueError(f"{path} has no control cell with {column} {values[0]!r}; {there}.")
+            word = "; set data.control_label" if column == obs.perturbation else ""
+            raise ValueError(f"{path} has no control cell with {column} {values[0]!r}; {there}{word}.")
         chosen &= named
     return AnnData(X=matrix[chosen], obs=table[chosen].set_axis(unique_names(table.index[chosen])), var=var)
 
@@ -354,9 +355,9 @@ def warn_of_missing_columns(obs: pd.DataFrame, columns: ObsColumns, cell_type: s
                 labels = texts[name].astype(str).unique()
                 if holds := [label for label in labels if label == columns.control_label or label.lower() in words]:
                     raise ValueError(
-                        f"no obs column {column!r} says which cells are controls, but {name} holds {holds[0]!r}; give "
-                        f"the control cells alone, or rename it to {column!r} and its label to "
-                        f"{columns.control_label!r}."
+                        f"no obs column {column!r} says which cells are controls, but {name} holds {holds[0]!r}; set "
+                        f"data.perturbation_col={name} data.control_label={shlex.quote(holds[0])}, or give the "
+                        "control cells alone."
                     )
         warnings.warn(
             f"no obs column {column!r}: all {len(obs):,} cells are taken for {what}", UserWarning, stacklevel=4

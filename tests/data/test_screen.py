@@ -343,7 +343,7 @@ def test_types_that_nobody_knows_are_genes(adata):
 def test_cells_that_no_column_calls_controls_are_controls_with_a_word(adata, tmp_path):
     path = written(adata, tmp_path / "x.h5ad")
     renamed = ObsColumns(perturbation="condition")
-    with pytest.raises(ValueError, match=r"no obs column 'condition' says .* but perturbation holds 'control'; give"):
+    with pytest.raises(ValueError, match=r"no obs column 'condition' says .* but perturbation holds 'control'; set"):
         control_cells(path, renamed, None, None)
     alone = adata[adata.obs["perturbation"] == "control"].copy()
     alone.obs = alone.obs[[]]
