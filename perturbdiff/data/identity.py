@@ -15,7 +15,9 @@ from perturbdiff.data.selectors import LABELS
 from perturbdiff.files import json_sha256
 
 LOG1P_STEPS = 4096  # logarithms are hashed in steps of 1/4096: another machine's differ in the last digits
+ALIKE_STEPS = 64  # those of cells that are compared: of another file, made by another program
 LEAST_GENES = 20  # of a cell that is compared with others: cells of fewer are alike by chance
+LEAST_COMMON = 200  # genes that all sources have, for cells to be compared by them alone
 _CHUNK = 1 << 22  # values hashed together
 _ROWS = 1024  # cells hashed at once: the numbers stay in the cache
 
@@ -69,23 +71,31 @@ def _sha256(X: sparse.csr_matrix, library_size: np.ndarray, kind: str) -> str:
     return digest.hexdigest()
 
 
-def gene_keys(n_genes: int) -> np.ndarray:
-    """(G,) uint64 odd numbers that values are multiplied with: the same in every process."""
-    return numpy_generator(0, "content of cells").integers(0, 2**64, n_genes, dtype=np.uint64) | np.uint64(1)
+def gene_keys(n_genes: int, common: np.ndarray | None = None) -> np.ndarray:
+    """(G,) uint64 odd numbers that values are multiplied with, the same in every process; 0 outside the `common` genes,
+    (G,) bool, unless these are too few."""
+    keys = numpy_generator(0, "content of cells").integers(0, 2**64, n_genes, dtype=np.uint64) | np.uint64(1)
+    return keys if common is None or common.sum() < LEAST_COMMON else keys * common
 
 
-def content_hashes(keys: np.ndarray, genes: np.ndarray, values: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """(n,) uint64 sums of key times value, modulo 2**64, of cells whose values start at `starts` (n + 1,).
+def content_hashes(
+    keys: np.ndarray, genes: np.ndarray, values: np.ndarray, starts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) uint64 sums of key times value, modulo 2**64, of cells whose values start at `starts` (n + 1,); and which of
+    the cells have genes enough to be compared, (n,) bool.
 
     Notes
     -----
     Multilinear hashing: two cells that differ share a sum with a chance of 2**-48 or less where values are uint16.
     """
-    numbers = values.view(np.uint32) if values.dtype.kind == "f" else values
+    numbers = np.rint(values * ALIKE_STEPS).astype(np.uint32) if values.dtype.kind == "f" else values
     hashes = np.zeros(len(starts) - 1, dtype=np.uint64)
+    n_genes = np.diff(starts)
     for first in range(0, len(hashes), _ROWS):
         ends = starts[first : first + _ROWS + 1]
         own = slice(int(ends[0]), int(ends[-1]))
         cells = numbers[own].astype(np.uint64), genes[own].astype(np.int32), ends - ends[0]
         hashes[first : first + _ROWS] = sparse.csr_matrix(cells, (len(ends) - 1, len(keys))) @ keys
-    return hashes
+    if not keys.all():
+        n_genes = np.diff(np.append(0, np.cumsum(keys[genes] > 0))[starts])
+    return hashes, n_genes >= LEAST_GENES

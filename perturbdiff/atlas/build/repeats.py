@@ -1,7 +1,8 @@
 """Cells that come twice: compared by the hash of their content (`data.identity`), whatever they are called.
 
-Studies are downloaded twice, and integrated objects hold the cells of others under other labels. Cells of a few genes
-are alike by chance and not compared. Memory is that of PART cells.
+Studies are downloaded twice, and integrated objects hold the cells of others under other labels, perhaps cut to their
+variable genes: cells are compared by the genes that all sources have. Cells of a few genes are alike by chance and not
+compared. Memory is that of PART cells.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from perturbdiff.atlas.build.repeats import HASHED
 from perturbdiff.atlas.build.sources.base import Source
 from perturbdiff.atlas.build.sources.checks import coded_as
 from perturbdiff.atlas.format import ROW_GROUP, SORTED_BY, gene_type, parquet_options, shard_schema
-from perturbdiff.data.identity import LEAST_GENES, content_hashes, gene_keys
+from perturbdiff.data.identity import content_hashes, gene_keys
 from perturbdiff.data.rng import cell_order_key
 from perturbdiff.files import sha256, write_json, written
 
@@ -344,7 +344,8 @@ def merge_bucket(sort: Sort, bucket: int, memory: int) -> int:
     name_starts = _starts(cells["name_bytes"])
     all_names = np.concatenate(names) if names else np.zeros(0, np.uint8)
     schema, shards = sort.schema, []
-    keys, hashed = gene_keys(len(sort.gene_names)), list[np.ndarray]()
+    in_all = [np.isin(np.arange(len(sort.gene_names)), columns) for columns in sort.columns]
+    keys, hashed = gene_keys(len(sort.gene_names), np.logical_and.reduce(in_all)), list[np.ndarray]()
     reader = _Values(sort, runs, run_of, cells["n_values"], memory)
     sizes = cells["n_values"][order].astype(np.int64) * sort.value_bytes
     for i, (first, last) in enumerate(cuts(sizes, cells["condition"][order], sort.shard_bytes)):
@@ -355,9 +356,9 @@ def merge_bucket(sort: Sort, bucket: int, memory: int) -> int:
             for rows, genes, values in reader.groups(groups):
                 starts = _starts(cells["n_values"][rows]).astype(np.int32)
                 part = np.zeros(len(rows), dtype=HASHED)
-                part["content"] = content_hashes(keys, genes, values, starts)
+                part["content"], compared = content_hashes(keys, genes, values, starts)
                 part["condition"] = cells["condition"][rows]
-                hashed.append(part[cells["n_values"][rows] >= LEAST_GENES])
+                hashed.append(part[compared])
                 found, position = np.unique(cells["condition"][rows], return_inverse=True)
                 labels = dict(zip(SORTED_BY, sort.conditions.labels(found), strict=True))
                 columns = {

@@ -20,13 +20,14 @@ def test_cells_have_one_hash_where_they_have_one_content_wherever_they_lie(dtype
     rng = np.random.default_rng()
     X = random_values(rng, 3000, 8, dtype)  # few genes, so that many are alike, and some are empty
     dense = X.toarray()
-    hashes = content_hashes(gene_keys(8), X.indices.astype(np.uint16), X.data, X.indptr)
+    hashes, compared = content_hashes(gene_keys(8), X.indices.astype(np.uint16), X.data, X.indptr)
+    assert not compared.any()
     contents = [row.tobytes() for row in dense]
     assert len(set(contents)) == len(set(hashes.tolist())) == len(set(zip(contents, hashes.tolist(), strict=True)))
     # As integers without end.
     keys = [int(key) for key in gene_keys(8)]
-    bits = dense.view(np.uint32) if dtype == "float32" else dense
-    for row, found in zip(bits[:50].tolist(), hashes[:50].tolist(), strict=True):
+    whole = dense.astype(np.uint32) * (64 if dtype == "float32" else 1)
+    for row, found in zip(whole[:50].tolist(), hashes[:50].tolist(), strict=True):
         assert sum(k * v for k, v in zip(keys, row, strict=True)) % 2**64 == found
 
 
@@ -40,8 +41,36 @@ def test_one_count_more_or_in_another_gene_is_another_content():
     for i, cell in enumerate(cells[500:999]):
         cell[i], cell[i + 1] = cell[i + 1] + 1, cell[i]
     starts = np.arange(len(cells) + 1) * 500
-    hashes = content_hashes(gene_keys(500), np.tile(genes, len(cells)), np.concatenate(cells), starts)
+    hashes, compared = content_hashes(gene_keys(500), np.tile(genes, len(cells)), np.concatenate(cells), starts)
+    assert compared.all()
     assert len(set(hashes.tolist())) == 1000  # the last two are the same
+
+
+def test_cells_are_compared_by_the_genes_that_all_sources_have_if_these_are_enough():
+    rng = np.random.default_rng(0)
+    common = np.arange(400) < 250
+    X = sparse.csr_matrix(rng.poisson(0.1, (300, 400)).astype(np.uint16))
+    cut = X @ sparse.diags(common, dtype=np.uint16)
+    cut = sparse.csr_matrix(cut.astype(np.uint16))
+    cut.eliminate_zeros()
+    keys = gene_keys(400, common)
+    (whole, compared), (part, alike) = (content_hashes(keys, M.indices, M.data, M.indptr) for M in (X, cut))
+    np.testing.assert_array_equal(whole, part)
+    np.testing.assert_array_equal(compared, (X[:, common].toarray() > 0).sum(1) >= 20)
+    np.testing.assert_array_equal(compared, alike)
+    assert 0 < compared.sum() < 300
+    np.testing.assert_array_equal(gene_keys(400, np.arange(400) < 199), gene_keys(400))
+
+
+def test_logarithms_of_another_program_are_the_same_cells():
+    rng = np.random.default_rng(0)
+    X = sparse.csr_matrix(rng.poisson(0.5, (300, 400)).astype(np.float64))
+    X.data = np.log1p(X.data / np.repeat(np.asarray(X.sum(1)).ravel(), np.diff(X.indptr)) * 1e4)
+    other = (X.data.astype(np.float32) * np.float32(1 + 2e-7)).astype(np.float32)  # the last digit of single precision
+    keys = gene_keys(400)
+    one, two = (content_hashes(keys, X.indices, v, X.indptr)[0] for v in (X.data.astype(np.float32), other))
+    assert (one == two).mean() > 0.95
+    assert len(set(one.tolist())) == 300
 
 
 @pytest.mark.parametrize("part", [1 << 24, 100, 7])
