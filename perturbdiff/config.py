@@ -376,24 +376,25 @@ OF_CONTROLS = {
 """Settings of data.* that say how a file of control cells calls what a model needs, and their names in `ObsColumns`."""
 
 
-def given_columns(obs: ObsColumns, overrides: Sequence[str]) -> ObsColumns:
-    """The columns of a file that calls them otherwise than the training data did: words as "data.cell_type_col=NAME".
+def given_columns(obs: ObsColumns, how: Preprocessing, overrides: Sequence[str]) -> tuple[ObsColumns, Preprocessing]:
+    """Those of a file whose columns are not those of the training data: words as "data.cell_type_col=NAME".
 
-    Raises ValueError on words that set anything else, or null.
+    Raises ValueError on words that set anything but OF_CONTROLS and data.library_size_col, or null.
     """
     changed: dict[str, Any] = {}
     for word in overrides:
         key = word.partition("=")[0].removeprefix("data.")
-        if key not in OF_CONTROLS or not word.startswith("data.") or "=" not in word:
+        if key not in (*OF_CONTROLS, "library_size_col") or not word.startswith("data.") or "=" not in word:
             raise ValueError(
-                f"setting {word!r}: what a file of control cells can be told is data.{', data.'.join(OF_CONTROLS)}, "
-                "each as data.cell_type_col=NAME."
+                f"setting {word!r}: what a file of control cells can be told is data.{', data.'.join(OF_CONTROLS)} and "
+                "data.library_size_col, each as data.cell_type_col=NAME."
             )
         value = getattr(_resolved(Config, None, [word], {"out": ""}).data, key)
         if not value and key != "other_control_labels":
             raise ValueError(f"setting {word!r} must name one; leave it out where the file has none.")
-        changed[OF_CONTROLS[key]] = tuple(value) if isinstance(value, list) else value
-    return replace(obs, **changed)
+        changed[key] = tuple(value) if isinstance(value, list) else value
+    how = replace(how, library_size_col=changed.pop("library_size_col", how.library_size_col))
+    return replace(obs, **{OF_CONTROLS[key]: value for key, value in changed.items()}), how
 
 
 def sections(settings: Mapping[str, Any]) -> dict[str, Any]:

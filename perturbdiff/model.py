@@ -612,7 +612,8 @@ class PerturbDiff:
         if known and found > high * (1 + SAME) and n < 0.8 * n_genes:
             raise ValueError(
                 f"{what}: X has {n:,} genes, and those of training had {n_genes:,}, over which a cell's counts are "
-                "normalised. Give the cells with all their genes."
+                "normalised. Give the cells with all their genes, or the obs column of their library sizes "
+                "(data.library_size_col=NAME)."
             )
         if not low / 2 < found < high * 2:
             raise ValueError(f"{what}: X is normalised otherwise, or is of other genes. Give raw counts of all genes.")

@@ -411,14 +411,16 @@ def test_a_setting_that_is_only_written_counts_as_unread():
 
 
 def test_columns_of_a_file_of_controls_are_given_as_those_of_a_screen():
-    obs = ObsColumns("p", "c", None, "control", ("NT",), "dose")
+    obs, how = ObsColumns("p", "c", None, "control", ("NT",), "dose"), Preprocessing("counts", 1e4, 10.0, None)
     words = ["data.perturbation_col=no", "data.batch_col=0.10", "data.other_control_labels=[a, 'b,c']"]
     given = dataclasses.replace(obs, perturbation="no", batch="0.10", other_control_labels=("a", "b,c"))
-    assert given_columns(obs, words) == given
-    assert given_columns(obs, ["data.other_control_labels=[]"]).other_control_labels == ()
+    assert given_columns(obs, how, words) == (given, how)
+    assert given_columns(obs, how, ["data.other_control_labels=[]"])[0].other_control_labels == ()
+    found = given_columns(obs, how, ["data.library_size_col=n"])
+    assert found == (obs, dataclasses.replace(how, library_size_col="n"))
     for word in ("data.cell_type_col=null", "data.control_label="):
         with pytest.raises(ValueError, match="must name one"):
-            given_columns(obs, [word])
+            given_columns(obs, how, [word])
     for word in ("perturbation_col=x", "data.layer=x", "data.dose_col=x", "data.perturbation_col", "training.seed=1"):
         with pytest.raises(ValueError, match=f"setting {word!r}: what a file of control cells can be told"):
-            given_columns(obs, [word])
+            given_columns(obs, how, [word])

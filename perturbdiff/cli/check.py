@@ -34,5 +34,5 @@ def _check(arguments: argparse.Namespace) -> None:
     from perturbdiff.model import PerturbDiff
 
     model = PerturbDiff.from_pretrained(arguments.model, device="cpu")
-    model.config.obs = given_columns(model.config.obs, arguments.settings)
+    model.config.obs, model.preprocessing = given_columns(model.config.obs, model.preprocessing, arguments.settings)
     print(check_file(model, arguments.file, arguments.layer, arguments.min_gene_overlap).text())

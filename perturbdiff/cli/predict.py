@@ -89,7 +89,7 @@ def add_columns(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "settings", nargs="*", metavar="key=value",
         help="columns and control labels of the file where training had others: data.cell_type_col=celltype, "
-        "data.perturbation_col, data.batch_col, data.control_label, data.other_control_labels",
+        "data.perturbation_col, data.batch_col, data.control_label, data.other_control_labels, data.library_size_col",
     )  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def load_model(name: str, features: list[str], settings: list[str]) -> PerturbDi
 
     device = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ and torch.cuda.is_available() else None
     model = PerturbDiff.from_pretrained(name, device=device)
-    model.config.obs = given_columns(model.config.obs, settings)
+    model.config.obs, model.preprocessing = given_columns(model.config.obs, model.preprocessing, settings)
     new = model.add_features([read_features(path) for path in features]) if features else []
     if new:
         print(f"features    {len(new):,} more perturbations known by {', '.join(features)}")

@@ -237,6 +237,11 @@ class TrainingSet:
         if measured is not None:
             position = {name: i for i, name in enumerate(atlases[0].genes.names)}
             measured = measured.select(np.array([position[name] for name in cells[0].genes.names]))
+        if len(rules := _library_rules(atlases)) > 1:
+            note += (
+                f"\nnote        library sizes of sources are {' and '.join(rules)}; predictions take row sums of X, or "
+                "what data.library_size_col=NAME says"
+            )
         description = "\n".join(atlas.summary() for atlas in atlases) + note
         made = (sources, description, tuple(atlases), known_tables, measured)
         return cls._indexed(config, origin, cells, split, match, train, validation, *made)
@@ -433,9 +438,13 @@ def _common_preprocessing(atlases: Sequence[Atlas], config: Config) -> Preproces
 
 def _library_column(atlases: Sequence[Atlas]) -> str | None:
     """The obs column that all sources took their library sizes from, so that later cells' are theirs; else None."""
-    rules = {source.library_size for atlas in atlases for source in atlas.info.sources}
-    column = re.fullmatch("column '(.*)'", rules.pop()) if len(rules) == 1 else None
+    rules = _library_rules(atlases)
+    column = re.fullmatch("column '(.*)'", rules[0]) if len(rules) == 1 else None
     return column[1] if column else None
+
+
+def _library_rules(atlases: Sequence[Atlas]) -> list[str]:
+    return sorted({source.library_size for atlas in atlases for source in atlas.info.sources})
 
 
 def _refuse_unheard(data: DataConfig, column: str | None) -> None:

@@ -184,6 +184,7 @@ def test_library_sizes_of_a_column_are_those_of_the_atlas_and_of_the_model(adata
     assert of("total").cells.preprocessing.library_size_col == "n"
     assert of("sums").cells.preprocessing.library_size_col is None
     assert of("total", "sums").cells.preprocessing.library_size_col is None
+    assert "library sizes of sources are column 'n' and row sums; predictions take" in of("total", "sums").summary()
     assert of("total", library_size_col="n").cells.preprocessing.library_size_col == "n"
     np.testing.assert_allclose(of("total").control_sums, 1e4 / 7, rtol=1e-5)
     np.testing.assert_allclose(of("sums").control_sums, 1e4, rtol=1e-5)
