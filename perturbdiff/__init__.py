@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from perturbdiff.atlas.store import Atlas
     from perturbdiff.config import load_config
     from perturbdiff.data.screen import Screen
-    from perturbdiff.evaluation.report import evaluate
+    from perturbdiff.evaluation.scores import evaluate
     from perturbdiff.inference.ranking import rank_perturbations
     from perturbdiff.model import PerturbDiff
     from perturbdiff.training.run import finetune, train
@@ -41,7 +41,7 @@ _MODULES = {
     "Atlas": "atlas.store",
     "PerturbDiff": "model",
     "Screen": "data.screen",
-    "evaluate": "evaluation.report",
+    "evaluate": "evaluation.scores",
     "finetune": "training.run",
     "load_config": "config",
     "rank_perturbations": "inference.ranking",

@@ -78,7 +78,7 @@ class PerturbDiff:
     training
         Where the weights come from.
     evaluation
-        Scores on held-out conditions, as `Report.record` gives them; None if nobody measured any.
+        Scores on held-out conditions, as `Scores.record` gives them; None if nobody measured any.
     """
 
     def __init__(

@@ -267,8 +267,8 @@ def _settings(arguments: argparse.Namespace) -> list[str]:
 def _print_run(run: Run) -> None:
     if run.stopped_by is not None or rank() != 0:
         return
-    if run.report is not None:
-        print(f"\n{run.report.table()}")
+    if run.scores is not None:
+        print(f"\n{run.scores.table()}")
     print(f"\nmodel       {run.folder / 'model'} (step {run.step})\nwritten:")
     print("\n".join(f"  {path}" for path in run.written))
 
@@ -291,7 +291,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from perturbdiff.evaluation.report import evaluate
+    from perturbdiff.evaluation.scores import evaluate
     from perturbdiff.hub.download import own_folder
     from perturbdiff.model import PerturbDiff
 

@@ -14,7 +14,7 @@ from perturbdiff.config import Config
 from perturbdiff.data.conditions import ConditionIndex, ControlMatch
 from perturbdiff.data.screen import Screen
 from perturbdiff.data.splits import Split, read_split
-from perturbdiff.evaluation.report import Report, held_out_rows, read_measured, score_conditions
+from perturbdiff.evaluation.scores import Scores, held_out_rows, read_measured, score_conditions
 from perturbdiff.files import progress
 from perturbdiff.hub.download import own_folder
 from perturbdiff.inference.intervals import Calibration, calibrate
@@ -26,7 +26,7 @@ from perturbdiff.model import PerturbDiff
 class Scored:
     """Scores of a run's held-out conditions, and the files of its folder."""
 
-    report: Report
+    scores: Scores
     written: list[Path]
 
 

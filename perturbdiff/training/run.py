@@ -14,7 +14,7 @@ from perturbdiff.config import Config, find_recipe, load_config, sections
 from perturbdiff.data.screen import IN_MEMORY, Screen
 from perturbdiff.data.simulate import SimulationConfig, simulate
 from perturbdiff.evaluation.held_out import score_held_out
-from perturbdiff.evaluation.report import Report
+from perturbdiff.evaluation.scores import Scores
 from perturbdiff.model import PerturbDiff
 from perturbdiff.training import loop
 from perturbdiff.training.dataset import TrainingSet
@@ -31,7 +31,7 @@ class Run:
 
     folder
         The run folder; the model is in its model/.
-    report
+    scores
         Scores of the held-out conditions beside baselines; None where nothing was held out, the data are atlases, or
         this is not the first of several processes.
     stopped_by
@@ -41,7 +41,7 @@ class Run:
     model: PerturbDiff
     folder: Path
     step: int
-    report: Report | None
+    scores: Scores | None
     written: tuple[Path, ...]
     stopped_by: str | None
 
@@ -81,7 +81,7 @@ def train(
 
     Returns
     -------
-    `model`; `folder`, of the run; `report`, scores of what was held out beside baselines, or None; `stopped_by`, the
+    `model`; `folder`, of the run; `scores` of what was held out beside baselines, or None; `stopped_by`, the
     signal that stopped it, or None.
 
     Raises
@@ -215,7 +215,7 @@ def run(config: Config, adata: AnnData | None = None, score: bool = True) -> Run
         return Run(result.model, folder, result.step, None, tuple(written), result.stopped_by)
     scored = score_held_out(config, screen)
     model = PerturbDiff.from_pretrained(folder / "model")
-    return Run(model, folder, result.step, scored.report, tuple(scored.written), None)
+    return Run(model, folder, result.step, scored.scores, tuple(scored.written), None)
 
 
 def _given(

@@ -11,7 +11,7 @@ import pytest
 
 from perturbdiff.data.screen import Screen
 from perturbdiff.evaluation.metrics import METRICS
-from perturbdiff.evaluation.report import score_conditions
+from perturbdiff.evaluation.scores import score_conditions
 from perturbdiff.files import typed
 from perturbdiff.hub.records import (
     AtlasRecord,
@@ -93,10 +93,10 @@ def test_an_evaluation_is_read_as_it_was_written(tmp_path):
     rows = (~screen.is_control).nonzero()[0]
     truth = anndata.AnnData(screen.expression.log1p(rows), screen.obs.iloc[rows])
     truth.var_names = list(screen.expression.genes.names)
-    report = score_conditions(truth, screen, "batch")
-    _, path = report.save(tmp_path)
+    scores = score_conditions(truth, screen, "batch")
+    _, path = scores.save(tmp_path)
     record = read_evaluation(json.loads(path.read_text()))
-    assert record == report.record()
+    assert record == scores.record()
     assert list(record.metrics) == list(METRICS)
     assert record.scores["pearson_delta"] == pytest.approx(1.0)
     assert set(record.mean) == {record.model, record.ceiling, *record.baselines}

@@ -8,7 +8,7 @@ import pytest
 
 import perturbdiff
 from perturbdiff.config import load_config
-from perturbdiff.evaluation.report import MODEL
+from perturbdiff.evaluation.scores import MODEL
 from perturbdiff.hub.records import read_evaluation
 from perturbdiff.model import PerturbDiff
 from perturbdiff.training.run import demo, run
@@ -51,10 +51,10 @@ def test_a_demo_without_anything_held_out_is_refused_before_training(tmp_path):
 def test_a_run_is_not_scored_where_nothing_is_held_out_or_nobody_asks(tmp_path):
     screen = write_screen(tmp_path)
     whole = perturbdiff.train(screen, tmp_path / "whole", overrides=TINY)
-    assert whole.report is None
+    assert whole.scores is None
     assert whole.written == (tmp_path / "whole" / "model",)
     unscored = perturbdiff.train(screen, tmp_path / "unscored", hold_out=["pert_0"], overrides=TINY, score=False)
-    assert unscored.report is None
+    assert unscored.scores is None
     assert "pert_0" not in unscored.model.perturbations
 
 
@@ -76,7 +76,7 @@ def test_training_from_python_is_the_same_as_by_words_and_files(tmp_path):
     weights = [run.model.denoiser.state_dict() for run in runs]
     for other in weights[1:]:
         assert all((other[name] == weight).all() for name, weight in weights[0].items())
-    assert len({run.report.table() for run in runs}) == 1
+    assert len({run.scores.table() for run in runs}) == 1
     assert all((runs[0].folder / name).exists() for name in ("config.yaml", "scores.json", "predicted.h5ad"))
 
 
@@ -93,6 +93,6 @@ def test_interferon_response_of_an_unseen_cell_type_is_better_than_no_change(tmp
         "data": {"screen": str(REAL_DATA / "kang2018_pbmc_ifnb.h5ad")},
         "split": {"hold_out": ["IFN-beta:CD4T"]},
     }
-    means = run(load_config(None, words, given)).report.means()
+    means = run(load_config(None, words, given)).scores.means()
     assert means.loc[MODEL, "pearson_delta"] > 0.7
     assert means.loc[MODEL, "energy_distance"] < 0.7 * means.loc["no change", "energy_distance"]

@@ -11,11 +11,11 @@ from perturbdiff.data.screen import Screen
 from perturbdiff.data.splits import make_split, write_split
 from perturbdiff.evaluation.held_out import predict_held_out
 from perturbdiff.evaluation.metrics import METRICS, score_condition
-from perturbdiff.evaluation.report import (
+from perturbdiff.evaluation.scores import (
     CEILING,
     CONDITION,
     MODEL,
-    Report,
+    Scores,
     _training_effects,
     evaluate,
     score_conditions,
@@ -181,7 +181,7 @@ def test_undefined_scores_are_counted_and_shown(report):
 
 def test_scores_are_saved_as_csv_and_json(split, report, tmp_path):
     csv, as_json = report.save(tmp_path)
-    again = Report(pd.read_csv(csv))
+    again = Scores(pd.read_csv(csv))
     pd.testing.assert_frame_equal(again.means(), report.means(), check_names=False)
     saved = json.loads(as_json.read_text())
     assert saved["mean"]["no change"]["pearson_delta"] is None

@@ -23,11 +23,11 @@ from perturbdiff.data.space import RAW_COUNTS, SAME, UNKNOWN, check_values, find
 from perturbdiff.data.splits import Split, read_split
 from perturbdiff.data.vocab import GeneVocab
 from perturbdiff.diffusion.generate import choose_controls
-from perturbdiff.evaluation.baselines import BASELINES, TrainingEffects, shift_cells
 from perturbdiff.evaluation.metrics import METRICS, mean_scores, score_condition, split_half_ceiling
 from perturbdiff.files import few, progress, write_json, written
 from perturbdiff.hub.records import EvaluationRecord, SplitRecord
 from perturbdiff.inference.output import read_predicted
+from perturbdiff.means.shifts import BASELINES, TrainingEffects, shift_cells
 
 MODEL = "PerturbDiff"
 CEILING = "ceiling (half predicts half)"
@@ -38,7 +38,7 @@ Condition = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
-class Report:
+class Scores:
     """Scores of every method on every held-out condition.
 
     scores
@@ -129,7 +129,7 @@ class Report:
 
 def score_conditions(
     predicted: AnnData, screen: Screen, match: ControlMatch, split: Split | None = None, seed: int = 0
-) -> Report:
+) -> Scores:
     """Score predicted cells against the measured ones of the same conditions.
 
     Parameters
@@ -210,7 +210,7 @@ def score_conditions(
             rows += [{"method": name, **labels, **scores} for name, scores in methods.items()]
             bar.update()
     hold_out, sha256 = (None, None) if split is None else (tuple(split.config.hold_out), split.sha256)
-    return Report(pd.DataFrame(rows), Path(screen.path).name, hold_out, sha256, len(genes), len(absent))
+    return Scores(pd.DataFrame(rows), Path(screen.path).name, hold_out, sha256, len(genes), len(absent))
 
 
 def evaluate(
@@ -220,7 +220,7 @@ def evaluate(
     *,
     overrides: Sequence[str] = (),
     **settings: Any,
-) -> Report:
+) -> Scores:
     """Score predicted cells beside baselines and the ceiling of split halves.
 
     Parameters

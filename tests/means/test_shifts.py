@@ -12,7 +12,8 @@ import pytest
 from sklearn.linear_model import Ridge
 
 from perturbdiff.data.notation import Notation
-from perturbdiff.evaluation.baselines import (
+from perturbdiff.evaluation.metrics import score_condition
+from perturbdiff.means.shifts import (
     BASELINES,
     PENALTIES,
     RidgeFit,
@@ -23,7 +24,6 @@ from perturbdiff.evaluation.baselines import (
     ridge,
     shift_cells,
 )
-from perturbdiff.evaluation.metrics import score_condition
 
 QUALITY = Path(os.environ.get("PERTURBDIFF_QUALITY", Path(__file__).parents[2] / "../shared/quality"))
 GENES = 7
