@@ -86,6 +86,20 @@ class Expression:
         X = self.X[rows]
         return CellRows(X.indptr.astype(np.int64), X.indices, X.data, self.library_size[rows])
 
+    def one_count(self, rows: np.ndarray) -> np.ndarray:
+        """(n,) float64 log1p value of a single count in some cells; 0 in empty ones.
+
+        Of log1p values, whose library sizes nobody knows, the smallest one that a cell has.
+        """
+        if self.preprocessing.input_kind == "counts":
+            size = self.library_size[rows].astype(np.float64)
+            target = self.preprocessing.target_sum or 0.0
+            return np.log1p(np.divide(target, size, out=np.zeros(len(size)), where=size > 0))
+        X = self.X[rows]
+        filled, least = np.diff(X.indptr) > 0, np.zeros(X.shape[0])
+        least[filled] = np.minimum.reduceat(X.data, X.indptr[:-1][filled]) if filled.any() else 0.0
+        return least
+
     def log1p(self, rows: np.ndarray | slice = slice(None)) -> sparse.csr_matrix:
         """log1p values of some cells, (n, G) float32: the space scores and predictions live in."""
         return log1p_normalised(self.X[rows], self.library_size[rows], self.preprocessing)

@@ -14,7 +14,8 @@ from perturbdiff.config import Config
 from perturbdiff.data.conditions import ConditionIndex, ControlMatch
 from perturbdiff.data.screen import Screen
 from perturbdiff.data.splits import Split, read_split
-from perturbdiff.evaluation.scores import Scores, held_out_rows, read_measured, score_conditions
+from perturbdiff.evaluation.fair import control_halves, held_out_rows
+from perturbdiff.evaluation.scores import Scores, read_measured, score_conditions
 from perturbdiff.files import progress
 from perturbdiff.hub.download import own_folder
 from perturbdiff.inference.intervals import Calibration, calibrate
@@ -49,7 +50,7 @@ def score_held_out(config: Config, screen: Screen) -> Scored:
 
 
 def predict_held_out(model: PerturbDiff, screen: Screen, split: Split, match: ControlMatch, seed: int) -> AnnData:
-    """Predict each held-out condition from its own control cells, as many cells as were measured.
+    """Predict each held-out condition from one half of its own control cells, as many cells as were measured.
 
     `screen` has all genes of the file: library sizes are sums over them. Raises as `PerturbDiff.predict`.
     """
@@ -57,7 +58,7 @@ def predict_held_out(model: PerturbDiff, screen: Screen, split: Split, match: Co
     predictions, n_cells = [], 0
     with progress(sum(len(rows) for rows in real.values()), "predict", "cell") as bar:
         for (perturbation, cell_type, batch), rows in real.items():
-            cells = screen.adata(controls[cell_type, batch])
+            cells = screen.adata(control_halves(screen, controls[cell_type, batch])[0])
             predicted = model.generate(cells, perturbation, cell_type, batch, n_cells=len(rows), seed=seed, bar=bar)
             predicted.obs_names = pd.Index([f"predicted_{n_cells + i}" for i in range(len(rows))])
             n_cells += len(rows)

@@ -1,6 +1,8 @@
 """How close predicted cells are to real ones: the scores of one condition and their means over conditions.
 
-All cells are dense log1p values, (n, G). G = genes. "Delta" is a mean profile minus that of the real control cells.
+All cells are dense log1p values, (n, G). G = genes. Two changes are compared, each a mean minus that of control cells:
+the predicted one is measured from the controls that predictions start from, the real one from other controls, so that
+no noise of theirs is in both.
 """
 
 from __future__ import annotations
@@ -10,39 +12,54 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
+import torch
+from scipy import stats
 
-from perturbdiff.diffusion.distances import NO_SPREAD, cell_distances, energy_of
+from perturbdiff.diffusion.distances import MAX_SCORED, NO_SPREAD, energy_of, pair_distances
 
-METRICS: dict[str, Literal["higher", "lower", "ideal 1"]] = {
+METRICS: dict[str, Literal["higher", "lower", "ideal 1", "ideal 0.5"]] = {
     "pearson_delta": "higher",
-    "r2_of_means": "higher",
-    "mse_of_means": "lower",
-    "mae_of_means": "lower",
     "energy_distance": "lower",
-    "rbf_mmd": "lower",
+    "mse_of_means": "lower",
     "variance_ratio": "ideal 1",
+    "pearson_perturbed": "higher",
+    "rbf_mmd": "lower",
+    "wasserstein": "lower",
+    "zero_fraction": "lower",
+    "correlation": "lower",
+    "classifier_auc": "ideal 0.5",
 }
 """Names of the scores in printing order -> which way is better."""
 
 DETECTED = 1e-3  # log1p value above which a gene counts as seen in a cell
 MIN_DETECTION_RATE = 0.05
+CORRELATED_GENES = 50  # of the largest variance, whose correlations are compared
 
 
-def pearson_delta(pred_mean: np.ndarray, real_mean: np.ndarray, control_mean: np.ndarray) -> float:
-    """Pearson correlation over genes of predicted and real delta, (G,) means each; NaN if one delta is constant."""
-    pred, real, control = _checked(1, pred_mean=pred_mean, real_mean=real_mean, control_mean=control_mean)
-    pred_delta, real_delta = pred - control, real - control
-    if pred_delta.std() <= NO_SPREAD or real_delta.std() <= NO_SPREAD:
+def pearson_delta(
+    pred_mean: np.ndarray, real_mean: np.ndarray, control_mean: np.ndarray, truth_control_mean: np.ndarray | None = None
+) -> float:
+    """Pearson correlation over genes of predicted and real change, (G,) means each.
+
+    Parameters
+    ----------
+    control_mean, truth_control_mean
+        Of the controls that the predicted and the real change are measured from. Where they are the same cells, their
+        noise is in both changes: no effect at all then scores up to .5.
+
+    Returns
+    -------
+    0 where no change is predicted, or the same for all genes; NaN where the real change is the same for all genes.
+    """
+    if truth_control_mean is None:
+        truth_control_mean = control_mean
+    pred, real, control, truth_control = _checked(
+        1, pred_mean=pred_mean, real_mean=real_mean, control_mean=control_mean, truth_control_mean=truth_control_mean
+    )
+    pred_delta, real_delta = pred - control, real - truth_control
+    if real_delta.std() <= NO_SPREAD:
         return float("nan")
-    return float(np.corrcoef(pred_delta, real_delta)[0, 1])
-
-
-def r2_of_means(pred_mean: np.ndarray, real_mean: np.ndarray) -> float:
-    """Coefficient of determination of the (G,) real mean by the predicted one; NaN if the real one is constant."""
-    pred, real = _checked(1, pred_mean=pred_mean, real_mean=real_mean)
-    if real.std() <= NO_SPREAD:
-        return float("nan")
-    return float(1 - ((pred - real) ** 2).sum() / ((real - real.mean()) ** 2).sum())
+    return 0.0 if pred_delta.std() <= NO_SPREAD else float(np.corrcoef(pred_delta, real_delta)[0, 1])
 
 
 def mse_of_means(pred_mean: np.ndarray, real_mean: np.ndarray) -> float:
@@ -51,14 +68,9 @@ def mse_of_means(pred_mean: np.ndarray, real_mean: np.ndarray) -> float:
     return float(((pred - real) ** 2).mean())
 
 
-def mae_of_means(pred_mean: np.ndarray, real_mean: np.ndarray) -> float:
-    """Mean over genes of the absolute difference of the (G,) means."""
-    pred, real = _checked(1, pred_mean=pred_mean, real_mean=real_mean)
-    return float(np.abs(pred - real).mean())
-
-
 def rbf_mmd(between: np.ndarray, within_pred: np.ndarray, within_real: np.ndarray) -> float:
-    """Squared MMD with the kernel exp(-d^2 / median d^2 of the real cells), biased (V-statistic).
+    """Squared MMD with the kernel exp(-d^2 / median d^2 of the real cells), unbiased (U-statistic): sets of any sizes
+    compare, and no difference is 0 in the mean, not more than 0.
 
     Parameters
     ----------
@@ -67,18 +79,19 @@ def rbf_mmd(between: np.ndarray, within_pred: np.ndarray, within_real: np.ndarra
 
     Returns
     -------
-    Between 0 and 2. NaN where the bandwidth is undefined: one real cell, or half of the real pairs identical.
+    NaN where it is undefined: one cell on a side, or half of the real pairs identical.
 
     Notes
     -----
-    Gretton et al. 2012.
+    Gretton et al. 2012, Eq. 3.
     """
-    m = len(within_real)
+    n, m = between.shape
     bandwidth = np.median(within_real[np.triu_indices(m, 1)] ** 2) if m > 1 else 0.0
-    if bandwidth <= NO_SPREAD:
+    if bandwidth <= NO_SPREAD or n < 2:
         return float("nan")
-    k_between, k_pred, k_real = (np.exp(-(d**2) / bandwidth).mean() for d in (between, within_pred, within_real))
-    return float(k_pred + k_real - 2 * k_between)
+    k_between, k_pred, k_real = (np.exp(-(d**2) / bandwidth) for d in (between, within_pred, within_real))
+    within = (k_pred.sum() - n) / (n * (n - 1)) + (k_real.sum() - m) / (m * (m - 1))  # less each cell with itself
+    return float(within - 2 * k_between.mean())
 
 
 def variance_ratio(pred: np.ndarray, real: np.ndarray) -> float:
@@ -88,44 +101,148 @@ def variance_ratio(pred: np.ndarray, real: np.ndarray) -> float:
     uniform. NaN if there is no such gene or fewer than 2 cells on a side.
     """
     pred, real = _checked(2, pred=pred, real=real)
-    real_variance = real.var(axis=0)
-    genes = ((real > DETECTED).mean(axis=0) >= MIN_DETECTION_RATE) & (real_variance > NO_SPREAD)
-    if min(len(pred), len(real)) < 2 or not genes.any():
+    if min(len(pred), len(real)) < 2:
         return float("nan")
-    return float(np.median(pred[:, genes].var(axis=0) / real_variance[genes]))
+    real_variance = real.var(axis=0, ddof=1)
+    genes = ((real > DETECTED).mean(axis=0) >= MIN_DETECTION_RATE) & (real_variance > NO_SPREAD)
+    return float(np.median(pred[:, genes].var(axis=0, ddof=1) / real_variance[genes])) if genes.any() else float("nan")
 
 
-def score_condition(pred: np.ndarray, real: np.ndarray, control: np.ndarray) -> dict[str, float]:
+def wasserstein(pred: np.ndarray, real: np.ndarray) -> float:
+    """Mean over genes of the Wasserstein distance of order 1 of the (n, G) predicted and the (n, G) real values, as
+    many cells of each: the mean difference of sorted values."""
+    pred, real = _checked(2, pred=pred, real=real)
+    return float(np.abs(np.sort(pred, axis=0) - np.sort(real, axis=0)).mean())
+
+
+def zero_fraction(pred: np.ndarray, real: np.ndarray) -> float:
+    """Mean over genes of the difference in the part of the cells that have none."""
+    pred, real = _checked(2, pred=pred, real=real)
+    return float(np.abs((pred <= DETECTED).mean(axis=0) - (real <= DETECTED).mean(axis=0)).mean())
+
+
+def correlation(pred: np.ndarray, real: np.ndarray) -> float:
+    """Mean difference of the correlations between genes, of the (n, G) predicted and the (n, G) real cells.
+
+    Between the CORRELATED_GENES that vary most among the real cells, of those in 5 % of them. A gene that does not vary
+    correlates with none. NaN for fewer than 3 cells or 2 genes.
+    """
+    pred, real = _checked(2, pred=pred, real=real)
+    seen = np.flatnonzero(((real > DETECTED).mean(axis=0) >= MIN_DETECTION_RATE) & (real.var(axis=0) > NO_SPREAD))
+    chosen = seen[np.argsort(-real[:, seen].var(axis=0), kind="stable")[:CORRELATED_GENES]]
+    if min(len(pred), len(real)) < 3 or len(chosen) < 2:
+        return float("nan")
+    pairs = np.triu_indices(len(chosen), 1)
+    return float(np.abs(_correlations(pred[:, chosen]) - _correlations(real[:, chosen]))[pairs].mean())
+
+
+def _correlations(x: np.ndarray) -> np.ndarray:
+    x = x - x.mean(axis=0)
+    norm = np.sqrt((x**2).sum(axis=0))
+    x = np.divide(x, norm, out=np.zeros_like(x), where=norm > NO_SPREAD)
+    return x.T @ x
+
+
+def classifier_auc(between: np.ndarray, within_pred: np.ndarray, within_real: np.ndarray) -> float:
+    """How well nearest neighbours tell predicted cells from real ones they have not seen: area under the ROC curve.
+
+    Cells of one half are judged by the part of predicted ones among their sqrt(n) nearest in the other half, and the
+    other way round. Same numbers of predicted and real cells are taken.
+
+    Parameters
+    ----------
+    between, within_pred, within_real
+        (n, n), (n, n) and (n, n) distances; the halves are the first cells and the last.
+
+    Returns
+    -------
+    .5 in the mean where nothing tells them apart, 1 where everything does; NaN for fewer than 4 cells.
+
+    Notes
+    -----
+    Lopez-Paz & Oquab 2017.
+    """
+    n = min(between.shape) // 2
+    if n < 2:
+        return float("nan")
+    first, second = slice(0, n), slice(n, 2 * n)
+    found = []
+    for own, other in ((first, second), (second, first)):
+        # (2 n, 2 n) of the predicted and real cells of one half to those of the other.
+        to_pred = np.concatenate([within_pred[own, other], between[other, own].T])
+        to_real = np.concatenate([between[own, other], within_real[own, other]])
+        nearest = np.argsort(np.concatenate([to_pred, to_real], axis=1), axis=1, kind="stable")
+        part = (nearest[:, : max(round(np.sqrt(2 * n)), 1)] < n).mean(axis=1)
+        ranks = stats.rankdata(part)
+        found.append((ranks[:n].sum() - n * (n + 1) / 2) / n**2)  # Mann-Whitney
+    return float(np.mean(found))
+
+
+def in_own_order(cells: np.ndarray) -> np.ndarray:
+    """(n, G) cells in an order that is like a random one and their own: whatever order they come in, some of them are
+    the same cells."""
+    key = cells @ np.random.default_rng(0).normal(size=cells.shape[1]) * 1e5
+    return cells[np.argsort(key - np.floor(key), kind="stable")]
+
+
+def score_condition(
+    pred: np.ndarray,
+    real: np.ndarray,
+    control: np.ndarray,
+    truth_control: np.ndarray | None = None,
+    n_equal: int | None = None,
+    others: tuple[np.ndarray, np.ndarray] | None = None,
+) -> dict[str, float]:
     """All `METRICS` of one condition.
 
     Parameters
     ----------
     pred, real
         Predicted (n, G) and real (m, G) perturbed cells, log1p.
-    control
-        (k, G) REAL control cells of the condition's context. They are the reference of both deltas: a model that
-        supplied the controls of its own delta could move them, and would game the score.
+    control, truth_control
+        REAL control cells of the condition's context, (k, G): those that predictions start from, the reference of the
+        predicted change, and others, that of the real one. A model that supplied the controls of its own change could
+        move them, and would game the score. The same cells if None, with the noise of `pearson_delta`.
+    n_equal
+        Cells of either side for the metrics that depend on their number (wasserstein, zero_fraction, correlation,
+        classifier_auc): give the same to all methods. As many as both sides have if None.
+    others
+        (G,) means of cells of other perturbations in this context, one for each side: `pearson_perturbed` is of the
+        changes from these. NaN if None.
 
     Returns
     -------
-    One value per name in `METRICS`, NaN where it is undefined, and the numbers of cells n_pred, n_real, n_control.
+    One value per name in `METRICS`, NaN where it is undefined, and the numbers of cells n_pred, n_real, n_control. The
+    order of the cells does not matter.
 
     Raises
     ------
     ValueError
         For an empty or non-finite array or disagreeing genes.
+
+    Notes
+    -----
+    Changes from other perturbations: Viñas Torné et al. 2025 (Systema), as what all perturbations share is easy.
     """
-    pred, real, control = _checked(2, pred=pred, real=real, control=control)
-    pred_mean, real_mean, control_mean = pred.mean(axis=0), real.mean(axis=0), control.mean(axis=0)
-    distances = cell_distances(pred, real)
+    shared = control if truth_control is None else truth_control
+    pred, real, control, shared = _checked(2, pred=pred, real=real, control=control, truth_control=shared)
+    pred, real = in_own_order(pred), in_own_order(real)
+    pred_mean, real_mean = pred.mean(axis=0), real.mean(axis=0)
+    distances = pair_distances(*(torch.from_numpy(cells[:MAX_SCORED]) for cells in (pred, real)))
+    between, within_pred, within_real = (values.numpy() for values in distances)
+    n = min(len(pred), len(real), len(pred) if n_equal is None else n_equal)
+    some = min(n, MAX_SCORED)
     return {
-        "pearson_delta": pearson_delta(pred_mean, real_mean, control_mean),
-        "r2_of_means": r2_of_means(pred_mean, real_mean),
-        "mse_of_means": mse_of_means(pred_mean, real_mean),
-        "mae_of_means": mae_of_means(pred_mean, real_mean),
+        "pearson_delta": pearson_delta(pred_mean, real_mean, control.mean(axis=0), shared.mean(axis=0)),
         "energy_distance": float(energy_of(distances)),
-        "rbf_mmd": rbf_mmd(*(values.numpy() for values in distances)),
+        "mse_of_means": mse_of_means(pred_mean, real_mean),
         "variance_ratio": variance_ratio(pred, real),
+        "pearson_perturbed": float("nan") if others is None else pearson_delta(pred_mean, real_mean, *others),
+        "rbf_mmd": rbf_mmd(between, within_pred, within_real),
+        "wasserstein": wasserstein(pred[:n], real[:n]),
+        "zero_fraction": zero_fraction(pred[:n], real[:n]),
+        "correlation": correlation(pred[:n], real[:n]),
+        "classifier_auc": classifier_auc(between[:some, :some], within_pred[:some, :some], within_real[:some, :some]),
         **_counts(pred, real, control),
     }
 
@@ -164,7 +281,10 @@ def mean_scores(scores: Sequence[Mapping[str, float]] | pd.DataFrame) -> pd.Data
     return pd.DataFrame({"mean": mean, "n_nan": undefined.sum(axis=0)}, index=pd.Index(list(METRICS), name="metric"))
 
 
-def split_half_ceiling(real: np.ndarray, control: np.ndarray, seed: int) -> dict[str, float]:
+def split_half_ceiling(
+    real: np.ndarray, control: np.ndarray, truth_control: np.ndarray | None = None, n_equal: int | None = None,
+    others: tuple[np.ndarray, np.ndarray] | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Scores of a random half of the real cells predicting the other half.
 
     A lower bound of what can be reached: both halves have half the cells, so their means are noisier than those of a
@@ -172,10 +292,10 @@ def split_half_ceiling(real: np.ndarray, control: np.ndarray, seed: int) -> dict
 
     Parameters
     ----------
-    real, control
-        (m, G) real perturbed and (k, G) real control cells, log1p.
-    seed
-        Of the split.
+    real
+        (m, G) real perturbed cells, log1p; their order does not matter.
+    control, truth_control, n_equal, others
+        As `score_condition`.
 
     Returns
     -------
@@ -187,11 +307,11 @@ def split_half_ceiling(real: np.ndarray, control: np.ndarray, seed: int) -> dict
         As `score_condition`.
     """
     real, control = _checked(2, real=real, control=control)
-    order = np.random.default_rng(seed).permutation(len(real))
-    half, other = np.split(real[order], [len(real) // 2])
+    real = in_own_order(real)
+    half, other = np.split(real, [len(real) // 2])
     if len(real) < 4:
         return {**dict.fromkeys(METRICS, float("nan")), **_counts(half, other, control)}
-    return score_condition(half, other, control)
+    return score_condition(half, other, control, truth_control, n_equal, others)
 
 
 def _counts(pred: np.ndarray, real: np.ndarray, control: np.ndarray) -> dict[str, float]:

@@ -1,9 +1,14 @@
-"""Scores of predicted cells on held-out conditions, beside baselines and the ceiling of split halves."""
+"""Scores of predicted cells on held-out conditions, beside simple predictors and the ceiling of split halves.
+
+Fair by construction: over all measured genes, on real controls of which one half makes predictions and the other
+measures the truth, with as many cells and the same whole counts for every method (`evaluation.fair`).
+"""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,54 +21,91 @@ from scipy import sparse
 from perturbdiff._version import __version__
 from perturbdiff.config import load_config, sections
 from perturbdiff.data.conditions import ConditionIndex, ControlMatch, resolve_control_match
-from perturbdiff.data.expression import as_csr, gene_means
+from perturbdiff.data.expression import as_csr
 from perturbdiff.data.h5ad import open_h5ad, read_h5ad_parts
-from perturbdiff.data.screen import IN_MEMORY, READ_BY, Expression, Screen, genes_of, unique_names
+from perturbdiff.data.screen import IN_MEMORY, READ_BY, Screen, genes_of, unique_names
 from perturbdiff.data.space import RAW_COUNTS, SAME, UNKNOWN, check_values, find_space
 from perturbdiff.data.splits import Split, read_split
 from perturbdiff.data.vocab import GeneVocab
-from perturbdiff.diffusion.generate import choose_controls
+from perturbdiff.evaluation.doubt import (
+    ALIKE,
+    COMPARED,
+    compare,
+    interval,
+    leave_out,
+    spread_of_responses,
+    standard_error,
+)
+from perturbdiff.evaluation.fair import (
+    CONDITION,
+    MAX_CELLS,
+    Condition,
+    Response,
+    SimpleMethods,
+    control_halves,
+    group,
+    held_out_rows,
+    in_genes_of,
+    measured,
+    relative_spread,
+    some,
+    start_rows,
+    with_no_change,
+)
 from perturbdiff.evaluation.metrics import METRICS, mean_scores, score_condition, split_half_ceiling
-from perturbdiff.files import few, progress, write_json, written
-from perturbdiff.hub.records import EvaluationRecord, SplitRecord
+from perturbdiff.files import progress, write_json, written
+from perturbdiff.hub.records import EvaluationRecord, SplitRecord, loss
 from perturbdiff.inference.output import read_predicted
-from perturbdiff.means.shifts import BASELINES, TrainingEffects, shift_cells
+from perturbdiff.means.predictors import NO_CHANGE
 
 MODEL = "PerturbDiff"
 CEILING = "ceiling (half predicts half)"
-CONDITION = ["perturbation", "cell_type", "batch"]
-ALL_BATCHES = "all"  # the batch of every condition where controls match by cell type
-
-Condition = tuple[str, str, str]
+SHOWN = 4  # metrics in the terminal
+WIDTH = 80  # of the terminal
 
 
 @dataclass(frozen=True)
 class Scores:
     """Scores of every method on every held-out condition.
 
-    scores
-        One row a (method, condition): `method`, `perturbation`, `cell_type`, `batch`, the metrics, cell numbers.
+    conditions
+        One row a (method, condition): `method`, `perturbation`, `cell_type`, `batch`, the metrics, numbers of cells;
+        then the standard error of each compared metric, `error NAME`, and of its difference to the model's,
+        `difference error NAME`.
     data
         File name of the screen whose measured cells these are; None if unknown.
     hold_out
         Selectors of the held-out conditions; None where nothing was held out, but all that was measured is scored.
     split_sha256
         Of the split.json; None if unknown.
-    n_genes, n_absent
-        Scored genes, and those of them that the controls of the predictions lacked: of these, the model predicts no
-        change.
+    n_genes, n_left_out
+        Scored genes, and those of them that were not predicted: they are scored as no change.
+    kept_response
+        Part of the squared measured response that lies in the predicted genes, of all conditions together; None where
+        there is no response.
+    spread
+        Between the perturbations of a context, predicted over measured; None where there are too few.
+    notes
+        What a reader has to know, for people.
     """
 
-    scores: pd.DataFrame
+    conditions: pd.DataFrame
     data: str | None = None
     hold_out: tuple[str, ...] | None = None
     split_sha256: str | None = None
     n_genes: int | None = None
-    n_absent: int = 0
+    n_left_out: int = 0
+    kept_response: float | None = None
+    spread: float | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def n_conditions(self) -> int:
-        return int(self.scores.groupby("method").size().max())
+        return int(self.conditions.groupby("method").size().max())
+
+    @property
+    def methods(self) -> list[str]:
+        return list(dict.fromkeys(self.conditions["method"]))
 
     def means(self) -> pd.DataFrame:
         """Unweighted mean over conditions by method (rows) and metric (columns)."""
@@ -73,34 +115,68 @@ class Scores:
         """On how many conditions a metric is undefined (NaN), by method and metric."""
         return self._by_method("n_nan")
 
+    def interval(self, method: str, metric: str) -> tuple[float, float] | None:
+        """95 % interval of a mean (`doubt.interval`)."""
+        rows = self.conditions[self.conditions["method"] == method]
+        defined = rows[metric].notna()
+        errors = rows.loc[defined, f"error {metric}"].to_numpy() if metric in COMPARED else None
+        return interval(rows.loc[defined, metric].to_numpy(), errors)
+
+    def best_simple(self, metric: str) -> str | None:
+        """The simple method with the best mean, by these very conditions; None without any but no change."""
+        means = self.means()[metric].drop([MODEL, CEILING], errors="ignore").dropna()
+        complete = means[self.undefined().loc[means.index, metric] <= self.undefined().loc[MODEL, metric]]
+        if not len(complete):
+            return None
+        return str(complete.index[int(np.argmin(loss(METRICS[metric])(complete.to_numpy())))])
+
+    def verdict(self) -> str:
+        """Whether the model is better than the best simple method, condition by condition, in a sentence a metric."""
+        said = []
+        for metric in ("energy_distance", "pearson_delta"):
+            best = self.best_simple(metric)
+            if best is None:
+                continue
+            own, other = (self.conditions[self.conditions["method"] == method] for method in (MODEL, best))
+            paired = own.merge(other, on=CONDITION, suffixes=("", " of other"))
+            errors = paired[f"difference error {metric} of other"].to_numpy()
+            values = paired[metric].to_numpy(), paired[f"{metric} of other"].to_numpy()
+            counts = compare(*values, errors, loss(METRICS[metric]))
+            rest = [f"{word} on {n}" for word, n in counts.items() if n and word != "better"]
+            better = f"better than the best simple method ({best}) on {counts['better']} of {len(paired)}"
+            conditions = f"condition{'s' if len(paired) > 1 else ''}"
+            said.append(f"By {metric}, {MODEL} is {', '.join([f'{better} {conditions}', *rest])}.")
+        return " ".join(said)
+
     def _by_method(self, column: str) -> pd.DataFrame:
-        groups = self.scores.groupby("method", sort=False)
+        groups = self.conditions.groupby("method", sort=False)
         return pd.DataFrame({method: mean_scores(rows)[column] for method, rows in groups}).T
 
     def table(self) -> str:
-        """The means as text; a number in brackets says on how many conditions a metric was undefined."""
+        """The first metrics as text of 80 columns, with intervals; a number in brackets says on how many conditions a
+        metric was undefined."""
         means, undefined = self.means(), self.undefined()
-        n_conditions = self.n_conditions
-        shown = pd.DataFrame(
-            {
-                metric: [
-                    f"{means.loc[method, metric]:.3f}"
-                    + (f" [{undefined.loc[method, metric]:.0f} NaN]" if undefined.loc[method, metric] else "")
-                    for method in means.index
-                ]
-                for metric in METRICS
-            },
-            index=means.index,
-        )
-        absent = f"\n{self.n_absent:,} of {self.n_genes:,} genes, which its controls lacked, are scored as no change"
-        direction = {"higher": "+", "lower": "-", "ideal 1": "1"}
-        shown.columns = pd.Index([f"{name} ({direction[METRICS[name]]})" for name in METRICS])
-        return (
-            f"{shown.to_string()}\n"
-            f"mean over {n_conditions} {'measured' if self.hold_out is None else 'held-out'} "
-            f"condition{'s' if n_conditions > 1 else ''}, log1p space; "
-            f"+ higher is better, - lower is better, 1 ideal is 1{absent if self.n_absent else ''}"
-        )
+        signs = {"higher": "+", "lower": "-", "ideal 1": "1", "ideal 0.5": ".5"}
+        shown = pd.DataFrame(index=means.index)
+        for metric in list(METRICS)[:SHOWN]:
+            lacking = [f" [{n:.0f} NaN]" if n else "" for n in undefined[metric]]
+            shown[f"{_SHORT.get(metric, metric)} ({signs[METRICS[metric]]})"] = [
+                f"{mean:.3f}{nan}" for mean, nan in zip(means[metric], lacking, strict=True)
+            ]
+        own = [
+            f"{metric} {found[0]:.3f} to {found[1]:.3f}"
+            for metric in list(METRICS)[:SHOWN]
+            if (found := self.interval(MODEL, metric)) is not None
+        ]
+        n, kind = self.n_conditions, "measured" if self.hold_out is None else "held-out"
+        texts = [
+            f"mean over {n} {kind} condition{'s' if n > 1 else ''}, log1p space; + higher is better, - lower is "
+            "better, 1 ideal is 1",
+            f"95 % intervals of {MODEL}: {', '.join(own)}" if own else "",
+            self.verdict(),
+            *self.notes,
+        ]
+        return "\n".join([shown.to_string(), *(line for text in texts for line in textwrap.wrap(text, WIDTH))])
 
     def record(self) -> EvaluationRecord:
         """The means, as a model's folder and card keep them."""
@@ -116,35 +192,45 @@ class Scores:
             metrics=dict(METRICS),
             mean=means,
             n_undefined=undefined,
+            interval={method: {name: self.interval(method, name) for name in METRICS} for method in self.methods},
+            verdict=self.verdict(),
+            n_genes=self.n_genes,
+            n_left_out=self.n_left_out,
+            kept_response=self.kept_response,
+            notes=self.notes,
         )
 
     def save(self, folder: Path) -> list[Path]:
-        """Write scores.csv (by condition) and scores.json (`record`); returns their paths."""
-        csv, as_json = folder / "scores.csv", folder / "scores.json"
-        with written(csv) as temporary:
-            self.scores.to_csv(temporary, index=False)
+        """Write scores.parquet (method x condition) and scores.json (`record`); returns their paths."""
+        table, as_json = folder / "scores.parquet", folder / "scores.json"
+        with written(table) as temporary:
+            self.conditions.to_parquet(temporary, index=False)
         write_json(as_json, self.record().as_json())
-        return [csv, as_json]
+        return [table, as_json]
+
+
+_SHORT = {"pearson_delta": "pearson", "energy_distance": "energy", "mse_of_means": "mse", "variance_ratio": "var"}
+"""Names in the terminal."""
 
 
 def score_conditions(
     predicted: AnnData, screen: Screen, match: ControlMatch, split: Split | None = None, seed: int = 0
 ) -> Scores:
-    """Score predicted cells against the measured ones of the same conditions.
+    """Score predicted cells against the measured ones of the same conditions, over all genes of the screen.
 
     Parameters
     ----------
     predicted
-        X log1p values; obs perturbation, cell_type and (unless controls match by cell type alone) batch. Genes with
-        var `measured` False are scored as no change: as control cells of the screen whose mean is that of all. Those
-        that the screen lacks too are left out.
+        X log1p values; obs perturbation, cell_type and (unless controls match by cell type alone) batch. Genes that it
+        lacks, or has with var `measured` False, are scored as no change: as the control cells that predictions started
+        from (obs `source_control`, where it says so).
     screen
         The measured cells, normalised as the model's training data were.
     match
         Whether batch is part of a condition; see `resolve_control_match`.
     split
-        Its test cells are the measured ones and its training cells make the baselines. Without, all perturbed cells
-        are measured ones, and only `no change` stands beside the model.
+        Its test cells are the measured ones and its training cells make the simple predictors. Without, all perturbed
+        cells are measured ones, and only `no change` stands beside the model.
 
     Raises
     ------
@@ -155,62 +241,69 @@ def score_conditions(
         raise KeyError(
             f"obs columns {missing} not in the predictions; found {sorted(predicted.obs.columns)}. Name them so."
         )
-    genes, values = GeneVocab(tuple(predicted.var_names.astype(str))), as_csr(predicted.X)
-    had = _measured(predicted.var)
-    columns = genes.align(screen.expression.genes, min_overlap=0.0).columns
-    if lacking := [genes.names[i] for i in np.flatnonzero(had & (columns < 0))]:
-        raise ValueError(
-            f"{len(lacking)} of the {len(genes)} predicted genes are not in {screen.path}, for example "
-            f"{', '.join(lacking[:5])}; give the screen that was predicted."
-        )
-    if (columns < 0).any():  # neither the controls nor the screen have them
-        scored = np.flatnonzero(columns >= 0)
-        genes, values, had, columns = genes.select(scored), values[:, scored], had[scored], columns[scored]
-    absent = np.flatnonzero(~had)
-    if len(absent):
-        print(
-            f"note: {len(absent):,} of {len(genes):,} genes are scored as no change, as the predictions' controls "
-            f"lacked them: {few([genes.names[i] for i in absent])}.",
-            flush=True,
-        )
-    expression = screen.expression.with_genes(genes, columns)
+    values, kept = in_genes_of(predicted, screen)
     real, controls = held_out_rows(screen, ~screen.is_control if split is None else split.test, match)
     labels = predicted.obs["perturbation"].astype(str)
-    written = {label: screen.notation.canonical(label) for label in labels.unique()}
-    obs = predicted.obs.assign(perturbation=labels.map(written))
-    found = _group(obs, np.ones(predicted.n_obs, dtype=bool), match)
+    canonical = {label: screen.notation.canonical(label) for label in labels.unique()}
+    obs = predicted.obs.assign(perturbation=labels.map(canonical))
+    found = group(obs, np.ones(predicted.n_obs, dtype=bool), match)
     common = [condition for condition in real if condition in found]
     if not common:
         raise ValueError(
             f"no predicted condition was measured: predicted are {_shown(found)}, measured {_shown(real)}. "
             "Perturbation, cell type and batch must be the same words in both."
         )
-    if len(common) < len(real):
-        print(f"note: {len(real) - len(common)} of {len(real)} measured conditions were not predicted.", flush=True)
-    effects = None if split is None else _training_effects(screen, expression, split, match)
+    starts, log1p = start_rows(predicted.obs, screen), screen.expression.log1p
+    simple = None if split is None else SimpleMethods(screen, split, match)
     rows: list[dict[str, object]] = []
+    responses: dict[tuple[str, str], list[Response]] = {}
+    squared = np.zeros(2)  # measured response, of the predicted genes and of all
     with progress(len(common), "evaluate", "condition") as bar:
         for condition in common:
-            perturbation, cell_type, batch = condition
-            measured = expression.log1p(real[condition]).toarray()
-            control = expression.log1p(controls[cell_type, batch]).toarray()
-            cells = values[found[condition]].toarray()
-            if len(absent):
-                cells[:, absent] = _no_change(expression, controls[cell_type, batch], absent, len(cells), seed)
-            methods = {MODEL: score_condition(cells, measured, control)}
-            if effects is None:
-                methods["no change"] = score_condition(control, measured, control)
-            else:
-                control_mean = control.mean(axis=0, dtype=np.float64)
-                for name, baseline in BASELINES.items():
-                    shift = baseline(effects, perturbation, cell_type, batch, control_mean)
-                    methods[name] = score_condition(shift_cells(control, shift), measured, control)
-            methods[CEILING] = split_half_ceiling(measured, control, seed)
-            labels = dict(zip(CONDITION, condition, strict=True))
-            rows += [{"method": name, **labels, **scores} for name, scores in methods.items()]
+            context, chosen = condition[1:], found[condition][:MAX_CELLS]
+            of_cells = None if starts is None else starts[chosen]
+            start, truth = control_halves(screen, controls[context], of_cells)
+            cells = with_no_change(values[chosen], kept, screen, start, of_cells, seed)
+            true, control, other = (
+                log1p(some(screen, of)).toarray().astype(np.float64) for of in (real[condition], start, truth)
+            )
+            n_equal = min(len(cells), len(true), len(control))
+            made = {NO_CHANGE: control} if simple is None else simple.cells(condition, start, len(true), seed)
+            reference = None if simple is None else simple.others(*context)
+            response = (true.mean(axis=0) - other.mean(axis=0)) ** 2
+            known = dict(zip(CONDITION, condition, strict=True))
+            own = leave_out(cells, true, control, other)
+            for name, of_method in {MODEL: cells, **made}.items():
+                scores = score_condition(of_method, true, control, other, n_equal, reference)
+                without = own if name == MODEL else leave_out(of_method, true, control, other)
+                rows.append({"method": name, **known, **scores, **_errors(without, own)})
+            ceiling = split_half_ceiling(true, control, other, max(n_equal // 2, 1), reference)
+            rows.append({"method": CEILING, **known, **ceiling})
+            squared += response[kept].sum(), response.sum()
+            responses.setdefault(context, []).append(Response.of(condition[0], cells, true))
             bar.update()
+    spread, n_left_out = relative_spread(responses, spread_of_responses), int((~kept).sum())
+    share = float(squared[0] / squared[1]) if squared[1] > 0 else None
+    notes = []
+    if len(common) < len(real):
+        notes.append(f"{len(real) - len(common)} of {len(real)} measured conditions were not predicted.")
+    if n_left_out:
+        lost = "" if share is None else f", which hold {1 - share:.0%} of the squared response"
+        notes.append(f"{n_left_out:,} of {len(kept):,} genes are not predicted and scored as no change{lost}.")
+    if spread is not None and spread < ALIKE:
+        notes.append(f"Predictions of different perturbations look alike: {spread:.0%} of the measured spread.")
     hold_out, sha256 = (None, None) if split is None else (tuple(split.config.hold_out), split.sha256)
-    return Scores(pd.DataFrame(rows), Path(screen.path).name, hold_out, sha256, len(genes), len(absent))
+    table, data = pd.DataFrame(rows), Path(screen.path).name
+    return Scores(table, data, hold_out, sha256, len(kept), n_left_out, share, spread, tuple(notes))
+
+
+def _errors(without: Mapping[str, np.ndarray], own: Mapping[str, np.ndarray]) -> dict[str, float]:
+    errors = {f"error {metric}": standard_error(without[metric]) for metric in COMPARED}
+    for metric in COMPARED:
+        paired = len(without[metric]) == len(own[metric])
+        difference = standard_error(without[metric] - own[metric]) if paired else float("nan")
+        errors[f"difference error {metric}"] = difference
+    return errors
 
 
 def evaluate(
@@ -263,34 +356,15 @@ def evaluate(
             "target_sum": float(uns["target_sum"]) or None,
             "library_size_col": str(uns["library_size_col"]) or None,
         }
-    measured, match, chosen = read_measured(screen, split, known, overrides, settings)
+    screened, match, chosen = read_measured(screen, split, known, overrides, settings)
     values, genes = as_csr(X), genes_of(var)
-    _refuse_other_space(values, genes, known, measured, name)
+    _refuse_other_space(values, genes, known, screened, name)
     kept = set(genes.names)
     left_out = [str(name) for name in uns.get("genes_absent", ()) if str(name) not in kept]
-    var = pd.DataFrame({"measured": [*_measured(var), *[False] * len(left_out)]}, index=[*genes.names, *left_out])
+    var = pd.DataFrame({"measured": [*measured(var), *[False] * len(left_out)]}, index=[*genes.names, *left_out])
     values = sparse.csr_matrix((values.data, values.indices, values.indptr), (len(obs), len(var)))
     predicted = AnnData(X=values, obs=obs.set_axis(unique_names(obs.index)), var=var)
-    return score_conditions(predicted, measured, match, chosen)
-
-
-def _no_change(expression: Expression, rows: np.ndarray, genes: np.ndarray, n_cells: int, seed: int) -> np.ndarray:
-    # (n_cells, genes) of control cells, whose mean is that of all, as predictions start from.
-    cells = replace(expression, X=expression.X[rows], library_size=expression.library_size[rows])
-    cells = cells.with_genes(expression.genes.select(genes), genes)
-    return cells.log1p(choose_controls(cells, n_cells, seed, population=0)).toarray()
-
-
-def _measured(var: pd.DataFrame) -> np.ndarray:
-    # (n_vars,) of predictions, whether their controls had the gene; files of others say nothing.
-    if "measured" not in var:
-        return np.ones(len(var), dtype=bool)
-    if var["measured"].dtype != bool:
-        raise ValueError(
-            f"var column 'measured' of the predictions holds {var['measured'].iloc[0]!r}; it must be true or false, "
-            "whether the controls had the gene. Give it another name if it says something else."
-        )
-    return var["measured"].to_numpy()
+    return score_conditions(predicted, screened, match, chosen)
 
 
 def _refuse_other_space(
@@ -345,48 +419,3 @@ def _of_run(split: str | Path | None) -> dict[str, Any]:
 
 def _shown(conditions: Iterable[Condition]) -> str:
     return ", ".join(":".join(condition) for condition in sorted(conditions)[:3])
-
-
-def held_out_rows(
-    screen: Screen, cells: np.ndarray, match: ControlMatch
-) -> tuple[dict[Condition, np.ndarray], dict[tuple[str, str], np.ndarray]]:
-    # Rows of the screen of each condition among `cells`, and of the controls of each (cell type, batch).
-    real = _group(screen.obs, cells & ~screen.is_control, match)
-    if not real:
-        raise ValueError("nothing is held out: give split.hold_out (--hold-out) conditions to predict and score.")
-    controls = {(c, b): rows for (_, c, b), rows in _group(screen.obs, screen.is_control, match).items()}
-    if lacking := [condition for condition in real if condition[1:] not in controls]:
-        raise ValueError(
-            f"condition {':'.join(lacking[0])} has no control cells of its cell type and batch in {screen.path}; "
-            "data.control_match=cell_type takes those of any batch, data.other_control_labels names more controls."
-        )
-    return real, controls
-
-
-def _group(obs: pd.DataFrame, cells: np.ndarray, match: ControlMatch) -> dict[Condition, np.ndarray]:
-    labels = [obs[name].astype(str).to_numpy() for name in CONDITION]
-    if match == "cell_type":
-        labels[2] = np.full(len(obs), ALL_BATCHES)
-    groups: dict[Condition, list[int]] = {}
-    for row in np.flatnonzero(cells).tolist():
-        groups.setdefault((labels[0][row], labels[1][row], labels[2][row]), []).append(row)
-    return {condition: np.array(rows) for condition, rows in sorted(groups.items())}
-
-
-def _training_effects(screen: Screen, expression: Expression, split: Split, match: ControlMatch) -> TrainingEffects:
-    trained, controls = held_out_rows(screen, split.train, match)
-
-    def mean(rows: np.ndarray) -> np.ndarray:
-        return gene_means(expression.log1p(rows))
-
-    control_mean = {context: mean(rows) for context, rows in controls.items()}
-    matched = np.stack([control_mean[c, b] for _, c, b in trained])
-    return TrainingEffects(
-        perturbation=[p for p, _, _ in trained],
-        cell_type=[c for _, c, _ in trained],
-        batch=[b for _, _, b in trained],
-        control_mean=matched,
-        effect=np.stack([mean(rows) for rows in trained.values()]) - matched,
-        n_cells=np.array([len(rows) for rows in trained.values()]),
-        notation=screen.notation,
-    )

@@ -35,7 +35,7 @@ REFERENCE_ONLY = (
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 HTML = re.compile(r"</?[a-zA-Z!?]")
 LINK = re.compile(r"\]\((?!https://)")
-ARROWS = {"higher": "↑", "lower": "↓", "ideal 1": "→ 1"}
+ARROWS = {"higher": "↑", "lower": "↓", "ideal 1": "→ 1", "ideal 0.5": "→ .5"}
 
 
 def write_card(model: ModelMetadata, n_parameters: int, name: str | None = None, is_adapter: bool = False) -> str:
@@ -306,7 +306,13 @@ def _evaluation(scores: EvaluationRecord) -> str:
         cells = []
         for metric in scores.metrics:
             value, lacking = scores.mean[method][metric], scores.n_undefined[method][metric]
-            cells.append(("-" if value is None else f"{value:.3f}") + (f" ({lacking} undefined)" if lacking else ""))
+            doubt = scores.interval.get(method, {}).get(metric)
+            shown = (
+                "-"
+                if value is None
+                else f"{value:.3f}" + ("" if doubt is None else f" [{doubt[0]:.3f}, {doubt[1]:.3f}]")
+            )
+            cells.append(shown + (f" ({lacking} undefined)" if lacking else ""))
         rows.append((f"**{escaped(method)}**" if method == scores.model else escaped(method), *cells))
     where = f"of {escaped(_base_name(scores.data))}" if scores.data else "of a screen"
     if scores.split is not None:
@@ -314,11 +320,14 @@ def _evaluation(scores: EvaluationRecord) -> str:
         where += f"; split {scores.split.sha256}" if scores.split.sha256 else ""
     head = ("method", *(f"{escaped(metric)} {ARROWS[direction]}" for metric, direction in scores.metrics.items()))
     beaten = [f"on {escaped(metric)}: {listed(names)}" for metric in scores.metrics if (names := scores.better(metric))]
+    said = "\n\n".join(escaped(text, 2000) for text in (scores.verdict, *scores.notes) if text)
     return f"""\
-Mean over {_conditions(scores)} {where}. log1p values, with the measured control
-cells on both sides. ↑ higher is better, ↓ lower is better, → 1 ideal is 1.
+Mean over {_conditions(scores)} {where}, with 95 % intervals where they are known.
+log1p values, measured control cells on both sides. ↑ higher is better, ↓ lower is better, → ideal.
 
 {_table(head, rows)}
+
+{said}
 
 {f"Better than the model {'; '.join(beaten)}." if beaten else "No baseline is better than the model on any metric."}"""
 
@@ -389,7 +398,7 @@ def _literal(text: str) -> str:
 
 
 def _direction(word: str) -> str:
-    return word if word == "ideal 1" else f"{word} is better"
+    return word if word.startswith("ideal") else f"{word} is better"
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -10,13 +11,23 @@ import numpy as np
 
 from perturbdiff.files import few, typed
 
-EVALUATION_VERSION = 1
+EVALUATION_VERSION = 2
 SUM_QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)  # of `TrainingRecord.control_sums`
 MAX_METHODS = 64  # and metrics
 MAX_NAME = 200  # characters
+MAX_TEXT = 2000
 MAX_SCORE = 1e12
 
-Direction = Literal["higher", "lower", "ideal 1"]
+Direction = Literal["higher", "lower", "ideal 1", "ideal 0.5"]
+
+
+def loss(direction: Direction) -> Callable[[np.ndarray], np.ndarray]:
+    """From the best score there could be, up to a constant: less is better."""
+    losses: dict[Direction, Callable[[np.ndarray], np.ndarray]] = {
+        "higher": lambda x: -x, "lower": lambda x: x, "ideal 1": lambda x: np.abs(x - 1),
+        "ideal 0.5": lambda x: np.abs(x - 0.5),
+    }  # fmt: skip
+    return losses[direction]
 
 
 @dataclass(frozen=True)
@@ -146,6 +157,16 @@ class EvaluationRecord:
         Method -> metric -> unweighted mean over conditions; None where it is undefined on all of them.
     n_undefined
         Method -> metric -> on how many it is.
+    interval
+        Method -> metric -> 95 % interval of the mean; None where nobody knows.
+    verdict
+        Whether the model is better than the best simple method, in a sentence or two.
+    n_genes, n_left_out
+        Scored genes, and those of them that were not predicted and count as no change.
+    kept_response
+        Part of the squared measured response that lies in the predicted genes.
+    notes
+        What a reader has to know besides.
     """
 
     library_version: str
@@ -157,6 +178,12 @@ class EvaluationRecord:
     metrics: dict[str, Direction]
     mean: dict[str, dict[str, float | None]]
     n_undefined: dict[str, dict[str, int]]
+    interval: dict[str, dict[str, tuple[float, float] | None]]
+    verdict: str
+    n_genes: int | None
+    n_left_out: int
+    kept_response: float | None
+    notes: tuple[str, ...]
 
     def __post_init__(self) -> None:
         """Raises ValueError where the tables do not fit each other, or a value is beyond belief."""
@@ -169,8 +196,13 @@ class EvaluationRecord:
             raise ValueError(f"n_conditions ({self.n_conditions}) must be greater than 0 and less than 2^40.")
         if not 0 < len(self.metrics) <= MAX_METHODS or not len(self.mean) <= MAX_METHODS or self.model not in self.mean:
             raise ValueError(f"metrics and mean must have the model and at most {MAX_METHODS} metrics and methods.")
-        if self.n_undefined.keys() != self.mean.keys():
-            raise ValueError("n_undefined must have the methods of mean.")
+        if self.n_undefined.keys() != self.mean.keys() or not self.interval.keys() <= self.mean.keys():
+            raise ValueError("n_undefined must have the methods of mean, and interval no others.")
+        for found in (pair for of in self.interval.values() for pair in of.values() if pair is not None):
+            if len(found) != 2 or not -MAX_SCORE <= found[0] <= found[1] <= MAX_SCORE:
+                raise ValueError(f"interval ({few([str(found)])}) must be null or two rising numbers.")
+        if odd := [text for text in (self.verdict, *self.notes) if len(text) > MAX_TEXT]:
+            raise ValueError(f"verdict and notes must have at most {MAX_TEXT} characters: {odd[0][:40]!r}.")
         for method in self.mean:
             if not self.metrics.keys() == self.mean[method].keys() == self.n_undefined[method].keys():
                 raise ValueError(
@@ -201,7 +233,7 @@ class EvaluationRecord:
         value = self.mean[method][metric]
         if value is None:
             return float("inf")
-        return {"higher": -value, "lower": value, "ideal 1": abs(value - 1)}[self.metrics[metric]]
+        return float(loss(self.metrics[metric])(np.array(value)))
 
     def as_json(self) -> dict[str, Any]:
         return {"format_version": EVALUATION_VERSION, **asdict(self)}
@@ -210,6 +242,10 @@ class EvaluationRecord:
 def read_evaluation(content: dict[str, Any], where: str = "evaluation.json") -> EvaluationRecord:
     """Raises ValueError where a key is missing or unknown, a value of the wrong kind, not finite or beyond belief."""
     version = content.get("format_version")
+    if type(version) is int and version == 1:  # without doubt
+        later: dict[str, Any] = {"interval": {}, "verdict": "", "notes": []}
+        later |= {"n_genes": None, "n_left_out": 0, "kept_response": None}
+        content, version = {**content, **later}, EVALUATION_VERSION
     if type(version) is not int or version != EVALUATION_VERSION:
         raise ValueError(f"{where}: format_version ({str(version)[:40]!r}) must be {EVALUATION_VERSION}.")
     record: EvaluationRecord = typed(

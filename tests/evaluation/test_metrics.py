@@ -14,33 +14,35 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse, stats
-from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score
+from sklearn.metrics import mean_squared_error, roc_auc_score
 
+from perturbdiff.diffusion.distances import pair_distances
 from perturbdiff.evaluation.metrics import (
     METRICS,
-    mae_of_means,
+    classifier_auc,
+    correlation,
+    in_own_order,
     mean_scores,
     mse_of_means,
     pearson_delta,
-    r2_of_means,
     score_condition,
     split_half_ceiling,
     variance_ratio,
+    wasserstein,
+    zero_fraction,
 )
+from perturbdiff.hub.records import loss
 
 QUALITY = Path(os.environ.get("PERTURBDIFF_QUALITY", Path(__file__).parents[2] / "../shared/quality"))
 # Name in the protocol's scorer -> ours.
 SAME = {
     "pearson_delta": "pearson_delta",
-    "r2_mean": "r2_of_means",
     "mse": "mse_of_means",
-    "mae": "mae_of_means",
     "energy_u": "energy_distance",
-    "mmd2": "rbf_mmd",
-    "var_ratio": "variance_ratio",
     "n_pred": "n_pred",
     "n_real": "n_real",
     "n_ctrl": "n_control",
@@ -66,7 +68,8 @@ def loop_mmd(x: np.ndarray, y: np.ndarray) -> float:
     bandwidth = np.median([math.dist(y[i], y[j]) ** 2 for i in range(len(y)) for j in range(i)])
 
     def mean_kernel(p: np.ndarray, q: np.ndarray) -> float:
-        return math.fsum(math.exp(-(math.dist(a, b) ** 2) / bandwidth) for a in p for b in q) / (len(p) * len(q))
+        pairs = [(a, b) for i, a in enumerate(p) for j, b in enumerate(q) if p is not q or i != j]
+        return math.fsum(math.exp(-(math.dist(a, b) ** 2) / bandwidth) for a, b in pairs) / len(pairs)
 
     return mean_kernel(x, x) + mean_kernel(y, y) - 2 * mean_kernel(x, y)
 
@@ -95,6 +98,9 @@ def assert_same_scores(ours: dict[str, float], theirs: dict[str, float]) -> None
     assert {name: ours[name] for name in SAME.values()} == pytest.approx(
         {SAME[name]: theirs[name] for name in SAME}, rel=1e-6, abs=1e-8, nan_ok=True
     )
+    # Theirs is of variances with the number of cells in the denominator.
+    n, m = theirs["n_pred"], theirs["n_real"]
+    assert ours["variance_ratio"] == pytest.approx(theirs["var_ratio"] * n / (n - 1) * (m - 1) / m, rel=1e-6)
 
 
 @given(st.integers(2, 12), st.integers(2, 12), st.integers(1, 9), st.integers(0, 10**6))
@@ -110,9 +116,7 @@ def test_scores_of_means_equal_scikit_learn_and_scipy() -> None:
     rng = np.random.default_rng(5)
     pred, real, control = (cells(rng, n, 60).mean(axis=0) for n in (20, 30, 25))
     assert pearson_delta(pred, real, control) == pytest.approx(stats.pearsonr(pred - control, real - control)[0])
-    assert r2_of_means(pred, real) == pytest.approx(r2_score(real, pred))
     assert mse_of_means(pred, real) == pytest.approx(mean_squared_error(real, pred))
-    assert mae_of_means(pred, real) == pytest.approx(mean_absolute_error(real, pred))
 
 
 def test_variance_ratio_is_the_median_over_detected_genes() -> None:
@@ -125,7 +129,7 @@ def test_variance_ratio_is_the_median_over_detected_genes() -> None:
     assert variance_ratio(pred, real) == pytest.approx(0.8)
 
 
-@pytest.mark.parametrize(("n", "m", "k", "genes"), [(30, 40, 25, 80), (2, 3, 2, 5), (620, 700, 50, 30)])
+@pytest.mark.parametrize(("n", "m", "k", "genes"), [(30, 40, 25, 80), (2, 3, 2, 5), (420, 500, 50, 30)])
 def test_score_condition_equals_the_scorer_of_the_protocol(
     score_one: Callable[..., Any], n: int, m: int, k: int, genes: int
 ) -> None:
@@ -141,43 +145,116 @@ def test_score_condition_equals_the_scorer_on_real_cells(score_one: Callable[...
     screen = anndata.read_h5ad(path)
     is_control = (screen.obs["perturbation"] == "control").to_numpy()
     real, control = screen.X[~is_control], screen.X[is_control]
-    pred, real = real[::2] * np.float32(0.9), real[1::2]  # float32 in the file
+    pred, real = real[::2] * np.float32(0.9), real[1::2]  # float32 in the file, and fewer than 500
     theirs = score_one(*(a.astype(float) for a in (pred, real, control)))
     assert_same_scores(score_condition(pred, real, control), theirs)
 
 
 def test_score_condition_is_the_single_metrics_in_the_order_of_the_table() -> None:
     rng = np.random.default_rng(8)
-    pred, real, control = cells(rng, 520, 12), cells(rng, 30, 12, 2.0), cells(rng, 25, 12)
-    before = [a.copy() for a in (pred, real, control)]
-    scores = score_condition(pred, real, control)
+    pred, real, control, other = (cells(rng, n, 12, rate) for n, rate in ((520, 1), (30, 2), (25, 1), (20, 1)))
+    before = [a.copy() for a in (pred, real, control, other)]
+    others = rng.gamma(1.0, size=12), rng.gamma(1.0, size=12)
+    scores = score_condition(pred, real, control, other, 24, others)
     means = pred.mean(axis=0), real.mean(axis=0)
-    of_500 = pred[np.random.default_rng(1).choice(520, 500, replace=False)]  # distances are those of 500 cells at most
-    assert scores == {
-        "pearson_delta": pearson_delta(*means, control.mean(axis=0)),
-        "r2_of_means": r2_of_means(*means),
+    some, own = in_own_order(pred), in_own_order(real)
+    of_500 = some[:500]  # distances are those of 500 cells at most
+    distances = [d.numpy() for d in pair_distances(torch.from_numpy(some[:24]), torch.from_numpy(own[:24]))]
+    assert scores == pytest.approx({
+        "pearson_delta": pearson_delta(*means, control.mean(axis=0), other.mean(axis=0)),
+        "energy_distance": loop_energy(of_500, real),
         "mse_of_means": mse_of_means(*means),
-        "mae_of_means": mae_of_means(*means),
-        "energy_distance": pytest.approx(loop_energy(of_500, real), abs=1e-9),
-        "rbf_mmd": pytest.approx(loop_mmd(of_500, real), abs=1e-9),
         "variance_ratio": variance_ratio(pred, real),
+        "pearson_perturbed": pearson_delta(*means, *others),
+        "rbf_mmd": loop_mmd(of_500, real),
+        "wasserstein": wasserstein(some[:24], own[:24]),
+        "zero_fraction": zero_fraction(some[:24], own[:24]),
+        "correlation": correlation(some[:24], own[:24]),
+        "classifier_auc": classifier_auc(*distances),
         "n_pred": 520,
         "n_real": 30,
         "n_control": 25,
-    }
+    }, abs=1e-9)  # fmt: skip
     assert list(scores)[: len(METRICS)] == list(METRICS)
-    for array, copy in zip((pred, real, control), before, strict=True):
+    for array, copy in zip((pred, real, control, other), before, strict=True):
         np.testing.assert_array_equal(array, copy)
+
+
+def test_the_order_of_cells_does_not_matter() -> None:
+    rng = np.random.default_rng()
+    pred, real, control = cells(rng, 700, 15), cells(rng, 600, 15, 1.2), cells(rng, 50, 15)
+    scores = score_condition(pred, real, control, n_equal=90)
+    again = score_condition(*(a[rng.permutation(len(a))] for a in (pred, real, control)), n_equal=90)
+    assert again == pytest.approx(scores, abs=1e-9, nan_ok=True)
+    ceilings = [split_half_ceiling(real[rng.permutation(len(real))], control) for _ in range(2)]
+    assert ceilings[0] == pytest.approx(ceilings[1], abs=1e-9, nan_ok=True)
+
+
+def test_no_effect_scores_nothing_whatever_the_numbers_of_cells() -> None:
+    """Cells of one distribution as prediction, truth and controls: every change is noise, every distance none."""
+    rng = np.random.default_rng(16)
+    scores: dict[str, list[float]] = {}
+    for _ in range(300):
+        pred, real, control, other = (cells(rng, n, 60) for n in (90, 45, 50, 50))
+        for name, of in (
+            ("halves", score_condition(pred, real, control, other, 40)),
+            ("shared", score_condition(pred, real, control)),
+        ):
+            for metric, value in of.items():
+                scores.setdefault(f"{name} {metric}", []).append(value)
+    mean = {name: np.mean(values) for name, values in scores.items()}
+    error = {name: np.std(values) / np.sqrt(300) for name, values in scores.items()}
+    for metric, none in (
+        ("pearson_delta", 0), ("energy_distance", 0), ("rbf_mmd", 0), ("classifier_auc", 0.5), ("variance_ratio", 1),
+    ):  # fmt: skip
+        margin = 0.03 if metric == "variance_ratio" else 4 * error[f"halves {metric}"]
+        assert abs(mean[f"halves {metric}"] - none) < margin, metric
+    assert mean["shared pearson_delta"] > 0.3  # what one set of controls on both sides does
+
+
+def test_single_metrics_of_distributions_equal_scipy_and_loops() -> None:
+    rng = np.random.default_rng(17)
+    pred, real = cells(rng, 40, 25), cells(rng, 40, 25, 1.5)
+    by_gene = [stats.wasserstein_distance(pred[:, g], real[:, g]) for g in range(25)]
+    assert wasserstein(pred, real) == pytest.approx(np.mean(by_gene))
+    zeros = [abs(sum(c == 0 for c in pred[:, g]) - sum(c == 0 for c in real[:, g])) / 40 for g in range(25)]
+    assert zero_fraction(pred, real) == pytest.approx(np.mean(zeros))
+    pred[:, 24] = 1.0  # varies in the real cells alone
+    pairs = []
+    seen = [g for g in range(25) if (real[:, g] > 0).mean() >= 0.05]
+    for i, a in enumerate(seen):
+        for b in seen[:i]:
+            own = 0.0 if 24 in (a, b) else np.corrcoef(pred[:, a], pred[:, b])[0, 1]
+            pairs.append(abs(own - np.corrcoef(real[:, a], real[:, b])[0, 1]))
+    assert correlation(pred, real) == pytest.approx(np.mean(pairs))
+
+
+def test_the_classifier_is_that_of_a_loop_and_tells_what_can_be_told() -> None:
+    rng = np.random.default_rng(18)
+    pred, real = cells(rng, 30, 8), cells(rng, 30, 8, 1.6)
+
+    def auc(p: np.ndarray, r: np.ndarray) -> float:
+        return classifier_auc(*(d.numpy() for d in pair_distances(torch.from_numpy(p), torch.from_numpy(r))))
+
+    areas = []
+    for own, other in ((slice(0, 15), slice(15, 30)), (slice(15, 30), slice(0, 15))):
+        train, labels = np.concatenate([pred[other], real[other]]), np.repeat([1, 0], 15)
+        test = np.concatenate([pred[own], real[own]])
+        part = [labels[np.argsort([math.dist(c, t) for t in train], kind="stable")[:5]].mean() for c in test]
+        areas.append(roc_auc_score(np.repeat([1, 0], 15), part))
+    assert auc(pred, real) == pytest.approx(np.mean(areas))
+    assert auc(pred, pred + 50) == 1
+    assert math.isnan(auc(pred[:3], real[:3]))
 
 
 def test_every_metric_prefers_the_truth_in_its_direction() -> None:
     rng = np.random.default_rng(9)
-    real, control = cells(rng, 200, 30, 2.0), cells(rng, 200, 30)
-    good = score_condition(cells(rng, 200, 30, 2.0), real, control)
-    bad = score_condition(control * 3, real, control)
+    real, control, other = cells(rng, 200, 30, 2.0), cells(rng, 200, 30), cells(rng, 200, 30)
+    others = cells(rng, 50, 30, 1.5).mean(axis=0), cells(rng, 50, 30, 1.5).mean(axis=0)
+    good = score_condition(cells(rng, 200, 30, 2.0), real, control, other, others=others)
+    bad = score_condition(control[:, ::-1] * 3, real, control, other, others=others)
     for name, direction in METRICS.items():
-        loss = {"higher": lambda v: -v, "lower": lambda v: v, "ideal 1": lambda v: abs(math.log(v))}[direction]
-        assert loss(good[name]) < loss(bad[name]), name
+        assert loss(direction)(good[name]) < loss(direction)(bad[name]), name
 
 
 def test_identical_sets_score_perfectly() -> None:
@@ -185,27 +262,26 @@ def test_identical_sets_score_perfectly() -> None:
     real, control = cells(rng, 20, 15, 2.0), cells(rng, 10, 15)
     scores = score_condition(real, real, control)
     assert scores["pearson_delta"] == pytest.approx(1)
-    assert scores["r2_of_means"] == 1
     assert scores["variance_ratio"] == pytest.approx(1)
-    assert scores["mse_of_means"] == scores["mae_of_means"] == 0
-    assert scores["rbf_mmd"] == pytest.approx(0, abs=1e-12)
+    assert scores["mse_of_means"] == scores["wasserstein"] == scores["zero_fraction"] == scores["correlation"] == 0
     assert scores["energy_distance"] == pytest.approx(loop_energy(real, real), abs=1e-6)
-    assert scores["energy_distance"] < 0
+    assert max(scores["energy_distance"], scores["rbf_mmd"]) < 0
 
 
-def test_predicting_the_controls_leaves_only_the_correlation_undefined() -> None:
+def test_predicting_the_controls_is_no_change_at_all() -> None:
     rng = np.random.default_rng(11)
     real, control = cells(rng, 20, 15, 2.0), cells(rng, 10, 15)
     scores = score_condition(control[::-1], real, control)
-    assert [name for name in METRICS if math.isnan(scores[name])] == ["pearson_delta"]
+    assert [name for name in METRICS if math.isnan(scores[name])] == ["pearson_perturbed"]
+    assert scores["pearson_delta"] == 0
 
 
 @pytest.mark.parametrize(
     ("pred_n", "real_n", "genes", "undefined"),
     [
-        (1, 9, 8, {"energy_distance", "variance_ratio"}),
-        (9, 1, 8, {"energy_distance", "rbf_mmd", "variance_ratio"}),
-        (9, 9, 1, {"pearson_delta", "r2_of_means"}),
+        (1, 9, 8, {"energy_distance", "variance_ratio", "rbf_mmd", "correlation", "classifier_auc"}),
+        (9, 1, 8, {"energy_distance", "variance_ratio", "rbf_mmd", "correlation", "classifier_auc"}),
+        (9, 9, 1, {"pearson_delta", "correlation"}),
     ],
 )
 def test_what_one_cell_or_one_gene_leaves_undefined_is_nan(
@@ -214,15 +290,16 @@ def test_what_one_cell_or_one_gene_leaves_undefined_is_nan(
     rng = np.random.default_rng(12)
     pred, real, control = (rng.gamma(2.0, size=(n, genes)) for n in (pred_n, real_n, 1))
     scores = score_condition(pred, real, control)
-    assert {name for name in METRICS if math.isnan(scores[name])} == undefined
+    assert {name for name in METRICS if math.isnan(scores[name])} == {*undefined, "pearson_perturbed"}
 
 
 def test_all_zeros_give_nan_where_nothing_varies_and_zero_elsewhere() -> None:
     zeros = np.zeros((6, 4))
     scores = score_condition(zeros, zeros, zeros)
-    undefined = {"pearson_delta", "r2_of_means", "rbf_mmd", "variance_ratio"}
+    undefined = {"pearson_delta", "pearson_perturbed", "rbf_mmd", "variance_ratio", "correlation"}
     assert {name for name in METRICS if math.isnan(scores[name])} == undefined
-    assert all(scores[name] == 0 for name in METRICS if name not in undefined)
+    assert scores["classifier_auc"] == 0.5
+    assert all(scores[name] == 0 for name in METRICS if name not in {*undefined, "classifier_auc"})
 
 
 def test_illegal_arrays_are_refused_by_name_value_and_remedy() -> None:
@@ -232,7 +309,7 @@ def test_illegal_arrays_are_refused_by_name_value_and_remedy() -> None:
         score_condition(good[:0], good, good)
     with pytest.raises(ValueError, match=r"control \(\(4,\)\) must be a non-empty array \(cells, genes\)"):
         score_condition(good, good, good[0])
-    with pytest.raises(ValueError, match=r"genes \(pred 4, real 3, control 4\) must agree; put"):
+    with pytest.raises(ValueError, match=r"genes \(pred 4, real 3, control 4, truth_control 4\) must agree; put"):
         score_condition(good, good[:, :3], good)
     with pytest.raises(ValueError, match=r"real \(2 NaN or infinite values\) must be finite; check"):
         score_condition(good, bad, good)
@@ -241,7 +318,7 @@ def test_illegal_arrays_are_refused_by_name_value_and_remedy() -> None:
     with pytest.raises(ValueError, match=r"genes \(pred_mean 4, real_mean 1\) must agree"):  # would broadcast
         mse_of_means(good[0], good[0, :1])
     with pytest.raises(ValueError, match=r"real \(\(0, 4\)\)"):
-        split_half_ceiling(good[:0], good, seed=0)
+        split_half_ceiling(good[:0], good)
 
 
 def test_mean_scores_shows_how_many_conditions_each_mean_leaves_out() -> None:
@@ -258,37 +335,34 @@ def test_mean_scores_shows_how_many_conditions_each_mean_leaves_out() -> None:
         assert table.loc["pearson_delta", "mean"] == pytest.approx(
             (conditions[1]["pearson_delta"] + conditions[3]["pearson_delta"]) / 2
         )
-        assert table.loc["mae_of_means", "mean"] == pytest.approx(sum(c["mae_of_means"] for c in conditions) / 4)
+        assert table.loc["wasserstein", "mean"] == pytest.approx(sum(c["wasserstein"] for c in conditions) / 4)
         assert np.isnan(table.loc["rbf_mmd", "mean"])
 
 
 def test_mean_scores_refuses_no_conditions_and_missing_metrics() -> None:
     with pytest.raises(ValueError, match=r"scores \(0 conditions\) must not be empty; score"):
         mean_scores([])
-    with pytest.raises(ValueError, match=r"scores \(\['pearson_delta'\]\) lack \['r2_of_means'"):
+    with pytest.raises(ValueError, match=r"scores \(\['pearson_delta'\]\) lack \['energy_distance'"):
         mean_scores([{"pearson_delta": 0.5}])
 
 
 def test_split_half_predicts_each_half_of_the_cells_from_the_other() -> None:
     rng = np.random.default_rng(14)
     real, control = cells(rng, 9, 6, 2.0), cells(rng, 5, 6)
-    ceiling = split_half_ceiling(real, control, seed=3)
+    ceiling = split_half_ceiling(real, control)
     assert (ceiling["n_pred"], ceiling["n_real"], ceiling["n_control"]) == (4, 5, 5)
     # All 126 ways of taking 4 cells of 9: the ceiling is one of them, so the halves are disjoint and complete.
     masks = [np.array([(i >> j) & 1 for j in range(9)], dtype=bool) for i in range(2**9)]
     splits = [score_condition(real[mask], real[~mask], control) for mask in masks if mask.sum() == 4]
-    assert any(split == pytest.approx(ceiling, abs=1e-9) for split in splits)
-    assert split_half_ceiling(real, control, seed=3) == ceiling
-    assert len({split_half_ceiling(real, control, seed=s)["mae_of_means"] for s in range(8)}) > 1
+    assert any(split == pytest.approx(ceiling, abs=1e-9, nan_ok=True) for split in splits)
 
 
 def test_split_half_is_near_perfect_for_many_cells_and_nan_for_three() -> None:
     rng = np.random.default_rng(15)
     control = cells(rng, 400, 30)
-    ceiling = split_half_ceiling(cells(rng, 800, 30, 2.0), control, seed=0)
+    ceiling = split_half_ceiling(cells(rng, 800, 30, 2.0), control)
     assert ceiling["pearson_delta"] > 0.97
     assert abs(ceiling["energy_distance"]) < 0.02
-    few = split_half_ceiling(cells(rng, 3, 30), control, seed=0)
+    few = split_half_ceiling(cells(rng, 3, 30), control)
     assert all(math.isnan(few[name]) for name in METRICS)
     assert (few["n_pred"], few["n_real"], few["n_control"]) == (1, 2, 400)
-    assert not any(math.isnan(value) for value in split_half_ceiling(cells(rng, 4, 30), control, seed=0).values())

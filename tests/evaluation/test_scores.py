@@ -9,14 +9,13 @@ import pytest
 
 from perturbdiff.data.screen import Screen
 from perturbdiff.data.splits import make_split, write_split
+from perturbdiff.evaluation.fair import CONDITION, SimpleMethods, control_halves
 from perturbdiff.evaluation.held_out import predict_held_out
 from perturbdiff.evaluation.metrics import METRICS, score_condition
 from perturbdiff.evaluation.scores import (
     CEILING,
-    CONDITION,
     MODEL,
     Scores,
-    _training_effects,
     evaluate,
     score_conditions,
 )
@@ -78,16 +77,17 @@ def test_held_out_conditions_are_predicted_with_as_many_cells_as_measured(run, s
 
 def test_every_method_is_scored_on_every_held_out_condition(screen, split, report):
     conditions = {(p, c, b) for p, c, b in screen.obs[split.test][["perturbation", "cell_type", "batch"]].to_numpy()}
-    for _, rows in report.scores.groupby("method"):
+    for _, rows in report.conditions.groupby("method"):
         assert {tuple(row) for row in rows[["perturbation", "cell_type", "batch"]].to_numpy()} == conditions
     assert list(report.means().index) == [
-        MODEL, "no change", "context mean shift", "perturbation mean shift", "ridge", CEILING,
+        MODEL, "no change", "context mean", "perturbed mean", "perturbation mean", "ridge", "log space", "transplant",
+        CEILING,
     ]  # fmt: skip
 
 
 def test_the_truth_scores_perfectly_and_beats_every_baseline(report):
     means = report.means()
-    assert means.loc[MODEL, "pearson_delta"] == pytest.approx(1.0)
+    assert means.loc[MODEL, "pearson_delta"] > means["pearson_delta"].drop(MODEL).max()
     assert means.loc[MODEL, "mse_of_means"] == pytest.approx(0.0, abs=1e-12)
     assert means.loc[MODEL, "variance_ratio"] == pytest.approx(1.0)
     assert (means.loc[MODEL, "energy_distance"] < means["energy_distance"].drop([MODEL, CEILING])).all()
@@ -103,31 +103,35 @@ def test_scores_are_those_of_the_matched_real_cells(screen, split):
     for batch in ("batch_0", "batch_1"):
         here = (obs["cell_type"] == "type_0") & (obs["batch"] == batch)
 
-        def cells(chosen):
-            return screen.expression.log1p(np.flatnonzero(chosen.to_numpy())).toarray()
+        def cells(rows):
+            return screen.expression.log1p(rows).toarray()
 
+        def rows(label, here=here):
+            return np.flatnonzero((here & (obs["perturbation"] == label)).to_numpy())
+
+        start, truth = control_halves(screen, rows("control"))
+        others = [np.flatnonzero((here & (obs["perturbation"] == label)).to_numpy() & split.train)
+                  for label in obs["perturbation"].unique() if label != "control"]  # fmt: skip
+        halves = [cells(of).mean(axis=0) for of in control_halves(screen, np.concatenate(others))]
         expected = score_condition(
-            cells(here & (obs["perturbation"] == "pert_1")),
-            cells(here & (obs["perturbation"] == "pert_0")),
-            cells(here & (obs["perturbation"] == "control")),
+            cells(rows("pert_1")), cells(rows("pert_0")), cells(start), cells(truth), len(start), tuple(halves)
         )
-        row = report.scores[(report.scores["method"] == MODEL) & (report.scores["batch"] == batch)].iloc[0]
+        row = report.conditions[(report.conditions["method"] == MODEL) & (report.conditions["batch"] == batch)].iloc[0]
         for name, value in expected.items():
-            assert row[name] == pytest.approx(value), name
+            assert row[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
 def test_held_out_cells_do_not_reach_the_baselines(screen, split, truth, report):
     X = screen.expression.X.copy()
     X.data[np.repeat(split.test, np.diff(X.indptr))] += 50  # other measured cells, same training cells
     changed = replace(screen, expression=replace(screen.expression, X=X))
-    a = _training_effects(screen, screen.expression, split, "batch")
-    b = _training_effects(changed, changed.expression, split, "batch")
+    a, b = (SimpleMethods(of, split, "batch").training for of in (screen, changed))
     np.testing.assert_array_equal(a.effect, b.effect)
     after = score_conditions(truth, changed, "batch", split)
     assert not np.allclose(report.means()["mse_of_means"].loc["ridge"], after.means()["mse_of_means"].loc["ridge"])
 
 
-def test_genes_that_the_controls_lacked_are_scored_as_no_change(run, screen, truth, tmp_path, capsys):
+def test_genes_that_the_controls_lacked_are_scored_as_no_change(run, screen, truth, tmp_path):
     names, rng = list(truth.var_names), np.random.default_rng()
     absent = sorted(rng.choice(40, 15, replace=False))
     truth = anndata.concat([truth] * 3, index_unique="-")  # 60 cells a condition: each of 30 controls twice
@@ -137,19 +141,22 @@ def test_genes_that_the_controls_lacked_are_scored_as_no_change(run, screen, tru
     X[:, absent] = rng.random((len(X), 15)) * 5  # whatever a network says of them
     flagged.X = X
     found = score_conditions(flagged, screen, "batch")
-    said = capsys.readouterr().out
-    assert "note: 15 of 40 genes are scored as no change" in said
-    assert names[absent[0]] in said
-    assert (found.n_genes, found.n_absent) == (40, 15)
-    assert "\n15 of 40 genes, which its controls lacked, are scored as no change" in found.table()
+    assert (found.n_genes, found.n_left_out) == (40, 15)
     # Squared errors of means add up: none of the genes that are the truth, and those of no change of the others.
-    for (p, c, b), row in found.scores[found.scores["method"] == MODEL].set_index(CONDITION).iterrows():
-        obs, mean = screen.obs, {}
+    kept, everything = 0.0, 0.0
+    for (p, c, b), row in found.conditions[found.conditions["method"] == MODEL].set_index(CONDITION).iterrows():
+        obs, rows = screen.obs, {}
         for label in (p, "control"):
             chosen = (obs["perturbation"] == label) & (obs["cell_type"] == c) & (obs["batch"] == b)
-            mean[label] = screen.expression.log1p(np.flatnonzero(chosen.to_numpy())).toarray().mean(axis=0)
-        expected = ((mean[p] - mean["control"])[absent] ** 2).sum() / 40
-        assert row["mse_of_means"] == pytest.approx(expected, rel=1e-4)
+            rows[label] = np.flatnonzero(chosen.to_numpy())
+        halves = control_halves(screen, rows["control"])
+        real, start, other = (screen.expression.log1p(of).toarray().mean(axis=0) for of in (rows[p], *halves))
+        assert row["mse_of_means"] == pytest.approx(((real - start)[absent] ** 2).sum() / 40, rel=0.3, abs=2e-3)
+        kept += (np.delete(real - other, absent) ** 2).sum()
+        everything += ((real - other) ** 2).sum()
+    assert found.kept_response == pytest.approx(kept / everything, rel=1e-4)
+    lost = f"{1 - kept / everything:.0%} of the squared response"
+    assert f"15 of 40 genes are not predicted and scored as no change, which hold {lost}" in found.notes[-1]
 
     # Left out, the same genes are scored the same; those that the screen lacks too are not scored.
     left_out = truth[:, flagged.var["measured"].to_numpy()].copy()
@@ -160,10 +167,10 @@ def test_genes_that_the_controls_lacked_are_scored_as_no_change(run, screen, tru
     means = found.means().sort_index(axis=1)
     for predicted in (left_out, tmp_path / "p.parquet", flagged, tmp_path / "p.h5ad"):
         again = evaluate(predicted, measured)
-        assert again.n_absent == 15
+        assert again.n_left_out == 15
         pd.testing.assert_frame_equal(again.means().sort_index(axis=1), means, rtol=1e-4)
     without = evaluate(flagged, measured[:, np.delete(names, absent)].copy())
-    assert (without.n_genes, without.n_absent) == (25, 0)
+    assert (without.n_genes, without.n_left_out) == (25, 0)
     assert "no change" not in without.table().splitlines()[-1]
 
 
@@ -173,26 +180,35 @@ def test_a_column_measured_of_something_else_is_refused(screen, truth):
         score_conditions(truth, screen, "batch")
 
 
-def test_undefined_scores_are_counted_and_shown(report):
-    assert report.undefined().loc["no change", "pearson_delta"] == 3  # its delta is zero in each condition
-    assert "nan [3 NaN]" in report.table()
-    assert "mean over 3 held-out conditions" in report.table()
+def test_undefined_scores_are_counted_and_shown(screen, split, truth, report):
+    assert report.undefined().loc[MODEL, "pearson_perturbed"] == 0
+    one = truth[[0, *np.flatnonzero(truth.obs["perturbation"] == "pert_2")]].copy()
+    found = score_conditions(one, screen, "batch", split)
+    n = found.n_conditions - 1
+    assert found.undefined().loc[MODEL, "energy_distance"] == 1  # one cell
+    assert "[1 NaN]" in found.table()
+    assert n == 1
+    assert "mean over 2 held-out conditions" in found.table()
+    assert max(map(len, report.table().splitlines())) <= 80
 
 
-def test_scores_are_saved_as_csv_and_json(split, report, tmp_path):
-    csv, as_json = report.save(tmp_path)
-    again = Scores(pd.read_csv(csv))
+def test_scores_are_saved_as_parquet_and_json(split, report, tmp_path):
+    table, as_json = report.save(tmp_path)
+    again = Scores(pd.read_parquet(table))
     pd.testing.assert_frame_equal(again.means(), report.means(), check_names=False)
     saved = json.loads(as_json.read_text())
-    assert saved["mean"]["no change"]["pearson_delta"] is None
-    assert saved["n_undefined"]["no change"]["pearson_delta"] == 3
+    assert saved["mean"]["no change"]["pearson_delta"] == 0
+    assert saved["n_undefined"]["no change"]["pearson_delta"] == 0
     assert set(saved["mean"][MODEL]) == set(METRICS)
     assert saved["metrics"] == METRICS
-    assert (saved["format_version"], saved["n_conditions"]) == (1, 3)
+    assert (saved["format_version"], saved["n_conditions"], saved["n_genes"]) == (2, 3, 40)
     assert (saved["model"], saved["ceiling"]) == (MODEL, CEILING)
     assert {MODEL, CEILING} <= saved["mean"].keys()
     assert saved["data"] == "screen.h5ad"
     assert saved["split"] == {"hold_out": list(split.config.hold_out), "sha256": None}
+    low, high = saved["interval"][MODEL]["energy_distance"]
+    assert low < saved["mean"][MODEL]["energy_distance"] < high
+    assert saved["verdict"].startswith("By energy_distance, PerturbDiff is better than the best simple method (")
 
 
 def test_files_and_arrays_score_alike(run, screen, split, truth, report, tmp_path):
@@ -202,7 +218,7 @@ def test_files_and_arrays_score_alike(run, screen, split, truth, report, tmp_pat
     by_file = evaluate(tmp_path / "p.h5ad", run.data.screen, tmp_path / "split.json")
     in_memory = evaluate(truth, measured, tmp_path / "split.json")
     for found in (by_file, in_memory):
-        pd.testing.assert_frame_equal(found.scores, report.scores)
+        pd.testing.assert_frame_equal(found.conditions, report.conditions, rtol=1e-9)
         sha256 = json.loads((tmp_path / "split.json").read_text())["sha256"]
         assert found.record().split == SplitRecord(("pert_0:type_0", "pert_2:type_1:batch_1"), sha256)
     assert (by_file.data, in_memory.data) == ("screen.h5ad", "screen in memory")
@@ -212,15 +228,15 @@ def test_without_a_split_the_model_stands_beside_no_change_only(screen):
     rows = np.flatnonzero((screen.obs["perturbation"] == "pert_1").to_numpy())
     report = score_conditions(truth_as_prediction(screen, rows), screen, "batch")
     assert list(report.means().index) == [MODEL, "no change", CEILING]
-    assert len(report.scores) == 3 * 4
+    assert len(report.conditions) == 3 * 4
     assert report.record().split is None
 
 
 def test_where_controls_match_by_cell_type_batches_are_one_condition(screen, split, truth):
     truth.obs["batch"] = "another name"
     report = score_conditions(truth, screen, "cell_type", split)
-    assert set(report.scores["batch"]) == {"all"}
-    assert report.means().loc[MODEL, "pearson_delta"] == pytest.approx(1.0)
+    assert set(report.conditions["batch"]) == {"all"}
+    assert report.means().loc[MODEL, "mse_of_means"] == pytest.approx(0.0, abs=1e-12)
 
 
 def test_predictions_that_cannot_be_compared_are_refused(screen, split, truth):

@@ -3,7 +3,7 @@
 import copy
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import anndata
 import numpy as np
@@ -24,6 +24,7 @@ from perturbdiff.hub.records import (
 from tests.hub.test_card import EVALUATION
 from tests.simulated import tiny_config, write_screen
 
+LATER = {"interval", "verdict", "n_genes", "n_left_out", "kept_response", "notes"}
 CALIBRATION = Calibration(level=0.9, factor=2.0, floor=0.3, coverage=0.88, n_conditions=4)
 TRAINING = TrainingRecord(
     "0.1.0", "s.h5ad", (AtlasRecord("a/b", "c" * 40, "d" * 64),), 7, 800, "batch", ("A:T",),
@@ -98,7 +99,7 @@ def test_an_evaluation_is_read_as_it_was_written(tmp_path):
     record = read_evaluation(json.loads(path.read_text()))
     assert record == scores.record()
     assert list(record.metrics) == list(METRICS)
-    assert record.scores["pearson_delta"] == pytest.approx(1.0)
+    assert record.scores["variance_ratio"] == pytest.approx(1.0)
     assert set(record.mean) == {record.model, record.ceiling, *record.baselines}
 
 
@@ -107,10 +108,17 @@ def test_baselines_are_better_by_the_direction_of_each_metric():
     assert better == {"pearson_delta": [], "energy_distance": ["ridge"], "variance_ratio": ["no change", "ridge"]}
 
 
+def test_an_evaluation_of_before_is_without_doubt():
+    old = {key: value for key, value in plain(EVALUATION.as_json()).items() if key not in LATER}
+    assert read_evaluation({**old, "format_version": 1}) == replace(
+        EVALUATION, interval={}, verdict="", n_genes=None, n_left_out=0, kept_response=None, notes=()
+    )
+
+
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (["format_version"], 2), (["format_version"], True), (["format_version"], KeyError), (["mean"], KeyError),
+        (["format_version"], 3), (["format_version"], True), (["format_version"], KeyError), (["mean"], KeyError),
         (["extra"], 1), (["library_version"], 1), (["model"], None), (["model"], "another"), (["model"], ["x"]),
         (["ceiling"], "x" * 201), (["ceiling"], ""), (["data"], 3), (["split"], []), (["split"], {"hold_out": []}),
         (["split", "hold_out"], "abc"), (["split", "hold_out"], [1]), (["split", "sha256"], "C" * 64),
@@ -123,7 +131,9 @@ def test_baselines_are_better_by_the_direction_of_each_metric():
         (["mean", "ridge", "pearson_delta"], "0.5"), (["mean", "ridge", "pearson_delta"], True),
         (["n_undefined", "ridge", "pearson_delta"], None), (["n_undefined", "ridge", "pearson_delta"], 4),
         (["n_undefined", "ridge", "pearson_delta"], -1), (["n_undefined", "ridge", "pearson_delta"], 1.0),
-        (["n_undefined", "x"], {}),
+        (["n_undefined", "x"], {}), (["interval", "x"], {}), (["interval", "PerturbDiff", "pearson_delta"], [0.1]),
+        (["interval"], KeyError), (["verdict"], "x" * 2001), (["verdict"], None), (["notes"], ["x" * 2001]),
+        (["kept_response"], "much"), (["n_genes"], -1), (["n_left_out"], None),
     ],
 )  # fmt: skip
 def test_an_evaluation_that_cannot_be_is_refused(path, value):

@@ -1,0 +1,162 @@
+"""How sure scores are: what they would be without some cells, and on other conditions; which differences are real.
+
+K = folds, C = conditions, G = genes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from scipy import stats
+
+from perturbdiff.diffusion.distances import MAX_SCORED, pair_distances
+from perturbdiff.evaluation.metrics import in_own_order, mse_of_means, pearson_delta
+
+COMPARED = ("pearson_delta", "energy_distance", "mse_of_means")  # metrics whose noise within a condition is known
+FOLDS = 10
+LEVEL = 0.95
+DRAWS = 2000  # of the bootstrap over conditions
+ENOUGH_CONDITIONS = 5  # to speak of other conditions than these
+ALIKE = 1 / 3  # of the measured spread between perturbations; predictions with less look alike
+
+
+def leave_out(
+    pred: np.ndarray, real: np.ndarray, control: np.ndarray, truth_control: np.ndarray
+) -> dict[str, np.ndarray]:
+    """(K,) scores by name of COMPARED, each without a tenth of the measured cells; of cells as `score_condition`.
+
+    The energy distance is without a tenth of the predicted cells too; the mean that is predicted is what it is. Fewer
+    folds where there are fewer than 20 real or predicted cells; an empty array for fewer than 4. Which cell is in which
+    fold follows from the cells, so that methods compare fold by fold.
+    """
+    n_folds = min(FOLDS, len(pred) // 2, len(real) // 2)
+    if n_folds < 2:
+        return {name: np.empty(0) for name in COMPARED}
+    pred, real = in_own_order(pred), in_own_order(real)
+    pred_mean, control_mean = pred.mean(axis=0), control.mean(axis=0)
+    folds = [_without_each(cells, n_folds) for cells in (real, in_own_order(truth_control))]
+    pearson = [pearson_delta(pred_mean, mean, control_mean, without) for mean, without in zip(*folds, strict=True)]
+    mse = [mse_of_means(pred_mean, mean) for mean in folds[0]]
+    energy = _energies(pred, real, n_folds)
+    return {"pearson_delta": np.array(pearson), "energy_distance": energy, "mse_of_means": np.array(mse)}
+
+
+def _without_each(cells: np.ndarray, n_folds: int) -> np.ndarray:
+    """(K, G) means of the cells without each fold, one in K of them in turn; all where a fold has every cell."""
+    total = cells.sum(axis=0)
+    parts = [cells[i::n_folds] for i in range(n_folds)]
+    kept = [(total - part.sum(axis=0), len(cells) - len(part)) for part in parts]
+    return np.stack([left / n if n else cells.mean(axis=0) for left, n in kept])
+
+
+def _energies(pred: np.ndarray, real: np.ndarray, n_folds: int) -> np.ndarray:
+    """(K,) energy distances (U-statistic) without each fold, from sums over pairs of folds."""
+    sides = [cells[:MAX_SCORED] for cells in (pred, real)]
+    distances = pair_distances(*(torch.from_numpy(cells) for cells in sides))
+    of_pred, of_real = (np.arange(len(cells)) % n_folds for cells in sides)
+    n, m = (np.bincount(of, minlength=n_folds) for of in (of_pred, of_real))
+
+    def without(values: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        sums = np.zeros((n_folds, n_folds))
+        np.add.at(sums, (rows[:, None], columns[None, :]), values)
+        return sums.sum() - sums.sum(axis=0) - sums.sum(axis=1) + np.diag(sums)
+
+    a, b = n.sum() - n, m.sum() - m
+    between = without(distances[0].numpy(), of_pred, of_real) / (a * b)
+    within_pred = without(distances[1].numpy(), of_pred, of_pred) / np.maximum(a * (a - 1), 1)
+    within_real = without(distances[2].numpy(), of_real, of_real) / np.maximum(b * (b - 1), 1)
+    return np.where((a > 1) & (b > 1), 2 * between - within_pred - within_real, np.nan)
+
+
+def standard_error(without: np.ndarray) -> float:
+    """Jackknife standard error of a score, from (K,) scores without each fold; NaN for fewer than two.
+
+    Notes
+    -----
+    Tukey 1958; Efron & Tibshirani 1993, Eq. 11.5, of blocks.
+    """
+    n = len(without)
+    return float(np.sqrt((n - 1) / n * ((without - without.mean()) ** 2).sum())) if n > 1 else float("nan")
+
+
+def interval(values: np.ndarray, errors: np.ndarray | None) -> tuple[float, float] | None:
+    """95 % interval of the mean of a score over conditions.
+
+    Parameters
+    ----------
+    values
+        (C,) of the conditions where it is defined.
+    errors
+        (C,) standard errors within each; None where nobody knows.
+
+    Returns
+    -------
+    Five conditions or more are taken for some of many: a bootstrap over conditions, each with its own error. Fewer
+    speak of themselves alone: the error of their cells. None where that is unknown.
+    """
+    n = len(values)
+    if n >= ENOUGH_CONDITIONS:
+        generator = np.random.default_rng(0)
+        chosen = generator.integers(0, n, (DRAWS, n))
+        noise = np.zeros(n) if errors is None else np.nan_to_num(errors)
+        means = (values[chosen] + generator.normal(size=(DRAWS, n)) * noise[chosen]).mean(axis=1)
+        low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        return float(low), float(high)
+    if n == 0 or errors is None or not np.isfinite(errors).all():
+        return None
+    half = _width() * float(np.sqrt((errors**2).sum())) / n
+    return float(values.mean()) - half, float(values.mean()) + half
+
+
+def compare(
+    own: np.ndarray, other: np.ndarray, errors: np.ndarray, loss: Callable[[np.ndarray], np.ndarray]
+) -> dict[str, int]:
+    """On how many conditions the model is better than another method, worse, cannot be told apart or compared.
+
+    Parameters
+    ----------
+    own, other
+        (C,) scores of both.
+    errors
+        (C,) standard errors of their difference, which share cells.
+    loss
+        Of a score; less is better.
+    """
+    gain = loss(other) - loss(own)
+    known = np.isfinite(gain) & np.isfinite(errors)
+    told = known & (np.abs(gain) > _width() * errors)
+    return {
+        "better": int((told & (gain > 0)).sum()),
+        "worse": int((told & (gain < 0)).sum()),
+        "not distinguishable": int((known & ~told).sum()),
+        "not comparable": int((~known).sum()),
+    }
+
+
+def _width() -> float:
+    return float(stats.t.ppf((1 + LEVEL) / 2, FOLDS - 1))
+
+
+def spread_of_responses(
+    pred: Mapping[str, np.ndarray], real: Mapping[str, np.ndarray], noise: Mapping[str, tuple[np.ndarray, np.ndarray]]
+) -> tuple[float, float]:
+    """Spread between the mean responses of the perturbations of one context, predicted and measured, without noise.
+
+    Parameters
+    ----------
+    pred, real
+        Perturbation -> (G,) mean; two or more.
+    noise
+        Perturbation -> (G,) variance of both means.
+
+    Returns
+    -------
+    Sums over genes of the variance between perturbations, less that of the means themselves; perhaps under 0.
+    """
+    spreads = []
+    for side, means in enumerate((pred, real)):
+        between = np.stack(list(means.values())).var(axis=0, ddof=1).sum()
+        spreads.append(float(between - np.mean([noise[label][side].sum() for label in means])))
+    return spreads[0], spreads[1]

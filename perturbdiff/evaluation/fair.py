@@ -1,0 +1,265 @@
+"""What makes scores fair: which control cells predict and which measure the truth, all genes, equal courtesies.
+
+G = genes of the screen. Rows are those of the screen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from scipy import sparse
+
+from perturbdiff.data.conditions import ControlMatch
+from perturbdiff.data.expression import as_csr, gene_means
+from perturbdiff.data.rng import cell_order_key, numpy_generator
+from perturbdiff.data.screen import Expression, Screen
+from perturbdiff.data.splits import Split
+from perturbdiff.data.vocab import GeneVocab
+from perturbdiff.diffusion.counts import with_whole_counts
+from perturbdiff.diffusion.generate import choose_controls
+from perturbdiff.files import few
+from perturbdiff.means.predictors import NO_CHANGE, MeanPredictors, transplant_rows
+from perturbdiff.means.shifts import shift_cells
+from perturbdiff.means.training import Context, TrainingMeans
+
+CONDITION = ["perturbation", "cell_type", "batch"]
+ALL_BATCHES = "all"  # the batch of every condition where controls match by cell type
+TRANSPLANT = "transplant"
+MAX_CELLS = 2000  # of a condition that are scored: memory is that of as many times all genes
+LEAST_OTHERS = 20  # cells of other perturbations, whose mean is a reference
+
+Condition = tuple[str, str, str]
+
+
+def group(obs: pd.DataFrame, cells: np.ndarray, match: ControlMatch) -> dict[Condition, np.ndarray]:
+    """Rows of each condition among `cells`, (n,) bool; without batches where controls match by cell type."""
+    labels = [obs[name].astype(str).to_numpy() for name in CONDITION]
+    if match == "cell_type":
+        labels[2] = np.full(len(obs), ALL_BATCHES)
+    rows = np.flatnonzero(cells)
+    table = pd.DataFrame({name: of[rows] for name, of in zip(CONDITION, labels, strict=True)})
+    groups = table.groupby(CONDITION, sort=True).indices
+    return {condition: rows[of] for condition, of in groups.items()}  # type: ignore[misc]
+
+
+def held_out_rows(
+    screen: Screen, cells: np.ndarray, match: ControlMatch
+) -> tuple[dict[Condition, np.ndarray], dict[tuple[str, str], np.ndarray]]:
+    """Rows of each perturbed condition among `cells`, and of the controls of each (cell type, batch).
+
+    Raises ValueError where there is none, or one has no controls.
+    """
+    real = group(screen.obs, cells & ~screen.is_control, match)
+    if not real:
+        raise ValueError("nothing is held out: give split.hold_out (--hold-out) conditions to predict and score.")
+    controls = {(c, b): rows for (_, c, b), rows in group(screen.obs, screen.is_control, match).items()}
+    if lacking := [condition for condition in real if condition[1:] not in controls]:
+        raise ValueError(
+            f"condition {':'.join(lacking[0])} has no control cells of its cell type and batch in {screen.path}; "
+            "data.control_match=cell_type takes those of any batch, data.other_control_labels names more controls."
+        )
+    return real, controls
+
+
+def control_halves(screen: Screen, rows: np.ndarray, used: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the control cells of a context that predictions start from, and of those that measure the true change.
+
+    Parameters
+    ----------
+    rows
+        All controls of the context. One half of them, by a hash of their names, is for predictions.
+    used
+        Those that predictions did start from, where it is known. Where they leave fewer than a third of the controls,
+        the truth is measured from the other half all the same: such predictions hold no noise of controls that they did
+        not bring in themselves.
+
+    Returns
+    -------
+    Both hold the same cell where there is only one.
+    """
+    if len(rows) == 1:
+        return rows, rows
+    order = rows[np.argsort(cell_order_key(screen.obs.index[rows].to_numpy(), seed=1), kind="stable")]
+    start, truth = np.sort(order[: len(order) // 2]), np.sort(order[len(order) // 2 :])
+    if used is None or np.isin(used, start).all():
+        return start, truth
+    used = np.unique(used)
+    rest = np.setdiff1d(rows, used)
+    return used, rest if 3 * len(rest) >= len(rows) else truth
+
+
+def start_rows(obs: pd.DataFrame, screen: Screen) -> np.ndarray | None:
+    """(n,) the control of the screen that each predicted cell was started from, by its name; None where not all say
+    one that is there."""
+    if "source_control" not in obs:
+        return None
+    rows = screen.obs.index.get_indexer(pd.Index(obs["source_control"].astype(str)))
+    return rows if (rows >= 0).all() and screen.is_control[rows].all() else None
+
+
+def in_genes_of(predicted: AnnData, screen: Screen) -> tuple[sparse.csr_matrix, np.ndarray]:
+    """(n, G) predicted values in the order of the screen's genes, and (G,) which of these were predicted.
+
+    Raises ValueError where a predicted gene is not in the screen.
+    """
+    genes, values, had = GeneVocab(tuple(predicted.var_names.astype(str))), as_csr(predicted.X), measured(predicted.var)
+    columns = genes.align(screen.expression.genes, min_overlap=0.0).columns
+    if lacking := [genes.names[i] for i in np.flatnonzero(had & (columns < 0))]:
+        raise ValueError(
+            f"{len(lacking)} of the {len(genes)} predicted genes are not in {screen.path}, for example "
+            f"{few(lacking)}; give the screen that was predicted."
+        )
+    taken = np.flatnonzero(had)
+    n_genes = len(screen.expression.genes)
+    place = sparse.csr_matrix((np.ones(len(taken)), (np.arange(len(taken)), columns[taken])), (len(taken), n_genes))
+    kept = np.zeros(n_genes, dtype=bool)
+    kept[columns[taken]] = True
+    return sparse.csr_matrix(values[:, taken] @ place), kept
+
+
+def measured(var: pd.DataFrame) -> np.ndarray:
+    """(n_vars,) of predictions, whether their controls had the gene; files of others say nothing."""
+    if "measured" not in var:
+        return np.ones(len(var), dtype=bool)
+    if var["measured"].dtype != bool:
+        raise ValueError(
+            f"var column 'measured' of the predictions holds {var['measured'].iloc[0]!r}; it must be true or false, "
+            "whether the controls had the gene. Give it another name if it says something else."
+        )
+    return var["measured"].to_numpy()
+
+
+def with_no_change(
+    values: sparse.csr_matrix, kept: np.ndarray, screen: Screen, start: np.ndarray, starts: np.ndarray | None, seed: int
+) -> np.ndarray:
+    """(n, G) predicted cells, with the values of the control that each started from in genes that are not `kept`."""
+    cells = values.toarray().astype(np.float64)
+    if kept.all():
+        return cells
+    if starts is None:
+        starts = start[choose_controls(_cells(screen.expression, start), len(cells), seed, population=0)]
+    cells[:, ~kept] = screen.expression.log1p(starts)[:, ~kept].toarray()
+    return cells
+
+
+def some(screen: Screen, rows: np.ndarray) -> np.ndarray:
+    """These rows, at most MAX_CELLS, by a hash of names."""
+    if len(rows) <= MAX_CELLS:
+        return rows
+    return np.sort(rows[np.argsort(cell_order_key(screen.obs.index[rows].to_numpy(), seed=1))[:MAX_CELLS]])
+
+
+class SimpleMethods:
+    """Cells that simple predictors of means make of the control cells, with whole counts as the model's own have.
+
+    Parameters
+    ----------
+    split
+        Whose training cells they know.
+    """
+
+    def __init__(self, screen: Screen, split: Split, match: ControlMatch) -> None:
+        expression = screen.expression
+        trained, controls = held_out_rows(screen, split.train, match)
+        control_mean = {context: gene_means(expression.log1p(rows)) for context, rows in controls.items()}
+        self._screen, self._rows = screen, list(trained.values())
+        self.training = TrainingMeans(
+            perturbation=[p for p, _, _ in trained],
+            cell_type=[c for _, c, _ in trained],
+            batch=[b for _, _, b in trained],
+            control_mean=np.stack([control_mean[c, b] for _, c, b in trained]),
+            perturbed_mean=np.stack([gene_means(expression.log1p(rows)) for rows in self._rows]),
+            n_cells=np.array([len(rows) for rows in self._rows]),
+            notation=screen.notation,
+            genes=expression.genes,
+        )
+        self._predictors = MeanPredictors(self.training)
+        self._others: dict[tuple[str, str], tuple[np.ndarray, np.ndarray] | None] = {}
+
+    def cells(self, condition: Condition, start: np.ndarray, n_cells: int, seed: int) -> dict[str, np.ndarray]:
+        """(n, G) log1p cells by method, of a condition whose controls are the rows `start`.
+
+        As many as there are different controls, and at most `n_cells`, whose mean is that of all. A transplant is of
+        training cells.
+        """
+        expression = self._screen.expression
+        asked = Context(*condition, expression.log1p(start).toarray().astype(np.float64))
+        pool = _cells(expression, start)
+        chosen = choose_controls(pool, min(n_cells, len(start)), seed, population=0)
+        control = asked.control[chosen]
+        one = pool.one_count(chosen)
+        made = {}
+        for name, shift in self._predictors.shifts(asked).items():
+            if name == NO_CHANGE:
+                made[name] = control
+                continue
+            # The shift is from the mean of all controls, of which the chosen ones differ by a little.
+            cells = shift_cells(control, shift + asked.control_mean - control.mean(axis=0))
+            made[name] = _with_whole_counts(cells, one, numpy_generator(seed, "simple methods").random(cells.shape))
+        donors = np.concatenate([self._rows[i] for i in np.flatnonzero(transplant_rows(self.training, asked))])
+        order = np.argsort(cell_order_key(self._screen.obs.index[donors].to_numpy(), seed=1), kind="stable")
+        made[TRANSPLANT] = expression.log1p(donors[order[:n_cells]]).toarray().astype(np.float64)
+        return made
+
+    def others(self, cell_type: str, batch: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """(G,) means of two halves of the training cells of a context, of any perturbation; None where they are few or
+        of one perturbation."""
+        key = cell_type, batch
+        if key not in self._others:
+            here = [i for i, c in enumerate(zip(self.training.cell_type, self.training.batch, strict=True)) if c == key]
+            rows = np.concatenate([self._rows[i] for i in here]) if len(here) > 1 else np.zeros(0, np.int64)
+            halves = control_halves(self._screen, rows) if len(rows) >= LEAST_OTHERS else None
+            log1p = self._screen.expression.log1p
+            self._others[key] = None if halves is None else (gene_means(log1p(halves[0])), gene_means(log1p(halves[1])))
+        return self._others[key]
+
+
+@dataclass(frozen=True)
+class Response:
+    """Mean responses to one perturbation of a context, (G,), and the variance of each mean; for comparing them."""
+
+    perturbation: str
+    predicted: np.ndarray
+    measured: np.ndarray
+    noise: tuple[np.ndarray, np.ndarray]
+
+    @classmethod
+    def of(cls, perturbation: str, predicted: np.ndarray, measured: np.ndarray) -> Response:
+        noise = [cells.var(axis=0, ddof=min(1, len(cells) - 1)) / len(cells) for cells in (predicted, measured)]
+        means = [cells.mean(axis=0).astype(np.float32) for cells in (predicted, measured)]
+        return cls(perturbation, means[0], means[1], (noise[0].astype(np.float32), noise[1].astype(np.float32)))
+
+
+def relative_spread(
+    responses: Mapping[tuple[str, str], list[Response]],
+    spread: Callable[..., tuple[float, float]],
+) -> float | None:
+    """Spread between the perturbations of each context, predicted over measured; None without three in any, or where
+    what was measured does not differ beyond its noise."""
+    found = [
+        spread(
+            {r.perturbation: r.predicted for r in of},
+            {r.perturbation: r.measured for r in of},
+            {r.perturbation: r.noise for r in of},
+        )
+        for of in responses.values()
+        if len(of) >= 3
+    ]
+    if not found:
+        return None
+    predicted, true = np.sum(found, axis=0)
+    return float(np.sqrt(max(predicted, 0.0) / true)) if true > 0 else None
+
+
+def _cells(expression: Expression, rows: np.ndarray) -> Expression:
+    return replace(expression, X=expression.X[rows], library_size=expression.library_size[rows])
+
+
+def _with_whole_counts(cells: np.ndarray, one: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+    tensors = (torch.from_numpy(np.ascontiguousarray(values))[None] for values in (cells, one, uniform))
+    return with_whole_counts(*tensors)[0].numpy()
