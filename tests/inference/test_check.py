@@ -123,7 +123,7 @@ def no_controls(adata):
 
 def negative(adata):
     adata.X = adata.X.toarray()
-    adata.X[:, 3] -= 9
+    adata.X[:, 3] -= 10_000
     return adata
 
 
