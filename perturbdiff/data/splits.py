@@ -88,11 +88,19 @@ class Split:
         return {**content, "sha256": json_sha256(content)}
 
 
-def make_split(screen: Labelled, config: SplitConfig, seed: int, marginal: np.ndarray | None = None) -> Split:
+def make_split(
+    screen: Labelled,
+    config: SplitConfig,
+    seed: int,
+    marginal: np.ndarray | None = None,
+    known: Sequence[str] = LABELS,
+) -> Split:
     """Apply the selectors of `config`, those for training last; with none for validation, take a fraction of whole
     training conditions.
 
     Rows where `marginal` (n_rows,) train without labels: they may be held out but are never taken for validation.
+    `known` are the labels that a model will know: cells that agree in these are validated together, as one that
+    trained would give the others away.
 
     Raises
     ------
@@ -117,12 +125,14 @@ def make_split(screen: Labelled, config: SplitConfig, seed: int, marginal: np.nd
         )
     if not config.validation:
         candidates = ~test & ~kept_in & ~screen.is_control & (True if marginal is None else ~marginal)
-        validation = _random_conditions(screen, candidates, config.validation_fraction, seed)
+        validation = _random_conditions(screen, candidates, config.validation_fraction, seed, known)
     train = ~test & ~validation
     if not (train & (~screen.is_control if marginal is None else ~screen.is_control | marginal)).any():
         raise ValueError(
             f"split.hold_out {list(config.hold_out)} and validation leave no perturbed cell to train on; hold out less."
         )
+    for cells, what in ((test, "held out"), (validation, "for validation")):
+        notes += _trained_in_part(screen, cells, train, what, known)
     return Split(config, train, validation, test, notes=(*notes, *_left_combinations(screen, test, train)))
 
 
@@ -262,9 +272,32 @@ def _left_combinations(screen: Labelled, test: np.ndarray, train: np.ndarray) ->
     return notes
 
 
-def _random_conditions(screen: Labelled, candidates: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    # Whole conditions: cells of a trained condition would say nothing about transfer.
-    groups = screen.obs.groupby(list(LABELS), observed=True).ngroup().to_numpy()
+def _trained_in_part(
+    screen: Labelled, cells: np.ndarray, train: np.ndarray, what: str, known: Sequence[str]
+) -> list[str]:
+    # Only batches can tell such conditions from those that train, where the model knows none.
+    if set(known) == set(LABELS):
+        return []
+    groups = screen.obs.groupby(list(known), observed=True).ngroup().to_numpy()
+    perturbed = ~screen.is_control
+    shared = np.intersect1d(groups[cells & perturbed], groups[train & perturbed])
+    if not len(shared):
+        return []
+    rows = [int(np.argmax(groups == group)) for group in shared[:5]]
+    names = [":".join(screen.obs.iloc[row][list(known)].astype(str)) for row in rows]
+    more = f" and {len(shared) - len(rows)} more" if len(shared) > len(rows) else ""
+    return [
+        f"{', '.join(names)}{more}: cells of some batches are {what}, and cells of others train; controls match by "
+        "cell type, so the model knows no batches and has seen these conditions"
+    ]
+
+
+def _random_conditions(
+    screen: Labelled, candidates: np.ndarray, fraction: float, seed: int, known: Sequence[str]
+) -> np.ndarray:
+    # Whole conditions: cells of a trained condition would say nothing about transfer. One that is held out in part is
+    # not validated in another.
+    groups = screen.obs.groupby(list(known), observed=True).ngroup().to_numpy()
     conditions = np.unique(groups[candidates])
     n = int(len(conditions) * fraction)
     if len(conditions) < MIN_CONDITIONS_TO_VALIDATE or n == 0:

@@ -182,10 +182,10 @@ class TrainingSet:
             A selector matches nothing; a condition has no controls; a validation condition's perturbation is never
             trained on; no set is as large as data.min_set_size.
         """
-        split = make_split(screen, config.split, config.training.seed)
-        repeats = _refuse_repeats(screen, split)
         everything = ConditionIndex.build(screen, np.ones(len(screen), dtype=bool))
         match = resolve_control_match(everything, config.data.control_match)
+        split = make_split(screen, config.split, config.training.seed, None, _condition(match))
+        repeats = _refuse_repeats(screen, split)
         match_controls(everything, match)  # held-out conditions need controls too: say so now
         description, whole = screen.summary() + repeats, screen
         if config.data.n_hvg is not None and config.data.n_hvg < len(screen.expression.genes):
@@ -221,9 +221,9 @@ class TrainingSet:
         measured = _measured_genes(atlases, first_rows)
         marginal = marginal_conditions(index, sources)
         origin = _conditions(index, atlases, config.data)
-        split = make_split(origin, config.split, config.training.seed, marginal)
-        note = _refuse_shared(atlases, index, split)
         match = resolve_control_match(index.select(~marginal), config.data.control_match)
+        split = make_split(origin, config.split, config.training.seed, marginal, _condition(match))
+        note = _refuse_shared(atlases, index, split)
         match_controls(index, match, ~marginal)
         train = index.select(split.train)
         validation = index.select(split.validation | origin.is_control) if split.validation.any() else None
@@ -329,6 +329,11 @@ class TrainingSet:
             ),
         ]
         return "\n".join([self.description, *lines])
+
+
+def _condition(match: ControlMatch) -> tuple[str, ...]:
+    """The labels that a model knows a condition by: batches only where they hold controls and perturbed cells."""
+    return LABELS if match == "batch" else LABELS[:2]
 
 
 def marginal_conditions(index: ConditionIndex, sources: Sequence[SetSource]) -> np.ndarray:

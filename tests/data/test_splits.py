@@ -348,3 +348,28 @@ def test_logarithms_of_another_number_of_counts_are_not_compared_but_warned_of(t
     with pytest.warns(UserWarning, match=r"log1p values of 5,000 counts a cell, and were such of 10,000"):
         again = read_split(path, other)
     np.testing.assert_array_equal(again.test, read_split(path, screen).test)
+
+
+# ---------------------------------------------------------------- conditions of which no batch is known
+
+
+def test_where_no_batch_is_known_all_batches_of_a_condition_are_validated_together():
+    labels = [f"P{i}" for i in range(6)]
+    cells = [(p, t, b, 2) for p in ("control", *labels) for t in ("T", "NK") for b in ("b1", "b2", "b3")]
+    screen = read(screen_with_cells(cells, n_genes=3))
+    config = SplitConfig(["P0:T"], [], 0.3)
+    split = make_split(screen, config, 0, None, ("perturbation", "cell_type"))
+
+    def conditions(cells):
+        return {
+            tuple(row) for row in screen.obs.loc[cells & ~screen.is_control, ["perturbation", "cell_type"]].to_numpy()
+        }
+
+    assert len(conditions(split.validation)) == 3
+    assert not conditions(split.validation) & conditions(split.train)
+    assert split.notes == ()
+    with_batches = make_split(screen, config, 0)
+    assert conditions(with_batches.validation) & conditions(with_batches.train)
+    (note,) = make_split(screen, SplitConfig(["P0:T:b1"], [], 0.0), 0, None, ("perturbation", "cell_type")).notes
+    assert note.startswith("P0:T: cells of some batches are held out, and cells of others train; controls match by")
+    assert make_split(screen, SplitConfig(["P0:T:b1"], [], 0.0), 0).notes == ()

@@ -341,3 +341,13 @@ def test_a_held_out_cell_that_trains_under_another_label_is_refused():
     with pytest.raises(ValueError, match=r"6 held-out cells of .* as a cell of A:T:b under A:T, integrated:b"):
         training_set(twice, "data.control_match=cell_type", hold_out=["A:T"])
     training_set(adata, hold_out=["A:T"])
+
+
+def test_validation_conditions_are_not_trained_on_where_controls_match_by_cell_type():
+    cells = [(p, t, b, 4) for p in ("control", *"ABCDEF") for t in ("T", "NK") for b in ("b1", "b2")]
+    screen = read(screen_with_cells(cells, n_genes=5))
+    data = DataConfig(screen="x", n_hvg=None, set_size=4, sets_per_batch=2, control_match="cell_type")
+    split = TrainingSet.from_screen(screen, Config(out="unused", data=data)).split
+    known = screen.obs["perturbation"] + ":" + screen.obs["cell_type"]
+    assert set(known[split.validation])
+    assert not set(known[split.validation]) & set(known[split.train & ~screen.is_control])
