@@ -90,6 +90,7 @@ class PerturbDiff:
         config: ModelConfig,
         training: TrainingRecord,
         evaluation: EvaluationRecord | None = None,
+        split: dict[str, Any] | None = None,
         name: str = "unsaved",
     ) -> None:
         self.denoiser = denoiser.eval()
@@ -99,6 +100,7 @@ class PerturbDiff:
         self.config = config
         self.training = training
         self.evaluation = evaluation
+        self.split = split
         self.name = name
 
     def __repr__(self) -> str:
@@ -522,7 +524,13 @@ class PerturbDiff:
 
     def _metadata(self) -> ModelMetadata:
         return ModelMetadata(
-            self.genes, self.vocabularies, self.preprocessing, self.config, self.training, self.evaluation
+            self.genes,
+            self.vocabularies,
+            self.preprocessing,
+            self.config,
+            self.training,
+            self.evaluation,
+            self.split,
         )
 
     def _sampling(self, guidance_scale: float | None, steps: int | None, sampler: str | None) -> SamplingConfig:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perturbdiff.cli.command import add_command, add_target, print_publication
+from perturbdiff.cli.command import add_command, add_settings, add_target, print_publication
 
 if TYPE_CHECKING:
     from perturbdiff.hub.download import ModelSource
@@ -49,6 +49,17 @@ def add_hub_commands(commands: Any) -> None:
     )  # fmt: skip
     pull.add_argument("model", metavar="MODEL", help="name or repo")
     pull.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+
+    again = add_command(
+        hub_commands, "reproduce", _reproduce, "the scores of a model's card, made again",
+        "Predicts the held-out conditions that the model's own split.json names, scores them, and compares the scores\n"
+        "with those of the card. The screen must have the very cells, by name and by content. Exits 0 where the\n"
+        "scores agree, and 2 where they do not.",
+        "example:\n  perturbdiff hub reproduce owner/kang@v1 --screen kang.h5ad\n" + WHERE,
+    )  # fmt: skip
+    again.add_argument("model", metavar="MODEL", help="folder, name or repo")
+    again.add_argument("--screen", required=True, metavar="FILE.h5ad", help="the measured cells and their controls")
+    add_settings(again)
 
     listing = add_command(
         hub_commands, "list", _list, "known checkpoints, and models on the Hub",
@@ -157,6 +168,17 @@ def _pull(arguments: argparse.Namespace) -> None:
     pull_model(source, arguments.out, check=lambda folder: PerturbDiff.from_pretrained(folder, device="cpu"))
     print(f"pulled      {source.name} at commit {source.commit}: every hash and the golden output checked")
     print(f"written     {arguments.out}")
+
+
+def _reproduce(arguments: argparse.Namespace) -> None:
+    from perturbdiff.evaluation.held_out import reproduce
+
+    found = reproduce(arguments.model, arguments.screen, overrides=arguments.settings)
+    print(found.now.table())
+    if differing := found.differing():
+        said = ", ".join(f"{name} {then:.4g} on the card and {now:.4g} now" for name, (then, now) in differing.items())
+        raise ValueError(f"the scores of {arguments.model} are not those of its card: {said}.")
+    print(f"reproduced  all {len(found.then.scores)} scores of the card")
 
 
 def _list(arguments: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from perturbdiff.cli.rank import add_rank_command
 
 if TYPE_CHECKING:
     from perturbdiff.config import Config
+    from perturbdiff.evaluation.scores import Scores
     from perturbdiff.training.run import Run
 
 SELECTORS = """
@@ -107,16 +108,22 @@ def add_run_commands(commands: Any) -> None:
 
     evaluate = add_command(
         commands, "evaluate", _evaluate, "score predicted cells against measured ones, beside baselines",
-        "Compares conditions that are in both files, with the real control cells on both sides. With the split.json\n"
-        "of the run, baselines are made from its training cells and only its held-out cells count.",
-        "example:\n  perturbdiff evaluate cd4t.h5ad --screen kang.h5ad --split runs/kang/split.json --out scores\n"
+        "Compares conditions that are in both files, over all measured genes, with real control cells on both sides.\n"
+        "With the split.json of the run, simple methods know its training cells and only its held-out cells count.\n"
+        "Predictions of any tool: X log1p, obs perturbation, cell_type and batch. A run folder: what it predicted. A\n"
+        "model: its held-out conditions are predicted first, by its own split where --split gives none.",
+        "examples:\n  perturbdiff evaluate cd4t.h5ad --screen kang.h5ad --split runs/kang/split.json --out scores\n"
+        "  perturbdiff evaluate runs/kang\n"
+        "  perturbdiff evaluate owner/kang@v1 --screen kang.h5ad --out scores\n"
         "  perturbdiff evaluate cd4t.h5ad --screen kang.h5ad --split runs/kang/split.json --model runs/kang/model\n"
         + SETTINGS,
     )  # fmt: skip
-    evaluate.add_argument("predictions", metavar="PREDICTED.h5ad", help="X log1p, as perturbdiff predict writes it")
-    evaluate.add_argument("--screen", required=True, metavar="FILE.h5ad", help="the measured cells and their controls")
+    evaluate.add_argument(
+        "predictions", metavar="PREDICTED", help=".h5ad or .parquet; or a run folder; or a model folder, name or repo"
+    )
+    evaluate.add_argument("--screen", metavar="FILE.h5ad", help="the measured cells and their controls")
     evaluate.add_argument("--split", metavar="split.json", help="of the run folder")
-    evaluate.add_argument("--out", metavar="DIR", help="write scores.csv and scores.json there")
+    evaluate.add_argument("--out", metavar="DIR", help="write scores.parquet and scores.json there")
     evaluate.add_argument(
         "--model", metavar="FOLDER", help="the model folder that predicted: put the scores there and on its card"
     )
@@ -290,8 +297,21 @@ def _plan(arguments: argparse.Namespace) -> None:
     print(json.dumps(asdict(found), indent=1) if arguments.json else found.text())
 
 
-def _evaluate(arguments: argparse.Namespace) -> None:
+def _scores(arguments: argparse.Namespace) -> Scores:
+    from perturbdiff.evaluation.held_out import RUN_FILES, evaluate_model, evaluate_run
     from perturbdiff.evaluation.scores import evaluate
+
+    given, screen, split, words = arguments.predictions, arguments.screen, arguments.split, arguments.settings
+    if split is None and all((Path(given) / name).is_file() for name in RUN_FILES):
+        return evaluate_run(given, screen, overrides=words)
+    if screen is None:
+        raise ValueError("--screen is missing: the measured cells and their controls.")
+    if Path(given).suffix in (".h5ad", ".parquet"):
+        return evaluate(given, screen, split, overrides=words)
+    return evaluate_model(given, screen, split, overrides=words)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
     from perturbdiff.hub.download import own_folder
     from perturbdiff.model import PerturbDiff
 
@@ -299,17 +319,17 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     if arguments.out is not None and Path(arguments.out).exists() and not Path(arguments.out).is_dir():
         raise FileExistsError(f"--out {arguments.out} is a file; give a folder.")
-    report = evaluate(arguments.predictions, arguments.screen, arguments.split, overrides=arguments.settings)
-    print(report.table())
+    scores = _scores(arguments)
+    print(scores.table())
     if folder is not None:
         model = PerturbDiff.from_pretrained(folder, device="cpu")
-        model.evaluation = report.record()
+        model.evaluation = scores.record()
         model.save_pretrained(folder)
         print(f"scores put into {folder}")
     if arguments.out is not None:
         out = Path(arguments.out)
         out.mkdir(parents=True, exist_ok=True)
-        print("written: " + ", ".join(map(str, report.save(out))))
+        print("written: " + ", ".join(map(str, scores.save(out))))
 
 
 def _config(

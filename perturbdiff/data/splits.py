@@ -146,15 +146,29 @@ def read_split(path: str | Path, screen: Screen) -> Split:
     Raises
     ------
     FileNotFoundError, ValueError
-        No such file; not a split, changed by hand, of another version, or with cells that the screen lacks or has with
-        other values.
-
-    Warns where the values cannot be compared, because they are log1p values of another number of counts a cell.
+        No such file; as `split_of`.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist; training writes it as split.json into the run folder.")
     try:
         stored = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not a split.json ({type(error).__name__}: {error}).") from error
+    return split_of(stored, screen, str(path))
+
+
+def split_of(stored: Any, screen: Screen, where: str) -> Split:
+    """The split that the content of a split.json says.
+
+    Raises
+    ------
+    ValueError
+        Not a split, changed by hand, of another version, or with cells that the screen lacks or has with other values.
+
+    Warns where the values cannot be compared, because they are log1p values of another number of counts a cell.
+    """
+    try:
+        stored = dict(stored)
         version, sha = stored["format_version"], stored.pop("sha256")
         if "cells" not in stored:
             raise ValueError("it was made for an atlas, whose cells are not listed; give one made for a screen")
@@ -163,21 +177,20 @@ def read_split(path: str | Path, screen: Screen) -> Split:
             [str(s) for s in stored.get(key, ())] for key in ("hold_out", "train", "validation")
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a split.json ({type(error).__name__}: {error}).") from error
+        raise ValueError(f"{where} is not a split.json ({type(error).__name__}: {error}).") from error
     if version != 1:
-        raise ValueError(f"{path} has format_version {version}; this version reads 1. Update perturbdiff.")
+        raise ValueError(f"{where} has format_version {version}; this version reads 1. Update perturbdiff.")
     if sha != json_sha256(stored):
-        raise ValueError(f"{path} does not match its own sha256: it was changed. Take the one of the run folder.")
+        raise ValueError(f"{where} does not match its own sha256: it was changed. Take the one of the run folder.")
     parts = {}
     for part in ("validation", "test"):
-        inside = screen.obs.index.isin(cells[part])
-        if inside.sum() != len(cells[part]):
+        parts[part] = screen.obs.index.isin(cells[part])
+        if missing := sorted({*cells[part]} - {*screen.obs.index[parts[part]]}):
             raise ValueError(
-                f"{path} names {len(cells[part])} {part} cells, {screen.path} has {inside.sum()} of them; "
-                "give the screen the split was made for."
+                f"{where} names {len(cells[part])} {part} cells, {screen.path} lacks {len(missing):,} of them "
+                f"({few(missing)}); give the screen the split was made for."
             )
-        parts[part] = inside
-    _refuse_other_values(stored.get("content"), _content(screen, cells), path, screen)
+    _refuse_other_values(stored.get("content"), _content(screen, cells), where, screen)
     train = ~parts["validation"] & ~parts["test"]
     config = SplitConfig(hold_out=hold_out, train=kept_in, validation=chosen)
     return Split(config, train, parts["validation"], parts["test"], sha)

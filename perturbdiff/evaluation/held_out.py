@@ -10,17 +10,40 @@ from typing import Any
 import pandas as pd
 from anndata import AnnData, concat
 
-from perturbdiff.config import Config
+from perturbdiff.config import Config, load_config
 from perturbdiff.data.conditions import ConditionIndex, ControlMatch
 from perturbdiff.data.screen import Screen
-from perturbdiff.data.splits import Split, read_split
+from perturbdiff.data.splits import Split, read_split, split_of
 from perturbdiff.evaluation.fair import control_halves, held_out_rows
-from perturbdiff.evaluation.scores import Scores, read_measured, score_conditions
-from perturbdiff.files import progress
+from perturbdiff.evaluation.metrics import METRICS
+from perturbdiff.evaluation.scores import MODEL, Scores, evaluate, read_measured, score_conditions
+from perturbdiff.files import few, progress, read_json
 from perturbdiff.hub.download import own_folder
+from perturbdiff.hub.model_folder import MAX_JSON_BYTES
+from perturbdiff.hub.records import EvaluationRecord
 from perturbdiff.inference.intervals import Calibration, calibrate
 from perturbdiff.inference.output import write_predicted
 from perturbdiff.model import PerturbDiff
+
+RUN_FILES = ("config.yaml", "split.json", "predicted.h5ad")
+SAME_SCORE = 0.01  # of the larger of two scores and 1, that processors and versions of libraries may differ by
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """Scores made again, beside those of the card."""
+
+    now: Scores
+    then: EvaluationRecord
+
+    def differing(self) -> dict[str, tuple[float, float]]:
+        """Metric -> the model's score then and now, of those that differ by more than SAME_SCORE."""
+        means, found = self.now.means(), {}
+        for metric, before in self.then.scores.items():
+            after: float = means[metric].to_dict()[MODEL]
+            if not abs(after - before) <= SAME_SCORE * max(abs(before), 1.0):
+                found[metric] = (before, after)
+        return found
 
 
 @dataclass(frozen=True)
@@ -40,13 +63,13 @@ def score_held_out(config: Config, screen: Screen) -> Scored:
     assert match is not None, "the model of a run says whose controls it had"
     predicted = predict_held_out(model, screen, split, match, config.training.seed)
     write_predicted(predicted, out / "predicted.h5ad")
-    report = score_conditions(predicted, screen, match, split)
+    scores = score_conditions(predicted, screen, match, split)
     if len(ConditionIndex.build(screen, split.validation)) >= 2:
         calibrate(model, screen, split.validation, match, seed=config.training.seed)
-    model.evaluation = report.record()
+    model.evaluation, model.split = scores.record(), _travelling(out / "split.json")
     model.save_pretrained(out / "model")  # scores and card; the weights stay as they are
     names = ("config.yaml", "split.json", "metrics.jsonl", "model", "predicted.h5ad")
-    return Scored(report, [*(out / name for name in names), *report.save(out)])
+    return Scored(scores, [*(out / name for name in names), *scores.save(out)])
 
 
 def predict_held_out(model: PerturbDiff, screen: Screen, split: Split, match: ControlMatch, seed: int) -> AnnData:
@@ -66,6 +89,97 @@ def predict_held_out(model: PerturbDiff, screen: Screen, split: Split, match: Co
     return concat(predictions, merge="same", uns_merge="first")
 
 
+def _travelling(path: Path) -> dict[str, Any] | None:
+    """What a split.json holds, if a model folder takes files as large."""
+    return read_json(path, MAX_JSON_BYTES) if path.stat().st_size <= MAX_JSON_BYTES // 2 else None
+
+
+def evaluate_model(
+    model: str | Path | PerturbDiff,
+    screen: str | Path | AnnData,
+    split: str | Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    **settings: Any,
+) -> Scores:
+    """Predict the held-out conditions of a split with a model, and score them.
+
+    Parameters
+    ----------
+    model
+        Also a folder, name or repo id of one.
+    screen
+        The measured cells and their controls, read as the model's own were, where overrides and settings (as of
+        `train`) say nothing else.
+    split
+        split.json of the run folder; the one that travels with the model by default.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError, KeyError
+        As `PerturbDiff.from_pretrained` and `evaluate`; no split is given and none travels with the model; the screen
+        lacks cells of the split, or has them with other values.
+    """
+    if not isinstance(model, PerturbDiff):
+        model = PerturbDiff.from_pretrained(model)
+    measured, match, chosen = read_measured(screen, split, _read_as(model), overrides, settings)
+    if chosen is None:
+        if model.split is None:
+            raise ValueError(f"no split.json travels with {model.name}; give the one of its run folder (--split).")
+        chosen = split_of(model.split, measured, f"split.json of {model.name}")
+    match = model.training.control_match or match
+    seed = (model.training.settings.get("training") or {}).get("seed", 0)
+    predicted = predict_held_out(model, measured, chosen, match, seed if isinstance(seed, int) else 0)
+    return score_conditions(predicted, measured, match, chosen)
+
+
+def evaluate_run(
+    run: str | Path, screen: str | Path | AnnData | None = None, *, overrides: Sequence[str] = ()
+) -> Scores:
+    """Score what a finished run predicted of its held-out conditions; `screen` is that of the run by default.
+
+    Raises FileNotFoundError where the folder lacks predicted.h5ad, split.json or config.yaml; as `evaluate`.
+    """
+    run = Path(run)
+    if missing := [name for name in RUN_FILES if not (run / name).is_file()]:
+        raise FileNotFoundError(f"{run} lacks {few(missing)}: no run that held out anything finished there.")
+    screen = screen if screen is not None else load_config(run / "config.yaml").data.screen
+    if screen is None:
+        raise ValueError(f"{run} was trained on atlases; give the screen whose cells were held out (--screen).")
+    return evaluate(run / "predicted.h5ad", screen, run / "split.json", overrides=overrides)
+
+
+def reproduce(
+    model: str | Path, screen: str | Path | AnnData, *, overrides: Sequence[str] = (), **settings: Any
+) -> Reproduction:
+    """Score a model again as its card says it scored, on the cells that its split.json names.
+
+    Raises as `evaluate_model`, and ValueError where the model has no scores, or of metrics that are no longer made.
+    """
+    loaded = PerturbDiff.from_pretrained(model)
+    then = loaded.evaluation
+    if then is None:
+        raise ValueError(f"{loaded.name} has no scores to reproduce; `perturbdiff evaluate` makes them.")
+    if then.metrics != METRICS:
+        raise ValueError(
+            f"the scores of {loaded.name} were made by perturbdiff {then.library_version} with other metrics "
+            f"({few(sorted(then.metrics))}); take that version, or make them anew (perturbdiff evaluate)."
+        )
+    return Reproduction(evaluate_model(loaded, screen, overrides=overrides, **settings), then)
+
+
+def _read_as(model: PerturbDiff) -> dict[str, Any]:
+    """Settings of data.* by which a model's own screen was read."""
+    columns, preprocessing, labels = model.config.obs, model.preprocessing, model.vocabularies
+    return {
+        "target_sum": preprocessing.target_sum, "library_size_col": preprocessing.library_size_col,
+        "perturbation_col": columns.perturbation, "cell_type_col": columns.cell_type, "batch_col": columns.batch,
+        "control_label": columns.control_label, "other_control_labels": list(columns.other_control_labels),
+        "dose_col": columns.dose, "combination_separator": labels.combination_separator,
+        **({"dose_separator": labels.dose_separator} if columns.dose is None else {}),
+    }  # fmt: skip
+
+
 def calibrate_model(
     folder: str | Path,
     screen: str | Path | AnnData,
@@ -83,14 +197,7 @@ def calibrate_model(
     """
     folder = own_folder(folder)
     model = PerturbDiff.from_pretrained(folder)
-    columns, preprocessing = model.config.obs, model.preprocessing
-    known = {
-        "target_sum": preprocessing.target_sum, "library_size_col": preprocessing.library_size_col,
-        "perturbation_col": columns.perturbation, "cell_type_col": columns.cell_type, "batch_col": columns.batch,
-        "control_label": columns.control_label, "other_control_labels": list(columns.other_control_labels),
-        "dose_col": columns.dose,
-    }  # fmt: skip
-    measured, match, chosen = read_measured(screen, split, known, overrides, settings)
+    measured, match, chosen = read_measured(screen, split, _read_as(model), overrides, settings)
     assert chosen is not None, "there is a split"
     match = model.training.control_match or match
     calibration = calibrate(model, measured, chosen.validation, match, n_populations, seed=seed)

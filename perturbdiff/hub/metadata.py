@@ -22,7 +22,7 @@ from perturbdiff.config import (
 )
 from perturbdiff.data.vocab import GeneVocab, LabelVocab, Vocabularies
 from perturbdiff.files import few, short, typed
-from perturbdiff.hub.model_folder import CONFIG, EVALUATION, ModelFolder
+from perturbdiff.hub.model_folder import CONFIG, EVALUATION, SPLIT, ModelFolder
 from perturbdiff.hub.records import EvaluationRecord, TrainingRecord, read_evaluation
 
 CLASS = "PerturbDiff"
@@ -42,6 +42,7 @@ class ModelMetadata:
     config: ModelConfig
     training: TrainingRecord
     evaluation: EvaluationRecord | None = None
+    split: dict[str, Any] | None = None
 
     def as_json(self) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         """The content of config.json, and of the other JSON files by name."""
@@ -68,7 +69,9 @@ class ModelMetadata:
             "preprocessing.json": asdict(self.preprocessing),
             "training.json": asdict(self.training),
         }
-        return config, files if self.evaluation is None else {**files, EVALUATION: self.evaluation.as_json()}
+        if self.evaluation is not None:
+            files[EVALUATION] = self.evaluation.as_json()
+        return config, files if self.split is None else {**files, SPLIT: self.split}
 
 
 def parse_metadata(folder: ModelFolder) -> ModelMetadata:
@@ -113,7 +116,7 @@ def parse_metadata(folder: ModelFolder) -> ModelMetadata:
             raise ValueError(f"{where}: {text[:40]!r} is an interpolation, and not plain text; get the folder again.")
     training = typed(TrainingRecord, files["training.json"], f"{where}: training.json")
     scores = read_evaluation(files[EVALUATION], f"{where}: {EVALUATION}") if EVALUATION in files else None
-    return ModelMetadata(genes, vocabularies, preprocessing, model, training, scores)
+    return ModelMetadata(genes, vocabularies, preprocessing, model, training, scores, files.get(SPLIT))
 
 
 def _refuse_unbelievable(where: Path, model: ModelConfig) -> None:
