@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 
 
 def test_a_perturbation_held_out_everywhere_is_scored_by_its_features(folder):
-    scores = pd.read_csv(folder / "run" / "scores.csv")
+    scores = pd.read_parquet(folder / "run" / "scores.parquet")
     assert set(scores["perturbation"]) == {"pert_2"}
     assert scores.loc[scores["method"] == "PerturbDiff", "energy_distance"].notna().all()
 

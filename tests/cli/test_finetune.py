@@ -79,7 +79,7 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(screen, checkpoint, 
 def test_held_out_conditions_are_scored_beside_baselines_and_the_model_says_so(screen, checkpoint, tmp_path, capsys):
     finetune(screen, checkpoint, tmp_path / "run", "--hold-out", "pert_0:type_0")
     said = capsys.readouterr().out
-    for words in ("PerturbDiff", "no change", "ridge", "ceiling", "scores.csv"):
+    for words in ("PerturbDiff", "no change", "ridge", "ceiling", "scores.parquet"):
         assert words in said
     model = PerturbDiff.from_pretrained(tmp_path / "run" / "model")
     assert model.evaluation == read_evaluation(json.loads((tmp_path / "run" / "scores.json").read_text()))
@@ -94,7 +94,7 @@ def test_without_a_hold_out_there_is_a_model_and_no_score(screen, checkpoint, tm
 
 def test_a_perturbation_of_the_checkpoint_may_be_held_out_everywhere(screen, checkpoint, tmp_path, capsys):
     finetune(screen, checkpoint, tmp_path / "known", "--hold-out", "pert_1")
-    assert (tmp_path / "known" / "scores.csv").exists()
+    assert (tmp_path / "known" / "scores.parquet").exists()
     capsys.readouterr()
     said = refused(
         capsys, "finetune", "--screen", screen, "--init-from", checkpoint, "--out", tmp_path / "new", "--hold-out",

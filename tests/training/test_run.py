@@ -29,9 +29,9 @@ def test_a_run_leaves_what_it_says_and_runs_again_to_the_same_scores(tmp_path):
     assert f"{model.evaluation.mean[MODEL]['energy_distance']:.3f}" in card
     split = json.loads((tmp_path / "run" / "split.json").read_text())
     assert [c["perturbation"] for c in split["conditions"]["test"]] == ["pert_0", "pert_0"]
-    scores = (tmp_path / "run" / "scores.csv").read_bytes()
+    scores = (tmp_path / "run" / "scores.parquet").read_bytes()
     run(config)
-    assert (tmp_path / "run" / "scores.csv").read_bytes() == scores
+    assert (tmp_path / "run" / "scores.parquet").read_bytes() == scores
 
 
 def test_a_perturbation_held_out_everywhere_is_refused_before_training(tmp_path):
