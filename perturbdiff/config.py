@@ -312,6 +312,7 @@ class ObsColumns:
     control_label: str = "control"
     other_control_labels: tuple[str, ...] = ()
     dose: Optional[str] = None
+    drop: tuple[str, ...] = ()  # selectors of cells that training left out: they are no controls either
 
 
 @dataclass
@@ -371,7 +372,7 @@ def load_config(
 
 OF_CONTROLS = {
     "perturbation_col": "perturbation", "cell_type_col": "cell_type", "batch_col": "batch",
-    "control_label": "control_label", "other_control_labels": "other_control_labels",
+    "control_label": "control_label", "other_control_labels": "other_control_labels", "drop": "drop",
 }  # fmt: skip
 """Settings of data.* that say how a file of control cells calls what a model needs, and their names in `ObsColumns`."""
 
@@ -390,7 +391,7 @@ def given_columns(obs: ObsColumns, how: Preprocessing, overrides: Sequence[str])
                 "data.library_size_col, each as data.cell_type_col=NAME."
             )
         value = getattr(_resolved(Config, None, [word], {"out": ""}).data, key)
-        if not value and key != "other_control_labels":
+        if not value and not isinstance(value, list):
             raise ValueError(f"setting {word!r} must name one; leave it out where the file has none.")
         changed[key] = tuple(value) if isinstance(value, list) else value
     how = replace(how, library_size_col=changed.pop("library_size_col", how.library_size_col))

@@ -23,7 +23,13 @@ from perturbdiff.config import ModelConfig, Preprocessing, SamplingConfig, as_di
 from perturbdiff.data.h5ad import values_of
 from perturbdiff.data.labels import ALL
 from perturbdiff.data.rng import torch_generator
-from perturbdiff.data.screen import Expression, control_labels, expression_of, warn_of_missing_columns
+from perturbdiff.data.screen import (
+    Expression,
+    control_labels,
+    dropped_cells,
+    expression_of,
+    warn_of_missing_columns,
+)
 from perturbdiff.data.space import SAME, totals
 from perturbdiff.data.vocab import GeneVocab, LabelVocab, Vocabularies, nearest
 from perturbdiff.diffusion.generate import Context, assign_sets, choose_controls, denoise_sets
@@ -59,6 +65,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 MAX_PREDICTED_CELLS = 50_000_000  # of one call: the answer is held in memory
+MOST_GENES = 0.8  # of the genes of training; with fewer, library sizes are other sums
 READ_AGAIN = 5  # times, a folder that is replaced while it is read
 
 
@@ -565,7 +572,7 @@ class PerturbDiff:
                     f"calls them {few(sorted(set(labels[other])))}. Give adata[adata.obs[{names.perturbation!r}] == "
                     f"{names.control_label!r}]."
                 )
-        chosen = np.ones(controls.n_obs, dtype=bool)
+        chosen = ~dropped_cells(controls.obs, names)
         for value, column in ((cell_type, names.cell_type), (batch, names.batch)):
             if value is not None and column is not None and column in controls.obs and controls.n_obs:
                 labels = controls.obs[column].astype(str)
@@ -611,13 +618,13 @@ class PerturbDiff:
             return ""
         low, *_, high = quantiles
         low *= alignment.overlap**2  # genes that are missing hold counts too, nobody knows how many
+        n = expression.n_measured
         found, known = float(np.median(sums[sums > 0])), expression.preprocessing.target_sum is not None
         what = (
             f"the model's genes sum to {found:,.0f} normalised counts in the median cell, and to {low:,.0f} to "
             f"{high:,.0f} in its training controls"
         )
-        n = expression.n_measured
-        if known and found > high * (1 + SAME) and n < 0.8 * n_genes:
+        if known and found > high * (1 + SAME) and n < MOST_GENES * n_genes:
             raise ValueError(
                 f"{what}: X has {n:,} genes, and those of training had {n_genes:,}, over which a cell's counts are "
                 "normalised. Give the cells with all their genes, or the obs column of their library sizes "
@@ -625,6 +632,12 @@ class PerturbDiff:
             )
         if not low / 2 < found < high * 2:
             raise ValueError(f"{what}: X is normalised otherwise, or is of other genes. Give raw counts of all genes.")
+        how = expression.preprocessing
+        if how.input_kind == "counts" and how.library_size_col is None and n < MOST_GENES * n_genes:
+            return (
+                f"X has {n:,} genes, and those of training had {n_genes:,}: library sizes are sums over fewer genes, "
+                "so values are too large; give the cells with all their genes, or data.library_size_col=NAME"
+            )
         return "" if low <= found <= high * (1 + SAME) else f"{what}; another tissue or protocol?"
 
     def _contexts(self, obs: pd.DataFrame, cell_type: str | None, batch: str | None) -> list[Context]:

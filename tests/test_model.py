@@ -256,6 +256,7 @@ def test_unknown_perturbation_lists_the_nearest(model, controls):
         model.predict(controls, perturbation="pert_1+pert_9")
 
 
+@pytest.mark.filterwarnings("ignore:X has")
 def test_genes_may_be_missing_up_to_the_allowed_overlap(model, controls):
     few = controls[:, :10].copy()
     with pytest.raises(ValueError, match=r"only 10 of the model's 40 genes \(25%\)"):
@@ -264,6 +265,7 @@ def test_genes_may_be_missing_up_to_the_allowed_overlap(model, controls):
         assert model.predict(few, perturbation="pert_1", n_cells=3, min_gene_overlap=0.2).n_vars == 10
 
 
+@pytest.mark.filterwarnings("ignore:X has")
 def test_genes_that_the_controls_lack_are_left_out_or_flagged_and_the_others_stay_the_same(model, controls):
     names = np.array(model.gene_names)
     had = np.random.default_rng().permutation(40) < 30

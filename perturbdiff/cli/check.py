@@ -30,9 +30,11 @@ def add_check_command(commands: Any) -> None:
 
 def _check(arguments: argparse.Namespace) -> None:
     from perturbdiff.config import given_columns
+    from perturbdiff.data.h5ad import check_columns
     from perturbdiff.inference.check import check_file
     from perturbdiff.model import PerturbDiff
 
     model = PerturbDiff.from_pretrained(arguments.model, device="cpu")
     model.config.obs, model.preprocessing = given_columns(model.config.obs, model.preprocessing, arguments.settings)
+    check_columns(arguments.file, arguments.settings)
     print(check_file(model, arguments.file, arguments.layer, arguments.min_gene_overlap).text())

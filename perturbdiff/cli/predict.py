@@ -93,20 +93,22 @@ def add_columns(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def load_model(name: str, features: list[str], settings: list[str]) -> PerturbDiff:
+def load_model(name: str, features: list[str], settings: list[str], file: str) -> PerturbDiff:
     """A model that knows what `features` describe, on the GPU of this process where a launcher started several.
 
-    It reads control cells by the columns that `settings` name.
+    It reads the control cells of a file by the columns that `settings` name.
     """
     import torch
 
     from perturbdiff.config import given_columns
+    from perturbdiff.data.h5ad import check_columns
     from perturbdiff.features.fingerprints import read_features
     from perturbdiff.model import PerturbDiff
 
     device = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ and torch.cuda.is_available() else None
     model = PerturbDiff.from_pretrained(name, device=device)
     model.config.obs, model.preprocessing = given_columns(model.config.obs, model.preprocessing, settings)
+    check_columns(file, settings)
     new = model.add_features([read_features(path) for path in features]) if features else []
     if new:
         print(f"features    {len(new):,} more perturbations known by {', '.join(features)}")
@@ -129,7 +131,7 @@ def _predict(arguments: argparse.Namespace) -> None:
     where = {name: getattr(arguments, name) for name in ("layer", "summary", "overwrite", "all_genes")}
     options = {**where, **sampling_of(arguments)}
     requests = None if arguments.requests is None else read_requests(arguments.requests, one)
-    model = load_model(arguments.model, arguments.features, arguments.settings)
+    model = load_model(arguments.model, arguments.features, arguments.settings, arguments.controls)
     done = (
         predict_request(model, arguments.controls, one, arguments.out, **options)
         if requests is None

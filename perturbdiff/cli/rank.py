@@ -60,7 +60,7 @@ def _rank(arguments: argparse.Namespace) -> None:
     out = check_output(arguments.out, ".csv", overwrite=arguments.overwrite)
     up, down = _names(arguments.up, "--up"), _names(arguments.down, "--down")
     which = arguments.candidates
-    model = load_model(arguments.model, arguments.features, arguments.settings)
+    model = load_model(arguments.model, arguments.features, arguments.settings, arguments.controls)
     knows = model.vocabularies.knows
     candidates = None if which == "trained" else which if which == "all" else _names(which, "--candidates", knows)
     table = rank_perturbations(

@@ -16,16 +16,25 @@ from scipy import sparse
 
 from perturbdiff.data.notation import Notation
 
-FEATURE_TYPES, GENE_EXPRESSION = "feature_types", "Gene Expression"  # a column of 10x, and what it says of genes
-NUMBER = re.compile(r"[-_.]?(sg|g|guide|grna)?[-_.]?\d+$", re.IGNORECASE)  # of a guide, behind the name
+FEATURE_TYPES, GENE_EXPRESSION = ("feature_types", "feature_type"), "Gene Expression"  # columns of 10x, and genes
+NO_GENES = re.compile(r"guide|grna|crispr|antibody|hashtag|hto|adt|multiplex|custom", re.IGNORECASE)
+BEFORE = re.compile(r"^(sg|g|grna|sgrna|guide|crispr)[-_.: ]?(?=[^\d_.:-])", re.IGNORECASE)  # a name, of its guide
+NUMBER = re.compile(  # behind a name, of its guide
+    r"[-_.#: ]?(sg|g|guide|grna|sgrna|p)?[-_.#: ]?\d+([-_][ACGT]{8,})?$|[-_][+-][-_]\d.*$", re.IGNORECASE
+)
+AMBIENT = 0.1  # part of the cells of a row named as guides are that may be of other perturbations
 LEAST_CELLS = 0.1  # part of a perturbation's cells that have its guide, of any that is captured
 CELLS = 1 << 12  # looked at together: most names of genes are no guides by the first of them
 
 
 def gene_rows(var: pd.DataFrame) -> np.ndarray:
     """(G,) True where a row of var is a gene, and none of the guides and antibodies that 10x files hold too."""
-    of_genes = var.get(FEATURE_TYPES, pd.Series(GENE_EXPRESSION, index=var.index)).astype(str) == GENE_EXPRESSION
-    return of_genes.to_numpy() if of_genes.any() else np.ones(len(var), dtype=bool)
+    column = next((name for name in FEATURE_TYPES if name in var), None)
+    if column is None:
+        return np.ones(len(var), dtype=bool)
+    kinds = var[column].astype(str)
+    of_genes = (kinds == GENE_EXPRESSION).to_numpy()
+    return of_genes if of_genes.any() else ~kinds.str.contains(NO_GENES).to_numpy()
 
 
 class Guides:
@@ -34,7 +43,8 @@ class Guides:
     Parameters
     ----------
     names
-        Of the rows of var. A guide's number may stand behind the name of a perturbation, as in STAT1g2 or STAT1_2.
+        Of the rows of var. A guide's number may stand behind the name of a perturbation, as in STAT1g2, STAT1_2 or
+        sgSTAT1-2. Of such a row some of the cells may be of other perturbations: droplets hold stray counts.
     received
         What the cells of each label received, by name; of control cells their label, as controls have guides too.
     """
@@ -42,12 +52,13 @@ class Guides:
     def __init__(self, names: Iterable[str], received: Mapping[str, Collection[str]]) -> None:
         names = list(names)
         known = set[str]().union(*received.values())
-        begins = {name[:1] for name in known}
-        own = [NUMBER.sub("", n) if n not in known and n[:1] in begins and n[-1:].isdigit() else n for n in names]
+        own = [name if name in known else _target(name, known) for name in names]
         ids = {name: i for i, name in enumerate(sorted(known))}
         self._n_rows = len(names)
         self._candidates = np.flatnonzero([name in known for name in own])
         self._target = np.array([ids[own[row]] for row in self._candidates], dtype=np.int64)
+        self._ambient = np.array([AMBIENT * (names[row] not in known) for row in self._candidates])
+        self._wrong = np.zeros(len(self._candidates), np.int64)
         self._label = {label: i for i, label in enumerate(received)}
         pairs = [(self._label[label], ids[name]) for label, of in received.items() for name in set(of)]
         of_label, of_name = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
@@ -72,19 +83,33 @@ class Guides:
         for first in range(0, len(own) if self else 0, CELLS):
             part = own[first : first + CELLS]
             cells = X[first : first + CELLS][:, self._candidates].tocoo()
-            wrong = np.zeros(len(self._candidates), dtype=bool)
+            n = len(self._candidates)
             if cells.nnz:
                 right = self._received[part[cells.row], self._target[cells.col]]
-                wrong[cells.col[~np.asarray(right).ravel()]] = True
-            self._counted += np.bincount(cells.col, minlength=len(wrong))
+                self._wrong += np.bincount(cells.col[~np.asarray(right).ravel()], minlength=n)
+            self._counted += np.bincount(cells.col, minlength=n)
+            wrong = (self._wrong > 0) & (
+                (self._ambient == 0) | (self._wrong > self._ambient * self._counted + CELLS // 50)
+            )
             self._n_cells += np.bincount(part, minlength=len(self._label)) @ self._received
-            self._candidates, self._target, self._counted = (
-                values[~wrong] for values in (self._candidates, self._target, self._counted)
+            self._candidates, self._target, self._counted, self._ambient, self._wrong = (
+                values[~wrong] for values in (self._candidates, self._target, self._counted, self._ambient, self._wrong)
             )
 
     def found(self) -> np.ndarray:
         """(G,) True for guides."""
         found = np.zeros(self._n_rows, dtype=bool)
-        captured = self._counted >= np.maximum(2, LEAST_CELLS * self._n_cells[self._target])
+        own = self._counted - self._wrong
+        captured = own >= np.maximum(2, LEAST_CELLS * self._n_cells[self._target])
+        captured &= self._wrong <= self._ambient * self._counted
         found[self._candidates[captured]] = True
         return found
+
+
+def _target(name: str, known: Collection[str]) -> str:
+    """The perturbation that a row of var may be a guide of, by its name; the name itself where there is none."""
+    for text in (name, BEFORE.sub("", name)):
+        for found in (text, NUMBER.sub("", text)):
+            if found in known:
+                return found
+    return name

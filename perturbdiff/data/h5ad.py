@@ -7,7 +7,7 @@ that a million cells point at, and claim arrays that nobody wrote. Files that An
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import accumulate
 from pathlib import Path
@@ -252,3 +252,14 @@ def _records(dataset: h5py.Dataset, record: np.dtype) -> np.ndarray:
             mask, data = dataset.id.read_direct_chunk(chunk.chunk_offset)
             copy.write_direct_chunk(chunk.chunk_offset, data, mask)
         return np.asarray(h5py.Dataset(copy)[...])
+
+
+def check_columns(path: str | Path, settings: Sequence[str]) -> None:
+    """Raises KeyError where the file lacks an obs column that one of the words, as "data.cell_type_col=NAME", names."""
+    with open_h5ad(path, ("obs",)) as file:
+        there = {str(name) for name in file["obs"]} if isinstance(file.get("obs"), h5py.Group) else set()
+    for word in settings:
+        key, _, name = word.partition("=")
+        if key.endswith("_col") and there and name not in there:
+            found = sorted(there - {"_index", "__categories"})
+            raise KeyError(f"{word}: obs of {path} has no column {name!r}; found {found}.")

@@ -24,6 +24,7 @@ ALL = "all"  # the only label of a column that is null
 MAX_LABEL = 1000  # characters
 CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 AMOUNT = re.compile(r"\s*([+-]?[\d.]+(?:[eE][+-]?\d+)?)\s*((?:[^\W\d_]|%)[\w/%^-]*)?\s*")  # a number, its unit
+NO_LABEL = frozenset({"", "nan", "none", "null", "na", "n/a", "<na>"})  # texts, in lower case, of what is missing
 DOSE = "@"  # stands before a dose where nothing else is asked for
 
 
@@ -68,6 +69,11 @@ def read_labels(obs: pd.DataFrame, config: DataConfig, path: str, names: Collect
     config, dialect = understood(config, obs)
     _refuse_missing_columns(obs, config, path)
     notes = [dialect] if dialect else []
+    for name in LABELS:
+        own = getattr(config, f"{name}_col")
+        if own != name and name in obs.columns:
+            what = "are of one" if own is None else f"is that of obs column {own!r}"
+            notes.append(f"obs column {name!r} is not read: the {name} of cells {what} (data.{name}_col)")
     raw = {name: _Column.read(obs, getattr(config, f"{name}_col")) for name in LABELS}
     for column in raw.values():
         check_texts(column.texts, column.name, path)
@@ -86,6 +92,11 @@ def read_labels(obs: pd.DataFrame, config: DataConfig, path: str, names: Collect
         f"no cell has the control label {label!r}" for label in controls if label not in raw["perturbation"].texts
     ]
     notes += _remarks(set(table["perturbation"].unique()), notation)
+    for name, kinds in (("cell_type", "cell types"), ("batch", "batches")):
+        if words := sorted(label for label in table[name].unique() if label.strip().lower() in NO_LABEL):
+            notes.append(
+                f"{few([repr(word) for word in words])} are taken for {kinds}; data.drop leaves such cells out"
+            )
     if config.dose_col is None and notation.dose_separator is None:
         notes += _pooled_doses(obs[kept], table["perturbation"].to_numpy() != controls[0])
     return CellLabels(table, kept, notation, config, tuple(notes))

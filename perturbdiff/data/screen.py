@@ -24,8 +24,8 @@ from perturbdiff.data.h5ad import read_h5ad_parts, values_of
 from perturbdiff.data.labels import ALL, obs_column, odd_labels, read_labels
 from perturbdiff.data.notation import Notation, dose_text
 from perturbdiff.data.rng import cell_order_key
-from perturbdiff.data.selectors import LABELS
-from perturbdiff.data.space import RAW_COUNTS, found, renormalised, space_of
+from perturbdiff.data.selectors import ANY, LABELS, Selectors
+from perturbdiff.data.space import RAW_COUNTS, SAME, found, renormalised, space_of
 from perturbdiff.data.vocab import ENSEMBL_ID, GeneVocab, nearest
 from perturbdiff.files import few, printable
 
@@ -243,6 +243,7 @@ class Screen:
     def _left_out(self) -> str | None:
         # A condition of a perturbation that others train: in another cell type, or else in another batch.
         odd = {label for words in odd_labels(set(self.obs["perturbation"]), self.notation) for label in words}
+        odd |= {label for label in self.obs["perturbation"].unique() if ANY in label}
         perturbed = self.obs[~self.is_control & ~self.obs["perturbation"].isin(odd).to_numpy()]
         for column, form in (("cell_type", "{}:{}"), ("batch", "{}:*:{}")):
             sizes = perturbed.groupby(["perturbation", column], observed=True).size()
@@ -314,6 +315,13 @@ def control_cells(
     if obs.perturbation in table.columns:  # "ctrl+ctrl" too
         perturbations = pd.Categorical(table[obs.perturbation].astype(str))
         controls += control_labels(perturbations.categories, obs)
+        if (dropped := dropped_cells(table, obs)).any():
+            warnings.warn(
+                f"{int(dropped.sum()):,} cells are left out, as training left them out (data.drop={list(obs.drop)})",
+                UserWarning,
+                stacklevel=3,
+            )
+            matrix, table, perturbations = matrix[~dropped], table[~dropped], perturbations[~dropped]
         guides = Guides.of_labels(var.index.astype(str), perturbations.categories, _plain(obs))
         guides.look(matrix, perturbations)
         if (left_out := guides.found()).any():  # their counts would be a part of library sizes
@@ -331,6 +339,25 @@ def control_cells(
             raise ValueError(f"{path} has no control cell with {column} {values[0]!r}; {there}{word}.")
         chosen &= named
     return AnnData(X=matrix[chosen], obs=table[chosen].set_axis(unique_names(table.index[chosen])), var=var)
+
+
+def dropped_cells(table: pd.DataFrame, obs: ObsColumns) -> np.ndarray:
+    """(n_cells,) True for cells that training would have left out. Warns of selectors whose column is not there."""
+    columns = dict(zip(LABELS, (obs.perturbation, obs.cell_type, obs.batch), strict=True))
+    named = {name: table[of] if of in table else pd.Series(ALL, table.index) for name, of in columns.items()}
+    others = table.drop(columns=[name for name in LABELS if name in table])
+    selectors = Selectors(others.assign(**named).reset_index(drop=True), _plain(obs))
+    dropped = np.zeros(len(table), dtype=bool)
+    for selector in obs.drop:
+        dropped |= selectors.rows(selector)
+        column, equals, _ = selector.rpartition(":")[2].partition("=")
+        if equals and column not in {*others.columns, *LABELS}:
+            warnings.warn(
+                f"training left cells out by data.drop={selector}, and no obs column {column!r} tells them",
+                UserWarning,
+                stacklevel=3,
+            )
+    return dropped
 
 
 def control_labels(labels: Iterable[str], obs: ObsColumns) -> list[str]:
@@ -401,6 +428,11 @@ def read_expression(
     if known or (space.bases and not space.whole):
         same = np.array_equal(values.data, matrix.data.astype(np.float32))
         preprocessing = Preprocessing("log1p", target_sum, config.scale, config.library_size_col)
+        if config.library_size_col is not None:
+            obs_column(obs, config.library_size_col, "data.library_size_col", path)
+            left_out += "; " * bool(left_out) + (
+                f"X holds logarithms, of which obs column {config.library_size_col!r} says nothing: it is not used"
+            )
         values, library = values.astype(np.float32), np.ones(len(obs), np.float32)
     else:
         same = space is RAW_COUNTS
@@ -409,6 +441,7 @@ def read_expression(
             library = library_sizes(values if space.bases else matrix)
         else:
             library = _library_column(obs, preprocessing.library_size_col, path)
+            refuse_small_libraries(library, values, preprocessing.library_size_col, path)
         largest = values.data.max(initial=0)
         if largest >= 2**32:
             raise ValueError(f"X of {path} holds a count of {largest:.0f}; counts must be under 2**32.")
@@ -486,6 +519,18 @@ def _library_column(obs: pd.DataFrame, column: str, path: str) -> np.ndarray:
             "finite and not negative."
         )
     return values.astype(np.float32)
+
+
+def refuse_small_libraries(library: np.ndarray, counts: sparse.csr_matrix, column: str, path: str) -> None:
+    """Raises ValueError where library sizes are smaller than the counts of which they are a total."""
+    sums = library_sizes(counts)
+    if (small := library < sums * (1 - SAME)).any():
+        row = int(np.argmax(np.where(small, sums - library, -np.inf)))
+        raise ValueError(
+            f"obs column {column!r} of {path} is no total of counts: it is smaller than the counts of X in "
+            f"{int(small.sum()):,} cells, as {library[row]:g} for {sums[row]:g}. Name the column of all counts of a "
+            "cell, or leave it out."
+        )
 
 
 def unique_names(names: pd.Index) -> pd.Index:

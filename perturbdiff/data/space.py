@@ -21,6 +21,8 @@ SAME = 1e-4  # relative difference of two totals that are the same number of cou
 _CHUNK = 1 << 24  # values looked at together
 _CELLS = 500  # looked at to find a space
 _FEW = 5  # cells whose sums may be equal by chance, and which are no group normalised by itself
+_MANY = 500  # values that say something
+MOST_LOST = 0.1  # part of all counts that rounding may change
 _MULTIPLES = 20  # up to which values are looked at as multiples of the smallest
 _ENOUGH = 50  # multiples over one that tell a base
 
@@ -160,6 +162,8 @@ def space_of(X: sparse.csr_matrix, genes: Sequence[str], declared: str, path: st
     Raises ValueError as `check_values`, and where the values contradict what was declared.
     """
     whole = check_values(X, genes)
+    if whole and declared == "auto":
+        _refuse_marks(X, path)
     space = RAW_COUNTS if whole else find_space(X)
     top = int(X.data.argmax()) if X.nnz else None
     if declared == "log1p" and not space.bases and top is not None:
@@ -174,17 +178,45 @@ def space_of(X: sparse.csr_matrix, genes: Sequence[str], declared: str, path: st
             f"X of {path} was declared as counts but holds {space}. Set data.input_kind=log1p, or give the raw counts."
         )
     if declared == "counts" and not whole:
+        _refuse_lost(X, path)
         return replace(RAW_COUNTS, whole=False)
     if not space.bases and not space.certain:
         _refuse_mixed(X, path)
+    if not space.bases and not space.whole and space.total is None:
+        _refuse_lost(X, path)
     return space
+
+
+def _refuse_marks(X: sparse.csr_matrix, path: str) -> None:
+    # Whole numbers that are no counts: whether a gene was seen, or which part of a cell's values one belongs to.
+    n_values = np.diff(X.indptr)
+    filled = n_values > 0
+    tops = np.maximum.reduceat(X.data, X.indptr[:-1][filled])[n_values[filled] >= _FEW] if filled.any() else X.data[:0]
+    if len(tops) >= _FEW and (tops == tops[0]).all() and len(X.data) >= _MANY:
+        raise ValueError(
+            f"X of {path} holds whole numbers, the largest of which is {tops[0]:g} in every cell: marks of genes that "
+            "were seen, or bins, and no counts. Give raw counts or log1p values (data.layer), or set "
+            "data.input_kind=counts if they are counts."
+        )
+
+
+def _refuse_lost(X: sparse.csr_matrix, path: str) -> None:
+    # Counts with fractions are rounded; of counts that were scaled down little would be left.
+    total, rounded = float(X.data.sum()), float(np.rint(X.data).sum())
+    if total > 0 and abs(rounded / total - 1) > MOST_LOST:
+        raise ValueError(
+            f"X of {path} holds counts with fractions, of which rounding would change the total by "
+            f"{rounded / total - 1:+.0%}: they were scaled. Give the raw counts, or log1p values."
+        )
 
 
 def _refuse_mixed(X: sparse.csr_matrix, path: str) -> None:
     # Cells of two files put together, of one the counts and of the other their logarithms.
     large = np.flatnonzero(np.diff(X.indptr) >= 20)
     n_whole = int((totals((X.data % 1 != 0).astype(np.float64), X.indptr)[large] == 0).sum())
-    if 0.01 * len(large) < n_whole < 0.99 * len(large):
+    fractions = np.repeat(totals((X.data % 1 != 0).astype(np.float64), X.indptr) > 0, np.diff(X.indptr))
+    few_raw = 0 < n_whole <= 0.01 * len(large) and X.data[fractions].max(initial=0) < LOG1P_MAX
+    if 0.01 * len(large) < n_whole < 0.99 * len(large) or few_raw:
         raise ValueError(
             f"X of {path} holds whole numbers alone in {n_whole:,} of {len(large):,} cells and fractions in the "
             "others: counts and logarithms must not be mixed. Give the raw counts of all, or set "

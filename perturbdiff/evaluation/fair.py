@@ -23,13 +23,14 @@ from perturbdiff.data.vocab import GeneVocab
 from perturbdiff.diffusion.counts import with_whole_counts
 from perturbdiff.diffusion.generate import choose_controls
 from perturbdiff.files import few
-from perturbdiff.means.predictors import NO_CHANGE, MeanPredictors, transplant_rows
+from perturbdiff.means.predictors import PREDICTORS
 from perturbdiff.means.shifts import shift_cells
 from perturbdiff.means.training import Context, TrainingMeans
+from perturbdiff.means.transplant import transplant_rows
 
 CONDITION = ["perturbation", "cell_type", "batch"]
 ALL_BATCHES = "all"  # the batch of every condition where controls match by cell type
-TRANSPLANT = "transplant"
+NO_CHANGE, TRANSPLANT = "no change", "transplant"
 MAX_CELLS = 2000  # of a condition that are scored: memory is that of as many times all genes
 LEAST_OTHERS = 20  # cells of other perturbations, whose mean is a reference
 
@@ -178,7 +179,6 @@ class SimpleMethods:
             notation=screen.notation,
             genes=expression.genes,
         )
-        self._predictors = MeanPredictors(self.training)
         self._others: dict[tuple[str, str], tuple[np.ndarray, np.ndarray] | None] = {}
 
     def cells(self, condition: Condition, start: np.ndarray, n_cells: int, seed: int) -> dict[str, np.ndarray]:
@@ -194,16 +194,19 @@ class SimpleMethods:
         control = asked.control[chosen]
         one = pool.one_count(chosen)
         made = {}
-        for name, shift in self._predictors.shifts(asked).items():
+        for name, predict in PREDICTORS.items():
             if name == NO_CHANGE:
                 made[name] = control
+                continue
+            if (shift := predict(self.training, asked)) is None:
                 continue
             # The shift is from the mean of all controls, of which the chosen ones differ by a little.
             cells = shift_cells(control, shift + asked.control_mean - control.mean(axis=0))
             made[name] = _with_whole_counts(cells, one, numpy_generator(seed, "simple methods").random(cells.shape))
-        donors = np.concatenate([self._rows[i] for i in np.flatnonzero(transplant_rows(self.training, asked))])
-        order = np.argsort(cell_order_key(self._screen.obs.index[donors].to_numpy(), seed=1), kind="stable")
-        made[TRANSPLANT] = expression.log1p(donors[order[:n_cells]]).toarray().astype(np.float64)
+        if (conditions := transplant_rows(self.training, asked)) is not None:
+            donors = np.concatenate([self._rows[i] for i in conditions])
+            order = np.argsort(cell_order_key(self._screen.obs.index[donors].to_numpy(), seed=1), kind="stable")
+            made[TRANSPLANT] = expression.log1p(donors[order[:n_cells]]).toarray().astype(np.float64)
         return made
 
     def others(self, cell_type: str, batch: str) -> tuple[np.ndarray, np.ndarray] | None:

@@ -175,7 +175,7 @@ def _read_as(model: PerturbDiff) -> dict[str, Any]:
         "target_sum": preprocessing.target_sum, "library_size_col": preprocessing.library_size_col,
         "perturbation_col": columns.perturbation, "cell_type_col": columns.cell_type, "batch_col": columns.batch,
         "control_label": columns.control_label, "other_control_labels": list(columns.other_control_labels),
-        "dose_col": columns.dose, "combination_separator": labels.combination_separator,
+        "dose_col": columns.dose, "drop": list(columns.drop), "combination_separator": labels.combination_separator,
         **({"dose_separator": labels.dose_separator} if columns.dose is None else {}),
     }  # fmt: skip
 

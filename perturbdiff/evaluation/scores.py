@@ -39,6 +39,7 @@ from perturbdiff.evaluation.doubt import (
 from perturbdiff.evaluation.fair import (
     CONDITION,
     MAX_CELLS,
+    NO_CHANGE,
     Condition,
     Response,
     SimpleMethods,
@@ -56,7 +57,6 @@ from perturbdiff.evaluation.metrics import METRICS, mean_scores, score_condition
 from perturbdiff.files import progress, write_json, written
 from perturbdiff.hub.records import EvaluationRecord, SplitRecord, loss
 from perturbdiff.inference.output import read_predicted
-from perturbdiff.means.predictors import NO_CHANGE
 
 MODEL = "PerturbDiff"
 CEILING = "ceiling (half predicts half)"
@@ -293,8 +293,17 @@ def score_conditions(
     if spread is not None and spread < ALIKE:
         notes.append(f"Predictions of different perturbations look alike: {spread:.0%} of the measured spread.")
     hold_out, sha256 = (None, None) if split is None else (tuple(split.config.hold_out), split.sha256)
-    table, data = pd.DataFrame(rows), Path(screen.path).name
+    table, data = _complete(pd.DataFrame(rows)), Path(screen.path).name
     return Scores(table, data, hold_out, sha256, len(kept), n_left_out, share, spread, tuple(notes))
+
+
+def _complete(table: pd.DataFrame) -> pd.DataFrame:
+    """With a row of NaN for each condition of which a method said nothing: means are over others then, and say so."""
+    everything = pd.MultiIndex.from_tuples(
+        [(m, *c) for m in table["method"].unique() for c in table[CONDITION].drop_duplicates().itertuples(index=False)],
+        names=["method", *CONDITION],
+    )
+    return table.set_index(["method", *CONDITION]).reindex(everything).reset_index()
 
 
 def _errors(without: Mapping[str, np.ndarray], own: Mapping[str, np.ndarray]) -> dict[str, float]:

@@ -110,7 +110,7 @@ def parse_metadata(folder: ModelFolder) -> ModelMetadata:
     _refuse_unbelievable(where, model)
     separators = (vocabularies.combination_separator, vocabularies.dose_separator)
     obs = asdict(model.obs)
-    others = obs.pop("other_control_labels")
+    others = [*obs.pop("other_control_labels"), *obs.pop("drop")]
     for text in (*obs.values(), *others, *separators, preprocessing.library_size_col):
         if text is not None and "${" in text:  # where it becomes a setting it would be resolved, as of the environment
             raise ValueError(f"{where}: {text[:40]!r} is an interpolation, and not plain text; get the folder again.")

@@ -264,7 +264,7 @@ def _from_version_4(config: dict[str, Any], files: JsonFiles) -> tuple[dict[str,
     config = {
         **config,
         "format_version": 5,
-        "obs": _with_new(config["obs"], {"other_control_labels": [], "dose": None}),
+        "obs": _with_new(config["obs"], {"other_control_labels": [], "dose": None, "drop": []}),
     }
     genes = _with_new(files["genes.json"], {"symbols": []})
     new = {"preprocessing.json": preprocessing, "training.json": training, "perturbations.json": labels}

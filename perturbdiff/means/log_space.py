@@ -1,98 +1,142 @@
-"""Effects as ratios of means, averaged over the contexts that are like the one that is asked for.
+"""Responses as ratios: effects averaged over contexts in the logarithm of expression.
 
-n = training conditions, G = genes.
+n = training conditions, m = those of one perturbation, G = genes. Expression is expm1 of a mean log1p value.
 """
 
 from __future__ import annotations
 
-from itertools import product
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from perturbdiff.means.shifts import conditions_of
-from perturbdiff.means.training import Context, TrainingMeans
+from perturbdiff.data.notation import Parts
 
-OFFSETS = (0.01, 0.03, 0.1, 0.3)  # log1p, added to means before their logarithm: ratios of small ones are noise
-WIDTHS = (0.5, 1.0, 2.0, np.inf)  # of likeness, in medians of the distance between contexts
-ALIKE = (0.0, 0.1, 0.2, 0.3, 0.5)  # part of the difference between contexts that a perturbation takes away
-MAX_WORK = 2e9  # multiplications to choose among these
+EPS = (1.0, 0.3, 0.1, 0.03, 0.01)
+"""Candidates: 1 makes effects differences of mean log1p values, the least makes them ratios of expression."""
+BANDWIDTHS = (np.inf, 1.0, 0.5, 0.25)
+"""Candidates, in root mean square distances between training contexts: how unlike controls of a used context may be."""
+CONVERGENCE = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Candidates, evenly spaced: what share of the difference between controls of contexts the perturbation takes away."""
+
+
+def log_expression(mean: np.ndarray, eps: float) -> np.ndarray:
+    """log(expm1(mean) + eps) of mean log1p values."""
+    logs: np.ndarray = np.log(np.expm1(mean) + eps)
+    return logs
+
+
+def mean_of(logs: np.ndarray, eps: float) -> np.ndarray:
+    """Mean log1p values whose `log_expression` is given; 0 where there are none."""
+    means: np.ndarray = np.log1p(np.maximum(np.exp(logs) - eps, 0))
+    return means
 
 
 class LogSpaceFit:
-    """A perturbation multiplies means by what it multiplied them by in other contexts, weighted by likeness.
+    """Effects in log(expression + eps), averaged over training contexts by the likeness of their controls.
 
-    log(m + e) of the perturbed mean is that of the control mean, plus the average of its change over the training
-    contexts of the perturbation, minus b times the difference of the controls from the average of theirs: contexts
-    become alike under a strong perturbation. The weight of a context falls with the distance d of its controls, in the
-    same logarithms, as exp(-(d / h)^2). e, h and b are those of the smallest squared error, in log1p, when each
-    training condition is predicted from the others of its perturbation.
+    With l = log(expm1(mean) + eps) and w the weights of the training contexts k that had the perturbation, the
+    predicted change of a context with controls c is
+
+        sum_k w_k (l(perturbed_k) - l(control_k)) - b (l(c) - sum_k w_k l(control_k)),
+        w_k proportional to exp(-|control_k - c|^2 / (2 h^2 s^2)),
+
+    where s is the root mean square distance between controls of training conditions. The second term is there since
+    contexts become alike: b = 1 gives all the same profile. eps, h and b, the same for all perturbations and genes,
+    are those with the smallest sum of squared errors of mean log1p values when each training condition is predicted
+    from those of the same perturbation in other contexts; of equals, the first ones. Where no perturbation was seen in
+    two contexts, they are eps 0.1, h infinite, b 0.
+
+    Parameters
+    ----------
+    perturbation
+        (n,) what each condition received.
+    left_out
+        (n,) what the errors leave out together: conditions with the same one do not predict each other.
+    control_mean, perturbed_mean
+        (n, G) log1p space.
+
+    Attributes
+    ----------
+    eps, bandwidth, convergence
+        The chosen ones.
+    errors
+        (len(EPS), len(BANDWIDTHS), len(CONVERGENCE)) sums of squared errors; empty where nothing could be chosen.
     """
 
-    def __init__(self, training: TrainingMeans) -> None:
-        self._training = training
-        self.offset, self.width, self.alike = 0.1, float(np.inf), 0.0
-        groups = self._groups()
-        if groups:
-            choices = list(product(OFFSETS, WIDTHS, ALIKE))
-            errors = [self._left_out(groups, offset, width) for offset, width in product(OFFSETS, WIDTHS)]
-            self.offset, self.width, self.alike = choices[int(np.argmin(np.concatenate(errors)))]
+    def __init__(
+        self,
+        perturbation: Sequence[Parts],
+        left_out: Sequence[Hashable],
+        control_mean: np.ndarray,
+        perturbed_mean: np.ndarray,
+    ) -> None:
+        self._control = np.asarray(control_mean, dtype=np.float64)
+        self._perturbed = np.asarray(perturbed_mean, dtype=np.float64)
+        self._scale = 2 * np.square(self._control - self._control.mean(axis=0)).sum(axis=1).mean()
+        self.eps, self.bandwidth, self.convergence = 0.1, np.inf, 0.0
+        groups: dict[Parts, list[int]] = {}
+        for i, parts in enumerate(perturbation):
+            groups.setdefault(parts, []).append(i)
+        self.errors: np.ndarray = np.zeros((len(EPS), len(BANDWIDTHS), len(CONVERGENCE)))
+        folds = [fold for rows in groups.values() if (fold := self._fold(rows, left_out)) is not None]
+        for rows, usable in folds:
+            self._add_errors(np.array(rows), usable)
+        if not folds:
+            self.errors = np.empty(0)
+            return
+        best = np.flatnonzero(self.errors <= self.errors.min() * (1 + 1e-9))[0]
+        e, h, b = np.unravel_index(best, self.errors.shape)
+        self.eps, self.bandwidth, self.convergence = EPS[e], BANDWIDTHS[h], CONVERGENCE[b]
 
-    def predict(self, context: Context) -> np.ndarray | None:
-        """(G,) shift of the mean; of a combination that was never seen, parts multiply. None where nothing was seen."""
-        training, parts = self._training, self._training.notation.parse(context.perturbation)
-        seen = [conditions_of(training, parts)]
-        if seen[0] is None:
-            seen = [conditions_of(training, (part,)) for part in parts]
-        control = np.log(context.control_mean + self.offset)
-        change = np.zeros_like(control)
-        for rows in seen:
-            if rows is None:
-                return None
-            before = np.log(training.control_mean[rows] + self.offset)
-            after = np.log(training.perturbed_mean[rows] + self.offset)
-            weights = _weights(np.linalg.norm(before - control, axis=1)[None], self.width, self._unit(before))
-            change += (weights @ (after - before))[0] - self.alike * (control - (weights @ before)[0])
-        return np.maximum(np.exp(control + change) - self.offset, 0) - context.control_mean
+    def log_change(self, conditions: np.ndarray, control_mean: np.ndarray) -> np.ndarray:
+        """(G,) change of log(expression + eps) that these training conditions tell of a (G,) control mean."""
+        used = np.ones((1, len(conditions)), dtype=bool)
+        weights = self._weights(self._squares(control_mean[None], conditions), used, self.bandwidth)[0]
+        control = weights @ log_expression(self._control[conditions], self.eps)
+        perturbed = weights @ log_expression(self._perturbed[conditions], self.eps)
+        change: np.ndarray = perturbed - control
+        return change - self.convergence * (log_expression(control_mean, self.eps) - control)
 
-    def _groups(self) -> list[np.ndarray]:
-        """Conditions of each perturbation that was seen in several contexts; as many as there is time for."""
-        by_parts: dict[tuple[object, ...], list[int]] = {}
-        for i, parts in enumerate(self._training.parts):
-            by_parts.setdefault(parts, []).append(i)
-        groups = [np.array(rows) for rows in by_parts.values() if len(rows) > 1]
-        work = np.cumsum([len(rows) ** 2 * self._training.effect.shape[1] for rows in groups])
-        return groups[: max(int((work * len(OFFSETS) * len(WIDTHS) <= MAX_WORK).sum()), 1)]
+    def predict(self, changes: Sequence[np.ndarray], control_mean: np.ndarray) -> np.ndarray:
+        """(G,) mean log1p values after all these (G,) changes."""
+        return mean_of(log_expression(control_mean, self.eps) + np.sum(changes, axis=0), self.eps)
 
-    def _unit(self, before: np.ndarray) -> float:
-        """The median distance between contexts, of logarithms of their control means."""
-        if len(before) < 2:
-            return 1.0
-        return float(np.median(_distances(before)[np.triu_indices(len(before), 1)])) or 1.0
+    def _fold(self, rows: list[int], left_out: Sequence[Hashable]) -> tuple[list[int], np.ndarray] | None:
+        """Conditions of one perturbation that can be predicted from others, and (m, m) from which."""
+        codes = {label: code for code, label in enumerate(dict.fromkeys(left_out[i] for i in rows))}
+        if len(codes) < 2:
+            return None
+        code = np.array([codes[left_out[i]] for i in rows])
+        return rows, code[:, None] != code
 
-    def _left_out(self, groups: list[np.ndarray], offset: float, width: float) -> np.ndarray:
-        """(len(ALIKE),) squared errors of conditions that are predicted from the others of their perturbation."""
-        training, errors = self._training, np.zeros(len(ALIKE))
-        for rows in groups:
-            before = np.log(training.control_mean[rows] + offset)
-            after = np.log(training.perturbed_mean[rows] + offset)
-            distances = _distances(before)
-            np.fill_diagonal(distances, np.inf)
-            weights = _weights(distances, width, self._unit(before))
-            change, away = weights @ (after - before), before - weights @ before
-            for i, alike in enumerate(ALIKE):
-                predicted = np.maximum(np.exp(before + change - alike * away) - offset, 0)
-                errors[i] += ((predicted - training.perturbed_mean[rows]) ** 2).sum()
-        return errors
+    def _add_errors(self, rows: np.ndarray, usable: np.ndarray) -> None:
+        squares = self._squares(self._control[rows], rows)
+        weights = [self._weights(squares, usable, bandwidth) for bandwidth in BANDWIDTHS]
+        for e, eps in enumerate(EPS):
+            control = log_expression(self._control[rows], eps)
+            perturbed = log_expression(self._perturbed[rows], eps)
+            for h in range(len(BANDWIDTHS)):
+                told, unlike = weights[h] @ perturbed, control - weights[h] @ control
+                # exp(told + (1 - b) unlike) + 1 - eps, from b = 1 down: products cost less than exponentials
+                expression, step = np.exp(told), np.exp(unlike / (len(CONVERGENCE) - 1))
+                for b in reversed(range(len(CONVERGENCE))):
+                    predicted = np.log(np.maximum(expression + (1 - eps), 1))
+                    self.errors[e, h, b] += np.square(predicted - self._perturbed[rows]).sum()
+                    expression *= step
 
+    def _squares(self, control_mean: np.ndarray, conditions: np.ndarray) -> np.ndarray:
+        """(m, k) squared distances of (m, G) controls to those of k training conditions."""
+        centre = self._control[conditions].mean(axis=0)  # differences of large numbers lose digits
+        a, b = control_mean - centre, self._control[conditions] - centre
+        squares = np.square(a).sum(axis=1)[:, None] + np.square(b).sum(axis=1) - 2 * a @ b.T
+        return np.maximum(squares, 0)
 
-def _distances(x: np.ndarray) -> np.ndarray:
-    square = (x**2).sum(axis=1)
-    return np.sqrt(np.maximum(square[:, None] + square - 2 * x @ x.T, 0))
-
-
-def _weights(distances: np.ndarray, width: float, unit: float) -> np.ndarray:
-    """Rows that sum to 1, of (m, n) distances; an infinite one weighs nothing."""
-    power, finite = np.full(distances.shape, -np.inf), np.isfinite(distances)
-    power[finite] = -((distances[finite] / (width * unit)) ** 2)
-    weights = np.exp(power - power.max(axis=1, keepdims=True))
-    return weights / weights.sum(axis=1, keepdims=True)
+    def _weights(self, squares: np.ndarray, usable: np.ndarray, bandwidth: float) -> np.ndarray:
+        """(m, k) weights of the usable conditions, adding up to 1 in each row."""
+        if self._scale == 0 or np.isinf(bandwidth):
+            weights = usable.astype(np.float64)
+        else:
+            nearest = np.where(usable, squares, np.inf).min(axis=1, keepdims=True)  # its exponential is 1
+            weights = np.exp(-np.where(usable, squares - nearest, np.inf) / (2 * bandwidth**2 * self._scale))
+        total: np.ndarray = weights.sum(axis=1, keepdims=True)
+        return weights / total

@@ -1,7 +1,4 @@
-"""Every simple predictor of a mean response, by the name that it is printed under.
-
-They are what a network has to beat. Nothing of the conditions that are asked for is seen but their control cells.
-"""
+"""All predictors of mean responses by the names they are printed with."""
 
 from __future__ import annotations
 
@@ -9,40 +6,47 @@ from collections.abc import Callable
 
 import numpy as np
 
-from perturbdiff.means import shifts, targets
-from perturbdiff.means.log_space import LogSpaceFit
-from perturbdiff.means.ridge import RidgeFit
+from perturbdiff.means.shifts import additive, context_mean, no_change, perturbation_mean, perturbed_mean
+from perturbdiff.means.targets import covariance, own_target
 from perturbdiff.means.training import Context, TrainingMeans
 
-NO_CHANGE = "no change"
+
+def ridge(training: TrainingMeans, context: Context) -> np.ndarray:
+    """(G,) effect regressed on the control mean of the context, on the perturbation and on its dose.
+
+    `RidgeFit` has the model. cell_type and batch enter through the control mean alone, so a context never trained on is
+    placed among the training contexts by what its controls express.
+    """
+    return training.ridge_fit.predict(training.parts(context.perturbation), training.control_of(context))
 
 
-class MeanPredictors:
-    """Fitted once to the training means, for all conditions."""
+def log_space(training: TrainingMeans, context: Context) -> np.ndarray | None:
+    """(G,) shift by the effects of this perturbation in other contexts, as ratios, weighted by likeness of controls.
 
-    def __init__(self, training: TrainingMeans) -> None:
-        ridge, log_space = RidgeFit(training), LogSpaceFit(training)
-        self._training = training
-        self._predictors: dict[str, Callable[[TrainingMeans, Context], np.ndarray | None]] = {
-            NO_CHANGE: shifts.no_change,
-            "context mean": shifts.context_mean,
-            "perturbed mean": shifts.perturbed_mean,
-            "perturbation mean": shifts.perturbation_mean,
-            "additive": shifts.additive,
-            "ridge": lambda _, context: ridge.predict(context),
-            "log space": lambda _, context: log_space.predict(context),
-            "own target": targets.own_target,
-            "covariance": targets.covariance,
-        }
-
-    def shifts(self, context: Context) -> dict[str, np.ndarray]:
-        """(G,) change of the mean log1p by predictor, of those that say something of such a condition."""
-        found = {name: predict(self._training, context) for name, predict in self._predictors.items()}
-        return {name: shift for name, shift in found.items() if shift is not None}
+    `LogSpaceFit` has the model; its settings were chosen by leaving out cell types where this cell type is new to the
+    perturbation, contexts otherwise. A dose never seen is the nearest one, a combination never seen the sum of the
+    changes of its parts. None where the perturbation, or a part, was never seen.
+    """
+    control, parts = training.control_of(context), training.parts(context.perturbation)
+    found = [training.of_perturbation(parts)]
+    if not len(found[0]):
+        found = [training.of_perturbation((part,)) for part in parts]
+    if not found or not all(map(len, found)):
+        return None
+    known = {training.cell_type[i] for rows in found for i in rows}
+    fit = training.fit_across_batches if context.cell_type in known else training.fit_across_cell_types
+    return fit.predict([fit.log_change(rows, control) for rows in found], control) - control
 
 
-def transplant_rows(training: TrainingMeans, context: Context) -> np.ndarray:
-    """(n,) True for the training conditions whose cells are taken for those asked for: of the perturbation in other
-    contexts, or else of all perturbations in this one."""
-    rows = shifts.conditions_of(training, training.notation.parse(context.perturbation))
-    return training.in_context(context.cell_type, context.batch) if rows is None else rows
+PREDICTORS: dict[str, Callable[[TrainingMeans, Context], np.ndarray | None]] = {
+    "no change": no_change,
+    "context mean": context_mean,
+    "perturbed mean": perturbed_mean,
+    "perturbation mean": perturbation_mean,
+    "additive": additive,
+    "ridge": ridge,
+    "log space": log_space,
+    "own target": own_target,
+    "covariance": covariance,
+}
+"""Printed name -> (G,) shift of the mean in log1p space, or None where it says nothing of such a context."""

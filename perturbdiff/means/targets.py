@@ -1,68 +1,58 @@
-"""Knock-downs and knock-outs, which are named by the gene that they act on: what is known of that gene alone.
+"""Knock-downs by what they are known to do: less of their own gene, and of what varies with it.
 
-G = genes. Shifts are of means, (G,) log1p.
+G = genes, T = targets. A perturbation has a target where its name, or that of a part, is a gene.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from perturbdiff.means.log_space import log_expression, mean_of
 from perturbdiff.means.shifts import context_mean
-from perturbdiff.means.training import Context, TrainingMeans
-
-EXPRESSED = 0.05  # mean log1p of a gene in controls, of which a ratio says something
-NO_SPREAD = 1e-12
+from perturbdiff.means.training import TARGET_EPS, Context, TrainingMeans
 
 
 def own_target(training: TrainingMeans, context: Context) -> np.ndarray | None:
-    """`context_mean`, but for the target itself: what targets of the training perturbations lost or gained of their own
-    mean, on average of logarithms. None where no part is a gene, or no training perturbation says what happens to one.
+    """(G,) the `context_mean`, but for the targets: there, what training perturbations do to their own gene.
+
+    That change is their mean log-ratio (`TrainingMeans.target_log_ratio`), of the expression of this context's
+    controls. None where no part is a gene, or no training perturbation says what becomes of its own.
     """
-    own = _own_shift(training, context)
-    if own is None:
+    targets = training.targets(training.parts(context.perturbation))
+    change = _target_shift(training, context, targets)
+    if change is None:
         return None
     shift = context_mean(training, context).copy()
-    for gene, change in own.items():
-        shift[gene] = change
+    shift[targets] = change
     return shift
 
 
 def covariance(training: TrainingMeans, context: Context) -> np.ndarray | None:
-    """What the change of the target takes along: cov(gene, target) / var(target) among the control cells, times it.
+    """(G,) linear response to the targets' own change, by the covariance of genes over the control cells.
 
-    None as `own_target`, and where the target does not vary.
-
-    Notes
-    -----
-    Linear response, as CIPHER (Kuznets-Speck et al. 2025).
+    Of one target: its column of the covariance over its variance, times its shift in `own_target`. Of several: the
+    combination of their columns that gives each its shift. CIPHER (Kuznets-Speck et al. 2025, bioRxiv
+    2025.06.27.661814), with the size of the response given by the target. None as `own_target`, and where a target
+    does not vary over the controls.
     """
-    own = _own_shift(training, context)
-    if own is None:
+    targets = training.targets(training.parts(context.perturbation))
+    change = _target_shift(training, context, targets)
+    if change is None:
         return None
-    centred = context.control - context.control_mean
-    variance = {gene: float((centred[:, gene] ** 2).sum()) for gene in own}
-    if min(variance.values()) <= NO_SPREAD:
+    of_targets = np.asarray(context.control[:, targets], dtype=np.float64)  # (k, T)
+    if (of_targets == of_targets[0]).all(axis=0).any():
         return None
-    return np.sum([centred.T @ centred[:, gene] / variance[gene] * own[gene] for gene in own], axis=0)
+    of_targets -= of_targets.mean(axis=0)
+    columns = (of_targets.T @ (context.control - training.control_of(context))) / len(of_targets)  # (T, G)
+    force = np.linalg.lstsq(columns[:, targets], change, rcond=1e-10)[0]  # targets may vary as one
+    shift: np.ndarray = force @ columns
+    return shift
 
 
-def _own_shift(training: TrainingMeans, context: Context) -> dict[int, float] | None:
-    """Of each part that is a gene, its position and the change of its mean; None where nothing says it."""
-    positions = _positions(training)
-    targets = [positions[name] for name, _ in training.notation.parse(context.perturbation) if name in positions]
-    ratios = []
-    for i, parts in enumerate(training.parts):
-        if len(parts) == 1 and (gene := positions.get(parts[0][0])) is not None:
-            before, after = training.control_mean[i, gene], training.perturbed_mean[i, gene]
-            if before >= EXPRESSED:
-                ratios.append(np.log((after + EXPRESSED / 10) / (before + EXPRESSED / 10)))
-    if not targets or not ratios:
+def _target_shift(training: TrainingMeans, context: Context, targets: np.ndarray) -> np.ndarray | None:
+    """(T,) change of the targets in their own mean."""
+    ratio = training.target_log_ratio
+    if not len(targets) or ratio is None:
         return None
-    return {gene: float(context.control_mean[gene] * np.expm1(np.mean(ratios))) for gene in targets}
-
-
-def _positions(training: TrainingMeans) -> dict[str, int]:
-    if training.genes is None:
-        return {}
-    symbols = training.genes.symbols or ()
-    return {name: i for names in (symbols, training.genes.names) for i, name in enumerate(names) if name}
+    control = training.control_of(context)[targets]
+    return mean_of(log_expression(control, TARGET_EPS) + ratio, TARGET_EPS) - control

@@ -1,44 +1,44 @@
-"""What predictors of mean responses know: mean profiles of the training conditions, and the context that is asked for.
+"""What predictors of mean responses know: means of training conditions, and the context that is asked for.
 
-n = training conditions, G = genes. All means are of log1p values.
+n = training conditions, G = genes, k = control cells.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
 from perturbdiff.data.notation import Notation, Parts
 from perturbdiff.data.vocab import GeneVocab
+from perturbdiff.means.log_space import LogSpaceFit, log_expression
+from perturbdiff.means.ridge import RidgeFit
+
+EXPRESSED = 0.05  # mean log1p value in controls from which on a target says what a knock-down leaves of it
+TARGET_EPS = 0.01  # added to expm1 of means before their logarithm: what is 0 in all cells is not infinitely less
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingMeans:
-    """Mean profiles of the n training conditions; condition i is entry i of every field.
+    """Means of the n training conditions, log1p space; condition i is entry i of every field.
 
-    control_mean
-        (n, G) of the controls that each condition is compared with.
-    perturbed_mean
-        (n, G) of its perturbed cells.
-    n_cells
-        (n,) perturbed cells.
-    notation
-        What labels mean.
     genes
-        None where nobody says: then no perturbation is known to be of a gene.
+        Names of the G columns, where perturbations may be named after genes; None where nobody knows.
+    notation
+        What labels mean; by default "A+B" is A and B.
 
-    Raises ValueError if there is no condition, the lengths disagree or a value is not finite.
+    Raises ValueError if there is no condition, lengths disagree, a value is not finite or a condition has no cells.
     """
 
     perturbation: list[str]
     cell_type: list[str]
     batch: list[str]
-    control_mean: np.ndarray
-    perturbed_mean: np.ndarray
-    n_cells: np.ndarray
-    notation: Notation
+    control_mean: np.ndarray  # (n, G) mean of the matched controls
+    perturbed_mean: np.ndarray  # (n, G) mean of the perturbed cells
+    n_cells: np.ndarray  # (n,) perturbed cells
+    notation: Notation = field(default_factory=lambda: Notation(()))
     genes: GeneVocab | None = None
 
     def __post_init__(self) -> None:
@@ -48,50 +48,136 @@ class TrainingMeans:
         for name in ("cell_type", "batch", "control_mean", "perturbed_mean", "n_cells"):
             if len(getattr(self, name)) != n:
                 raise ValueError(f"{name} ({len(getattr(self, name))} entries) must have one per condition; pass {n}.")
-        if self.perturbed_mean.ndim != 2 or self.perturbed_mean.shape != self.control_mean.shape:
+        shape = self.control_mean.shape
+        if self.perturbed_mean.ndim != 2 or self.perturbed_mean.shape != shape:
             raise ValueError(
                 f"perturbed_mean ({self.perturbed_mean.shape}) must be (conditions, genes) like control_mean; "
-                f"pass {self.control_mean.shape}."
+                f"pass {shape}."
             )
+        if self.genes is not None and len(self.genes) != shape[1]:
+            raise ValueError(f"genes ({len(self.genes)}) must be those of control_mean; pass {shape[1]}.")
         for name in ("control_mean", "perturbed_mean"):
             if not np.isfinite(getattr(self, name)).all():
                 raise ValueError(f"{name} (NaN or infinite) must be finite; drop conditions without matched controls.")
+        if not (self.n_cells >= 1).all():
+            raise ValueError(f"n_cells ({self.n_cells.min()}) must be at least 1; drop conditions without cells.")
 
     @cached_property
     def effect(self) -> np.ndarray:
-        """(n, G) change of the mean."""
+        """(n, G) mean of the perturbed cells minus that of their controls."""
         return self.perturbed_mean - self.control_mean
 
-    @cached_property
-    def parts(self) -> list[Parts]:
-        """What each condition's perturbation stands for, whatever the order of its parts."""
-        return [self.notation.parse(label) for label in self.perturbation]
+    def parts(self, perturbation: str) -> Parts:
+        """What a label stands for, whatever the order of its parts."""
+        return self.notation.parse(perturbation)
 
-    def in_context(self, cell_type: str, batch: str) -> np.ndarray:
-        """(n,) True for the conditions of a context; where it has none, of its cell type; else all."""
+    @cached_property
+    def seen(self) -> list[Parts]:
+        """(n,) what the labels of the conditions stand for."""
+        parsed = {label: self.parts(label) for label in set(self.perturbation)}
+        return [parsed[label] for label in self.perturbation]
+
+    @cached_property
+    def _at_doses(self) -> dict[tuple[str, ...], dict[Parts, list[int]]]:
+        """Conditions of each set of names, by doses."""
+        found: dict[tuple[str, ...], dict[Parts, list[int]]] = {}
+        for i, parts in enumerate(self.seen):
+            found.setdefault(_names(parts), {}).setdefault(parts, []).append(i)
+        return found
+
+    def of_perturbation(self, parts: Parts) -> np.ndarray:
+        """Conditions of this perturbation or combination, at the nearest dose that was seen; none if never seen."""
+        doses = self._at_doses.get(_names(parts), {})
+        if not doses:
+            return np.zeros(0, dtype=np.int64)
+        return np.array(doses[min(doses, key=lambda seen: (_distance(seen, parts), seen))])
+
+    def of_context(self, cell_type: str, batch: str) -> np.ndarray:
+        """Conditions of this (cell_type, batch); if it has none, of the cell type in any batch; if none either, all."""
         same_type = np.array([c == cell_type for c in self.cell_type])
         same_context = same_type & np.array([b == batch for b in self.batch])
-        if same_context.any():
-            return same_context
-        return same_type if same_type.any() else np.ones(len(same_type), dtype=bool)
+        chosen = next((rows for rows in (same_context, same_type) if rows.any()), ~same_type)
+        return np.flatnonzero(chosen)
+
+    def control_of(self, context: Context) -> np.ndarray:
+        """(G,) mean of the control cells of a context. Raises ValueError if its genes are others, or not finite."""
+        mean, genes = context.control_mean, self.control_mean.shape[1]
+        if len(mean) != genes:
+            raise ValueError(f"control cells of {len(mean)} genes must have those of the training means; pass {genes}.")
+        if not np.isfinite(mean).all():
+            raise ValueError("control cells hold NaN or infinite values; give log1p values.")
+        return mean
+
+    def targets(self, parts: Parts) -> np.ndarray:
+        """Columns of the genes that parts are named after, by name or symbol, rising; none where none is."""
+        return np.array(sorted({self._columns[name] for name, _ in parts if name in self._columns}), dtype=np.int64)
+
+    @cached_property
+    def _columns(self) -> dict[str, int]:
+        if self.genes is None:
+            return {}
+        symbols = {symbol: i for i, symbol in enumerate(self.genes.symbols or ()) if symbol}
+        return symbols | {name: i for i, name in enumerate(self.genes.names)}
+
+    @cached_property
+    def target_log_ratio(self) -> float | None:
+        """Mean log-ratio of perturbed to control expression that targets have in their own gene.
+
+        Of expm1 of means; first over the conditions of a target, then over targets. None where no training
+        perturbation is named after a gene that its controls express.
+        """
+        ratios: dict[int, list[float]] = {}
+        for i, parts in enumerate(self.seen):
+            for gene in self.targets(parts).tolist():
+                control, perturbed = self.control_mean[i, gene], self.perturbed_mean[i, gene]
+                if control >= EXPRESSED:
+                    change = log_expression(perturbed, TARGET_EPS) - log_expression(control, TARGET_EPS)
+                    ratios.setdefault(gene, []).append(float(change))
+        return float(np.mean([np.mean(of_gene) for of_gene in ratios.values()])) if ratios else None
+
+    @cached_property
+    def ridge_fit(self) -> RidgeFit:
+        """The model behind `ridge`, fitted once for all contexts."""
+        return RidgeFit(self.seen, self.control_mean, self.effect)
+
+    @cached_property
+    def fit_across_batches(self) -> LogSpaceFit:
+        """The model behind `log_space`, for a batch or donor in which the perturbation was not seen."""
+        contexts = list(zip(self.cell_type, self.batch, strict=True))
+        return LogSpaceFit(self.seen, contexts, self.control_mean, self.perturbed_mean)
+
+    @cached_property
+    def fit_across_cell_types(self) -> LogSpaceFit:
+        """The model behind `log_space`, for a cell type in which the perturbation was not seen."""
+        return LogSpaceFit(self.seen, self.cell_type, self.control_mean, self.perturbed_mean)
 
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """A condition to predict, with the control cells that predictions start from: (k, G) log1p."""
+    """What is asked for: a perturbation, where, and the control cells there. Raises ValueError if there is no cell."""
 
     perturbation: str
     cell_type: str
     batch: str
-    control: np.ndarray
+    control: np.ndarray  # (k, G) log1p values of the control cells that predictions start from
 
     def __post_init__(self) -> None:
-        if self.control.ndim != 2 or self.control.size == 0:
+        if self.control.ndim != 2 or len(self.control) == 0:
             raise ValueError(
                 f"control ({self.control.shape}) must be a non-empty array (cells, genes); keep control cells."
             )
 
     @cached_property
     def control_mean(self) -> np.ndarray:
-        """(G,)"""
-        return self.control.mean(axis=0, dtype=np.float64)
+        """(G,) float64."""
+        mean: np.ndarray = self.control.mean(axis=0, dtype=np.float64)
+        return mean
+
+
+def _names(parts: Parts) -> tuple[str, ...]:
+    return tuple(name for name, _ in parts)
+
+
+def _distance(parts: Parts, others: Parts) -> float:
+    """Between the doses of the same names, on a log scale; no dose is dose 1."""
+    return sum(abs(math.log((a or 1.0) / (b or 1.0))) for (_, a), (_, b) in zip(parts, others, strict=True))

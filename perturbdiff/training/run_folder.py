@@ -221,7 +221,7 @@ def model_config(config: Config) -> ModelConfig:
     data = config.data
     others = tuple(data.other_control_labels)
     columns = data.perturbation_col, data.cell_type_col, data.batch_col
-    obs = ObsColumns(*columns, data.control_label, others, data.dose_col)
+    obs = ObsColumns(*columns, data.control_label, others, data.dose_col, tuple(data.drop))
     return ModelConfig(config.denoiser, config.diffusion, config.sampling, obs, data.set_size)
 
 

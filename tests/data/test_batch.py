@@ -67,7 +67,10 @@ def test_the_batch_of_another_device_is_filled_alike():
 
 def test_library_size_and_target_sum_enter_the_dense_values():
     adata = counts_screen(n_genes=20)
-    adata.obs["total"] = np.arange(adata.n_obs) * 7.0  # the first cell has a library size of 0
+    X = adata.X.toarray()
+    X[0] = 0
+    adata.X = X
+    adata.obs["total"] = np.arange(adata.n_obs) * 1000.0  # the first cell has a library size of 0
     screen = read(adata, library_size_col="total", target_sum=300.0)
     sets = [CellSet((0, 0), 0, np.arange(len(screen)), np.arange(len(screen)))]
     x0, _ = make_batch(sets, len(screen), screen.expression, NO_LABELS).dense()

@@ -132,6 +132,7 @@ def other_sums(adata):
     return adata[:, keep].copy()
 
 
+@pytest.mark.filterwarnings("ignore:X has 12 genes")
 @pytest.mark.parametrize("change", [few_genes, no_controls, negative, other_sums])
 def test_a_file_is_refused_as_a_prediction_from_it_would_be(model, adata, tmp_path, change):
     path = written(change(adata), tmp_path / "s.h5ad")

@@ -205,7 +205,7 @@ def as_format_3(folder: Path) -> None:
     (folder / "genes.json").write_text(json.dumps(genes))
 
     def change(config: dict[str, Any]) -> None:
-        del config["obs"]["other_control_labels"], config["obs"]["dose"]
+        del config["obs"]["other_control_labels"], config["obs"]["dose"], config["obs"]["drop"]
         config["denoiser"]["attention"] = "paired"
         diffusion = config["diffusion"]
         diffusion |= {"kernel": "energy", "mean_weight": 0.0, "p_unlabelled": diffusion.pop("p_features_only")}

@@ -33,7 +33,7 @@ from perturbdiff.data.dialects import COLUMNS, understood
 from perturbdiff.data.expression import as_csr, library_sizes
 from perturbdiff.data.guides import Guides, gene_rows
 from perturbdiff.data.h5ad import open_h5ad, parts_of
-from perturbdiff.data.screen import genes_of
+from perturbdiff.data.screen import genes_of, refuse_small_libraries
 from perturbdiff.data.selectors import LABELS
 from perturbdiff.data.space import RAW_COUNTS, UNKNOWN, InputKind, Space, found, renormalised, space_of
 from perturbdiff.data.vocab import GeneVocab
@@ -213,7 +213,9 @@ class H5adSource:
             return X, np.ones(X.shape[0], np.float32)
         if self.config.library_size_col is None:
             return X, library_sizes(X)
-        return X, self._library_column(self.config.library_size_col, first, last)
+        library = self._library_column(self.config.library_size_col, first, last)
+        refuse_small_libraries(library, X, self.config.library_size_col, self.config.path)
+        return X, library
 
     def _checked(self, first: int, last: int) -> sparse.csr_matrix:
         if self.space is RAW_COUNTS:
