@@ -298,6 +298,7 @@ class PerturbDiff:
         seed: int = 0,
         min_gene_overlap: float = 0.5,
         all_genes: bool = False,
+        with_controls: bool = False,
     ) -> AnnData:
         """Predict cells under a perturbation from control cells.
 
@@ -331,6 +332,8 @@ class PerturbDiff:
         all_genes
             Keep the genes of the model that `controls` lack. The network takes them for zero there, and nobody knows
             what they were: by default they are left out, with a warning.
+        with_controls
+            Add the control cells of the context behind the predicted ones, as `control_rows`.
 
         Returns
         -------
@@ -364,6 +367,8 @@ class PerturbDiff:
         predicted = made[0] if len(made) == 1 else concat(made, merge="same", uns_merge="first")
         unseen = list(dict.fromkeys(label for part in made for label in part.uns["perturbdiff"]["unseen"]))
         predicted.uns["perturbdiff"]["unseen"] = unseen
+        if with_controls:
+            predicted = self.add_controls(predicted, cells, cell_type, batch)
         if absent := predicted.uns["perturbdiff"]["genes_absent"]:
             what = "kept, with var['measured'] False" if all_genes else "left out; all_genes=True keeps them"
             warnings.warn(
@@ -459,6 +464,40 @@ class PerturbDiff:
             "unseen": self._unseen(perturbation, sorted(set(contexts), key=str)),
         }
         return AnnData(X=X, obs=obs, var=var, uns={"perturbdiff": uns})
+
+    def control_rows(
+        self, controls: AnnData, predicted: AnnData, cell_type: str | None = None, batch: str | None = None
+    ) -> AnnData:
+        """Control cells as rows beside predicted ones: X log1p of the same genes in the same order.
+
+        obs has the columns of `predicted`: perturbation is the model's control label, source_control the cell's own
+        name, population (and request) -1. `controls` are cells as `generate` takes them.
+        """
+        expression = expression_of(controls, self.preprocessing)
+        columns = self.genes.align(expression.genes, min_overlap=0.0).columns
+        X = expression.with_genes(self.genes, columns).log1p()
+        X = X[:, pd.Index(self.genes.names).get_indexer(predicted.var_names)]
+        X.sort_indices()
+        contexts = self._contexts(controls.obs, cell_type, batch)
+        values = {
+            "perturbation": pd.Categorical([self.config.obs.control_label] * len(contexts)),
+            "cell_type": pd.Categorical([c if c is not None else "unknown" for c, _ in contexts]),
+            "batch": pd.Categorical([b if b is not None else "unknown" for _, b in contexts]),
+            "source_control": controls.obs_names.to_numpy(),
+        }
+        obs = pd.DataFrame({name: values.get(name, -1) for name in predicted.obs}, index=range(len(contexts)))
+        obs.index = pd.Index([f"control-{cell}" for cell in range(len(obs))])
+        return AnnData(X=X, obs=obs, var=predicted.var, uns=predicted.uns)
+
+    def add_controls(
+        self, predicted: AnnData, controls: AnnData, cell_type: str | None = None, batch: str | None = None
+    ) -> AnnData:
+        """Predicted cells, then `control_rows`; uns["perturbdiff"] gets their `control_label` and `n_controls`."""
+        both = concat(
+            [predicted, self.control_rows(controls, predicted, cell_type, batch)], merge="same", uns_merge="first"
+        )
+        both.uns["perturbdiff"] |= {"control_label": self.config.obs.control_label, "n_controls": controls.n_obs}
+        return both
 
     def add_features(self, tables: Sequence[FeatureTable]) -> list[str]:
         """Make perturbations known that were never trained, by features as those that the model was trained with.

@@ -21,7 +21,9 @@ def add_predict_commands(commands: Any) -> None:
         "With --requests, all predictions of a csv go into one file. Its columns: perturbation, and perhaps\n"
         "cell_type, batch, n_cells, n_populations, seed, whose empty fields mean what the options say. Each is\n"
         "written to OUT.parts/ as soon as it is done; the same command goes on where one was killed, and under\n"
-        "accelerate launch or torchrun the processes share the work.",
+        "accelerate launch or torchrun the processes share the work.\n"
+        "With --with-controls the control cells are in the file too, for cell-eval run -ap OUT.h5ad -ar MEASURED.h5ad\n"
+        "--pert-col perturbation --control-pert LABEL, where LABEL is the model's (data.control_label).",
         "examples:\n  perturbdiff predict runs/kang/model --controls kang.h5ad --perturbation IFN-beta "
         "--cell-type CD4T --out cd4t.h5ad\n"
         "  perturbdiff predict runs/kang/model --controls kang.h5ad --requests requests.csv --n-populations 5 "
@@ -42,6 +44,9 @@ def add_predict_commands(commands: Any) -> None:
     predict.add_argument("--n-cells", type=int, metavar="N", help="cells to predict (default: one per control cell)")
     predict.add_argument("--n-populations", type=int, default=1, metavar="N", help="draws of the response distribution")
     predict.add_argument("--all-genes", action="store_true", help="keep genes of the model that the controls lack")
+    predict.add_argument(
+        "--with-controls", action="store_true", help="add the control cells to the file, as cell-eval wants them"
+    )
     add_sampling(predict)
     add_columns(predict)
 
@@ -128,7 +133,7 @@ def _predict(arguments: argparse.Namespace) -> None:
         arguments.perturbation or "", arguments.cell_type, arguments.batch, arguments.n_cells, arguments.n_populations,
         arguments.seed,
     )  # fmt: skip
-    where = {name: getattr(arguments, name) for name in ("layer", "summary", "overwrite", "all_genes")}
+    where = {name: getattr(arguments, name) for name in ("layer", "summary", "overwrite", "all_genes", "with_controls")}
     options = {**where, **sampling_of(arguments)}
     requests = None if arguments.requests is None else read_requests(arguments.requests, one)
     model = load_model(arguments.model, arguments.features, arguments.settings, arguments.controls)

@@ -53,6 +53,8 @@ class Predictions:
 
     n_genes, absent
         Of the model, and those of them that the controls lack: all but these are written, or all with `all_genes`.
+    n_controls
+        Control cells that were written behind the predicted ones.
     n_requests, n_found
         Requests, None where one was predicted alone; and those of them that an earlier run had done.
     uns
@@ -75,6 +77,7 @@ class Predictions:
     unseen: dict[str, list[int]]
     widths: np.ndarray
     calibration: Calibration | None
+    n_controls: int = 0
 
     def text(self) -> str:
         """For a person, several lines."""
@@ -95,7 +98,8 @@ class Predictions:
             lines.append(f"unseen      {label}{which}: extrapolated from features, other doses or the control cells")
         lines.append(f"sampler     {uns['sampler']}, {uns['n_steps']} steps, guidance {uns['guidance_scale']:g}")
         lines.append(f"certainty   {certainty(self.calibration, self.widths)}")
-        lines.append(f"written     {self.out}: {self.n_cells:,} cells, {n_written:,} genes")
+        controls = f" and {self.n_controls:,} control cells" if self.n_controls else ""
+        lines.append(f"written     {self.out}: {self.n_cells:,} cells{controls}, {n_written:,} genes")
         if self.summary is not None:
             unknown = f", NaN for the {len(self.absent):,} absent ones" if self.absent else ""
             lines.append(f"            {self.summary}: mean, spread and interval of each gene{unknown}")
@@ -112,6 +116,7 @@ def predict_request(
     summary: str | Path | None = None,
     overwrite: bool = False,
     all_genes: bool = False,
+    with_controls: bool = False,
     **sampling: Any,
 ) -> Predictions:
     """Predict one request into a file that holds what `PerturbDiff.predict` returns. Otherwise as `predict_requests`.
@@ -122,6 +127,9 @@ def predict_request(
     calibration = model.training.calibration
     controls = controls_for(model, controls, request.cell_type, request.batch, layer)
     predicted, table = _predict(model, controls, request, calibration, all_genes=all_genes, **sampling)
+    n_cells, n_controls = predicted.n_obs, controls.n_obs if with_controls else 0
+    if with_controls:
+        predicted = model.add_controls(predicted, controls, request.cell_type, request.batch)
     write_predicted(predicted, out)
     if summary is not None:
         with written(summary) as temporary:
@@ -131,7 +139,7 @@ def predict_request(
     widths = np.array([median_width(table)])
     n_genes, absent = len(model.genes), tuple(uns["genes_absent"])
     return Predictions(
-        out, summary, predicted.n_obs, n_genes, absent, all_genes, None, 0, uns, unseen, widths, calibration
+        out, summary, n_cells, n_genes, absent, all_genes, None, 0, uns, unseen, widths, calibration, n_controls
     )
 
 
@@ -149,6 +157,7 @@ def predict_requests(
     sampler: str | None = None,
     min_gene_overlap: float = 0.5,
     all_genes: bool = False,
+    with_controls: bool = False,
 ) -> Predictions | None:
     """Predict each request from the control cells of its cell type and batch, and write all cells into one file.
 
@@ -168,6 +177,9 @@ def predict_requests(
         Replace `out` and `summary`.
     guidance_scale, steps, sampler, min_gene_overlap, all_genes
         As `PerturbDiff.predict`, for all requests.
+    with_controls
+        Write the control cells that any request starts from behind the predicted ones, each once, as
+        `PerturbDiff.control_rows`.
 
     Returns
     -------
@@ -223,7 +235,14 @@ def predict_requests(
             return None
         made = [read_metadata(part)["uns"] for part in parts]
         widths = np.array([uns.pop("interval_width") for uns in made], dtype=np.float64)
-        join_predicted(parts, _common(made, requests), out)
+        common, written_too, n_controls = _common(made, requests), [], 0
+        if with_controls:
+            own = np.unique(np.concatenate(rows))
+            n_controls = len(own)
+            common |= {"control_label": model.config.obs.control_label, "n_controls": n_controls}
+            written_too = [folder / "part-controls.parquet"]
+            write_predicted(_control_rows(model, controls[own].copy(), requests, parts[0]), written_too[0])
+        join_predicted([*parts, *written_too], common, out)
         if summary is not None:
             means = (mean_expression(model, controls[own]) for own in rows)
             _write_summary(parts, requests, means, calibration, summary)
@@ -235,7 +254,7 @@ def predict_requests(
     n_genes, absent = len(model.genes), tuple(made[0]["genes_absent"])
     return Predictions(
         out, summary, sum(n_cells), n_genes, absent, all_genes, len(parts), sum(done), made[0], unseen, widths,
-        calibration,
+        calibration, n_controls,
     )  # fmt: skip
 
 
@@ -258,6 +277,15 @@ def _predict(
         **sampling,
     )
     return predicted, population_summary(predicted, mean_expression(model, controls), calibration)
+
+
+def _control_rows(model: PerturbDiff, controls: AnnData, requests: Sequence[Request], part: Path) -> AnnData:
+    # A context that all requests have is that of cells whose obs says none.
+    cell_type, batch = (
+        found.pop() if len(found := {getattr(request, name) for request in requests}) == 1 else None
+        for name in ("cell_type", "batch")
+    )
+    return model.control_rows(controls, read_predicted(part), cell_type, batch)
 
 
 def _common(made: Sequence[Mapping[str, Any]], requests: Sequence[Request]) -> dict[str, Any]:

@@ -1,18 +1,22 @@
 """predict with requests, calibrate, and screen rank as they are typed, and one line where something is wrong."""
 # ruff: noqa: F811 (fixtures)
 
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import anndata
 import pandas as pd
 import pytest
+from scipy import sparse
 
 from perturbdiff.cli.main import main
 from perturbdiff.hub.records import Calibration
 from perturbdiff.inference.output import read_predicted
 from perturbdiff.model import PerturbDiff
 from tests.cli.test_main import assert_says, here, refused  # noqa: F401 (fixtures)
-from tests.screens import counts_screen, read, written
+from tests.screens import counts_screen, log1p_cp10k, read, written
 from tests.untrained import untrained
 
 pytestmark = pytest.mark.slow
@@ -57,6 +61,30 @@ def test_requests_go_into_one_file_with_the_options_as_defaults(here, capsys, mo
     said = capsys.readouterr().out
     for piece in ("requests    2", "12 of 12 matched by name", "not calibrated", f"{name}: 54 cells, 12 genes"):
         assert piece in said
+
+
+def test_a_file_with_controls_is_what_cell_eval_takes(here, capsys, model, screen):
+    pytest.importorskip("cell_eval")
+    (here / "r.csv").write_text("perturbation\nA\nB\nA+B\n")
+    words = ["--controls", screen, "--requests", "r.csv", "--cell-type", "NK", "--out", "p.h5ad", "--with-controls"]
+    call("predict", model, *words)
+    assert "66 cells and 22 control cells, 12 genes" in capsys.readouterr().out
+    adata = anndata.read_h5ad(screen)
+    measured = adata[adata.obs["cell_type"] == "NK"].copy()
+    measured.X = sparse.csr_matrix(log1p_cp10k(measured.X).astype("float32"))
+    measured.write_h5ad("r.h5ad")
+    run = [sys.executable, "-m", "cell_eval"]
+    names = ["--pert-col", "perturbation", "--control-pert", "control", "-o", "out"]
+    done = subprocess.run([*run, "run", "-ap", "p.h5ad", "-ar", "r.h5ad", *names], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(pd.read_csv(here / "out/results.csv")["perturbation"]) == ["A", "A+B", "B"]
+    if shutil.which("zstd") is None:
+        return  # cell-eval prep calls it
+    (here / "genes.csv").write_text("\n".join(measured.var_names) + "\n")
+    names = ["-p", "perturbation", "-n", "control", "-o", "p.vcc", "--expected-gene-dim", "12"]
+    done = subprocess.run([*run, "prep", "-i", "p.h5ad", "-g", "genes.csv", *names], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (here / "p.vcc").stat().st_size > 0
 
 
 def test_one_prediction_may_be_parquet_and_says_how_sure_it_is(here, capsys, calibrated, screen):

@@ -12,17 +12,19 @@ import pandas as pd
 import pytest
 import torch
 from filelock import FileLock
+from scipy import sparse
 
 import perturbdiff.inference.predictions as predictions
 from perturbdiff.config import ObsColumns
 from perturbdiff.data.screen import control_cells
+from perturbdiff.evaluation.scores import evaluate
 from perturbdiff.hub.records import Calibration
 from perturbdiff.inference.intervals import mean_expression, population_summary
 from perturbdiff.inference.output import read_predicted
 from perturbdiff.inference.predictions import predict_request, predict_requests
 from perturbdiff.inference.requests import COLUMNS, Request
 from tests.processes import PATIENCE
-from tests.screens import ROOT, counts_screen, written
+from tests.screens import ROOT, counts_screen, log1p_cp10k, written
 from tests.untrained import untrained
 
 REQUESTS = [
@@ -104,6 +106,68 @@ def test_each_request_is_predicted_as_it_would_be_alone(model, screen, controls,
         for column in expected.obs:
             assert list(own.obs[column]) == list(expected.obs[column])
     assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
+@pytest.mark.parametrize("suffix", ["h5ad", "parquet"])
+@pytest.mark.parametrize("requests", [REQUESTS[1:2], [REQUESTS[0], REQUESTS[4]], REQUESTS])
+def test_control_cells_stand_behind_the_predicted_ones_each_once(model, screen, controls, tmp_path, suffix, requests):
+    plain, out = tmp_path / f"plain.{suffix}", tmp_path / f"both.{suffix}"
+    if len(requests) == 1:
+        predict_request(model, screen, requests[0], plain)
+        done = predict_request(model, screen, requests[0], out, with_controls=True)
+    else:
+        predict_requests(model, screen, requests, plain)
+        done = predict_requests(model, screen, requests, out, with_controls=True)
+    found, expected = read(out), read(plain)
+    n = expected.n_obs
+    np.testing.assert_array_equal(found[:n].X.toarray(), expected.X.toarray())
+    pd.testing.assert_frame_equal(found.obs[:n].astype(str), expected.obs.astype(str))
+    assert (found.obs["perturbation"][:n] != "control").all()
+    rows = found[n:]
+    wanted = controls.obs[["cell_type", "batch"]].astype(str)
+    chosen = np.zeros(len(wanted), dtype=bool)  # a loop over what each request starts from
+    for request in requests:
+        chosen |= (wanted["cell_type"].isin([request.cell_type]) | (request.cell_type is None)) & (
+            wanted["batch"].isin([request.batch]) | (request.batch is None)
+        )
+    assert sorted(rows.obs["source_control"]) == sorted(wanted.index[chosen])
+    assert set(rows.obs["perturbation"]) == {"control"}
+    assert set(rows.obs["population"]) == {-1}
+    own = controls[list(rows.obs["source_control"])]
+    np.testing.assert_allclose(rows.X.toarray(), log1p_cp10k(own.X), rtol=1e-5)
+    for column in ("cell_type", "batch"):
+        assert list(rows.obs[column]) == list(own.obs[column])
+    assert found.obs_names.is_unique
+    assert (done.n_cells, done.n_controls) == (n, chosen.sum())
+    said = found.uns["perturbdiff"]
+    assert (said["control_label"], said["n_controls"]) == ("control", chosen.sum())
+    assert f"{n:,} cells and {chosen.sum():,} control cells" in done.text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [out.name, plain.name]
+
+
+@pytest.mark.parametrize("all_genes", [False, True])
+def test_control_cells_in_the_file_have_the_genes_of_the_predictions(model, controls, tmp_path, all_genes):
+    fewer = controls[:, ["gene_7", *[f"gene_{i}" for i in range(3, 7)], *[f"gene_{i}" for i in range(8, 12)]]].copy()
+    with pytest.warns(UserWarning, match="the controls lack 3"):
+        predicted = model.predict(fewer, perturbation=["A", "B"], all_genes=all_genes, with_controls=True)
+    rows = predicted[predicted.obs["perturbation"] == "control"]
+    assert rows.n_obs == fewer.n_obs  # once, however many are predicted
+    assert list(rows.var_names) == [f"gene_{i}" for i in range(0 if all_genes else 3, 12)]
+    expected = pd.DataFrame(log1p_cp10k(fewer.X), columns=fewer.var_names)
+    np.testing.assert_allclose(rows.X.toarray(), expected.reindex(columns=rows.var_names, fill_value=0.0), rtol=1e-5)
+    assert "measured" in rows.var
+
+
+def test_evaluation_takes_no_control_cell_for_a_prediction(model, screen, controls):
+    # Cells that were measured: what random weights predict is in no space that evaluation takes.
+    cells = anndata.read_h5ad(screen)
+    cells = cells[cells.obs["perturbation"] == "A"].copy()
+    cells.X = sparse.csr_matrix(log1p_cp10k(cells.X).astype(np.float32))
+    cells.obs = cells.obs.assign(source_control="unknown", population=0)
+    cells.uns["perturbdiff"] = {"target_sum": 1e4, "library_size_col": ""}
+    both = model.add_controls(cells, controls)
+    assert both.n_obs == cells.n_obs + controls.n_obs
+    pd.testing.assert_frame_equal(evaluate(both, screen).scores, evaluate(cells, screen).scores)
 
 
 @pytest.mark.parametrize("suffix", ["h5ad", "parquet"])
