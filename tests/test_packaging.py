@@ -52,7 +52,7 @@ def test_the_table_of_extras_names_all():
 
 
 def test_the_pinned_versions_are_allowed_and_pin_everything_that_the_suite_needs():
-    pinned, needed = pins("constraints.txt"), requirements("test")
+    pinned, needed = pins("constraints.txt"), requirements("test", "eval")
     assert set(needed) == set(pinned)
     assert [name for name, requirement in needed.items() if pinned[name] not in requirement.specifier] == []
 

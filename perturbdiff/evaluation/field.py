@@ -181,7 +181,7 @@ def scperteval_scores(
     control: AnnData,
     *,
     protocols: str | Sequence[str] = "all",
-    dynamic_range: bool = True,
+    dynamic_range: bool = False,
     min_cells: int = 30,
     perturbation_col: str = "perturbation",
     context: Sequence[str] | None = None,
@@ -199,7 +199,7 @@ def scperteval_scores(
         Names of scPertEval (`scperteval list protocols`), "all" for those that are installed, or a group of them.
     dynamic_range
         Also calibrate each metric, between a bad prediction and a technical duplicate, which is half of the measured
-        cells: of conditions with at least `min_cells` measured cells.
+        cells: of conditions with at least `min_cells` measured cells. It takes some twenty times as long as the scores.
     seed
         Of the halves, and of the sample that stands for all perturbed cells.
 

@@ -103,11 +103,13 @@ def test_scores_are_those_that_cell_eval_prints(library, name):
 @pytest.mark.parametrize("score", [cell_eval_scores, scperteval_scores])
 def test_the_order_of_cells_conditions_and_of_measured_genes_changes_nothing(library, score):
     predicted, measured, control = a_screen(contexts=("T", "NK"))
-    expected = score(predicted, measured, control)
+    options = {"dynamic_range": True, "min_cells": 8} if score is scperteval_scores else {}
+    expected = score(predicted, measured, control, **options)
     genes = np.random.default_rng(1).permutation(measured.n_vars)
-    again = score(shuffled(predicted, 2), shuffled(measured, 3)[:, genes].copy(), shuffled(control, 4))
+    again = score(shuffled(predicted, 2), shuffled(measured, 3)[:, genes].copy(), shuffled(control, 4), **options)
     pd.testing.assert_frame_equal(again.scores, expected.scores, check_exact=True)
-    if expected.dynamic_range is not None:
+    if options:
+        assert expected.dynamic_range[expected.metrics].notna().any(axis=None)
         pd.testing.assert_frame_equal(again.dynamic_range, expected.dynamic_range, check_exact=True)
 
 
@@ -203,7 +205,7 @@ def test_one_cell_a_condition_and_predictions_of_zeros_are_scored(library):
     for name in "ABCD":  # zeros are zeros, and are not taken for counts
         cell = measured[measured.obs["perturbation"] == name].X.toarray()
         assert table.loc[name, "mse"] == pytest.approx((cell**2).mean(), rel=1e-5)
-    theirs = scperteval_scores(predicted, measured, control)
+    theirs = scperteval_scores(predicted, measured, control, dynamic_range=True)
     assert len(theirs.scores) == 4
     assert theirs.dynamic_range[theirs.metrics].isna().all(axis=None)
     assert "4 of 4 conditions have fewer than 30 measured cells" in theirs.notes[-1]
@@ -215,7 +217,7 @@ def test_scperteval_gives_what_its_own_door_gives_and_how_well_its_metrics_tell_
 
     predicted, measured, control = a_screen(n=40, n_genes=60)
     names = ["mse", "pearson_ctrl", "de_auprc", "rank"]
-    found = scperteval_scores(predicted, measured, control, protocols=names)
+    found = scperteval_scores(predicted, measured, control, protocols=names, dynamic_range=True)
     assert found.metrics == names
     control.obs["perturbation"] = "control"
     own = scperteval.prepare(joined([measured, control]), names)
