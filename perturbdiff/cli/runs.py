@@ -123,6 +123,11 @@ def add_run_commands(commands: Any) -> None:
     )
     evaluate.add_argument("--screen", metavar="FILE.h5ad", help="the measured cells and their controls")
     evaluate.add_argument("--split", metavar="split.json", help="of the run folder")
+    evaluate.add_argument(
+        "--field",
+        action="store_true",
+        help="also ask cell-eval for all of its metrics (pip install 'perturbdiff[eval]')",
+    )
     evaluate.add_argument("--out", metavar="DIR", help="write scores.parquet and scores.json there")
     evaluate.add_argument(
         "--model", metavar="FOLDER", help="the model folder that predicted: put the scores there and on its card"
@@ -303,12 +308,12 @@ def _scores(arguments: argparse.Namespace) -> Scores:
 
     given, screen, split, words = arguments.predictions, arguments.screen, arguments.split, arguments.settings
     if split is None and all((Path(given) / name).is_file() for name in RUN_FILES):
-        return evaluate_run(given, screen, overrides=words)
+        return evaluate_run(given, screen, field=arguments.field, overrides=words)
     if screen is None:
         raise ValueError("--screen is missing: the measured cells and their controls.")
     if Path(given).suffix in (".h5ad", ".parquet"):
-        return evaluate(given, screen, split, overrides=words)
-    return evaluate_model(given, screen, split, overrides=words)
+        return evaluate(given, screen, split, field=arguments.field, overrides=words)
+    return evaluate_model(given, screen, split, field=arguments.field, overrides=words)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

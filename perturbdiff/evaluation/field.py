@@ -219,7 +219,7 @@ def scperteval_scores(
         from scperteval.protocols.resolve import resolve_protocols
 
         names = [p.name for p in resolve_protocols([protocols] if isinstance(protocols, str) else list(protocols))]
-        options = {"control_label": _CONTROL, "workers": num_threads, "seed": seed}
+        options: dict[str, Any] = {"control_label": _CONTROL, "workers": num_threads, "seed": seed}
         tables, ranges, notes = [], [], list(sides.notes)
         for where in sides.contexts:
             table = sides.conditions(where).assign(**dict.fromkeys(names, np.nan))

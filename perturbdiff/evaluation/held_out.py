@@ -99,6 +99,7 @@ def evaluate_model(
     screen: str | Path | AnnData,
     split: str | Path | None = None,
     *,
+    field: bool = False,
     overrides: Sequence[str] = (),
     **settings: Any,
 ) -> Scores:
@@ -113,6 +114,8 @@ def evaluate_model(
         `train`) say nothing else.
     split
         split.json of the run folder; the one that travels with the model by default.
+    field
+        Also ask cell-eval (extra `eval`).
 
     Raises
     ------
@@ -130,11 +133,15 @@ def evaluate_model(
     match = model.training.control_match or match
     seed = (model.training.settings.get("training") or {}).get("seed", 0)
     predicted = predict_held_out(model, measured, chosen, match, seed if isinstance(seed, int) else 0)
-    return score_conditions(predicted, measured, match, chosen)
+    return score_conditions(predicted, measured, match, chosen, field=field)
 
 
 def evaluate_run(
-    run: str | Path, screen: str | Path | AnnData | None = None, *, overrides: Sequence[str] = ()
+    run: str | Path,
+    screen: str | Path | AnnData | None = None,
+    *,
+    field: bool = False,
+    overrides: Sequence[str] = (),
 ) -> Scores:
     """Score what a finished run predicted of its held-out conditions; `screen` is that of the run by default.
 
@@ -146,7 +153,7 @@ def evaluate_run(
     screen = screen if screen is not None else load_config(run / "config.yaml").data.screen
     if screen is None:
         raise ValueError(f"{run} was trained on atlases; give the screen whose cells were held out (--screen).")
-    return evaluate(run / "predicted.h5ad", screen, run / "split.json", overrides=overrides)
+    return evaluate(run / "predicted.h5ad", screen, run / "split.json", field=field, overrides=overrides)
 
 
 def reproduce(

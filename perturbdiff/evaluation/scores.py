@@ -53,6 +53,7 @@ from perturbdiff.evaluation.fair import (
     start_rows,
     with_no_change,
 )
+from perturbdiff.evaluation.field import FieldScores, cell_eval_scores
 from perturbdiff.evaluation.metrics import METRICS, mean_scores, score_condition, split_half_ceiling
 from perturbdiff.files import progress, write_json, written
 from perturbdiff.hub.records import EvaluationRecord, SplitRecord, loss
@@ -87,6 +88,8 @@ class Scores:
         Between the perturbations of a context, predicted over measured; None where there are too few.
     notes
         What a reader has to know, for people.
+    field
+        What cell-eval says of the same cells; None where it was not asked.
     """
 
     conditions: pd.DataFrame
@@ -98,6 +101,7 @@ class Scores:
     kept_response: float | None = None
     spread: float | None = None
     notes: tuple[str, ...] = ()
+    field: FieldScores | None = None
 
     @property
     def n_conditions(self) -> int:
@@ -176,7 +180,8 @@ class Scores:
             self.verdict(),
             *self.notes,
         ]
-        return "\n".join([shown.to_string(), *(line for text in texts for line in textwrap.wrap(text, WIDTH))])
+        lines = [shown.to_string(), *(line for text in texts for line in textwrap.wrap(text, WIDTH))]
+        return "\n".join(lines if self.field is None else [*lines, "", _field_table(self.field)])
 
     def record(self) -> EvaluationRecord:
         """The means, as a model's folder and card keep them."""
@@ -206,7 +211,11 @@ class Scores:
         with written(table) as temporary:
             self.conditions.to_parquet(temporary, index=False)
         write_json(as_json, self.record().as_json())
-        return [table, as_json]
+        if self.field is None:
+            return [table, as_json]
+        with written(folder / "cell_eval.csv") as temporary:
+            self.field.scores.to_csv(temporary, index=False)
+        return [table, as_json, folder / "cell_eval.csv"]
 
 
 _SHORT = {"pearson_delta": "pearson", "energy_distance": "energy", "mse_of_means": "mse", "variance_ratio": "var"}
@@ -214,7 +223,13 @@ _SHORT = {"pearson_delta": "pearson", "energy_distance": "energy", "mse_of_means
 
 
 def score_conditions(
-    predicted: AnnData, screen: Screen, match: ControlMatch, split: Split | None = None, seed: int = 0
+    predicted: AnnData,
+    screen: Screen,
+    match: ControlMatch,
+    split: Split | None = None,
+    seed: int = 0,
+    *,
+    field: bool = False,
 ) -> Scores:
     """Score predicted cells against the measured ones of the same conditions, over all genes of the screen.
 
@@ -231,11 +246,15 @@ def score_conditions(
     split
         Its test cells are the measured ones and its training cells make the simple predictors. Without, all perturbed
         cells are measured ones, and only `no change` stands beside the model.
+    field
+        Also ask cell-eval (extra `eval`), on the same cells, genes and controls.
 
     Raises
     ------
     ValueError, KeyError
         A measured gene of `predicted` is not in the screen, an obs column is missing, or no condition is in both.
+    ModuleNotFoundError
+        `field` without the extra.
     """
     if missing := [name for name in CONDITION if name not in predicted.obs.columns]:
         raise KeyError(
@@ -258,6 +277,7 @@ def score_conditions(
     rows: list[dict[str, object]] = []
     responses: dict[tuple[str, str], list[Response]] = {}
     squared = np.zeros(2)  # measured response, of the predicted genes and of all
+    sides: list[tuple[Condition, np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
     with progress(len(common), "evaluate", "condition") as bar:
         for condition in common:
             context, chosen = condition[1:], found[condition][:MAX_CELLS]
@@ -281,7 +301,10 @@ def score_conditions(
             rows.append({"method": CEILING, **known, **ceiling})
             squared += response[kept].sum(), response.sum()
             responses.setdefault(context, []).append(Response.of(condition[0], cells, true))
+            if field:
+                sides.append((condition, cells, some(screen, real[condition]), start, truth))
             bar.update()
+    asked = _ask_cell_eval(screen, sides) if field else None
     spread, n_left_out = relative_spread(responses, spread_of_responses), int((~kept).sum())
     share = float(squared[0] / squared[1]) if squared[1] > 0 else None
     notes = []
@@ -294,7 +317,46 @@ def score_conditions(
         notes.append(f"Predictions of different perturbations look alike: {spread:.0%} of the measured spread.")
     hold_out, sha256 = (None, None) if split is None else (tuple(split.config.hold_out), split.sha256)
     table, data = _complete(pd.DataFrame(rows)), Path(screen.path).name
-    return Scores(table, data, hold_out, sha256, len(kept), n_left_out, share, spread, tuple(notes))
+    return Scores(table, data, hold_out, sha256, len(kept), n_left_out, share, spread, tuple(notes), asked)
+
+
+def _ask_cell_eval(
+    screen: Screen, sides: Sequence[tuple[Condition, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]
+) -> FieldScores:
+    """Of predicted cells and the rows of the screen that were scored with them: measured cells and both controls."""
+    predicted = AnnData(
+        sparse.csr_matrix(np.concatenate([cells for _, cells, *_ in sides]).astype(np.float32)),
+        obs=pd.DataFrame([condition for condition, cells, *_ in sides for _ in range(len(cells))], columns=CONDITION),
+        var=pd.DataFrame(index=list(screen.expression.genes.names)),
+    )
+    predicted.obs_names = [f"predicted_{i}" for i in range(predicted.n_obs)]
+
+    def of_screen(which: int) -> AnnData:
+        # Each cell once, under the labels of the conditions, which may know no batches.
+        context = (
+            {side[0][1:]: side[which] for side in sides} if which > 2 else {side[0]: side[which] for side in sides}
+        )
+        rows = np.concatenate(list(context.values()))
+        labels = [label if which == 2 else ("control", *label) for label, own in context.items() for _ in own]
+        obs = pd.DataFrame(labels, columns=CONDITION, index=screen.obs.index[rows])
+        return AnnData(screen.expression.log1p(rows), obs=obs, var=predicted.var.copy())
+
+    return cell_eval_scores(predicted, of_screen(2), of_screen(3), of_screen(4))
+
+
+def _field_table(field: FieldScores) -> str:
+    means, n_nan = field.means(), field.n_nan
+    lines = [
+        f"{name:<40}{means[name]:>10.3f}" + (f"  [{n_nan[name]} NaN]" if n_nan[name] else "") for name in means.index
+    ]
+    said = ", ".join(f"{name} {number}" for name, number in field.versions.items())
+    return "\n".join(
+        [
+            f"{said}, on the same cells and controls:",
+            *lines,
+            *(line for note in field.notes for line in textwrap.wrap(note, WIDTH)),
+        ]
+    )
 
 
 def _complete(table: pd.DataFrame) -> pd.DataFrame:
@@ -320,6 +382,7 @@ def evaluate(
     screen: str | Path | AnnData,
     split: str | Path | None = None,
     *,
+    field: bool = False,
     overrides: Sequence[str] = (),
     **settings: Any,
 ) -> Scores:
@@ -337,6 +400,8 @@ def evaluate(
     split
         split.json of the run folder: its test cells are the measured ones and its training cells make the baselines.
         Without, all perturbed cells are measured ones, and only `no change` stands beside the model.
+    field
+        Also ask cell-eval (extra `eval`): all metrics of the field, by its own library.
     overrides, **settings
         Words and values as of `train`, which win over the predictions' own: data={"batch_col": "donor"}.
 
@@ -373,7 +438,7 @@ def evaluate(
     var = pd.DataFrame({"measured": [*measured(var), *[False] * len(left_out)]}, index=[*genes.names, *left_out])
     values = sparse.csr_matrix((values.data, values.indices, values.indptr), (len(obs), len(var)))
     predicted = AnnData(X=values, obs=obs.set_axis(unique_names(obs.index)), var=var)
-    return score_conditions(predicted, screened, match, chosen)
+    return score_conditions(predicted, screened, match, chosen, field=field)
 
 
 def _refuse_other_space(
