@@ -5,6 +5,7 @@ finetune(screen, init_from, out)          the same from a checkpoint
 PerturbDiff.from_pretrained(model)        a model from a folder, a run or the Hub; then .predict(controls, ...)
 evaluate(predictions, screen)             scores of predicted cells beside baselines
 rank_perturbations(model, controls, ...)  perturbations by where they push cells
+pl                                        figures: pl.violin, embedding, delta, ranking, scores
 Screen, Atlas, load_config                what these are made of
 """
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from perturbdiff.atlas.store import Atlas
     from perturbdiff.config import load_config
     from perturbdiff.data.screen import Screen
+    from perturbdiff.evaluation import plots as pl
     from perturbdiff.evaluation.scores import evaluate
     from perturbdiff.inference.ranking import rank_perturbations
     from perturbdiff.model import PerturbDiff
@@ -32,6 +34,7 @@ __all__ = [
     "evaluate",
     "finetune",
     "load_config",
+    "pl",
     "rank_perturbations",
     "train",
 ]
@@ -50,6 +53,8 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "pl":
+        return import_module("perturbdiff.evaluation.plots")
     if name not in _MODULES:
         raise AttributeError(f"module 'perturbdiff' has no attribute {name!r}")
     return getattr(import_module(f"perturbdiff.{_MODULES[name]}"), name)

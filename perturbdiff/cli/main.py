@@ -16,6 +16,7 @@ from perturbdiff._version import __version__
 from perturbdiff.cli.app import add_app_command
 from perturbdiff.cli.atlas import add_atlas_commands
 from perturbdiff.cli.hub import add_hub_commands
+from perturbdiff.cli.report import add_report_command
 from perturbdiff.cli.runs import add_run_commands, rank
 from perturbdiff.cli.settings import add_settings_commands
 from perturbdiff.files import printable
@@ -88,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     add_run_commands(commands)
+    add_report_command(commands)
     add_atlas_commands(commands)
     add_hub_commands(commands)
     add_app_command(commands)
