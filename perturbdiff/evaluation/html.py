@@ -18,7 +18,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
 INK = "#010203"  # stands for the colour of the text while a figure is drawn
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
@@ -81,7 +81,7 @@ def table(caption: str, head: Sequence[tuple[str, str]], rows: Sequence[Sequence
     kind, tools = (' class="sortable"', _FILTER) if sortable else ("", "")
     return (
         f'{tools}<div class="box" tabindex="0" role="region" aria-label="{text(caption)}"><table{kind}>'
-        f"<caption>{text(caption)}</caption><thead><tr>{names}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n"
+        f"<caption><span>{text(caption)}</span></caption><thead><tr>{names}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n"
     )
 
 
@@ -95,18 +95,22 @@ def drawing() -> Iterator[None]:
     from matplotlib import rc_context, rcParamsDefault
 
     ink = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
-    style = {"svg.fonttype": "none", "svg.hashsalt": "perturbdiff", "font.size": 9, "figure.facecolor": "none",
-             "axes.facecolor": "none", "savefig.facecolor": "none", **dict.fromkeys(ink, INK)}  # fmt: skip
-    own = {name: value for name, value in rcParamsDefault.items() if not name.startswith(("backend", "interactive"))}
-    with rc_context({**own, **style}), warnings.catch_warnings():
+    clear = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
+    style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "perturbdiff", "font.size": 9}
+    style |= {**dict.fromkeys(ink, INK), **dict.fromkeys(clear, "none")}
+    # Whatever a matplotlibrc says, the same run gives the same bytes.
+    own: dict[Any, Any] = {k: v for k, v in rcParamsDefault.items() if not k.startswith(("backend", "interactive"))}
+    with rc_context(own | style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the page is read with other fonts
         yield
 
 
-def as_svg(drawn: Figure, prefix: str, alt: str) -> str:
-    """A figure as an SVG element whose ids begin with `prefix`, read as `alt`; also a file of its own."""
+def as_svg(axes: Axes, prefix: str, alt: str) -> str:
+    """The figure of some axes as an SVG element, also a file of its own: ids begin with `prefix`, read as `alt`."""
     buffer = BytesIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    drawn = axes.get_figure(root=True)
+    assert drawn is not None, "axes lie in a figure"
     drawn.savefig(buffer, format="svg", dpi=150, metadata=nothing)
     ET.register_namespace("", _SVG)
     ET.register_namespace("xlink", _XLINK)
@@ -159,17 +163,21 @@ a{color:var(--mark)}p{margin:.4rem 0 .8rem;max-width:46rem}.verdict{font-size:1.
 color:var(--faint);font-size:.875rem}
 .box{overflow:auto;max-width:100%;max-height:32rem}.box:focus-visible{outline:2px solid var(--mark)}
 figure{margin:0;min-width:0}figure .box{max-height:none}.figures{display:flex;flex-wrap:wrap;gap:1rem 1.5rem}
-.figures figure{max-width:100%}svg{display:block}figcaption{max-width:24rem}
+.figures figure{max-width:100%}svg{display:block}figcaption{max-width:21.5rem}
+@media(prefers-color-scheme:dark){figure svg{filter:brightness(1.3)}}
 table{border-collapse:collapse;font-size:.875rem;overflow-wrap:normal}caption{text-align:left;padding:.2rem 0}
+caption span{display:block;position:sticky;left:0;width:max-content;max-width:min(46rem,calc(100vw - 28px))}
 th,td{padding:.3rem .6rem;text-align:left;border-bottom:1px solid var(--line);vertical-align:top}
 td{white-space:nowrap}td.l{white-space:normal;min-width:8rem;max-width:18rem;overflow-wrap:anywhere}
 thead th{position:sticky;top:0;background:var(--band);vertical-align:bottom}.n{text-align:right;
 font-variant-numeric:tabular-nums}td small{display:block;color:var(--faint);font-size:.78rem}
+td:first-child{position:sticky;left:0;background:var(--ground)}thead th:first-child{left:0;z-index:1}
+@media(max-width:40rem){td.l,td:first-child{min-width:5rem;max-width:9rem;white-space:normal}}
 th button{all:unset;cursor:pointer;font-weight:inherit}th button:focus-visible{outline:2px solid var(--mark)}
 th[aria-sort=ascending] button::after{content:" \\25B2"}th[aria-sort=descending] button::after{content:" \\25BC"}
 input{font:inherit;color:inherit;background:var(--band);border:1px solid var(--faint);border-radius:4px;
 padding:.25rem .5rem;max-width:60vw}
-dl{display:grid;grid-template-columns:minmax(7rem,12rem) minmax(0,1fr);gap:.2rem 1rem;margin:.4rem 0;font-size:.95rem}
+dl{display:grid;grid-template-columns:fit-content(9rem) minmax(0,1fr);gap:.2rem 1rem;margin:.4rem 0;font-size:.95rem}
 dt{color:var(--faint)}dd{margin:0}
 pre{overflow:auto;max-width:100%;max-height:24rem;background:var(--band);padding:.7rem;font-size:.8rem}
 summary{cursor:pointer;color:var(--mark)}

@@ -85,7 +85,7 @@ def violin(
         places = np.arange(len(columns)) + (i - (len(X) - 1) / 2) * width
         drawn: Any = ax.violinplot(dense, places, widths=0.92 * width, showextrema=False, points=60)
         for body in drawn["bodies"]:
-            body.set(facecolor=colour, edgecolor=colour, alpha=0.55, linewidth=0.6)
+            body.set(facecolor=colour, edgecolor=colour, alpha=0.65, linewidth=0.6)
         means = [cells.mean() for cells in dense]
         ax.plot(places, means, "o", color=colour, markersize=4, label=f"{name} ({values.shape[0]:,})")
     labels = [_name(names[column], 16) for column in columns]
@@ -110,7 +110,7 @@ def embedding(measured: AnnData, predicted: AnnData, control: AnnData | None = N
     size = float(np.clip(3000 / n_cells, 3, 16))
     for name, values in X.items():
         places = np.asarray(values @ axes) - mean @ axes
-        points = ax.scatter(places[:, 0], places[:, 1], s=size, color=_COLOURS[name], alpha=0.5, linewidths=0)
+        points = ax.scatter(places[:, 0], places[:, 1], s=size, color=_COLOURS[name], alpha=0.65, linewidths=0)
         points.set_label(f"{name} ({values.shape[0]:,})")
         points.set_rasterized(n_cells > RASTER)
     ax.set_xlabel(f"PC1 ({shares[0]:.0%} of variance)")
@@ -146,7 +146,7 @@ def delta(
     x = mean["measured"] - mean["control"]
     y = mean["predicted"] - mean.get("predicted control", mean["control"])
     ax = _axes(ax, (3.6, 3.3))
-    points = ax.scatter(x, y, s=9, color=MEASURED_COLOUR, alpha=0.6, linewidths=0)
+    points = ax.scatter(x, y, s=9, color=MEASURED_COLOUR, alpha=0.7, linewidths=0)
     points.set_rasterized(len(x) > RASTER)
     low, high = min(x.min(), y.min(), 0.0), max(x.max(), y.max(), 0.0)
     pad = 0.12 * (high - low) or 0.1
@@ -209,17 +209,17 @@ def scores(table: pd.DataFrame, metric: str, ax: Axes | None = None) -> Axes:
     needed = ["method", "perturbation", "cell_type", "batch", metric]
     if missing := [name for name in needed if name not in table]:
         raise KeyError(f"columns {missing} not in the table ({few(sorted(map(str, table)))}); give scores.parquet.")
-    labels = pd.Series([condition_name(c) for c in table[needed[1:4]].astype(str).to_numpy()])
-    methods = list(dict.fromkeys(table["method"].astype(str)))
-    conditions = list(dict.fromkeys(labels))
-    grid = np.full((len(conditions), len(methods)), np.nan)
-    row, column = pd.Index(conditions).get_indexer(labels), pd.Index(methods).get_indexer(table["method"].astype(str))
-    grid[row, column] = table[metric].to_numpy(dtype=float)
+    keys = list(table[needed[1:4]].astype(str).itertuples(index=False, name=None))
+    of_method = table["method"].astype(str).tolist()
+    row = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+    column = {method: j for j, method in enumerate(dict.fromkeys(of_method))}
+    grid = np.full((len(row), len(column)), np.nan)
+    grid[[row[key] for key in keys], [column[method] for method in of_method]] = table[metric].to_numpy(dtype=float)
     if not np.isfinite(grid).any():
-        raise ValueError(f"{metric} is undefined on all {len(conditions)} conditions; choose another metric.")
+        raise ValueError(f"{metric} is undefined on all {len(row)} conditions; choose another metric.")
     title = metric + (f" ({METRICS[metric]})" if metric in METRICS else "")
-    draw = _heat_map if len(conditions) <= MAX_ROWS else _dots
-    return draw(grid, conditions, [_name(method, 28) for method in methods], title, ax)
+    draw = _heat_map if len(row) <= MAX_ROWS else _dots
+    return draw(grid, [condition_name(key) for key in row], [_name(method, 28) for method in column], title, ax)
 
 
 def condition_name(condition: Sequence[str], most: int = 36) -> str:
@@ -242,7 +242,9 @@ def _heat_map(grid: np.ndarray, conditions: list[str], methods: list[str], title
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     assert ax.figure is not None, "axes lie in a figure"
-    ax.figure.colorbar(image, ax=ax, fraction=0.05, pad=0.02).outline.set_visible(False)  # type: ignore[operator]
+    bar = ax.figure.colorbar(image, ax=ax, fraction=0.05, pad=0.02)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=SMALL)
     ax.set_title(title, fontsize=SMALL + 1, loc="left", parse_math=False)
     return ax
 
@@ -397,11 +399,11 @@ def _legend(ax: Axes, n_columns: int) -> None:
         handles, labels, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=n_columns, frameon=False, fontsize=SMALL,
         borderpad=0.2, borderaxespad=0.1, handletextpad=0.1, columnspacing=0.8, handlelength=1.4,
     )  # fmt: skip
-    for handle in legend.legend_handles:
-        if hasattr(handle, "set_sizes"):
+    of_legend: list[Any] = legend.legend_handles
+    for handle in of_legend:
+        handle.set_alpha(1)
+        if hasattr(handle, "set_sizes"):  # dots of a scatter, perhaps too small to see their colour
             handle.set_sizes([24])
-        if handle is not None:
-            handle.set_alpha(1)
 
 
 def _ink() -> Any:

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
+import yaml  # type: ignore[import-untyped]
 from anndata import AnnData
+from omegaconf import OmegaConf
 
 from perturbdiff.config import load_config
 from perturbdiff.data.conditions import ConditionIndex, ControlMatch, resolve_control_match
@@ -92,7 +93,10 @@ class Results:
         """Raises FileNotFoundError where it is no run folder, ValueError where a file of it is damaged."""
         if not (folder / "config.yaml").is_file():
             raise FileNotFoundError(f"{folder} holds no config.yaml: give the folder of a run (train --out).")
-        settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        try:
+            settings: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+        except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{folder / 'config.yaml'} is not yaml ({short(error)}); get it again.") from error
         summary, conditions = _json(folder / "scores.json"), _conditions(folder)
         names = list(conditions.columns)
         of_table = names[names.index("batch") + 1 : names.index("n_pred")] if names else []
@@ -288,7 +292,7 @@ def _cells(results: Results, given: str | Path | None, notes: list[str]) -> Cell
 def _match(results: Results, screen: Screen) -> ControlMatch:
     stated = results.training.get("control_match")
     if stated in ("batch", "cell_type"):
-        return stated  # type: ignore[no-any-return]
+        return stated
     everything = ConditionIndex.build(screen, np.ones(len(screen), dtype=bool))
     return resolve_control_match(everything, screen.config.control_match)
 
@@ -303,13 +307,13 @@ def _verdict(results: Results) -> str:
     beside = "" if simple is None else f"; the best simple method, {simple}, {number(results.mean(simple, metric))}"
     n = results.summary.get("n_conditions", len(results.worst_first()))
     own = number(results.mean(results.model, metric))
-    return f"By {metric}, {results.model} has {own} on {n} held-out condition{'s' if n != 1 else ''}{beside}."
+    return f"By {metric}, {results.model} has {own} on {_count(n, 'held-out condition')}{beside}."
 
 
 def _means(results: Results) -> str:
     metrics = list(results.metrics)
     n = results.summary.get("n_conditions") or len(results.worst_first())
-    what = f"Means over {n} condition{'s' if n != 1 else ''}, with 95 % intervals where they are known"
+    what = f"Means over {_count(n, 'condition')}, with 95 % intervals where they are known"
     shown = table(what, *_of_methods(results, metrics[:FIRST]))
     note = (
         "<p class='faint'>Bold: the best of a column, besides the ceiling, which has half of the measured cells.</p>\n"
@@ -339,7 +343,7 @@ def _worst(results: Results) -> str:
     found, metrics, first = results.conditions, list(results.metrics), next(iter(results.metrics))
     labels = [name for name in LABELS if name != "batch" or set(found["batch"]) != {"all"}]
     own = found[found["method"] == results.model].set_index(LABELS)
-    own = own[~own.index.duplicated()].to_dict("index")
+    own_values: Any = own[~own.index.duplicated()].to_dict("index")
     simple = found[~found["method"].isin([results.model, results.ceiling]) & found[first].notna()]
     loss = simple[first].map(results.loss(first))
     simple = simple[~simple.assign(loss=loss).sort_values("loss", kind="stable").duplicated(LABELS).sort_index()]
@@ -351,14 +355,14 @@ def _worst(results: Results) -> str:
     head += [("best simple method", ""), (f"its {first}", "n"), *((shown[name], "n") for name in cells)]
     rows = []
     for condition in results.worst_first():
-        values, (method, score) = own[condition], other.get(condition, ("–", math.nan))
+        values, (method, score) = own_values[condition], other.get(condition, ("–", math.nan))
         known = dict(zip(LABELS, condition, strict=True))
         rows.append(
             [text(known[name], LABEL) for name in labels]
             + [number(values[metric]) for metric in metrics]
             + [text(method, LABEL), number(score), *(number(values[name], 0) for name in cells)]
         )
-    caption = f"{len(rows):,} conditions of {results.model}, worst {first} first"
+    caption = f"{_count(len(rows), 'condition')} of {results.model}, worst {first} first"
     return table(caption, head, rows, sortable=True)
 
 
@@ -371,7 +375,7 @@ def _pictures(results: Results, cells: Cells | None, svgs: dict[str, str], notes
         place = [position.get(c, len(order)) for c in results.conditions[LABELS].itertuples(index=False, name=None)]
         ranked = results.conditions.iloc[np.argsort(place, kind="stable")]
         try:
-            drawn = plots.scores(ranked, first).figure
+            drawn = plots.scores(ranked, first)
             alt = f"{first} of each condition and method, the worst conditions of {results.model} first"
             svgs["scores"] = as_svg(drawn, "scores", alt)
             parts.append(figure(svgs["scores"], f"{alt}."))
@@ -385,7 +389,7 @@ def _pictures(results: Results, cells: Cells | None, svgs: dict[str, str], notes
         drawings = []
         for kind, draw, alt in _of_condition(cells, condition):
             try:
-                drawn, caption = draw().figure, f"{alt}, {label}"
+                drawn, caption = draw(), f"{alt}, {label}"
             except ValueError as error:
                 notes.append(f"There is no {kind} of {label}: {error}")
                 continue
@@ -432,7 +436,9 @@ def _data(results: Results, cells: Cells | None) -> str:
     split, training = results.split, results.training
     parts = split.get("conditions") or {}
     sizes = {
-        name: f"{sum(c.get('n_cells', 0) for c in of):,} perturbed cells of {len(of):,} conditions"
+        name: f"{sum(c.get('n_cells', 0) for c in of):,} perturbed cells of {_count(len(of), 'condition')}"
+        if of
+        else "nothing"
         for name, of in parts.items()
     }
     screen = None if cells is None else cells.screen
@@ -453,6 +459,10 @@ def _data(results: Results, cells: Cells | None) -> str:
     ])  # fmt: skip
 
 
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'s' if n != 1 else ''}"
+
+
 def _words(match: object) -> str | None:
     return {"batch": "cell type and batch", "cell_type": "cell type"}.get(str(match))
 
@@ -462,7 +472,7 @@ def _left_out(results: Results, cells: Cells | None, notes: list[str]) -> list[s
     n_left_out, n_genes, kept = (summary.get(name) for name in ("n_left_out", "n_genes", "kept_response"))
     if n_left_out and n_genes and not any("genes" in line for line in lines):
         lines.append(f"{n_left_out:,} of {n_genes:,} genes are not in the predictions and count as no change.")
-    if isinstance(kept, int | float):
+    if isinstance(kept, int | float) and kept < 1 and not any("squared response" in line for line in lines):
         lines.append(f"The model's genes hold {kept:.0%} of the squared measured response.")
     if len(results.conditions):
         own = results.conditions[results.conditions["method"] == results.model]
@@ -512,7 +522,7 @@ def _curves(results: Results, svgs: dict[str, str]) -> str:
         ax.set_ylabel(title)
         if len(ax.lines) > 1:
             ax.legend(frameon=False, fontsize=plots.SMALL)
-        svgs[name] = as_svg(ax.figure, name[0] + str(len(svgs)), f"{title} by training step")
+        svgs[name] = as_svg(ax, name[0] + str(len(svgs)), f"{title} by training step")
         drawings.append(figure(svgs[name], f"{title[0].upper()}{title[1:]} by training step."))
     return f'<div class="figures">{"".join(drawings)}</div>\n' if drawings else ""
 
@@ -530,10 +540,9 @@ def _calibration(results: Results) -> str:
     found = results.training.get("calibration")
     if not found:
         return "<p>The model is not calibrated: it gives no intervals (perturbdiff calibrate).</p>\n"
-    n = found["n_conditions"]
     return (
         f"<p>Intervals meant to hold {found['level']:.0%} of the measured gene means hold {found['coverage']:.0%}, on "
-        f"{n:,} validation condition{'s' if n != 1 else ''}, each left out of the calibration in turn.</p>\n"
+        f"{_count(found['n_conditions'], 'validation condition')}, each left out of the calibration in turn.</p>\n"
     ) + facts([("factor", number(found["factor"])), ("floor", f"{number(found['floor'])} (log1p)")])
 
 
