@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,9 @@ from perturbdiff.data.screen import Screen
 from perturbdiff.data.splits import Split, read_split, split_of
 from perturbdiff.evaluation.fair import control_halves, held_out_rows
 from perturbdiff.evaluation.metrics import METRICS
+from perturbdiff.evaluation.report import write_report
 from perturbdiff.evaluation.scores import MODEL, Scores, evaluate, read_measured, score_conditions
-from perturbdiff.files import few, progress, read_json
+from perturbdiff.files import few, progress, read_json, short
 from perturbdiff.hub.download import own_folder
 from perturbdiff.hub.model_folder import MAX_JSON_BYTES
 from perturbdiff.hub.records import EvaluationRecord
@@ -69,7 +71,15 @@ def score_held_out(config: Config, screen: Screen) -> Scored:
     model.evaluation, model.split = scores.record(), _travelling(out / "split.json")
     model.save_pretrained(out / "model")  # scores and card; the weights stay as they are
     names = ("config.yaml", "split.json", "metrics.jsonl", "model", "predicted.h5ad")
-    return Scored(scores, [*(out / name for name in names), *scores.save(out)])
+    return Scored(scores, [*(out / name for name in names), *scores.save(out), *_report(out)])
+
+
+def _report(out: Path) -> list[Path]:
+    try:  # a picture that cannot be drawn must not cost a run its scores
+        return [write_report(out, out / "report.html")]
+    except (ArithmeticError, LookupError, OSError, ValueError) as error:
+        warnings.warn(f"no report was written ({short(error)}); perturbdiff report {out}", UserWarning, stacklevel=2)
+        return []
 
 
 def predict_held_out(model: PerturbDiff, screen: Screen, split: Split, match: ControlMatch, seed: int) -> AnnData:
