@@ -269,9 +269,9 @@ def _cells(results: Results, given: str | Path | None, notes: list[str]) -> Cell
             raise ValueError("the run was trained on atlases; --screen names the cells that were held out")
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path} is not there; --screen says where it is")
-        for name in ("predicted.h5ad", "split.json"):
-            if not (results.folder / name).is_file():
-                raise ValueError(f"the run has no {name}")
+        lacking = [name for name in ("predicted.h5ad", "split.json") if not (results.folder / name).is_file()]
+        if lacking:
+            raise ValueError(f"the run has no {' and no '.join(lacking)}")
         screen = Screen.read(path, config)
         split = read_split(results.folder / "split.json", screen)
         rows, controls = held_out_rows(screen, split.test, _match(results, screen))
