@@ -324,12 +324,12 @@ def _ask_cell_eval(
     screen: Screen, sides: Sequence[tuple[Condition, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]
 ) -> FieldScores:
     """Of predicted cells and the rows of the screen that were scored with them: measured cells and both controls."""
+    labels = [condition for condition, cells, *_ in sides for _ in range(len(cells))]
     predicted = AnnData(
         sparse.csr_matrix(np.concatenate([cells for _, cells, *_ in sides]).astype(np.float32)),
-        obs=pd.DataFrame([condition for condition, cells, *_ in sides for _ in range(len(cells))], columns=CONDITION),
+        obs=pd.DataFrame(labels, columns=CONDITION, index=[f"predicted_{i}" for i in range(len(labels))]),
         var=pd.DataFrame(index=list(screen.expression.genes.names)),
     )
-    predicted.obs_names = [f"predicted_{i}" for i in range(predicted.n_obs)]
 
     def of_screen(which: int) -> AnnData:
         # Each cell once, under the labels of the conditions, which may know no batches.
@@ -345,9 +345,9 @@ def _ask_cell_eval(
 
 
 def _field_table(field: FieldScores) -> str:
-    means, n_nan = field.means(), field.n_nan
     lines = [
-        f"{name:<40}{means[name]:>10.3f}" + (f"  [{n_nan[name]} NaN]" if n_nan[name] else "") for name in means.index
+        f"{name:<40}{mean:>10.3f}" + (f"  [{n_nan:.0f} NaN]" if n_nan else "")
+        for name, mean, n_nan in field.means().itertuples()
     ]
     said = ", ".join(f"{name} {number}" for name, number in field.versions.items())
     return "\n".join(

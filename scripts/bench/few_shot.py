@@ -70,11 +70,11 @@ def main() -> None:
                 if start == "pretrained":
                     scores = finetune(
                         screen, pretrained, out, hold_out=[HELD_OUT], recipe=FINE_TUNING, overrides=words
-                    ).report
+                    ).scores
                 else:
                     scores = train_and_score(
                         screen, out, hold_out=[HELD_OUT], recipe=FROM_SCRATCH, overrides=words
-                    ).report
+                    ).scores
                 assert scores is not None, "no signal stops a benchmark"
                 mean = scores.means().loc["PerturbDiff"]
                 said = {name: round(float(mean[name]), 4) for name in SHOWN}

@@ -132,7 +132,7 @@ def test_python_gives_the_run_of_the_command_from_memory(screen, checkpoint, tmp
     result = perturbdiff.finetune(adata, checkpoint, tmp_path / "call", hold_out=["pert_0:type_0"], overrides=FEW)
     of_command = PerturbDiff.from_pretrained(tmp_path / "command" / "model")
     assert all(torch.equal(t, weights(of_command)[name]) for name, t in weights(result.model).items())
-    assert result.report.n_conditions == 2
+    assert result.scores.n_conditions == 2
     assert result.stopped_by is None
 
 

@@ -289,3 +289,16 @@ def test_the_scores_of_a_demo_name_its_screen_and_split(run, tmp_path):
     saved = json.loads((tmp_path / "scores.json").read_text())
     assert saved["split"] == {"hold_out": split["hold_out"], "sha256": split["sha256"]}
     assert saved["data"] == "screen.h5ad"
+
+
+@pytest.mark.slow
+def test_cell_eval_is_asked_on_the_same_cells_and_both_halves_of_the_controls(screen, split, truth, tmp_path):
+    pytest.importorskip("cell_eval")
+    scores = score_conditions(truth, screen, "batch", split, field=True)
+    own = scores.conditions[scores.conditions["method"] == MODEL].set_index(CONDITION)
+    theirs = scores.field.scores.set_index(CONDITION)
+    for condition, row in theirs.iterrows():
+        assert row["mse"] == pytest.approx(0, abs=1e-12)
+        assert row["pearson_delta"] == pytest.approx(own.loc[condition, "pearson_delta"], abs=1e-5)
+    assert "on the same cells and controls:" in scores.table()
+    assert scores.save(tmp_path)[-1] == tmp_path / "cell_eval.csv"

@@ -51,5 +51,5 @@ def test_every_recipe_states_hardware_and_use_and_runs(path, folder, tmp_path):
         recipe=path,
         overrides=SMALL,
     )
-    assert result.report.n_conditions == (4 if unseen else 2)
+    assert result.scores.n_conditions == (4 if unseen else 2)
     assert (tmp_path / "run" / "adapter").is_dir() == (path.stem == "lora")
