@@ -161,11 +161,12 @@ h1{font-size:1.5rem;line-height:1.25;margin:.5rem 0}h2{font-size:1.2rem;margin:2
 border-top:1px solid var(--line)}h3{font-size:1rem;margin:1.4rem 0 .3rem}
 a{color:var(--mark)}p{margin:.4rem 0 .8rem;max-width:46rem}.verdict{font-size:1.15rem}.faint,figcaption,caption{
 color:var(--faint);font-size:.875rem}
-.box{overflow:auto;max-width:100%;max-height:32rem}.box:focus-visible{outline:2px solid var(--mark)}
-figure{margin:0;min-width:0}figure .box{max-height:none}.figures{display:flex;flex-wrap:wrap;gap:1rem 1.5rem}
+.box{overflow:auto;max-width:100%}.tools+.box{max-height:32rem}.box:focus-visible{outline:2px solid var(--mark)}
+figure{margin:0;min-width:0}.figures{display:flex;flex-wrap:wrap;gap:1rem 1.5rem}
 .figures figure{max-width:100%}svg{display:block}figcaption{max-width:21.5rem}
 @media(prefers-color-scheme:dark){figure svg{filter:brightness(1.3)}}
-table{border-collapse:collapse;font-size:.875rem;overflow-wrap:normal}caption{text-align:left;padding:.2rem 0}
+table{border-collapse:separate;border-spacing:0;font-size:.875rem;overflow-wrap:normal}
+caption{text-align:left;padding:.2rem 0}
 caption span{display:block;position:sticky;left:0;width:max-content;max-width:min(46rem,calc(100vw - 28px))}
 th,td{padding:.3rem .6rem;text-align:left;border-bottom:1px solid var(--line);vertical-align:top}
 td{white-space:nowrap}td.l{white-space:normal;min-width:8rem;max-width:18rem;overflow-wrap:anywhere}
@@ -177,7 +178,8 @@ th button{all:unset;cursor:pointer;font-weight:inherit}th button:focus-visible{o
 th[aria-sort=ascending] button::after{content:" \\25B2"}th[aria-sort=descending] button::after{content:" \\25BC"}
 input{font:inherit;color:inherit;background:var(--band);border:1px solid var(--faint);border-radius:4px;
 padding:.25rem .5rem;max-width:60vw}
-dl{display:grid;grid-template-columns:fit-content(9rem) minmax(0,1fr);gap:.2rem 1rem;margin:.4rem 0;font-size:.95rem}
+dl{display:grid;grid-template-columns:fit-content(min(12rem,38vw)) minmax(0,1fr);gap:.2rem 1rem;
+margin:.4rem 0;font-size:.95rem}
 dt{color:var(--faint)}dd{margin:0}
 pre{overflow:auto;max-width:100%;max-height:24rem;background:var(--band);padding:.7rem;font-size:.8rem}
 summary{cursor:pointer;color:var(--mark)}
