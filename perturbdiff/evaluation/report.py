@@ -106,7 +106,7 @@ class Results:
             metrics = {name: direction for name, direction in metrics.items() if name in of_table}
         log = []
         if (folder / "metrics.jsonl").is_file():
-            for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            for line in (folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     log.append(dict(json.loads(line)))
                 except (ValueError, TypeError):
@@ -540,6 +540,8 @@ def _calibration(results: Results) -> str:
     found = results.training.get("calibration")
     if not found:
         return "<p>The model is not calibrated: it gives no intervals (perturbdiff calibrate).</p>\n"
+    if lacking := [name for name in ("level", "coverage", "n_conditions", "factor", "floor") if name not in found]:
+        raise ValueError(f"calibration in {results.folder / 'model/training.json'} lacks {lacking}; calibrate again.")
     return (
         f"<p>Intervals meant to hold {found['level']:.0%} of the measured gene means hold {found['coverage']:.0%}, on "
         f"{_count(found['n_conditions'], 'validation condition')}, each left out of the calibration in turn.</p>\n"

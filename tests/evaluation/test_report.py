@@ -330,13 +330,18 @@ def test_conditions_that_were_not_scored_are_named(run, tmp_path):
 
 
 def test_log_lines_that_are_cut_or_empty_do_no_harm(run, tmp_path):
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 13, "loss": null}\n{"step": 14, "lo')
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 13, "loss": null}\n\xff\xfe\n{"step": 14, "lo')
     assert "Loss by training step" in written(run, tmp_path)
     steps, values = report._series([{"step": i, "x": float(i)} for i in range(10_000)], "x")
     assert len(steps) == report.CURVE_POINTS
     np.testing.assert_allclose(steps, values)
     assert values[0] == np.mean(range(25))
+
+
+def _half_calibrated(run):
+    path = run / "model" / "training.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "calibration": {"level": 0.9}}))
 
 
 @pytest.mark.parametrize(
@@ -347,6 +352,7 @@ def test_log_lines_that_are_cut_or_empty_do_no_harm(run, tmp_path):
         (lambda run: (run / "scores.json").write_text("{"), ValueError, "not valid JSON"),
         (lambda run: (run / "scores.parquet").write_bytes(b"x"), ValueError, "not a whole table"),
         (lambda run: pd.DataFrame({"method": []}).to_parquet(run / "scores.parquet"), ValueError, "lacks the columns"),
+        (_half_calibrated, ValueError, r"lacks \['coverage'"),
     ],
 )
 def test_damaged_runs_are_refused(run, tmp_path, break_it, error, says):
