@@ -18,7 +18,7 @@ from perturbdiff.data.notation import Notation
 
 FEATURE_TYPES, GENE_EXPRESSION = ("feature_types", "feature_type"), "Gene Expression"  # columns of 10x, and genes
 NO_GENES = re.compile(r"guide|grna|crispr|antibody|hashtag|hto|adt|multiplex|custom", re.IGNORECASE)
-BEFORE = re.compile(r"^(sg|g|grna|sgrna|guide|crispr)[-_.: ]?(?=[^\d_.:-])", re.IGNORECASE)  # a name, of its guide
+BEFORE = re.compile(r"^(sgrna|grna|guide|crispr|sg|g)[-_.: ]?(?=[^\d_.:-])", re.IGNORECASE)  # a name, of its guide
 NUMBER = re.compile(  # behind a name, of its guide
     r"[-_.#: ]?(sg|g|guide|grna|sgrna|p)?[-_.#: ]?\d+([-_][ACGT]{8,})?$|[-_][+-][-_]\d.*$", re.IGNORECASE
 )

@@ -135,3 +135,20 @@ def test_symbols_of_a_file_named_by_ids_may_be_parts_of_combinations():
     screen = read(adata)
     assert set(screen.obs["perturbation"]) == {"control", "MYC+STAT1"}
     assert len(screen.notation.parse("MYC+STAT1")) == 2
+
+
+def test_guides_of_many_spellings_are_found_and_those_of_stray_counts():
+    rows = {name: (lambda p: 7 * (p in ("A", "A+B"))) for name in ("sgA_1", "A_sgRNA2", "A#1", "A_P1", "gRNA-A-3")}
+    adata = screen_with_rows(**rows, keep_7=lambda p: 5 * (p == "A"))
+    stray = adata.X.copy()
+    stray[np.flatnonzero(adata.obs["perturbation"] == "B")[0], 30:32] = 1  # one cell of forty
+    for X in (adata.X, stray):
+        genes = read(AnnData(X, obs=adata.obs, var=adata.var)).expression.genes.names
+        assert genes == (*(f"gene_{i}" for i in range(30)), "keep_7")
+
+
+@pytest.mark.parametrize("column", ["feature_types", "feature_type"])
+def test_rows_that_a_column_calls_guides_are_no_genes(column):
+    adata = screen_with_rows(x=lambda p: 3, y=lambda p: 4)
+    adata.var[column] = [*["gene"] * 30, "guide", "CRISPR Guide Capture"]
+    assert read(adata).expression.genes.names == tuple(f"gene_{i}" for i in range(30))

@@ -600,3 +600,47 @@ def test_cells_of_a_type_cannot_be_chosen_for_a_model_without_types(adata, tmp_p
     with pytest.raises(ValueError, match="trained without cell types: it cannot choose cells of 'NK'"):
         control_cells(path, ObsColumns(cell_type=None), "NK", None)
     assert control_cells(path, ObsColumns(cell_type=None), "all", None).n_obs
+
+
+# ---------------------------------------------------------------- what deceives
+
+
+def test_controls_that_training_left_out_are_no_controls(adata, tmp_path):
+    adata.obs["qc"] = np.where(np.arange(adata.n_obs) % 3 == 0, "fail", "pass")
+    path = written(adata, tmp_path / "x.h5ad")
+    everything = control_cells(path, ObsColumns(), None, None)
+    with pytest.warns(UserWarning, match="cells are left out, as training left them out"):
+        kept = control_cells(path, ObsColumns(drop=("qc=fail",)), None, None)
+    assert list(kept.obs_names) == list(everything.obs_names[everything.obs["qc"] == "pass"])
+    del adata.obs["qc"]
+    path = written(adata, tmp_path / "y.h5ad")
+    with pytest.warns(UserWarning, match=r"left cells out by data.drop=qc=fail, and no obs column 'qc'"):
+        assert control_cells(path, ObsColumns(drop=("qc=fail",)), None, None).n_obs == everything.n_obs
+
+
+def test_library_sizes_smaller_than_their_counts_are_refused(adata):
+    adata.obs["n"] = np.log1p(np.asarray(adata.X.sum(1)).ravel())
+    with pytest.raises(ValueError, match="obs column 'n' of memory is no total of counts: it is smaller than"):
+        read(adata, library_size_col="n")
+    logged = anndata.AnnData(log1p_cp10k(adata.X), obs=adata.obs, var=adata.var)
+    assert any("of which obs column 'n' says nothing" in note for note in read(logged, library_size_col="n").notes)
+    with pytest.raises(KeyError, match="obs column 'm' not in memory"):
+        read(logged, library_size_col="m")
+
+
+def test_marks_bins_and_scaled_counts_are_no_counts():
+    adata = counts_screen(n_genes=60)
+    X = adata.X.toarray()
+    marks = anndata.AnnData((X > 0).astype(np.float32), obs=adata.obs, var=adata.var)
+    with pytest.raises(ValueError, match="the largest of which is 1 in every cell: marks of genes"):
+        read(marks)
+    assert read(marks, input_kind="counts").expression.X.max() == 1
+    with pytest.raises(ValueError, match="they were scaled"):
+        read(anndata.AnnData(X * np.float32(0.1), obs=adata.obs, var=adata.var))
+
+
+def test_labels_that_say_nothing_and_hidden_columns_are_said(adata):
+    adata.obs["plate"], adata.obs["cell_type"] = adata.obs["batch"], "nan"
+    notes = "\n".join(read(adata, batch_col="plate").notes)
+    assert "obs column 'batch' is not read: the batch of cells is that of obs column 'plate'" in notes
+    assert "'nan' are taken for cell types" in notes
