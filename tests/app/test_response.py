@@ -37,6 +37,7 @@ def test_changes_are_the_differences_of_means_largest_first(model, controls):
         assert row.gene == model.genes.names[row.position]
 
 
+@pytest.mark.filterwarnings("ignore:X has")
 def test_genes_that_the_file_lacks_are_not_said_to_change(screen, model, tmp_path):
     path = tmp_path / "fewer.h5ad"
     anndata.read_h5ad(screen)[:, 5:30].copy().write_h5ad(path)

@@ -167,7 +167,7 @@ def test_evaluation_takes_no_control_cell_for_a_prediction(model, screen, contro
     cells.uns["perturbdiff"] = {"target_sum": 1e4, "library_size_col": ""}
     both = model.add_controls(cells, controls)
     assert both.n_obs == cells.n_obs + controls.n_obs
-    pd.testing.assert_frame_equal(evaluate(both, screen).conditions, evaluate(cells, screen).scores)
+    pd.testing.assert_frame_equal(evaluate(both, screen).conditions, evaluate(cells, screen).conditions)
 
 
 @pytest.mark.parametrize("suffix", ["h5ad", "parquet"])
