@@ -355,7 +355,7 @@ def test_an_existing_output_is_refused_before_the_work_and_replaced_only_on_requ
 
 HASHED = [
     "batches.json", "cell_types.json", "checks/golden.safetensors", "genes.json", "model.safetensors",
-    "perturbations.json", "evaluation.json", "preprocessing.json", "training.json",
+    "perturbations.json", "evaluation.json", "preprocessing.json", "split.json", "training.json",
 ]  # fmt: skip
 
 
@@ -505,7 +505,7 @@ def test_evaluating_refuses_a_split_of_another_screen(refused, here, predicted, 
     adata.obs_names = [f"other_{name}" for name in adata.obs_names]
     other = written(adata, here / "other.h5ad")
     line = refused("evaluate", predicted, "--screen", other, "--split", run / "split.json", "--out", "scores")
-    assert_says(line, "names 8 validation cells", "has 0 of them", "the screen the split was made for")
+    assert_says(line, "names 8 validation cells", "lacks 8 of them", "the screen the split was made for")
 
 
 def test_evaluating_refuses_a_missing_split_and_a_file_as_output_folder(refused, here, predicted, screen):
