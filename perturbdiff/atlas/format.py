@@ -163,6 +163,7 @@ class AtlasInfo:
     shards: tuple[Shard, ...]
     repeats_within: int = 0  # cells that another cell of their condition equals
     repeats_across: int = 0  # cells that come in several conditions
+    dose_unit: str | None = None  # of all doses; None where no source says one
     format_version: int = field(default=FORMAT_VERSION, compare=False)  # of the files that were read
 
     @property
@@ -236,7 +237,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     if name == MANIFEST and version < 3:
         content = _from_version_1(content) if version == 1 else content
         content = {**content, "target_sum": None, "dose_separator": None}
-        content |= {"repeats_within": 0, "repeats_across": 0}  # nobody looked
+        content |= {"repeats_within": 0, "repeats_across": 0, "dose_unit": None}  # nobody looked
     return {**content, "format_version": version} if name == MANIFEST else content
 
 

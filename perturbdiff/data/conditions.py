@@ -322,6 +322,7 @@ def vocabularies_of(
         notation.dose_separator,
         control_labels=notation.controls,
         doses={} if notation.dose_separator is None else {name: tuple(sorted(doses[name])) for name in sorted(doses)},
+        dose_unit=notation.dose_unit,
     )
 
 

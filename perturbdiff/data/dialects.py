@@ -66,6 +66,7 @@ DIALECTS = (
 
 
 DOSE_COLUMNS = ("dose", "dose_value", "dose_val", "drug_dose", "concentration")
+UNIT_COLUMNS = ("dose_unit", "dose_units", "concentration_unit")
 
 PERTURBATION_COLUMNS = {
     *(name for dialect in DIALECTS for name in dialect.perturbation), "treatment", "stimulation", "perturbation"

@@ -13,8 +13,15 @@ import numpy as np
 import pandas as pd
 
 from perturbdiff.config import DataConfig
-from perturbdiff.data.dialects import COLUMNS, CONTROL_WORDS, DOSE_COLUMNS, NO_PERTURBATION, understood
-from perturbdiff.data.notation import Notation, Parts, split_dose
+from perturbdiff.data.dialects import (
+    COLUMNS,
+    CONTROL_WORDS,
+    DOSE_COLUMNS,
+    NO_PERTURBATION,
+    UNIT_COLUMNS,
+    understood,
+)
+from perturbdiff.data.notation import NO_LABEL, Notation, Parts, one_unit, plain_unit, split_dose
 from perturbdiff.data.selectors import GRAMMAR, LABELS, Selectors
 from perturbdiff.data.vocab import nearest
 from perturbdiff.files import few
@@ -24,7 +31,6 @@ ALL = "all"  # the only label of a column that is null
 MAX_LABEL = 1000  # characters
 CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 AMOUNT = re.compile(r"\s*([+-]?[\d.]+(?:[eE][+-]?\d+)?)\s*((?:[^\W\d_]|%)[\w/%^-]*)?\s*")  # a number, its unit
-NO_LABEL = frozenset({"", "nan", "none", "null", "na", "n/a", "<na>"})  # texts, in lower case, of what is missing
 DOSE = "@"  # stands before a dose where nothing else is asked for
 
 
@@ -91,7 +97,7 @@ def read_labels(obs: pd.DataFrame, config: DataConfig, path: str, names: Collect
     notes += [
         f"no cell has the control label {label!r}" for label in controls if label not in raw["perturbation"].texts
     ]
-    notes += _remarks(set(table["perturbation"].unique()), notation)
+    notes += label_notes(set(table["perturbation"].unique()), notation)
     for name, kinds in (("cell_type", "cell types"), ("batch", "batches")):
         if words := sorted(label for label in table[name].unique() if label.strip().lower() in NO_LABEL):
             notes.append(
@@ -152,7 +158,8 @@ def _conditions(
         is_control = np.array([not parts for parts in parsed])[codes]
         undosed = np.array([notation.text(parts) for parts in parsed], dtype=object)[codes]
         kept = _kept(raw, undosed, notation, obs, config, path, certain=False)
-        doses = _doses(obs, config.dose_col, kept & ~is_control & (column.codes >= 0), column.values, path)
+        doses, unit = _doses(obs, config.dose_col, kept & ~is_control & (column.codes >= 0), column.values, path)
+        notation = replace(notation, dose_unit=one_unit({notation.dose_unit, unit}, path))
         keys, codes = np.unique(np.stack([codes, doses]), axis=1, return_inverse=True)
         parsed = [at_dose(parsed[int(code)], dose) if dose else parsed[int(code)] for code, dose in keys.T]
         codes = codes.ravel()
@@ -171,14 +178,14 @@ def learned(
 ) -> tuple[Notation, dict[str, Parts]]:
     """`Notation.learned` of labels, and what those stand for that are Tahoe-100M's lists of drugs with doses."""
     found = {text: parts for text in labels if text not in controls and (parts := _tuples(text)) is not None}
-    if len(units := sorted({unit for triples in found.values() for *_, unit in triples})) > 1:
-        raise ValueError(f"labels hold doses in {few(units)}, as {next(iter(found))!r}; write them in one unit.")
+    unit = one_unit({plain_unit(unit) for triples in found.values() for *_, unit in triples}, "these labels")
     pairs: dict[str, Parts] = {
         text: tuple((name, dose) for name, dose, _ in triples) for text, triples in found.items()
     }
     others = [text for text in labels if text not in pairs]
     named = {name for parts in pairs.values() for name, _ in parts}
-    return Notation.learned(others, combination_separator, dose_separator, controls, {*names, *named}), pairs
+    notation = Notation.learned(others, combination_separator, dose_separator, controls, {*names, *named})
+    return replace(notation, dose_unit=unit), pairs
 
 
 def _tuples(text: str) -> tuple[tuple[str, float, str], ...] | None:
@@ -199,30 +206,43 @@ def at_dose(parts: Parts, dose: float) -> Parts:
     return tuple((name, float(dose)) for name, _ in parts)
 
 
-def _doses(obs: pd.DataFrame, column: str, perturbed: np.ndarray, labels: np.ndarray, path: str) -> np.ndarray:
-    """(n_obs,) float64 doses, 0 for the others."""
-    values, units = amounts(obs_column(obs, column, "data.dose_col", path))
-    if len(used := sorted(set(units[perturbed].tolist()) - {""})) > 1:
-        raise ValueError(
-            f"obs column {column!r} of {path} holds doses in {few(used)}; write them in one unit, a number is compared."
-        )
+def _doses(
+    obs: pd.DataFrame, column: str, perturbed: np.ndarray, labels: np.ndarray, path: str
+) -> tuple[np.ndarray, str | None]:
+    """(n_obs,) float64 doses, 0 for the others, and their unit."""
+    beside = unit_column(column, obs.columns)
+    values, units = amounts(
+        obs_column(obs, column, "data.dose_col", path), None if beside is None else obs_column(obs, beside, "", path)
+    )
+    unit = one_unit(set(units[perturbed].tolist()), f"obs column {column!r} of {path}")
     if bad := np.flatnonzero(perturbed & ~(np.isfinite(values) & (values > 0))).tolist():
         raise ValueError(
             f"obs column {column!r} holds {obs[column].iloc[bad[0]]!r} in cell {obs.index[bad[0]]!r}, which received "
             f"{labels[bad[0]]!r}; doses must be finite and greater than 0."
         )
-    return np.where(perturbed, values, 0.0)
+    return np.where(perturbed, values, 0.0), unit
 
 
-def amounts(column: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+def unit_column(dose_col: str, columns: Collection[str]) -> str | None:
+    """The obs column that says the units of another, by its name."""
+    return next((name for name in (f"{dose_col}_unit", f"{dose_col}_units", *UNIT_COLUMNS) if name in columns), None)
+
+
+def amounts(column: pd.Series, units: pd.Series | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(n,) float64 numbers of a column that may have units behind them, as "0.2 uM", and these; NaN where is none.
 
-    Of float32 the number that is shown: 0.1 is meant, and not the nearest float32.
+    Of float32 the number that is shown: 0.1 is meant, and not the nearest float32. A column of `units` says those of
+    numbers that have none.
     """
+    if units is not None:
+        numbers, found_units = amounts(column)
+        of, texts = pd.factorize(units.astype(str))
+        beside = np.array([plain_unit(text) for text in texts], dtype=object)[of]
+        return numbers, np.where(found_units == "", beside, found_units)
     codes, texts = pd.factorize(column.astype(str))
     found = [AMOUNT.fullmatch(text) for text in texts]
     values = pd.to_numeric(pd.Series([match[1] if match else "nan" for match in found]), errors="coerce").to_numpy()
-    return values[codes], np.array([(match and match[2]) or "" for match in found], dtype=object)[codes]
+    return values[codes], np.array([plain_unit((match and match[2]) or "") for match in found], dtype=object)[codes]
 
 
 def obs_column(obs: pd.DataFrame, column: str, setting: str, path: str) -> pd.Series:
@@ -312,8 +332,8 @@ def odd_labels(labels: Collection[str], notation: Notation) -> tuple[list[str], 
     )
 
 
-def _remarks(labels: Collection[str], notation: Notation) -> list[str]:
-    """What looks wrong about perturbations, with the settings that would mend it."""
+def label_notes(labels: Collection[str], notation: Notation, section: str = "data") -> list[str]:
+    """What looks wrong about perturbations, with the settings of a section that would mend it."""
     perturbed = sorted(label for label in labels if notation.parse(label))
     notes = []
     for words, setting, does in zip(
@@ -321,7 +341,7 @@ def _remarks(labels: Collection[str], notation: Notation) -> list[str]:
         ("leaves such cells out", "makes controls of them"), strict=True,
     ):  # fmt: skip
         if words:
-            word = shlex.quote(f"data.{setting}={json.dumps(words)}")
+            word = shlex.quote(f"{section}.{setting}={json.dumps(words)}")
             notes.append(f"{few([repr(w) for w in words])} are taken for perturbations; {word} {does}")
     separator = notation.combination_separator
     whole = [label for label in perturbed if separator and any(separator in name for name, _ in notation.parse(label))]

@@ -13,8 +13,12 @@ from functools import cached_property
 
 import numpy as np
 
+from perturbdiff.files import few
+
 Parts = tuple[tuple[str, float | None], ...]
 """(name, dose) of each perturbation that a cell received together, sorted; a dose is None where nothing says one."""
+
+NO_LABEL = frozenset({"", "nan", "none", "null", "na", "n/a", "<na>"})  # texts, in lower case, of what is missing
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Notation:
     combination_separator: str | None = "+"
     dose_separator: str | None = None
     controls: tuple[str, ...] = ()
+    dose_unit: str | None = None  # of the numbers; None where nothing says one
 
     @classmethod
     def learned(
@@ -164,3 +169,17 @@ def split_dose(part: str, separator: str | None) -> tuple[str, float | None]:
 def dose_text(dose: float) -> str:
     """The shortest plain number, without an exponent: its "+" would look like a combination."""
     return np.format_float_positional(dose, trim="-")
+
+
+def plain_unit(text: object) -> str:
+    """A unit as it is compared: of micro there are two characters, and a "u"."""
+    plain = str(text).strip().replace("\u00b5", "u").replace("\u03bc", "u")
+    return "" if plain.lower() in NO_LABEL else plain
+
+
+def one_unit(units: Collection[str | None], where: str) -> str | None:
+    """The unit of some doses; None where nothing says one. Raises ValueError where there are several."""
+    known = sorted({unit for unit in units if unit})
+    if len(known) > 1:
+        raise ValueError(f"{where}: doses are in {few(known)}; write them in one unit, numbers are compared.")
+    return known[0] if known else None

@@ -281,7 +281,8 @@ class Screen:
                 for name, dose in self.notation.parse(label):
                     doses.setdefault(name, set()).update(() if dose is None else (dose,))
             known = [f"{name} ({', '.join(map(dose_text, sorted(doses[name]))) or 'none'})" for name in sorted(doses)]
-            lines.append(f"doses       {few(known)}")
+            unit = f", in {self.notation.dose_unit}" if self.notation.dose_unit else ""
+            lines.append(f"doses       {few(known)}{unit}")
         if len(sizes):
             lines.append(
                 f"conditions  {len(sizes)} (perturbation, cell type, batch) with {sizes.min():,} to {sizes.max():,} "

@@ -255,6 +255,8 @@ class Vocabularies:
     doses
         Those of each perturbation that training cells received, rising; none of one that never had a dose. Empty where
         nobody knows.
+    dose_unit
+        Of all doses; None where nothing says one.
     """
 
     perturbations: LabelVocab
@@ -266,6 +268,7 @@ class Vocabularies:
     tables: tuple[tuple[str, int], ...] = ()
     control_labels: tuple[str, ...] = ()
     doses: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    dose_unit: str | None = None
 
     @property
     def labelled(self) -> tuple[str, ...]:
@@ -283,7 +286,7 @@ class Vocabularies:
     def notation(self) -> Notation:
         """What labels mean: a name stays whole."""
         names = frozenset(self.perturbations.names)
-        return Notation(names, self.combination_separator, self.dose_separator, self.control_labels)
+        return Notation(names, self.combination_separator, self.dose_separator, self.control_labels, self.dose_unit)
 
     def encode(self, conditions: Sequence[tuple[str | None, str | None, str | None]]) -> Labels:
         """Ids of (perturbation, cell_type, batch) names. None is null; so are unknown cell types and batches.

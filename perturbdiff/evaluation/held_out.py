@@ -13,6 +13,7 @@ from anndata import AnnData, concat
 
 from perturbdiff.config import Config, load_config
 from perturbdiff.data.conditions import ConditionIndex, ControlMatch
+from perturbdiff.data.notation import one_unit
 from perturbdiff.data.screen import Screen
 from perturbdiff.data.splits import Split, read_split, split_of
 from perturbdiff.evaluation.fair import control_halves, held_out_rows
@@ -136,6 +137,7 @@ def evaluate_model(
     if not isinstance(model, PerturbDiff):
         model = PerturbDiff.from_pretrained(model)
     measured, match, chosen = read_measured(screen, split, _read_as(model), overrides, settings)
+    one_unit({model.vocabularies.dose_unit, measured.notation.dose_unit}, f"{model.name} and {measured.path}")
     if chosen is None:
         if model.split is None:
             raise ValueError(f"no split.json travels with {model.name}; give the one of its run folder (--split).")

@@ -24,7 +24,7 @@ from perturbdiff.data.conditions import ConditionIndex, ControlMatch, resolve_co
 from perturbdiff.data.expression import as_csr
 from perturbdiff.data.h5ad import open_h5ad, read_h5ad_parts
 from perturbdiff.data.screen import IN_MEMORY, READ_BY, Screen, genes_of, unique_names
-from perturbdiff.data.space import RAW_COUNTS, SAME, UNKNOWN, check_values, find_space
+from perturbdiff.data.space import RAW_COUNTS, SAME, UNKNOWN, check_values, find_space, totals
 from perturbdiff.data.splits import Split, read_split
 from perturbdiff.data.vocab import GeneVocab
 from perturbdiff.evaluation.doubt import (
@@ -63,6 +63,7 @@ MODEL = "PerturbDiff"
 CEILING = "ceiling (half predicts half)"
 SHOWN = 4  # metrics in the terminal
 WIDTH = 80  # of the terminal
+FAR = 1.5  # sums of predicted and of measured cells that are of one kind differ by less
 
 
 @dataclass(frozen=True)
@@ -308,6 +309,12 @@ def score_conditions(
     spread, n_left_out = relative_spread(responses, spread_of_responses), int((~kept).sum())
     share = float(squared[0] / squared[1]) if squared[1] > 0 else None
     notes = []
+    measured_rows = np.concatenate([some(screen, real[condition]) for condition in common])
+    if (ratio := _sums_beside(values, log1p(measured_rows)[:, kept])) is not None:
+        notes.append(
+            f"Predicted cells sum to {ratio:.2g} times what measured ones do, once the logarithm is undone: are they "
+            "log1p of as many counts a cell?"
+        )
     if len(common) < len(real):
         notes.append(f"{len(real) - len(common)} of {len(real)} measured conditions were not predicted.")
     if n_left_out:
@@ -342,6 +349,15 @@ def _ask_cell_eval(
         return AnnData(screen.expression.log1p(rows), obs=obs, var=predicted.var.copy())
 
     return cell_eval_scores(predicted, of_screen(2), of_screen(3), of_screen(4))
+
+
+def _sums_beside(predicted: sparse.csr_matrix, measured: sparse.csr_matrix) -> float | None:
+    """What predicted cells sum to once log1p is undone, over what measured ones do in the same genes; None where they
+    hardly differ, or nobody can know."""
+    own, other = (np.median(totals(np.expm1(X.data.astype(np.float64)), X.indptr)) for X in (predicted, measured))
+    if not own > 0 < other or max(own / other, other / own) < FAR:
+        return None
+    return float(own / other)
 
 
 def _field_table(field: FieldScores) -> str:

@@ -229,7 +229,8 @@ def _expects(model: ModelMetadata) -> str:
             tables = listed([f"{name} ({width:,})" for name, width in known.tables])
             rows.append(("features", f"{tables}; {known.n_by_features:,} of the perturbations by them alone"))
         if known.dose_separator:
-            rows.append(("doses", f"written behind the name, as A{escaped(known.dose_separator)}0.5"))
+            unit = f", in {escaped(known.dose_unit)}" if known.dose_unit else ""
+            rows.append(("doses", f"written behind the name, as A{escaped(known.dose_separator)}0.5{unit}"))
     rows.append(("cell types seen", _number_and_names(known.cell_types.names) or "not an input"))
     rows.append(("batches seen", _number_and_names(known.batches.names) or "not an input"))
     rows.append(("cells of a set", f"up to {model.config.set_size:,}"))

@@ -16,6 +16,12 @@ from perturbdiff.hub.records import EvaluationRecord, TrainingRecord
 MAX_LINE = 1000  # characters
 
 
+def _doses(names: Vocabularies) -> str:
+    if not names.dose_separator:
+        return "not an input"
+    return f"as A{names.dose_separator}0.5" + (f", in {names.dose_unit}" if names.dose_unit else "")
+
+
 def model_info(source: ModelSource) -> str:
     """Some twenty lines. Raises as `ModelSource.read`."""
     folder, said = source.read()
@@ -36,7 +42,7 @@ def model_info(source: ModelSource) -> str:
         "cell types": _shown(names.cell_types.names),
         "batches": _shown(names.batches.names),
         "combinations": f"A{names.combination_separator}B" if names.combination_separator else "not split",
-        "doses": f"as A{names.dose_separator}0.5" if names.dose_separator else "not an input",
+        "doses": _doses(names),
         "features": _features(names),
         "obs columns": f"{config.obs.perturbation} (controls: "
         f"{', '.join((config.obs.control_label, *config.obs.other_control_labels))}), "

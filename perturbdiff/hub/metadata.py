@@ -63,6 +63,7 @@ class ModelMetadata:
                 "tables": names.tables,
                 "control_labels": names.control_labels,
                 "doses": dict(names.doses),
+                "dose_unit": names.dose_unit,
             },
             "cell_types.json": {"names": names.cell_types.names},
             "batches.json": {"names": names.batches.names},
@@ -101,6 +102,7 @@ def parse_metadata(folder: ModelFolder) -> ModelMetadata:
             _tables(labels["tables"]),
             typed(tuple[str, ...], labels["control_labels"], "control_labels"),
             _doses(labels["doses"], names["perturbations.json"]),
+            typed(str | None, labels["dose_unit"], "dose_unit"),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: names are missing or not as they should be ({short(error)}).") from error

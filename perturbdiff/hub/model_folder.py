@@ -260,7 +260,7 @@ def _from_version_4(config: dict[str, Any], files: JsonFiles) -> tuple[dict[str,
         preprocessing = {**preprocessing, "target_sum": None}
     training = _with_new(files["training.json"], {"control_sums": None, "measured_genes": None})
     # Only one label was that of controls, and nobody knew which doses were trained.
-    labels = _with_new(files["perturbations.json"], {"control_labels": [], "doses": {}})
+    labels = _with_new(files["perturbations.json"], {"control_labels": [], "doses": {}, "dose_unit": None})
     config = {
         **config,
         "format_version": 5,

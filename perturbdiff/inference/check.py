@@ -15,6 +15,7 @@ from perturbdiff.data.expression import as_csr
 from perturbdiff.data.guides import gene_rows
 from perturbdiff.data.h5ad import open_h5ad
 from perturbdiff.data.labels import read_labels
+from perturbdiff.data.notation import one_unit
 from perturbdiff.data.screen import control_cells, expression_of, genes_of
 from perturbdiff.data.space import Space, space_of
 from perturbdiff.data.vocab import nearest
@@ -136,6 +137,8 @@ def check_file(model: PerturbDiff, path: str | Path, layer: str | None = None, m
         first = perturbations.unknown[0]
         names = few(list(perturbations.unknown))
         remarks.append(f"cannot be predicted: perturbation {names}; {nearest(first, known.perturbations.names)}")
+    if beyond := [text for label in perturbations.known for text in known.extrapolated(label)]:
+        remarks.append(f"extrapolated: {few(beyond)}")
     found = {}
     for kind, column, vocabulary in (
         ("cell type", columns.cell_type, known.cell_types), ("batch", columns.batch, known.batches),
@@ -182,6 +185,7 @@ def _perturbed(model: PerturbDiff, obs: pd.DataFrame, path: str) -> list[str]:
     )  # fmt: skip
     named = obs[obs[columns.perturbation].notna()]
     labels = read_labels(named, config, path, known.perturbations.names)
+    one_unit({known.dose_unit, labels.notation.dose_unit}, f"{model.name} and {path}")
     return sorted({*labels.obs["perturbation"]} - {columns.control_label})
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from perturbdiff.config import DenoiserConfig
+from perturbdiff.data.notation import one_unit
 from perturbdiff.data.vocab import GeneVocab, LabelVocab, Vocabularies
 from perturbdiff.features.tables import FeatureTable
 from perturbdiff.files import few
@@ -200,6 +201,8 @@ def check_architecture(checkpoint: DenoiserConfig, asked: DenoiserConfig) -> Non
 def extended(known: Vocabularies, data: Vocabularies) -> Vocabularies:
     """The labels of the data behind those of a checkpoint, which keeps its own; the separators are the data's.
 
+    Raises ValueError where their doses are in different units.
+
     Perturbations that have no row of their own come last, tables of the data behind those of the checkpoint; of one
     name and two widths the data's is taken.
     """
@@ -221,6 +224,7 @@ def extended(known: Vocabularies, data: Vocabularies) -> Vocabularies:
             name: tuple(sorted({*known.doses.get(name, ()), *data.doses.get(name, ())}))
             for name in (*known.doses, *data.doses)
         },
+        one_unit({known.dose_unit, data.dose_unit}, "the checkpoint and the data"),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -28,7 +28,7 @@ from perturbdiff.data.conditions import (
 from perturbdiff.data.expression import Cells, ConcatenatedCells, GeneMoments, highly_variable_genes, log1p_normalised
 from perturbdiff.data.identity import content_hashes, gene_keys
 from perturbdiff.data.measured import MeasuredGenes
-from perturbdiff.data.notation import Notation
+from perturbdiff.data.notation import Notation, one_unit
 from perturbdiff.data.rng import permuted
 from perturbdiff.data.samplers import CellSet, CellSetSampler, SetSource, StreamedSampler
 from perturbdiff.data.screen import Screen
@@ -573,7 +573,8 @@ def _conditions(index: ConditionIndex, atlases: Sequence[Atlas], data: DataConfi
     marker = data.dose_marker or (markers.pop() if markers else None)
     genes, controls = atlases[0].genes.names, (CONTROL_LABEL,)
     notation = Notation.learned(index.names[0], data.combination_separator, marker, controls, genes)
-    return AtlasConditions(names, obs, index.is_control, index.n_cells, notation)
+    unit = one_unit({atlas.info.dose_unit for atlas in atlases}, "the atlases")
+    return AtlasConditions(names, obs, index.is_control, index.n_cells, replace(notation, dose_unit=unit))
 
 
 def _spans(index: ConditionIndex) -> np.ndarray:

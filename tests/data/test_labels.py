@@ -94,11 +94,23 @@ def test_doses_may_have_a_unit_and_no_two(tmp_path):
     config, labels = DataConfig(dose_col="dose"), ["control", "A", "A", "B"]
     found = perturbations(config, perturbation=labels, dose=["0", "0.2uM", "1e-1 uM", "3 uM"])
     assert found == ["control", "A@0.2", "A@0.1", "B@3"]
-    with pytest.raises(ValueError, match="'dose' of memory holds doses in mg/ml, uM; write them in one unit"):
+    with pytest.raises(ValueError, match="'dose' of memory: doses are in mg/ml, uM; write them in one unit"):
         perturbations(config, perturbation=labels, dose=["0", "0.2uM", "1", "3 mg/ml"])
     for wrong in ("high", "0", "-1", "nan", "1 2", "1+1"):
         with pytest.raises(ValueError, match="which received 'A'; doses must be finite and greater than 0"):
             perturbations(config, perturbation=labels, dose=["0", wrong, "1", "1"])
+
+
+def test_units_of_doses_stand_behind_them_or_in_a_column_beside():
+    config, labels = DataConfig(dose_col="dose"), ["control", "A", "A", "B"]
+    for dose, unit in ((["0", "2 \u00b5M", "1 uM", "3"], "uM"), (["0", "2", "1", "3"], None)):
+        assert labels_of(config, perturbation=labels, dose=dose).notation.dose_unit == unit
+    numbers = [0.0, 2.0, 1.0, 3.0]
+    found = labels_of(config, perturbation=labels, dose=numbers, dose_unit=["nan", "nM", "nM", "nM"])
+    assert found.notation.dose_unit == "nM"
+    assert found.obs["perturbation"].tolist() == ["control", "A@2", "A@1", "B@3"]
+    with pytest.raises(ValueError, match="'dose' of memory: doses are in nM, uM; write them in one unit"):
+        labels_of(config, perturbation=labels, dose=numbers, dose_unit=["", "nM", "nM", "uM"])
 
 
 def test_lists_of_drugs_with_doses_are_drugs_at_doses():
@@ -223,7 +235,7 @@ def test_a_float_column_is_named_by_its_numbers():
 
 def test_lists_of_drugs_in_two_units_are_refused():
     texts = [repr([("DMSO_TF", 0.0, "uM")]), repr([("A", 0.5, "uM")]), repr([("A", 500.0, "nM")])]
-    with pytest.raises(ValueError, match="labels hold doses in nM, uM"):
+    with pytest.raises(ValueError, match="these labels: doses are in nM, uM"):
         labels_of(DataConfig(control_label=texts[0]), perturbation=texts)
 
 

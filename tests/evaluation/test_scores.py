@@ -180,6 +180,15 @@ def test_a_column_measured_of_something_else_is_refused(screen, truth):
         score_conditions(truth, screen, "batch")
 
 
+def test_predictions_in_another_logarithm_are_said(screen, split, truth, report):
+    other = truth.copy()
+    other.X = other.X / np.log(2)
+    said = " ".join(score_conditions(other, screen, "batch", split).notes)
+    assert "Predicted cells sum to" in said
+    assert "times what measured ones do" in said
+    assert not any("sum to" in note for note in report.notes)
+
+
 def test_undefined_scores_are_counted_and_shown(screen, split, truth, report):
     assert report.undefined().loc[MODEL, "pearson_perturbed"] == 0
     one = truth[[0, *np.flatnonzero(truth.obs["perturbation"] == "pert_2")]].copy()

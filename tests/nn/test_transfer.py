@@ -340,6 +340,11 @@ def test_doses_must_be_as_in_the_checkpoint():
         adapt(random_denoiser(with_doses), with_doses, names())
 
 
+def test_doses_in_another_unit_are_refused():
+    with pytest.raises(ValueError, match="the checkpoint and the data: doses are in nM, uM"):
+        extended(vocabularies(dose_unit="uM"), vocabularies(dose_unit="nM"))
+
+
 def test_a_checkpoint_without_doses_gets_them_and_says_the_same_at_first():
     known, wanted = names(), names(dose_separator="@")
     denoiser = random_denoiser(known)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from perturbdiff.data.vocab import ENSEMBL_ID, GeneVocab, stable_id
-from perturbdiff.files import short
+from perturbdiff.files import few, short
 
 SELECT = re.compile(r"merge-then-select:([1-9]\d*)")
 MIN_FOUND = 0.5  # of the genes of a file
@@ -134,6 +134,8 @@ def merge_genes(
         half of the genes of a file are in any source.
     """
     union = _union(sources, dict(table or {}))
+    if rule != "intersection":  # which is empty then
+        _refuse_strangers(sources, union)
     if rule == "union" or n_selected(rule) is not None:
         space = union
     elif rule == "intersection":
@@ -146,6 +148,19 @@ def merge_genes(
     if not len(space.genes):
         raise ValueError(f"no gene is left with genes={rule} of {', '.join(sources)}; map their names in gene_table.")
     return space
+
+
+def _refuse_strangers(sources: Mapping[str, GeneVocab], union: GeneSpace) -> None:
+    # Names of another kind or species: nothing of such a source would be comparable with the others.
+    n_sources = np.bincount(np.concatenate([columns[columns >= 0] for columns in union.columns]))
+    for (source, genes), columns in zip(sources.items(), union.columns, strict=True):
+        if len(sources) > 1 and (columns >= 0).any() and (n_sources[columns[columns >= 0]] == 1).all():
+            other, others = next((name, of) for name, of in sources.items() if name != source)
+            raise ValueError(
+                f"no gene of source {source!r} ({few(list(genes.names))}) is in another one, as {other!r} "
+                f"({few(list(others.names))}); give names of one kind and species, var columns of symbols or Ensembl "
+                "ids, or map them in gene_table."
+            )
 
 
 def _listed(union: GeneSpace, path: str) -> GeneSpace:

@@ -26,7 +26,7 @@ from perturbdiff.atlas.format import CONTROL_LABEL, PREPROCESSING, ROW_GROUP, SO
 from perturbdiff.config import BuildConfig
 from perturbdiff.data.expression import GeneMoments, log1p_normalised
 from perturbdiff.data.labels import DOSE
-from perturbdiff.data.notation import Notation
+from perturbdiff.data.notation import Notation, one_unit
 from perturbdiff.data.vocab import GeneVocab
 from perturbdiff.files import progress, write_json, written
 
@@ -85,6 +85,7 @@ class Plan:
             "names": conditions.names,
             "perturbations": sort.perturbations,
             "dose_separator": sort.dose_separator,
+            "dose_unit": sort.dose_unit,
             "genes": self.genes.names,
             "ensembl": self.genes.ensembl,
             "value_type": sort.value_type,
@@ -121,6 +122,7 @@ class Plan:
             pieces=found["pieces"],
             perturbations=tuple(content["perturbations"]),
             dose_separator=content["dose_separator"],
+            dose_unit=content["dose_unit"],
             value_type=content["value_type"],
             seed=inputs.config.seed,
             shard_bytes=inputs.shard_bytes,
@@ -145,7 +147,7 @@ def make_plan(crew: Crew[Inputs], densities: Sequence[Density], max_values: int,
     pieces = [source.chunks(READ_VALUES) for source in inputs.sources]
     chunks = _chunks(pieces, [density.mean() for density in densities], max_values)
     kept, found, selections = _conditions(crew, pieces, chunks)
-    written, dose_separator = _written(found, inputs, space.genes.names)
+    written, dose_separator, dose_unit = _written(found, inputs, space.genes.names)
     counts = _rewritten(found, written)
     if (n := n_selected(config.genes)) is not None:
         variable = [moments.highly_variable(n) for moments in _moments(crew, pieces, task)]
@@ -165,6 +167,7 @@ def make_plan(crew: Crew[Inputs], densities: Sequence[Density], max_values: int,
         pieces=np.array([piece for ranges in pieces for piece in ranges], dtype=np.int64).reshape(-1, 2),
         perturbations=written,
         dose_separator=dose_separator,
+        dose_unit=dose_unit,
         value_type=value_type,
         seed=config.seed,
         shard_bytes=inputs.shard_bytes,
@@ -219,8 +222,8 @@ def _conditions(
 
 def _written(
     counts: dict[tuple[str, str, str], np.ndarray], inputs: Inputs, genes: Sequence[str]
-) -> tuple[tuple[dict[str, str], ...], str | None]:
-    """How the atlas writes the perturbations of each source, and what stands before a dose if there is one.
+) -> tuple[tuple[dict[str, str], ...], str | None, str | None]:
+    """How the atlas writes the perturbations of each source, what stands before a dose if there is one, and its unit.
 
     What stands alone in one source may be a part of a combination in another.
     """
@@ -228,13 +231,14 @@ def _written(
     configs = [source.config for source in inputs.sources]
     alone = set(genes)
     for found, config in zip(labels, configs, strict=True):
-        names = {name for parts in parsed(found, config, genes).values() for name, _ in parts}
+        names = {name for parts in parsed(found, config, genes)[0].values() for name, _ in parts}
         alone |= {name for name in names if (config.combination_separator or "\0") not in name}
-    meanings = [parsed(found, config, alone) for found, config in zip(labels, configs, strict=True)]
+    taken = [parsed(found, config, alone) for found, config in zip(labels, configs, strict=True)]
+    meanings, unit = [known for known, _ in taken], one_unit({unit for _, unit in taken}, "the sources of an atlas")
     has_doses = any(dose is not None for known in meanings for parts in known.values() for _, dose in parts)
     notation = Notation((), "+", DOSE if has_doses else None, (CONTROL_LABEL,))
     written = tuple({label: notation.text(parts) for label, parts in known.items()} for known in meanings)
-    return written, notation.dose_separator
+    return written, notation.dose_separator, unit
 
 
 def _rewritten(

@@ -49,6 +49,8 @@ from perturbdiff.atlas.format import (
 )
 from perturbdiff.atlas.store import Atlas
 from perturbdiff.config import BuildConfig
+from perturbdiff.data.labels import label_notes
+from perturbdiff.data.notation import Notation
 from perturbdiff.files import progress, sha256, to_disk, write_json
 
 
@@ -210,6 +212,10 @@ def _report(plan: Plan) -> None:
             f"{source.library_size}; {source.values}",
             flush=True,
         )
+        labels = plan.sort.perturbations[i].values()
+        notation = Notation.learned(labels, "+", plan.sort.dose_separator, (CONTROL_LABEL,), plan.genes.names)
+        for note in label_notes(set(labels), notation, "source"):
+            print(f"note        {note}", flush=True)
         if n_left := n_kept - int(measured[i].sum()):
             print(
                 f"note        {n_left:,} genes of {source.name} were not measured in all of its own "
@@ -348,6 +354,7 @@ def _finish(inputs: Inputs, plan: Plan, out: Path) -> None:
         shards=tuple(shards),
         repeats_within=repeats.within,
         repeats_across=repeats.across,
+        dose_unit=sort.dose_unit,
     )  # fmt: skip
     write_manifest(folder, info, plan.genes, table, digests, atlas_card(info), _measured(plan))
     for path in (*folder.iterdir(), folder / "data", folder):

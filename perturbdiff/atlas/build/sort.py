@@ -143,6 +143,8 @@ class Sort:
         Of each source: how the atlas writes its labels.
     dose_separator
         Stands before the doses in them; None where there are none.
+    dose_unit
+        Of these; None where no source says one.
     value_type
         "uint16", "uint32" or "float32" (log1p).
     """
@@ -156,6 +158,7 @@ class Sort:
     pieces: np.ndarray
     perturbations: tuple[dict[str, str], ...]
     dose_separator: str | None
+    dose_unit: str | None
     value_type: str
     seed: int
     shard_bytes: int

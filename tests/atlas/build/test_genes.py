@@ -44,6 +44,12 @@ def test_no_common_gene_is_an_error():
         merged(vocab("A"), vocab("B"), rule="intersection")
 
 
+def test_a_source_that_shares_no_gene_is_refused():
+    with pytest.raises(ValueError, match=r"no gene of source 's2' \(x, y\) is in another one, as 's0' \(A, B\); give"):
+        merged(vocab("A", "B"), vocab("B", "C"), vocab("x", "y"))
+    assert merged(vocab("A", "B"), vocab("x", "y"), table={"x": "A"}).genes.names == ("A", "B", "y")
+
+
 @pytest.mark.parametrize(
     ("second", "why"),
     [
@@ -87,9 +93,9 @@ def test_an_id_without_a_symbol_is_known_by_the_name_another_source_gives_it():
 
 
 def test_a_symbol_of_another_id_or_of_a_gene_of_its_own_file_is_not_taken():
-    space = merged(vocab(f"A/{E[0]}"), by_ids(f"A/{E[1]}", f"B/{E[2]}"))
-    assert columns(space) == [[0], [1, 2]]
-    assert space.genes.names == ("A", E[1], "B")
+    space = merged(vocab(f"A/{E[0]}", "B"), by_ids(f"A/{E[1]}", f"B/{E[2]}"))
+    assert columns(space) == [[0, 1], [2, 1]]
+    assert space.genes.names == ("A", "B", E[1])
     of_both = GeneVocab((E[1], E[2], "GFP"), (E[1], E[2], ""), ("GFP", "B", ""))
     assert columns(merged(vocab("GFP", "B"), of_both)) == [[0, 1], [2, 1, 0]]
     assert columns(merged(vocab("B"), by_ids(f"A/{E[1]}", f"B/{E[2]}"), vocab(f"B/{E[2]}"))) == [[0], [1, 0], [0]]
@@ -109,9 +115,9 @@ def test_an_id_is_learnt_from_a_later_source():
 def test_one_name_with_two_ensembl_ids_is_an_error_with_the_remedy():
     with pytest.raises(ValueError, match=f"'A' is {E[0]} in source 's0' and {E[1]} in source 's1'.*gene_table"):
         merged(vocab(f"A/{E[0]}"), vocab(f"A/{E[1]}"))
-    space = merged(vocab(f"A/{E[0]}"), vocab(f"A/{E[1]}"), table={E[1]: "A-other"})
-    assert space.genes == GeneVocab(("A", "A-other"), (E[0], E[1]))
-    assert columns(space) == [[0], [1]]
+    space = merged(vocab("B", f"A/{E[0]}"), vocab("B", f"A/{E[1]}"), table={E[1]: "A-other"})
+    assert space.genes == GeneVocab(("B", "A", "A-other"), ("", E[0], E[1]))
+    assert columns(space) == [[0, 1], [0, 2]]
 
 
 def test_two_genes_of_a_source_that_are_one_are_an_error_with_the_remedy():

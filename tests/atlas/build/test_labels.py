@@ -72,6 +72,26 @@ def test_doses_of_a_column_or_in_labels_are_a_part_of_the_condition(tmp_path):
     assert again.info.dose_separator == "@"
 
 
+def test_labels_that_are_hardly_perturbations_are_said(tmp_path, capsys):
+    path = write(tmp_path / "a.h5ad", labels("control", "A", "ctrl", "unassigned"))
+    built(tmp_path, SourceConfig(str(path)))
+    said = capsys.readouterr().out
+    assert "'unassigned' are taken for perturbations; 'source.drop=[\"unassigned\"]' leaves such cells out" in said
+    assert "'source.other_control_labels=[\"ctrl\"]' makes controls of them" in said
+
+
+def test_units_of_doses_are_kept_and_no_two_are_mixed(tmp_path):
+    one = write(tmp_path / "one.h5ad", labels("control", "A") | {"dose": ["0", "0", "0.1 uM", "0.1 uM"]})
+    two = write(tmp_path / "two.h5ad", labels("control", "A", batch="c") | {"dose": 5.0, "dose_unit": "nM"})
+    assert built(tmp_path, SourceConfig(str(one), dose_col="dose")).info.dose_unit == "uM"
+    both = SourceConfig(str(one), dose_col="dose"), SourceConfig(str(two), dose_col="dose")
+    with pytest.raises(ValueError, match="the sources of an atlas: doses are in nM, uM; write them in one unit"):
+        build(BuildConfig(out=str(tmp_path / "both"), sources=list(both)), workers=1)
+    mixed = write(tmp_path / "mixed.h5ad", labels("control", "A") | {"dose": ["0", "0", "0.1 uM", "5 nM"]})
+    with pytest.raises(ValueError, match="doses are in nM, uM"):
+        build(BuildConfig(out=str(tmp_path / "m"), sources=[SourceConfig(str(mixed), dose_col="dose")]), workers=1)
+
+
 def test_a_dose_that_is_none_is_an_error_that_names_the_cell(tmp_path):
     path = write(tmp_path / "a.h5ad", labels("control", "A") | {"dose": [0.0, 0.0, 1.0, np.nan]})
     with pytest.raises(ValueError, match="cell 'a3' received 'A' at dose nan; doses must be finite"):

@@ -14,8 +14,8 @@ from scipy import sparse
 from perturbdiff.atlas.format import CONTROL_LABEL
 from perturbdiff.config import SourceConfig
 from perturbdiff.data.expression import as_csr
-from perturbdiff.data.labels import MISSING, amounts, at_dose, check_texts, learned
-from perturbdiff.data.notation import Notation, Parts
+from perturbdiff.data.labels import MISSING, amounts, at_dose, check_texts, learned, unit_column
+from perturbdiff.data.notation import Notation, Parts, one_unit
 from perturbdiff.data.selectors import LABELS, Selectors, plain_fields
 from perturbdiff.data.space import LOG1P_MAX, InputKind
 from perturbdiff.data.vocab import GeneVocab
@@ -255,16 +255,21 @@ def _dosed(labels: pd.DataFrame) -> pd.DataFrame:
             f"cell {labels['cell'].iloc[row]!r} received {perturbation[row]!r} at dose {labels['dose'].iloc[row]}; "
             "doses must be finite and greater than 0."
         )
-    pairs, codes = np.unique(np.stack([perturbation.codes, doses]), axis=1, return_inverse=True)
-    texts = [str(perturbation.categories[int(code)]) for code in pairs[0]]
-    written = [
-        t if t == CONTROL_LABEL else f"{t}{DOSE_MARK}{d!r}" for t, d in zip(texts, pairs[1].tolist(), strict=True)
-    ]
+    unit_codes, units = pd.factorize(labels["dose_unit"].to_numpy())
+    unit_codes = np.where(perturbation == CONTROL_LABEL, 0, unit_codes)
+    triples, codes = np.unique(np.stack([perturbation.codes, doses, unit_codes]), axis=1, return_inverse=True)
+    written = []
+    for code, dose, unit in triples.T.tolist():
+        text = str(perturbation.categories[int(code)])
+        behind = f"{DOSE_MARK}{dose!r}{DOSE_MARK}{units[int(unit)]}"
+        written.append(text if text == CONTROL_LABEL else text + behind)
     return labels.assign(perturbation=coded_as(written, codes.ravel()))
 
 
-def parsed(labels: Collection[str], config: SourceConfig, names: Collection[str]) -> dict[str, Parts]:
-    """What each label of a source stands for, as `labels` gives them.
+def parsed(
+    labels: Collection[str], config: SourceConfig, names: Collection[str]
+) -> tuple[dict[str, Parts], str | None]:
+    """What each label of a source stands for, as `labels` gives them, and the unit of the doses that it holds itself.
 
     `names` are perturbations that a combination may be of, besides those that stand alone here.
     """
@@ -272,16 +277,21 @@ def parsed(labels: Collection[str], config: SourceConfig, names: Collection[str]
     texts = {text for text, _, _ in split.values()}
     notation, lists = learned(texts, config.combination_separator, config.dose_separator, _controls(config), names)
     parts = {text: lists.get(text) or notation.parse(text) for text in texts}
+    doses = {label: dose.partition(DOSE_MARK) for label, (_, _, dose) in split.items() if dose}
+    unit = one_unit({notation.dose_unit, *(unit for _, _, unit in doses.values())}, config.path)
     return {
-        label: at_dose(parts[text], float(dose)) if dose else parts[text] for label, (text, _, dose) in split.items()
-    }
+        label: at_dose(parts[text], float(doses[label][0])) if label in doses else parts[text]
+        for label, (text, _, _) in split.items()
+    }, unit
 
 
 def extra_columns(config: SourceConfig, columns: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the rows: `dose`, and whether `where` holds; from the obs columns of `extra_names`."""
+    """Of the rows: `dose` and its unit, and whether `where` holds; from the obs columns of `extra_names`."""
     extra: dict[str, Any] = {}
     if config.dose_col is not None:
-        extra["dose"] = amounts(pd.Series(columns[config.dose_col]))[0]
+        beside = unit_column(config.dose_col, columns)
+        units = None if beside is None else pd.Series(columns[beside])
+        extra["dose"], extra["dose_unit"] = amounts(pd.Series(columns[config.dose_col]), units)
     if config.where:
         extra["where"] = np.logical_and.reduce(
             [
@@ -292,9 +302,10 @@ def extra_columns(config: SourceConfig, columns: Mapping[str, Any]) -> dict[str,
     return extra
 
 
-def extra_names(config: SourceConfig) -> set[str]:
-    """Obs columns that are read besides those of labels."""
-    return {name for name, _ in map(_condition, config.where)} | ({config.dose_col} - {None})  # type: ignore[operator]
+def extra_names(config: SourceConfig, there: Collection[str]) -> set[str]:
+    """Obs columns that are read besides those of labels, of a file that has those that are `there`."""
+    of_doses = set() if config.dose_col is None else {config.dose_col, unit_column(config.dose_col, there)}
+    return {name for name, _ in map(_condition, config.where)} | {name for name in of_doses if name is not None}
 
 
 def _condition(text: str) -> tuple[str, str]:

@@ -101,7 +101,7 @@ class H5adSource:
                 f"row pointers from {ends[0]} to {ends[1]} for {n_obs} cells; get or write the file again."
             )
         settings = {f"{name}_col": getattr(config, f"{name}_col") for name in (*LABELS, "library_size", "dose")}
-        settings |= {f"where={column}": column for column in sorted(extra_names(config) - {config.dose_col})}
+        settings |= {f"where={column}": column for column in sorted(extra_names(config, columns) - {config.dose_col})}
         if absent := {name: column for name, column in settings.items() if column not in (None, *columns)}:
             raise KeyError(
                 f"obs column{'s' if len(absent) > 1 else ''} {', '.join(map(repr, absent.values()))} not in {path}; "
@@ -119,7 +119,7 @@ class H5adSource:
             return self
         with open_h5ad(config.path, self.parts) as file, reading(config.path):
             labels = categorical(_column(file["obs"], column, 0, self.n_cells), column, config.path)
-        meanings = parsed(labels.categories, config, self.genes.names)
+        meanings, _ = parsed(labels.categories, config, self.genes.names)
         controls = {config.control_label, *config.other_control_labels}
         received = {label: {name for name, _ in parts} or controls for label, parts in meanings.items()}
         guides = Guides(self.genes.names, received)
@@ -196,7 +196,9 @@ class H5adSource:
         columns = {name: getattr(self.config, f"{name}_col") for name in LABELS}
         with open_h5ad(self.config.path, self.parts) as file, reading(self.config.path):
             names = _names(_index(file["obs"]), first, last)
-            wanted = {column for column in columns.values() if column is not None} | extra_names(self.config)
+            wanted = {column for column in columns.values() if column is not None} | extra_names(
+                self.config, file["obs"].keys()
+            )
             values = {column: _column(file["obs"], column, first, last) for column in wanted}
         found = {
             name: None if column is None else categorical(values[column], column, self.config.path)

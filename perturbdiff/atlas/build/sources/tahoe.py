@@ -94,7 +94,7 @@ class TahoeSource:
             column = getattr(config, setting)
             if column is not None and column not in columns:
                 raise KeyError(f"column {column!r} not in {config.path}; found {sorted(columns)}. Set {setting}.")
-        for column in ("genes", _TAHOE_CELL, *sorted(extra_names(config))):
+        for column in ("genes", _TAHOE_CELL, *sorted(extra_names(config, ()))):
             if column not in columns:
                 raise KeyError(f"column {column!r} not in {config.path}; found {sorted(columns)}.")
         return cls(
@@ -109,7 +109,7 @@ class TahoeSource:
         columns = {name: getattr(self.config, f"{name}_col") for name in LABELS}
         if self.samples is not None:
             columns["perturbation"] = "sample"
-        more = extra_names(self.config)
+        more = extra_names(self.config, ())  # doses with units, if any, in one column
         wanted = sorted({_TAHOE_CELL, *(c for c in columns.values() if c is not None), *more})
         parts = []
         for position, start, stop in self.groups.parts(first, last):
