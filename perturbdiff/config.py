@@ -99,8 +99,9 @@ class DataConfig:
     # Counts per cell after normalisation; null: the median of a screen's controls.
     target_sum: Optional[float] = bounded(1e4, above=0)
     scale: float = bounded(10.0, above=0)  # model space is log1p / scale
-    # Highly variable genes, chosen on training cells; null: all. A checkpoint's stay too.
-    n_hvg: Optional[int] = bounded(2000, least=1)
+    # At most so many genes: those that vary and respond most, by training cells; null: all. A checkpoint's stay too.
+    n_hvg: Optional[int] = bounded(6000, least=1)
+    keep_genes: list[str] = field(default_factory=list)  # that stay whatever they do; so do genes that are perturbed
     control_match: Literal["auto", "batch", "cell_type"] = "auto"  # whose controls a set gets (README, "Controls")
     set_size: int = bounded(32, above=0)  # S, cells per set
     min_set_size: int = bounded(1, least=1)  # sets are never smaller; conditions with fewer cells are left out

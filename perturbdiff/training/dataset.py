@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -25,7 +25,8 @@ from perturbdiff.data.conditions import (
     resolve_control_match,
     vocabularies_of,
 )
-from perturbdiff.data.expression import Cells, ConcatenatedCells, GeneMoments, highly_variable_genes, log1p_normalised
+from perturbdiff.data.expression import Cells, ConcatenatedCells, log1p_normalised
+from perturbdiff.data.gene_choice import GeneMoments, best_genes, squared_response
 from perturbdiff.data.identity import content_hashes, gene_keys
 from perturbdiff.data.measured import MeasuredGenes
 from perturbdiff.data.notation import Notation, one_unit
@@ -35,11 +36,11 @@ from perturbdiff.data.screen import Screen
 from perturbdiff.data.selectors import LABELS
 from perturbdiff.data.space import totals
 from perturbdiff.data.splits import Labelled, Split, make_split
-from perturbdiff.data.vocab import GeneVocab, Labels, Vocabularies
+from perturbdiff.data.vocab import GeneVocab, Labels, Vocabularies, nearest
 from perturbdiff.features.coexpression import coexpression_table
 from perturbdiff.features.fingerprints import read_features
 from perturbdiff.features.tables import FeatureTable, coverage, with_tables
-from perturbdiff.files import progress
+from perturbdiff.files import few, progress
 from perturbdiff.hub.records import SUM_QUANTILES
 
 ROWS_AT_ONCE = 8192
@@ -188,9 +189,14 @@ class TrainingSet:
         repeats = _refuse_repeats(screen, split)
         match_controls(everything, match)  # held-out conditions need controls too: say so now
         description, whole = screen.summary() + repeats, screen
+        kept = _kept_genes(screen.expression.genes, screen, known_genes, config.data.keep_genes)
         if config.data.n_hvg is not None and config.data.n_hvg < len(screen.expression.genes):
-            chosen = highly_variable_genes(screen.expression.log1p(split.train), config.data.n_hvg)
-            screen = screen.with_genes(_with_known(chosen, known_genes, screen.expression.genes))
+            moments, response = GeneMoments(len(kept)), squared_response(screen, split.train, match)
+            moments.add(screen.expression.log1p(split.train))
+            variance = moments.variance()
+            chosen = np.union1d(best_genes(config.data.n_hvg, variance, response), np.flatnonzero(kept))
+            description += _left_out(chosen, {"variance": variance, "squared response": response})
+            screen = screen.with_genes(chosen)
         train = ConditionIndex.build(screen, split.train)
         validation = (
             ConditionIndex.build(screen, split.validation | screen.is_control) if split.validation.any() else None
@@ -227,13 +233,15 @@ class TrainingSet:
         match_controls(index, match, ~marginal)
         train = index.select(split.train)
         validation = index.select(split.validation | origin.is_control) if split.validation.any() else None
+        kept = _kept_genes(atlases[0].genes, origin, known_genes, config.data.keep_genes)
         cells: tuple[Cells, Cells]  # for training and validation, whose streams must not disturb each other
         if config.data.streamed:
             _refuse_choosing_genes(len(atlases[0].genes), config)
             controls = _spans(index.select(index.is_control))
             cells = StreamedCells(atlases, preprocessing, controls), StreamedCells(atlases, preprocessing, controls)
         else:
-            cells = (_cached_cells(atlases, preprocessing, train, config.data.n_hvg, known_genes, measured),) * 2
+            taken, left_out = _cached_cells(atlases, preprocessing, train, config.data.n_hvg, kept, measured)
+            cells, note = (taken, taken), note + left_out
         if measured is not None:
             position = {name: i for i, name in enumerate(atlases[0].genes.names)}
             measured = measured.select(np.array([position[name] for name in cells[0].genes.names]))
@@ -287,8 +295,8 @@ class TrainingSet:
             except KeyError as error:
                 raise ValueError(f"split.validation cannot be scored: {error.args[0]} Validate known ones.") from error
         if sampler.left_out:
-            few = f"{sampler.left_out:,} cells of conditions under data.min_set_size={config.data.min_set_size}"
-            description += f"\nleft out    {few}"
+            description += f"\nleft out    {sampler.left_out:,} cells of conditions under data.min_set_size="
+            description += str(config.data.min_set_size)
         return cls(origin, split, match, vocabularies, indexed, validated, description, atlases, tables)
 
     @cached_property
@@ -472,12 +480,28 @@ def _refuse_choosing_genes(n_genes: int, config: Config) -> None:
         )
 
 
-def _with_known(chosen: np.ndarray, known: GeneVocab | None, genes: GeneVocab) -> np.ndarray:
-    """Columns of the chosen genes and of those of a checkpoint, which would be forgotten otherwise."""
-    if known is None:
-        return chosen
-    columns = known.align(genes, min_overlap=0.0).columns
-    return np.union1d(chosen, columns[columns >= 0])
+def _kept_genes(genes: GeneVocab, origin: Labelled, known: GeneVocab | None, asked: Sequence[str]) -> np.ndarray:
+    """(G,) genes that stay whatever they do: those of a checkpoint, which would be forgotten otherwise, those that are
+    perturbed, and those that are asked for. Raises ValueError where one of these is not there."""
+    position = {name: i for i, name in enumerate(genes.names)} | {name: i for i, name in enumerate(genes.ensembl or ())}
+    if lacking := [name for name in asked if name not in position]:
+        raise ValueError(f"data.keep_genes names {few(lacking)}, which the data lack; {nearest(lacking[0], position)}.")
+    labels = origin.obs["perturbation"].unique()
+    perturbed = {name for label in labels for name, _ in origin.notation.parse(str(label))}
+    kept = np.zeros(len(genes), dtype=bool)
+    kept[[position[name] for name in (*asked, *perturbed) if name in position]] = True
+    if known is not None:
+        columns = known.align(genes, min_overlap=0.0).columns
+        kept[columns[columns >= 0]] = True
+    return kept
+
+
+def _left_out(chosen: np.ndarray, scores: Mapping[str, np.ndarray]) -> str:
+    """How much of each score (G,) the genes hold that were not chosen."""
+    lost = [f"{1 - of[chosen].sum() / of.sum():.1%} of the {what}" for what, of in scores.items() if of.sum() > 0]
+    n_genes = len(next(iter(scores.values())))
+    hold = f", which hold {' and '.join(lost)} of training cells" if lost else ""
+    return f"\nleft out    {n_genes - len(chosen):,} of {n_genes:,} genes{hold} (data.n_hvg)"
 
 
 def _cached_cells(
@@ -485,18 +509,21 @@ def _cached_cells(
     preprocessing: Preprocessing,
     train: ConditionIndex,
     n_hvg: int | None,
-    known_genes: GeneVocab | None,
+    kept: np.ndarray,
     measured: MeasuredGenes | None,
-) -> Cells:
+) -> tuple[Cells, str]:
+    """Cells with the genes that are chosen, and what is said of the others."""
     for atlas in atlases:
         atlas.download()
     n_cells = [len(atlas) for atlas in atlases]
     cells = ConcatenatedCells.concatenate([atlas.arrow_cells(None, preprocessing) for atlas in atlases], n_cells)
     if n_hvg is None or n_hvg >= len(cells.genes):
-        return cells
-    chosen = _with_known(_highly_variable_genes(cells, train, n_hvg, measured), known_genes, cells.genes)
-    genes = cells.genes.select(chosen)
-    return ConcatenatedCells.concatenate([atlas.arrow_cells(genes, preprocessing) for atlas in atlases], n_cells)
+        return cells, ""
+    variance = _variance(cells, train, measured)
+    chosen = np.union1d(best_genes(n_hvg, variance), np.flatnonzero(kept))
+    genes, left_out = cells.genes.select(chosen), _left_out(chosen, {"variance": variance})
+    parts = [atlas.arrow_cells(genes, preprocessing) for atlas in atlases]
+    return ConcatenatedCells.concatenate(parts, n_cells), left_out
 
 
 def _feature_tables(
@@ -592,11 +619,11 @@ def _chunks(index: ConditionIndex) -> Iterator[np.ndarray]:
             yield np.arange(first, min(first + ROWS_AT_ONCE, stop))
 
 
-def _highly_variable_genes(cells: Cells, train: ConditionIndex, n: int, measured: MeasuredGenes | None) -> np.ndarray:
+def _variance(cells: Cells, train: ConditionIndex, measured: MeasuredGenes | None) -> np.ndarray:
     moments = GeneMoments(len(cells.genes))
     with progress(int(train.n_cells.sum()), "choose genes", "cell") as bar:
         for rows in _chunks(train):
             for part, genes in [(rows, None)] if measured is None else measured.parts(rows):
                 moments.add(_log1p(cells, part), genes)
             bar.update(len(rows))
-    return moments.highly_variable(n)
+    return moments.variance()

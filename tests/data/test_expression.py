@@ -1,5 +1,4 @@
 import itertools
-import json
 
 import numpy as np
 import pandas as pd
@@ -7,15 +6,8 @@ import pytest
 from scipy import sparse
 
 from perturbdiff.config import Preprocessing
-from perturbdiff.data.expression import (
-    GeneMoments,
-    as_csr,
-    highly_variable_genes,
-    library_sizes,
-    log1p_normalised,
-)
-from perturbdiff.data.h5ad import read_h5ad_parts
-from tests.screens import log1p_cp10k, quality_file, real_screen
+from perturbdiff.data.expression import as_csr, library_sizes, log1p_normalised
+from tests.screens import log1p_cp10k
 
 GENES = [f"gene_{g}" for g in range(6)]
 COUNTS = np.array([[0, 3, 0, 1, 0, 0], [2, 0, 0, 0, 0, 7], [0, 0, 0, 0, 0, 0], [1, 1, 4, 0, 0, 0]], dtype=np.float32)
@@ -114,69 +106,3 @@ def test_log1p_input_is_not_normalised_again():
     X = as_csr(log1p_cp10k(COUNTS))
     got = log1p_normalised(X, np.full(4, 3.0, np.float32), Preprocessing("log1p", 1e4, 10.0))
     np.testing.assert_array_equal(got.toarray(), X.toarray().astype(np.float32))
-
-
-# ---------------------------------------------------------------- highly variable genes
-
-
-def hvg_by_pandas(logged: np.ndarray, n: int) -> np.ndarray:
-    """flavor="seurat" as scanpy writes it: pd.cut on the log mean, z-scores by groupby."""
-    linear = pd.DataFrame(np.expm1(logged))
-    table = pd.DataFrame({"mean": linear.mean(), "variance": linear.var(ddof=1)})
-    table.loc[table["mean"] == 0, "mean"] = 1e-12
-    dispersion = table["variance"] / table["mean"]
-    table["dispersion"] = np.log(dispersion.where(dispersion > 0))
-    table["bin"] = pd.cut(np.log1p(table["mean"]), bins=20)
-    by_bin = table.groupby("bin", observed=True)["dispersion"]
-    mean, spread = by_bin.transform("mean"), by_bin.transform("std")
-    alone = spread.isna()
-    score = ((table["dispersion"] - mean.where(~alone, 0)) / spread.where(~alone, mean)).fillna(-np.inf)
-    return np.sort(score.sort_values(ascending=False, kind="stable").index[:n].to_numpy())
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_highly_variable_genes_equal_a_pandas_derivation(seed):
-    rng = np.random.default_rng(seed)
-    means = rng.lognormal(-1, 1.5, 300)
-    means[:9] = [0, 0, 40, 90, 160, 260, 400, 900, 2000]  # genes nobody has, and bins with a gene or two
-    shape = rng.uniform(0.3, 4, 300)
-    counts = rng.poisson(rng.gamma(shape, means / shape, (150, 300)))
-    logged = log1p_cp10k(counts)
-    for n in (1, 40, 200):
-        np.testing.assert_array_equal(highly_variable_genes(sparse.csr_matrix(logged), n), hvg_by_pandas(logged, n))
-
-
-@pytest.mark.parametrize("seed", range(5))  # two genes in a bin score +-0.7071 whatever they do: others tie at the cut
-def test_a_gene_varies_as_it_does_in_the_cells_that_measured_it(seed):
-    rng = np.random.default_rng(seed)
-    logged = log1p_cp10k(rng.poisson(rng.gamma(1.0, rng.lognormal(0, 1, 100), (90, 100)) + 0.2))
-    moments, measured = GeneMoments(100), rng.random((3, 100)) < 0.8
-    measured[0] |= ~measured.any(axis=0)
-    for genes, rows in zip(measured, np.split(np.arange(90), [20, 65]), strict=True):
-        moments.add(sparse.csr_matrix(logged[rows]), genes)  # values that do not count among them
-        logged[np.ix_(rows, ~genes)] = np.nan
-    np.testing.assert_array_equal(moments.highly_variable(30), hvg_by_pandas(logged, 30))
-
-
-def test_all_genes_come_in_order_where_no_more_are_there():
-    X = sparse.csr_matrix(log1p_cp10k(COUNTS))
-    for n in (6, 7, 2000):
-        np.testing.assert_array_equal(highly_variable_genes(X, n), np.arange(6))
-
-
-def test_choosing_genes_works_on_one_cell_and_on_constant_genes():
-    for cells in (COUNTS[:1], np.ones((5, 6)), np.zeros((5, 6))):
-        chosen = highly_variable_genes(sparse.csr_matrix(log1p_cp10k(cells)), 3)
-        assert len(set(chosen.tolist())) == 3
-        assert (np.diff(chosen) > 0).all()
-
-
-def test_highly_variable_genes_of_kang_equal_the_list_made_with_scanpy():
-    split = json.loads(quality_file("T1/split.json").read_text())
-    X, obs, var = read_h5ad_parts(real_screen("kang2018_pbmc_ifnb.h5ad"))
-    train = ~obs.index.isin(split["test_barcodes"])
-    assert train.sum() == split["n_train"]
-    counts = as_csr(X)[train]
-    logged = log1p_normalised(counts, library_sizes(counts), Preprocessing("counts", 1e4, 10.0))
-    chosen = highly_variable_genes(logged, 2000)
-    assert var.index[chosen].tolist() == split["genes"]

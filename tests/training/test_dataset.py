@@ -1,3 +1,5 @@
+import re
+
 import anndata
 import datasets
 import numpy as np
@@ -17,7 +19,7 @@ from perturbdiff.config import (
     SourceConfig,
     SplitConfig,
 )
-from perturbdiff.data.expression import GeneMoments, highly_variable_genes
+from perturbdiff.data.gene_choice import GeneMoments, best_genes
 from perturbdiff.data.screen import Screen
 from perturbdiff.data.vocab import GeneVocab
 from perturbdiff.diffusion.draws import training_draws
@@ -25,6 +27,7 @@ from perturbdiff.diffusion.losses import DiffusionLoss
 from perturbdiff.nn.conditioning import VocabSizes
 from perturbdiff.nn.denoiser import Denoiser
 from perturbdiff.training.dataset import TrainingSet
+from tests.data.test_gene_choice import response_by_loops
 from tests.screens import config_for, counts_screen, log1p_cp10k, read, screen_with_cells, written
 
 
@@ -58,7 +61,8 @@ def held_out(adata):
 def test_genes_are_chosen_on_training_cells(adata):
     data = training_set(adata, "data.n_hvg=15", hold_out=["A:NK"])
     train = ~held_out(adata)
-    expected = highly_variable_genes(sparse.csr_matrix(log1p_cp10k(adata.X[train])), 15)
+    variance = log1p_cp10k(adata.X[train]).var(axis=0)
+    expected = best_genes(15, variance, response_by_loops(adata, train, {"cell_type", "batch"}))
     assert data.cells.genes.names == tuple(adata.var_names[expected])
     assert len(expected) == 15
 
@@ -70,6 +74,23 @@ def test_genes_of_a_checkpoint_are_kept_beside_the_variable_ones(adata):
     data = TrainingSet.from_screen(read(adata), config, known_genes=known)
     kept = set(plain.cells.genes.names) | set(known.names[:3])
     assert data.cells.genes.names == tuple(name for name in adata.var_names if name in kept)
+
+
+def test_genes_that_are_perturbed_or_asked_for_are_kept_and_what_is_left_out_is_said(adata):
+    plain = training_set(adata, "data.n_hvg=15")
+    others = [name for name in adata.var_names if name not in plain.cells.genes.names]
+    adata.obs["perturbation"] = adata.obs["perturbation"].astype(str).replace("A", others[3])
+    data = training_set(adata, "data.n_hvg=15", f"data.keep_genes=[{others[5]}]", hold_out=[f"{others[3]}:NK"])
+    assert {others[3], others[5]} < set(data.cells.genes.names)
+    left_out = 80 - len(data.cells.genes)
+    said = re.search(
+        r"left out    (\d+) of 80 genes, which hold ([\d.]+)% of the variance and ([\d.]+)% of", data.summary()
+    )
+    assert said is not None
+    assert int(said[1]) == left_out
+    assert 0 < float(said[2]) < 100
+    with pytest.raises(ValueError, match=r"data.keep_genes names gene_x, which the data lack; "):
+        training_set(adata, "data.keep_genes=[gene_x]")
 
 
 @pytest.mark.parametrize("part", ["hold_out", "validation"])
@@ -283,7 +304,7 @@ def test_genes_are_chosen_by_the_cells_that_measured_them(unlike_sources):
         values[:, genes], measured[genes] = log1p_cp10k(adata.X), True
         moments.add(sparse.csr_matrix(values), measured)
     chosen = TrainingSet.from_atlases(config(n_hvg=20)).cells.genes.names
-    assert chosen == tuple(f"gene_{g}" for g in moments.highly_variable(20))
+    assert chosen == tuple(f"gene_{g}" for g in best_genes(20, moments.variance()))
 
 
 def test_loadings_are_of_cells_in_which_all_genes_were_measured(unlike_sources):

@@ -24,7 +24,8 @@ from perturbdiff.atlas.build.sources.checks import parsed
 from perturbdiff.atlas.build.workers import Crew
 from perturbdiff.atlas.format import CONTROL_LABEL, PREPROCESSING, ROW_GROUP, SORTED_BY, gene_type
 from perturbdiff.config import BuildConfig
-from perturbdiff.data.expression import GeneMoments, log1p_normalised
+from perturbdiff.data.expression import log1p_normalised
+from perturbdiff.data.gene_choice import GeneMoments, best_genes
 from perturbdiff.data.labels import DOSE
 from perturbdiff.data.notation import Notation, one_unit
 from perturbdiff.data.vocab import GeneVocab
@@ -150,7 +151,7 @@ def make_plan(crew: Crew[Inputs], densities: Sequence[Density], max_values: int,
     written, dose_separator, dose_unit = _written(found, inputs, space.genes.names)
     counts = _rewritten(found, written)
     if (n := n_selected(config.genes)) is not None:
-        variable = [moments.highly_variable(n) for moments in _moments(crew, pieces, task)]
+        variable = [best_genes(n, moments.variance()) for moments in _moments(crew, pieces, task)]
         space = space.among(variable)
     value_type = config.count_type if inputs.sources[0].input_kind == "counts" else "float32"
     value_bytes = np.dtype(gene_type(len(space.genes))).itemsize + np.dtype(value_type).itemsize

@@ -1,0 +1,78 @@
+"""Which genes a model has, where a file has more: those that vary most and those that respond most, and some by name.
+
+G = genes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy import sparse
+
+from perturbdiff.data.conditions import ConditionIndex, ControlMatch, match_controls
+from perturbdiff.data.expression import gene_means
+from perturbdiff.data.screen import Screen
+
+
+class GeneMoments:
+    """Mean and variance of each gene over cells that come in parts."""
+
+    def __init__(self, n_genes: int) -> None:
+        self.n_cells = np.zeros(n_genes, dtype=np.int64)  # that measured the gene
+        self.total = np.zeros(n_genes)
+        self.total_square = np.zeros(n_genes)
+
+    def add(self, X: sparse.csr_matrix, measured: np.ndarray | None = None) -> None:
+        """(n, G) log1p values of some more cells, which measured these genes (G,); all if None."""
+        values = X.data.astype(np.float64)
+        if measured is not None:
+            values *= measured[X.indices]
+        self.n_cells += X.shape[0] if measured is None else X.shape[0] * measured
+        self.total += np.bincount(X.indices, weights=values, minlength=X.shape[1])
+        self.total_square += np.bincount(X.indices, weights=values * values, minlength=X.shape[1])
+
+    def variance(self) -> np.ndarray:
+        """(G,) of log1p values; 0 where no cell measured the gene."""
+        n_cells = np.maximum(self.n_cells, 1)
+        return np.maximum(self.total_square / n_cells - (self.total / n_cells) ** 2, 0.0)
+
+
+def best_genes(n: int, *scores: np.ndarray) -> np.ndarray:
+    """Columns of the `n` genes that come first by any of some scores (G,), in column order.
+
+    Each score names its best gene in turn, then its second best, and so on; of equal ones the first column.
+    """
+    ranks = [np.argsort(np.argsort(-score, kind="stable"), kind="stable") for score in scores]
+    return np.sort(np.argsort(np.min(ranks, axis=0), kind="stable")[:n])
+
+
+def squared_response(screen: Screen, cells: np.ndarray, match: ControlMatch) -> np.ndarray:
+    """(G,) squared changes of the mean log1p value from its controls, summed over the conditions of some `cells`.
+
+    Without what noise of both means adds on average; conditions and controls of one cell are left out. Never under 0.
+
+    Parameters
+    ----------
+    cells
+        (n_cells,) bool; control cells among them.
+    """
+    log1p = screen.expression.log1p
+    index = ConditionIndex.build(screen, cells)
+    pools = match_controls(index, match, np.zeros(len(index), dtype=bool))
+    total = np.zeros(len(screen.expression.genes))
+    controls: dict[int, tuple[np.ndarray, np.ndarray] | None] = {}
+    for condition in np.flatnonzero((pools.of >= 0) & (index.n_cells > 1)).tolist():
+        if (pool := int(pools.of[condition])) not in controls:
+            controls[pool] = _mean_and_noise(log1p(pools.rows(condition)))
+        own, theirs = _mean_and_noise(log1p(index.cells(condition))), controls[pool]
+        if own is not None and theirs is not None:
+            total += (own[0] - theirs[0]) ** 2 - own[1] - theirs[1]
+    return np.maximum(total, 0.0)
+
+
+def _mean_and_noise(X: sparse.csr_matrix) -> tuple[np.ndarray, np.ndarray] | None:
+    """(G,) mean over cells and the variance of that mean; None of one cell."""
+    n = X.shape[0]
+    if n < 2:
+        return None
+    mean = gene_means(X)
+    return mean, (gene_means(X.multiply(X).tocsr()) - mean**2) / (n - 1)
