@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -551,14 +550,11 @@ def _calibration(results: Results) -> str:
 def _provenance(results: Results) -> str:
     folder, settings, training = results.folder, results.settings, results.training
     start = training.get("init_from") or {}
-    last = folder / "metrics.jsonl"
-    date = datetime.fromtimestamp(last.stat().st_mtime, UTC).strftime("%Y-%m-%d") if last.is_file() else None
     hashed = ("model/config.json", "scores.parquet", "scores.csv", "predicted.h5ad")
     optional = [(f"sha256 of {name}", sha256(folder / name)) for name in hashed if (folder / name).is_file()]
     return facts([
         ("trained with", f"perturbdiff {training.get('library_version') or '(unknown)'}"),
         ("scored with", _after("perturbdiff", results.summary.get("library_version"))),
-        ("training ended", date),
         ("steps", training.get("steps")),
         ("cells seen", training.get("cells_seen")),
         ("seed", (settings.get("training") or {}).get("seed")),
