@@ -1,14 +1,19 @@
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from tests.screens import quality_file, real_screen
+from perturbdiff.config import find_recipe, load_config
+from tests.processes import PATIENCE
+from tests.screens import ROOT, real_screen
+from tests.simulated import write_screen
 
 pytestmark = pytest.mark.slow
 
@@ -101,30 +106,133 @@ def test_the_scaling_benchmark_runs_one_and_two_processes_and_says_what_they_cos
     assert report["processes"]["1"]["efficiency"] == 1
 
 
-@pytest.mark.parametrize("fold", [(), ("--fold", "PW030")])
-def test_the_quality_benchmark_predicts_what_the_protocol_scores(fold):
-    tasks = quality_file("score.py").parent
-    line = run("quality", "--tasks", tasks, "T3", *fold, "training.n_steps=2", "training.log_every=1")
-    assert (line["task"], line["steps"], line["fold"]) == ("T3", 2, "PW030" if fold else None)
-    assert -1 <= line["pearson_delta"] <= 1
-    assert line["energy_u"] > 0
-    assert line["cpu_s"] > 0
+TASK = """
+file: screen.h5ad
+source: simulated
+hold_out: ["pert_0:type_0:batch_0"]
+recipe: new_batch
+settings: [training.n_steps=20, training.save_every=4, training.device=cpu, data.set_size=8, data.sets_per_batch=4,
+  denoiser.width=16, denoiser.n_heads=2]
+looked_at: ["by this test"]
+"""
 
 
-def test_a_fold_of_a_quality_task_hides_training_cells_and_looks_at_no_test_cell():
+@pytest.fixture
+def quality(tmp_path):
+    """A small task, and words that run it."""
+    write_screen(tmp_path)
+    (tmp_path / "small.yaml").write_text(TASK)
+    return ["--data", tmp_path, "--out", tmp_path / "out", "--tasks", tmp_path / "small.yaml"]
+
+
+def quality_process(*options: object) -> subprocess.Popen:
+    command = [sys.executable, str(BENCH / "quality.py"), *map(str, options)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def refused(*options: object) -> str:
+    process = quality_process(*options)
+    _, error = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1
+    assert error.startswith("quality.py: error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
+def test_the_quality_benchmark_goes_on_where_it_was_killed_and_runs_nothing_twice(quality, tmp_path, sent):
+    first, second = (tmp_path / "out/small/PerturbDiff" / seed for seed in "01")
+    process = quality_process(*quality, "--seeds", "0,1")
+    until = time.monotonic() + PATIENCE
+    try:
+        while not list(second.glob("run/states/step*")) and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.05)
+    finally:
+        process.terminate() if sent == signal.SIGTERM else os.killpg(process.pid, sent)
+        process.communicate(timeout=PATIENCE)
+    assert process.returncode == (143 if sent == signal.SIGTERM else -sent)
+    assert not (second / "run/scores.json").exists()
+    before = {path: path.stat().st_mtime_ns for path in first.glob("run/*")}
+    assert first / "run/scores.json" in before
+    (record,) = run("quality", *quality, "--seeds", "0,1", "--json")
+    assert "resum" in (second / "log.txt").read_text()
+    assert len(json.loads((second / "cost.json").read_text())) == 2
+    assert {path: path.stat().st_mtime_ns for path in first.glob("run/*")} == before
+    assert record["seeds"] == [0, 1]
+    assert record["cpu_s_at_least"] == (sent == signal.SIGKILL)
+    scores = [pd.read_parquet(folder / "run/scores.parquet").set_index("method") for folder in (first, second)]
+    own = [of.loc["PerturbDiff", "pearson_delta"] for of in scores]
+    assert record["pearson_delta"]["mean"] == pytest.approx(np.mean(own), abs=1e-4)
+    # One condition: the error of its cells and of two seeds, by the t distribution of ten folds.
+    error = np.mean([of.loc["PerturbDiff", "error pearson_delta"] for of in scores])
+    half = 2.262157 * np.hypot(error, np.std(own, ddof=1) / np.sqrt(2))
+    np.testing.assert_allclose(
+        record["pearson_delta"]["interval"], [np.mean(own) - half, np.mean(own) + half], rtol=1e-5
+    )
+
+
+def test_the_quality_benchmark_shows_other_settings_and_other_tools_beside_ours(quality, tmp_path):
+    run("quality", *quality, "--json")
+    run("quality", *quality, "--set", "training.n_steps=4", "--label", "short", "--json")
+    predicted = tmp_path / "out/small/PerturbDiff/0/run/predicted.h5ad"
+    made = run("quality", *quality, "--predictions", f"again={predicted}", "--json")
+    assert [record["method"] for record in made] == ["PerturbDiff", "again", "short"]
+    assert made[1]["energy_distance"] == made[0]["energy_distance"] != made[2]["energy_distance"]
+    assert json.loads((tmp_path / "out/quality.json").read_text()) == made
+    assert made[0]["cpu_s"] > 0
+    assert made[1]["cpu_s"] is None
+    assert made[0]["looks"] == 1
+    verdict = made[0]["pearson_delta"]["verdict"]
+    assert sum(verdict.values()) == made[0]["n_conditions"]
+    (tmp_path / "small.yaml").write_text(TASK.replace('["by this test"]', '["by this test", "twice"]'))
+    assert [record["looks"] for record in run("quality", *quality, "--json")] == [2, 2, 2]
+    (tmp_path / "small.yaml").write_text(TASK + "drop: [pert_1]\n")
+    assert "was made with another task; give another --out" in refused(*quality)
+
+
+def test_a_fold_of_a_quality_task_leaves_its_test_cells_out(quality, tmp_path):
+    (record,) = run("quality", *quality, "--fold", "pert_1:type_1", "--json")
+    split = json.loads((tmp_path / "out" / record["task"] / "PerturbDiff/0/run/split.json").read_text())
+    labels = ("perturbation", "cell_type", "batch")
+    conditions = {
+        part: {tuple(of[name] for name in labels) for of in found} for part, found in split["conditions"].items()
+    }
+    assert conditions["test"] == {("pert_1", "type_1", "batch_0"), ("pert_1", "type_1", "batch_1")}
+    trained = conditions["train"] | conditions["validation"]
+    assert ("pert_0", "type_0", "batch_1") in trained
+    assert ("pert_0", "type_0", "batch_0") not in trained
+    assert record["looks"] == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "options", "error"),
+    [
+        ("held_out: [pert_0]", (), "has held_out; the keys of a task are file, source, recipe, hold_out"),
+        ("split: split.toml", (), "must have hold_out or split, and not both"),
+        ("drop: pert_1", (), "drop ('pert_1') must be a list of texts"),
+        ("loadings: other.h5ad", (), "needs other.h5ad, which is not in --data"),
+        ("", ("--tasks", "kang"), "no task 'kang'; there are datlinger_unseen,"),
+        ("", ("--set", "optim.lr=1"), "--set needs --label"),
+        ("", ("--predictions", "scgen"), "'scgen': give NAME"),
+    ],
+)
+def test_the_quality_benchmark_refuses_in_one_line(quality, tmp_path, line, options, error):
+    (tmp_path / "small.yaml").write_text(TASK + line)
+    assert error in refused(*quality, *options)
+
+
+def test_every_quality_task_can_be_read_and_its_settings_fit_its_recipe():
     sys.path.insert(0, str(BENCH))
     try:
-        from quality import task_cells
+        from quality import Task, task_names
     finally:
         sys.path.remove(str(BENCH))
-    folder = quality_file("T3")
-    every, _ = task_cells(folder, "cell_type", None)
-    train_cells, real = task_cells(folder, "cell_type", "PW030")
-    treated = every.obs["perturbation"] != "control"
-    held = every.obs_names[treated & (every.obs["cell_type"] == "PW030")]
-    assert set(train_cells.obs_names) == set(every.obs_names) - set(held)
-    assert set(real.obs_names[real.obs["perturbation"] != "control"]) <= set(held)
-    assert set(real.obs_names) <= set(every.obs_names)
+    for name in task_names():
+        task = Task.read(name)
+        recipe = find_recipe(task.recipe, "train")
+        load_config(recipe, task.settings, {"out": "unused", "data": {"screen": task.file}})
+        assert task.source.strip()
 
 
 def test_the_few_shot_benchmark_pretrains_and_compares():

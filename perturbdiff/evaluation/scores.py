@@ -135,21 +135,29 @@ class Scores:
             return None
         return str(complete.index[int(np.argmin(loss(METRICS[metric])(complete.to_numpy())))])
 
+    def compared(self, metric: str) -> tuple[str, dict[str, int]] | None:
+        """The best simple method, and on how many conditions the model is better or worse (`doubt.compare`)."""
+        best = self.best_simple(metric)
+        if best is None:
+            return None
+        own, other = (self.conditions[self.conditions["method"] == method] for method in (MODEL, best))
+        paired = own.merge(other, on=CONDITION, suffixes=("", " of other"))
+        errors = paired[f"difference error {metric} of other"].to_numpy()
+        values = paired[metric].to_numpy(), paired[f"{metric} of other"].to_numpy()
+        return best, compare(*values, errors, loss(METRICS[metric]))
+
     def verdict(self) -> str:
         """Whether the model is better than the best simple method, condition by condition, in a sentence a metric."""
         said = []
         for metric in ("energy_distance", "pearson_delta"):
-            best = self.best_simple(metric)
-            if best is None:
+            found = self.compared(metric)
+            if found is None:
                 continue
-            own, other = (self.conditions[self.conditions["method"] == method] for method in (MODEL, best))
-            paired = own.merge(other, on=CONDITION, suffixes=("", " of other"))
-            errors = paired[f"difference error {metric} of other"].to_numpy()
-            values = paired[metric].to_numpy(), paired[f"{metric} of other"].to_numpy()
-            counts = compare(*values, errors, loss(METRICS[metric]))
-            rest = [f"{word} on {n}" for word, n in counts.items() if n and word != "better"]
-            better = f"better than the best simple method ({best}) on {counts['better']} of {len(paired)}"
-            conditions = f"condition{'s' if len(paired) > 1 else ''}"
+            best, counts = found
+            n = sum(counts.values())
+            rest = [f"{word} on {of}" for word, of in counts.items() if of and word != "better"]
+            better = f"better than the best simple method ({best}) on {counts['better']} of {n}"
+            conditions = f"condition{'s' if n > 1 else ''}"
             said.append(f"By {metric}, {MODEL} is {', '.join([f'{better} {conditions}', *rest])}.")
         return " ".join(said)
 
