@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import numpy as np
 
+from perturbdiff.data.notation import Parts
 from perturbdiff.means.shifts import additive, context_mean, no_change, perturbation_mean, perturbed_mean
+from perturbdiff.means.stack import Stack
 from perturbdiff.means.targets import covariance, own_target
 from perturbdiff.means.training import Context, TrainingMeans
 
@@ -38,6 +40,57 @@ def log_space(training: TrainingMeans, context: Context) -> np.ndarray | None:
     return fit.predict([fit.log_change(rows, control) for rows in found], control) - control
 
 
+def stacked(training: TrainingMeans, context: Context) -> np.ndarray | None:
+    """(G,) the others weighted by how well they predict training conditions that are as new as this one.
+
+    `Stack` has the model. As new: in a batch without the perturbation, in a cell type without it, a perturbation or a
+    combination without any condition. None where training has nothing to leave out so.
+    """
+    parts = training.parts(context.perturbation)
+    kind = _new_is(training, parts, context.cell_type)
+    stack = _stack(training, kind)
+    if stack is None and kind == "batch":  # of cell types that were seen in one batch each
+        stack = _stack(training, "cell type")
+    if stack is None:
+        return None
+    shifts = {name: STACKED[name](training, context) for name in stack.names}
+    told = {name: shift for name, shift in shifts.items() if shift is not None}
+    weights = stack.weights(list(told))
+    total: np.ndarray = np.sum([weight * told[name] for name, weight in weights.items()], axis=0)
+    return total if weights else None
+
+
+def _stack(training: TrainingMeans, kind: str) -> Stack | None:
+    left_out: dict[str, list[Hashable]] = {
+        "batch": list(zip(training.cell_type, training.batch, strict=True)),
+        "cell type": list(training.cell_type),
+    }
+    if kind not in training.learned:
+        of_names: list[Hashable] = [tuple(name for name, _ in seen) for seen in training.seen]
+        training.learned[kind] = Stack.fit(
+            training, STACKED, left_out.get(kind, of_names), lambda rest, *asked: _new_is(rest, *asked) == kind
+        )
+    stack: Stack | None = training.learned[kind]
+    return stack
+
+
+def _new_is(training: TrainingMeans, parts: Parts, cell_type: str) -> str:
+    rows = training.of_perturbation(parts)
+    if not len(rows):
+        return "combination" if len(parts) > 1 else "perturbation"
+    return "batch" if cell_type in {training.cell_type[i] for i in rows} else "cell type"
+
+
+STACKED: dict[str, Callable[[TrainingMeans, Context], np.ndarray | None]] = {
+    "context mean": context_mean,
+    "perturbation mean": perturbation_mean,
+    "additive": additive,
+    "ridge": ridge,
+    "log space": log_space,
+    "own target": own_target,
+}
+"""Predictors that `stacked` weighs."""
+
 PREDICTORS: dict[str, Callable[[TrainingMeans, Context], np.ndarray | None]] = {
     "no change": no_change,
     "context mean": context_mean,
@@ -48,5 +101,6 @@ PREDICTORS: dict[str, Callable[[TrainingMeans, Context], np.ndarray | None]] = {
     "log space": log_space,
     "own target": own_target,
     "covariance": covariance,
+    "stacked": stacked,
 }
 """Printed name -> (G,) shift of the mean in log1p space, or None where it says nothing of such a context."""

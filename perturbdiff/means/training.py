@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -150,6 +151,11 @@ class TrainingMeans:
     def fit_across_cell_types(self) -> LogSpaceFit:
         """The model behind `log_space`, for a cell type in which the perturbation was not seen."""
         return LogSpaceFit(self.seen, self.cell_type, self.control_mean, self.perturbed_mean)
+
+    @cached_property
+    def learned(self) -> dict[str, Any]:
+        """What predictors learned of these conditions, by what it is; kept for the next context."""
+        return {}
 
 
 @dataclass(frozen=True, eq=False)

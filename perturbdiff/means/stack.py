@@ -1,0 +1,123 @@
+"""Several predictors of means as one, weighted by how they predict training conditions that are left out.
+
+n = training conditions, P = predictors, G = genes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy.optimize import nnls
+
+from perturbdiff.data.notation import Parts
+from perturbdiff.data.rng import numpy_generator
+from perturbdiff.means.training import Context, TrainingMeans
+
+Predictor = Callable[[TrainingMeans, Context], np.ndarray | None]
+
+MOST_FOLDS = 8
+MOST_CONDITIONS = 200  # that weights are learned from: those of some perturbations, drawn by a fixed seed
+RIDGE = 1e-6  # of the mean square of a prediction: predictors that say the same share their weight
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """Products of left-out predictions with each other and with what was measured, summed over conditions and genes.
+
+    Notes
+    -----
+    Weights that are not negative, by least squares on left-out predictions (Breiman 1996, "Stacked regressions"),
+    divided by their sum (van der Laan et al. 2007, "Super learner"): least squares alone shrinks what is noisy, and the
+    mean response of a new context with it.
+    """
+
+    names: tuple[str, ...]
+    gram: np.ndarray  # (P, P)
+    cross: np.ndarray  # (P,)
+
+    @classmethod
+    def fit(
+        cls,
+        training: TrainingMeans,
+        predictors: Mapping[str, Predictor],
+        left_out: Sequence[Hashable],
+        asked: Callable[[TrainingMeans, Parts, str], bool],
+    ) -> Stack | None:
+        """Leave out conditions of the same `left_out` (n,) together, and predict those of them that are `asked`.
+
+        Parameters
+        ----------
+        asked
+            Whether parts in a cell type are to the other conditions what is asked for: as new as that.
+
+        Returns
+        -------
+        Of the predictors that say something of every condition; None where there is no condition to learn from.
+        """
+        training, left_out = _some(training, left_out)
+        groups = sorted(set(left_out), key=str)
+        chosen = [groups[i] for i in np.unique(np.linspace(0, len(groups) - 1, MOST_FOLDS).astype(int))]
+        made: list[tuple[dict[str, np.ndarray], np.ndarray]] = []
+        for fold in chosen if len(groups) > 1 else ():
+            out = np.array([label == fold for label in left_out])
+            rest = _rows(training, np.flatnonzero(~out))
+            for i in np.flatnonzero(out).tolist():
+                if asked(rest, training.seen[i], training.cell_type[i]):
+                    context = Context(
+                        training.perturbation[i], training.cell_type[i], training.batch[i], training.control_mean[[i]]
+                    )
+                    said = {name: predict(rest, context) for name, predict in predictors.items()}
+                    told = {name: shift for name, shift in said.items() if shift is not None}
+                    made.append((told, training.effect[i]))
+        names = tuple(name for name in predictors if made and all(name in told for told, _ in made))
+        if not names:
+            return None
+        gram, cross = np.zeros((len(names), len(names))), np.zeros(len(names))
+        for told, effect in made:
+            shifts = np.stack([told[name] for name in names])
+            gram += shifts @ shifts.T
+            cross += shifts @ effect
+        return cls(names, gram, cross)
+
+    def weights(self, among: Sequence[str]) -> dict[str, float]:
+        """Of those of the predictors that are `among` these, adding up to 1; none where nothing predicts at all."""
+        chosen = [i for i, name in enumerate(self.names) if name in among]
+        gram = self.gram[np.ix_(chosen, chosen)]
+        if not chosen or not gram.any():
+            return {}
+        # |L' w - L^-1 cross|^2 has the minimum of w' gram w - 2 w' cross.
+        root = np.linalg.cholesky(gram + RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram)))
+        found = nnls(root.T, np.linalg.solve(root, self.cross[chosen]))[0]
+        total = found.sum()
+        return {self.names[i]: float(w / total) for i, w in zip(chosen, found, strict=True) if w > 0} if total else {}
+
+
+def _rows(training: TrainingMeans, rows: np.ndarray) -> TrainingMeans:
+    return replace(
+        training,
+        perturbation=[training.perturbation[i] for i in rows],
+        cell_type=[training.cell_type[i] for i in rows],
+        batch=[training.batch[i] for i in rows],
+        control_mean=training.control_mean[rows],
+        perturbed_mean=training.perturbed_mean[rows],
+        n_cells=training.n_cells[rows],
+    )
+
+
+def _some(training: TrainingMeans, left_out: Sequence[Hashable]) -> tuple[TrainingMeans, Sequence[Hashable]]:
+    if len(left_out) <= MOST_CONDITIONS:
+        return training, left_out
+    labels = sorted(set(training.perturbation))
+    order = numpy_generator(0, "stacked means").permutation(len(labels))
+    chosen: set[str] = set()
+    n_cells = dict(zip(*np.unique(training.perturbation, return_counts=True), strict=True))
+    n = 0
+    for i in order.tolist():
+        if n + n_cells[labels[i]] > MOST_CONDITIONS and chosen:
+            break
+        chosen.add(labels[i])
+        n += int(n_cells[labels[i]])
+    rows = np.array([i for i, label in enumerate(training.perturbation) if label in chosen])
+    return _rows(training, rows), [left_out[i] for i in rows]
