@@ -90,15 +90,17 @@ def energy_of(
     return torch.where((n_x < 2) | (n_y < 2), torch.nan, 2 * _mean(between, w_x, w_y) - within)
 
 
-def pair_distances(x: Tensor, y: Tensor, y_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Euclidean distances x-y, x-x and y-y of the cells, (B, S, S'), (B, S, S) and (B, S', S'); 0 from itself."""
+def pair_distances(
+    x: Tensor, y: Tensor, y_mask: Tensor | None = None, within_y: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Euclidean distances x-y, x-x and y-y of the cells, (B, S, S'), (B, S, S) and (B, S', S'); 0 from itself.
+
+    `within_y` is y-y where it is known: it is the same for every x.
+    """
     # A shift changes no distance, but |a|^2 + |b|^2 - 2ab cancels badly far from the origin.
     centre = (y * _weights(y, y_mask)[..., None]).sum(-2, keepdim=True)
     x, y = x - centre, y - centre
-    between, within_x, within_y = (_squared(a, b).clamp_min(0).sqrt() for a, b in ((x, y), (x, x), (y, y)))
-    for within in (within_x, within_y):
-        within.diagonal(dim1=-2, dim2=-1).zero_()
-    return between, within_x, within_y
+    return _distances(x, y), _within(x), _within(y) if within_y is None else within_y
 
 
 def cell_distances(x: np.ndarray, y: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,6 +115,16 @@ def _thinned(cells: np.ndarray, seed: int) -> np.ndarray:
     if len(cells) > MAX_SCORED:
         cells = cells[np.sort(np.random.default_rng(seed).choice(len(cells), MAX_SCORED, replace=False))]
     return np.array(cells, np.float64, order="C")
+
+
+def _distances(x: Tensor, y: Tensor) -> Tensor:
+    return _squared(x, y).clamp_min(0).sqrt()
+
+
+def _within(x: Tensor) -> Tensor:
+    distances = _distances(x, x)
+    distances.diagonal(dim1=-2, dim2=-1).zero_()
+    return distances
 
 
 def _floored(x: Tensor, y: Tensor) -> Tensor:

@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import numpy as np
-import torch
 from scipy import stats
+from torch import Tensor
 
-from perturbdiff.diffusion.distances import MAX_SCORED, pair_distances
-from perturbdiff.evaluation.metrics import in_own_order, mse_of_means, pearson_delta
+from perturbdiff.evaluation.metrics import in_own_order, mse_of_means, own_distances, pearson_delta
 
 COMPARED = ("pearson_delta", "energy_distance", "mse_of_means")  # metrics whose noise within a condition is known
 FOLDS = 10
@@ -23,9 +22,10 @@ ALIKE = 1 / 3  # of the measured spread between perturbations; predictions with 
 
 
 def leave_out(
-    pred: np.ndarray, real: np.ndarray, control: np.ndarray, truth_control: np.ndarray
-) -> dict[str, np.ndarray]:
-    """(K,) scores by name of COMPARED, each without a tenth of the measured cells; of cells as `score_condition`.
+    pred: np.ndarray, real: np.ndarray, control: np.ndarray, truth_control: np.ndarray,
+    distances: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """(K,) scores by name of COMPARED, each without a tenth of the measured cells; arguments as of `score_condition`.
 
     The energy distance is without a tenth of the predicted cells too; the mean that is predicted is what it is. Fewer
     folds where there are fewer than 20 real or predicted cells; an empty array for fewer than 4. Which cell is in which
@@ -39,35 +39,35 @@ def leave_out(
     folds = [_without_each(cells, n_folds) for cells in (real, in_own_order(truth_control))]
     pearson = [pearson_delta(pred_mean, mean, control_mean, without) for mean, without in zip(*folds, strict=True)]
     mse = [mse_of_means(pred_mean, mean) for mean in folds[0]]
-    energy = _energies(pred, real, n_folds)
+    energy = _energies(own_distances(pred, real) if distances is None else distances, n_folds)
     return {"pearson_delta": np.array(pearson), "energy_distance": energy, "mse_of_means": np.array(mse)}
 
 
 def _without_each(cells: np.ndarray, n_folds: int) -> np.ndarray:
     """(K, G) means of the cells without each fold, one in K of them in turn; all where a fold has every cell."""
-    total = cells.sum(axis=0)
-    parts = [cells[i::n_folds] for i in range(n_folds)]
-    kept = [(total - part.sum(axis=0), len(cells) - len(part)) for part in parts]
-    return np.stack([left / n if n else cells.mean(axis=0) for left, n in kept])
+    kept = _kept(len(cells), n_folds)
+    n = kept.sum(axis=1, keepdims=True)
+    return np.where(n > 0, kept @ cells / np.maximum(n, 1), cells.mean(axis=0))
 
 
-def _energies(pred: np.ndarray, real: np.ndarray, n_folds: int) -> np.ndarray:
-    """(K,) energy distances (U-statistic) without each fold, from sums over pairs of folds."""
-    sides = [cells[:MAX_SCORED] for cells in (pred, real)]
-    distances = pair_distances(*(torch.from_numpy(cells) for cells in sides))
-    of_pred, of_real = (np.arange(len(cells)) % n_folds for cells in sides)
-    n, m = (np.bincount(of, minlength=n_folds) for of in (of_pred, of_real))
+def _kept(n: int, n_folds: int) -> np.ndarray:
+    """(K, n) which cells are there without each fold: 1 or 0."""
+    return (np.arange(n) % n_folds != np.arange(n_folds)[:, None]).astype(np.float64)
 
-    def without(values: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        sums = np.zeros((n_folds, n_folds))
-        np.add.at(sums, (rows[:, None], columns[None, :]), values)
-        return sums.sum() - sums.sum(axis=0) - sums.sum(axis=1) + np.diag(sums)
 
-    a, b = n.sum() - n, m.sum() - m
-    between = without(distances[0].numpy(), of_pred, of_real) / (a * b)
-    within_pred = without(distances[1].numpy(), of_pred, of_pred) / np.maximum(a * (a - 1), 1)
-    within_real = without(distances[2].numpy(), of_real, of_real) / np.maximum(b * (b - 1), 1)
-    return np.where((a > 1) & (b > 1), 2 * between - within_pred - within_real, np.nan)
+def _energies(distances: tuple[Tensor, Tensor, Tensor], n_folds: int) -> np.ndarray:
+    """(K,) energy distances (U-statistic) without each fold."""
+    between, within_pred, within_real = (values.numpy() for values in distances)
+    of_pred, of_real = (_kept(n, n_folds) for n in between.shape)
+
+    def total(rows: np.ndarray, values: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        return (rows @ values * columns).sum(axis=1)
+
+    a, b = of_pred.sum(axis=1), of_real.sum(axis=1)
+    value = 2 * total(of_pred, between, of_real) / (a * b)
+    value -= total(of_pred, within_pred, of_pred) / np.maximum(a * (a - 1), 1)
+    value -= total(of_real, within_real, of_real) / np.maximum(b * (b - 1), 1)
+    return np.where((a > 1) & (b > 1), value, np.nan)
 
 
 def standard_error(without: np.ndarray) -> float:

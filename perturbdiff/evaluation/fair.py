@@ -5,6 +5,7 @@ G = genes of the screen. Rows are those of the screen.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -135,16 +136,34 @@ def measured(var: pd.DataFrame) -> np.ndarray:
     return var["measured"].to_numpy()
 
 
+class ControlChoices:
+    """The control that each cell to predict starts from, chosen once for all conditions that choose from the same."""
+
+    def __init__(self, expression: Expression, seed: int) -> None:
+        self._expression, self._seed = expression, seed
+        self._known: dict[tuple[bytes, int], np.ndarray] = {}
+
+    def __call__(self, start: np.ndarray, n_cells: int) -> np.ndarray:
+        """(n_cells,) positions in the rows `start`."""
+        key = hashlib.sha256(start.tobytes()).digest(), n_cells
+        if key not in self._known:
+            expression = self._expression
+            pool = replace(expression, X=expression.X[start], library_size=expression.library_size[start])
+            self._known[key] = choose_controls(pool, n_cells, self._seed, population=0)
+        return self._known[key]
+
+
 def with_no_change(
-    values: sparse.csr_matrix, kept: np.ndarray, screen: Screen, start: np.ndarray, starts: np.ndarray | None, seed: int
-) -> np.ndarray:
+    values: sparse.csr_matrix, kept: np.ndarray, expression: Expression, start: np.ndarray, starts: np.ndarray | None,
+    choices: ControlChoices,
+) -> np.ndarray:  # fmt: skip
     """(n, G) predicted cells, with the values of the control that each started from in genes that are not `kept`."""
     cells = values.toarray().astype(np.float64)
     if kept.all():
         return cells
     if starts is None:
-        starts = start[choose_controls(_cells(screen.expression, start), len(cells), seed, population=0)]
-    cells[:, ~kept] = screen.expression.log1p(starts)[:, ~kept].toarray()
+        starts = start[choices(start, len(cells))]
+    cells[:, ~kept] = expression.log1p(starts)[:, ~kept].toarray()
     return cells
 
 
@@ -181,7 +200,9 @@ class SimpleMethods:
         )
         self._others: dict[tuple[str, str], tuple[np.ndarray, np.ndarray] | None] = {}
 
-    def cells(self, condition: Condition, start: np.ndarray, n_cells: int, seed: int) -> dict[str, np.ndarray]:
+    def cells(
+        self, condition: Condition, start: np.ndarray, n_cells: int, choices: ControlChoices, seed: int
+    ) -> dict[str, np.ndarray]:
         """(n, G) log1p cells by method, of a condition whose controls are the rows `start`.
 
         As many as there are different controls, and at most `n_cells`, whose mean is that of all. A transplant is of
@@ -189,10 +210,9 @@ class SimpleMethods:
         """
         expression = self._screen.expression
         asked = Context(*condition, expression.log1p(start).toarray().astype(np.float64))
-        pool = _cells(expression, start)
-        chosen = choose_controls(pool, min(n_cells, len(start)), seed, population=0)
-        control = asked.control[chosen]
-        one = pool.one_count(chosen)
+        chosen = choices(start, min(n_cells, len(start)))
+        control, one = asked.control[chosen], expression.one_count(start[chosen])
+        uniform = numpy_generator(seed, "simple methods").random(control.shape)
         made = {}
         for name, predict in PREDICTORS.items():
             if name == NO_CHANGE:
@@ -202,7 +222,7 @@ class SimpleMethods:
                 continue
             # The shift is from the mean of all controls, of which the chosen ones differ by a little.
             cells = shift_cells(control, shift + asked.control_mean - control.mean(axis=0))
-            made[name] = _with_whole_counts(cells, one, numpy_generator(seed, "simple methods").random(cells.shape))
+            made[name] = _with_whole_counts(cells, one, uniform)
         if (conditions := transplant_rows(self.training, asked)) is not None:
             donors = np.concatenate([self._rows[i] for i in conditions])
             order = np.argsort(cell_order_key(self._screen.obs.index[donors].to_numpy(), seed=1), kind="stable")
@@ -257,10 +277,6 @@ def relative_spread(
         return None
     predicted, true = np.sum(found, axis=0)
     return float(np.sqrt(max(predicted, 0.0) / true)) if true > 0 else None
-
-
-def _cells(expression: Expression, rows: np.ndarray) -> Expression:
-    return replace(expression, X=expression.X[rows], library_size=expression.library_size[rows])
 
 
 def _with_whole_counts(cells: np.ndarray, one: np.ndarray, uniform: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy import stats
+from torch import Tensor
 
 from perturbdiff.diffusion.distances import MAX_SCORED, NO_SPREAD, energy_of, pair_distances
 
@@ -182,7 +183,19 @@ def in_own_order(cells: np.ndarray) -> np.ndarray:
     """(n, G) cells in an order that is like a random one and their own: whatever order they come in, some of them are
     the same cells."""
     key = cells @ np.random.default_rng(0).normal(size=cells.shape[1]) * 1e5
-    return cells[np.argsort(key - np.floor(key), kind="stable")]
+    key -= np.floor(key)
+    return cells if (key[1:] >= key[:-1]).all() else cells[np.argsort(key, kind="stable")]
+
+
+def own_distances(
+    pred: np.ndarray, real: np.ndarray, within_real: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`pair_distances` of the first MAX_SCORED predicted (n, G) and real (m, G) cells in their own order.
+
+    `within_real` is the last of them, where it is known from another method.
+    """
+    pred, real = (in_own_order(cells)[:MAX_SCORED] for cells in (pred, real))
+    return pair_distances(torch.from_numpy(pred), torch.from_numpy(real), within_y=within_real)
 
 
 def score_condition(
@@ -192,6 +205,7 @@ def score_condition(
     truth_control: np.ndarray | None = None,
     n_equal: int | None = None,
     others: tuple[np.ndarray, np.ndarray] | None = None,
+    distances: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> dict[str, float]:
     """All `METRICS` of one condition.
 
@@ -209,6 +223,8 @@ def score_condition(
     others
         (G,) means of cells of other perturbations in this context, one for each side: `pearson_perturbed` is of the
         changes from these. NaN if None.
+    distances
+        `own_distances(pred, real)`, where they are known.
 
     Returns
     -------
@@ -228,7 +244,7 @@ def score_condition(
     pred, real, control, shared = _checked(2, pred=pred, real=real, control=control, truth_control=shared)
     pred, real = in_own_order(pred), in_own_order(real)
     pred_mean, real_mean = pred.mean(axis=0), real.mean(axis=0)
-    distances = pair_distances(*(torch.from_numpy(cells[:MAX_SCORED]) for cells in (pred, real)))
+    distances = own_distances(pred, real) if distances is None else distances
     between, within_pred, within_real = (values.numpy() for values in distances)
     n = min(len(pred), len(real), len(pred) if n_equal is None else n_equal)
     some = min(n, MAX_SCORED)

@@ -41,6 +41,7 @@ from perturbdiff.evaluation.fair import (
     MAX_CELLS,
     NO_CHANGE,
     Condition,
+    ControlChoices,
     Response,
     SimpleMethods,
     control_halves,
@@ -54,7 +55,14 @@ from perturbdiff.evaluation.fair import (
     with_no_change,
 )
 from perturbdiff.evaluation.field import FieldScores, cell_eval_scores
-from perturbdiff.evaluation.metrics import METRICS, mean_scores, score_condition, split_half_ceiling
+from perturbdiff.evaluation.metrics import (
+    METRICS,
+    in_own_order,
+    mean_scores,
+    own_distances,
+    score_condition,
+    split_half_ceiling,
+)
 from perturbdiff.files import progress, write_json, written
 from perturbdiff.hub.records import EvaluationRecord, SplitRecord, loss
 from perturbdiff.inference.output import read_predicted
@@ -283,6 +291,7 @@ def score_conditions(
         )
     starts, log1p = start_rows(predicted.obs, screen), screen.expression.log1p
     simple = None if split is None else SimpleMethods(screen, split, match)
+    choices = ControlChoices(screen.expression, seed)
     rows: list[dict[str, object]] = []
     responses: dict[tuple[str, str], list[Response]] = {}
     squared = np.zeros(2)  # measured response, of the predicted genes and of all
@@ -292,19 +301,23 @@ def score_conditions(
             context, chosen = condition[1:], found[condition][:MAX_CELLS]
             of_cells = None if starts is None else starts[chosen]
             start, truth = control_halves(screen, controls[context], of_cells)
-            cells = with_no_change(values[chosen], kept, screen, start, of_cells, seed)
+            cells = with_no_change(values[chosen], kept, screen.expression, start, of_cells, choices)
             true, control, other = (
                 log1p(some(screen, of)).toarray().astype(np.float64) for of in (real[condition], start, truth)
             )
+            true, other = in_own_order(true), in_own_order(other)
             n_equal = min(len(cells), len(true), len(control))
-            made = {NO_CHANGE: control} if simple is None else simple.cells(condition, start, len(true), seed)
+            made = {NO_CHANGE: control} if simple is None else simple.cells(condition, start, len(true), choices, seed)
             reference = None if simple is None else simple.others(*context)
             response = (true.mean(axis=0) - other.mean(axis=0)) ** 2
             known = dict(zip(CONDITION, condition, strict=True))
-            own = leave_out(cells, true, control, other)
+            own, within_real = None, None
             for name, of_method in {MODEL: cells, **made}.items():
-                scores = score_condition(of_method, true, control, other, n_equal, reference)
-                without = own if name == MODEL else leave_out(of_method, true, control, other)
+                of_method = in_own_order(of_method)
+                *_, within_real = distances = own_distances(of_method, true, within_real)
+                scores = score_condition(of_method, true, control, other, n_equal, reference, distances)
+                without = leave_out(of_method, true, control, other, distances)
+                own = without if own is None else own
                 rows.append({"method": name, **known, **scores, **_errors(without, own)})
             ceiling = split_half_ceiling(true, control, other, max(n_equal // 2, 1), reference)
             rows.append({"method": CEILING, **known, **ceiling})

@@ -23,8 +23,7 @@ def context_mean(training: TrainingMeans, context: Context) -> np.ndarray:
 
     If the context has none: of the same cell type in any batch; if that has none either: of all training conditions.
     """
-    mean: np.ndarray = training.effect[training.of_context(context.cell_type, context.batch)].mean(axis=0)
-    return mean
+    return training.context_means(context.cell_type, context.batch)[0]
 
 
 def perturbed_mean(training: TrainingMeans, context: Context) -> np.ndarray:
@@ -33,9 +32,7 @@ def perturbed_mean(training: TrainingMeans, context: Context) -> np.ndarray:
     Cells count, not conditions, as in Systema (Viñas Torné et al. 2025, Nature Biotechnology). Falls back as
     `context_mean`: then, cells of other contexts stand for those of this one.
     """
-    rows = training.of_context(context.cell_type, context.batch)
-    centre: np.ndarray = np.average(training.perturbed_mean[rows], axis=0, weights=training.n_cells[rows])
-    return centre - training.control_of(context)
+    return training.context_means(context.cell_type, context.batch)[1] - training.control_of(context)
 
 
 def perturbation_mean(training: TrainingMeans, context: Context) -> np.ndarray:

@@ -100,6 +100,18 @@ class TrainingMeans:
         chosen = next((rows for rows in (same_context, same_type) if rows.any()), ~same_type)
         return np.flatnonzero(chosen)
 
+    def context_means(self, cell_type: str, batch: str) -> tuple[np.ndarray, np.ndarray]:
+        """(G,) mean effect of the conditions `of_context`, and (G,) mean of their cells; computed once a context."""
+        if (cell_type, batch) not in self._context_means:
+            rows = self.of_context(cell_type, batch)
+            cells = np.average(self.perturbed_mean[rows], axis=0, weights=self.n_cells[rows])
+            self._context_means[cell_type, batch] = self.effect[rows].mean(axis=0), cells
+        return self._context_means[cell_type, batch]
+
+    @cached_property
+    def _context_means(self) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
+        return {}
+
     def control_of(self, context: Context) -> np.ndarray:
         """(G,) mean of the control cells of a context. Raises ValueError if its genes are others, or not finite."""
         mean, genes = context.control_mean, self.control_mean.shape[1]
