@@ -11,7 +11,7 @@ import numpy as np
 from scipy import stats
 from torch import Tensor
 
-from perturbdiff.evaluation.metrics import in_own_order, mse_of_means, own_distances, pearson_delta
+from perturbdiff.evaluation.metrics import in_own_order, own_distances, pearson_of_changes
 
 COMPARED = ("pearson_delta", "energy_distance", "mse_of_means")  # metrics whose noise within a condition is known
 FOLDS = 10
@@ -36,18 +36,18 @@ def leave_out(
         return {name: np.empty(0) for name in COMPARED}
     pred, real = in_own_order(pred), in_own_order(real)
     pred_mean, control_mean = pred.mean(axis=0), control.mean(axis=0)
-    folds = [_without_each(cells, n_folds) for cells in (real, in_own_order(truth_control))]
-    pearson = [pearson_delta(pred_mean, mean, control_mean, without) for mean, without in zip(*folds, strict=True)]
-    mse = [mse_of_means(pred_mean, mean) for mean in folds[0]]
+    real_mean, truth_mean = (_without_each(cells, n_folds) for cells in (real, in_own_order(truth_control)))
+    pearson = pearson_of_changes(pred_mean - control_mean, real_mean - truth_mean)
+    mse = ((pred_mean - real_mean) ** 2).mean(axis=1)
     energy = _energies(own_distances(pred, real) if distances is None else distances, n_folds)
-    return {"pearson_delta": np.array(pearson), "energy_distance": energy, "mse_of_means": np.array(mse)}
+    return {"pearson_delta": pearson, "energy_distance": energy, "mse_of_means": mse}
 
 
 def _without_each(cells: np.ndarray, n_folds: int) -> np.ndarray:
     """(K, G) means of the cells without each fold, one in K of them in turn; all where a fold has every cell."""
-    kept = _kept(len(cells), n_folds)
-    n = kept.sum(axis=1, keepdims=True)
-    return np.where(n > 0, kept @ cells / np.maximum(n, 1), cells.mean(axis=0))
+    kept = _kept(len(cells), n_folds) if len(cells) > 1 else np.ones((n_folds, 1))
+    means: np.ndarray = kept @ cells / kept.sum(axis=1, keepdims=True)
+    return means
 
 
 def _kept(n: int, n_folds: int) -> np.ndarray:

@@ -8,6 +8,7 @@ no noise of theirs is in both.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -57,10 +58,17 @@ def pearson_delta(
     pred, real, control, truth_control = _checked(
         1, pred_mean=pred_mean, real_mean=real_mean, control_mean=control_mean, truth_control_mean=truth_control_mean
     )
-    pred_delta, real_delta = pred - control, real - truth_control
-    if real_delta.std() <= NO_SPREAD:
-        return float("nan")
-    return 0.0 if pred_delta.std() <= NO_SPREAD else float(np.corrcoef(pred_delta, real_delta)[0, 1])
+    return float(pearson_of_changes(pred - control, real - truth_control))
+
+
+def pearson_of_changes(pred: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """(...) `pearson_delta` of (..., G) changes."""
+    pred, real = (change - change.mean(axis=-1, keepdims=True) for change in (pred, real))
+    pred_norm, real_norm = (np.sqrt((change**2).sum(axis=-1)) for change in (pred, real))
+    least = NO_SPREAD * np.sqrt(real.shape[-1])  # of a standard deviation of NO_SPREAD
+    none, unknown = np.broadcast_arrays(pred_norm <= least, real_norm <= least)
+    value = (pred * real).sum(axis=-1) / np.where(none | unknown, 1.0, pred_norm * real_norm)
+    return np.where(unknown, np.nan, np.where(none, 0.0, value))
 
 
 def mse_of_means(pred_mean: np.ndarray, real_mean: np.ndarray) -> float:
@@ -129,8 +137,9 @@ def correlation(pred: np.ndarray, real: np.ndarray) -> float:
     correlates with none. NaN for fewer than 3 cells or 2 genes.
     """
     pred, real = _checked(2, pred=pred, real=real)
-    seen = np.flatnonzero(((real > DETECTED).mean(axis=0) >= MIN_DETECTION_RATE) & (real.var(axis=0) > NO_SPREAD))
-    chosen = seen[np.argsort(-real[:, seen].var(axis=0), kind="stable")[:CORRELATED_GENES]]
+    variance = real.var(axis=0)
+    seen = np.flatnonzero(((real > DETECTED).mean(axis=0) >= MIN_DETECTION_RATE) & (variance > NO_SPREAD))
+    chosen = seen[np.argsort(-variance[seen], kind="stable")[:CORRELATED_GENES]]
     if min(len(pred), len(real)) < 3 or len(chosen) < 2:
         return float("nan")
     pairs = np.triu_indices(len(chosen), 1)
@@ -182,9 +191,14 @@ def classifier_auc(between: np.ndarray, within_pred: np.ndarray, within_real: np
 def in_own_order(cells: np.ndarray) -> np.ndarray:
     """(n, G) cells in an order that is like a random one and their own: whatever order they come in, some of them are
     the same cells."""
-    key = cells @ np.random.default_rng(0).normal(size=cells.shape[1]) * 1e5
+    key = cells @ _direction(cells.shape[1]) * 1e5
     key -= np.floor(key)
     return cells if (key[1:] >= key[:-1]).all() else cells[np.argsort(key, kind="stable")]
+
+
+@cache
+def _direction(n_genes: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=n_genes)
 
 
 def own_distances(

@@ -28,7 +28,9 @@ from perturbdiff.evaluation.metrics import (
     in_own_order,
     mean_scores,
     mse_of_means,
+    own_distances,
     pearson_delta,
+    pearson_of_changes,
     score_condition,
     split_half_ceiling,
     variance_ratio,
@@ -178,6 +180,29 @@ def test_score_condition_is_the_single_metrics_in_the_order_of_the_table() -> No
     assert list(scores)[: len(METRICS)] == list(METRICS)
     for array, copy in zip((pred, real, control, other), before, strict=True):
         np.testing.assert_array_equal(array, copy)
+
+
+def test_distances_that_are_known_are_those_that_scores_compute() -> None:
+    rng = np.random.default_rng()
+    real, control = cells(rng, 530, 15, 1.2), cells(rng, 40, 15)
+    within_real = None
+    for n in (520, 30):  # as two methods of one condition
+        pred = cells(rng, n, 15)
+        *_, within_real = distances = own_distances(pred, real, within_real)
+        for found, expected in zip(distances, own_distances(pred[::-1], real[::-1]), strict=True):
+            np.testing.assert_array_equal(found, expected)
+        scores = score_condition(pred, real, control, distances=distances)
+        assert scores == pytest.approx(score_condition(pred, real, control), abs=1e-12, nan_ok=True)
+
+
+def test_correlations_of_many_changes_are_those_of_each() -> None:
+    rng = np.random.default_rng()
+    pred, real = rng.normal(size=12), rng.normal(size=(5, 12))
+    expected = [stats.pearsonr(pred, of).statistic for of in real]
+    np.testing.assert_allclose(pearson_of_changes(pred, real), expected, atol=1e-12)
+    real[2] = 0.7  # the same change of all genes
+    assert np.isnan(pearson_of_changes(pred, real)).tolist() == [False, False, True, False, False]
+    assert np.nan_to_num(pearson_of_changes(np.ones(12), real), nan=9.0).tolist() == [0, 0, 9, 0, 0]
 
 
 def test_the_order_of_cells_does_not_matter() -> None:

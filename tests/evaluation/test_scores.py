@@ -9,7 +9,8 @@ import pytest
 
 from perturbdiff.data.screen import Screen
 from perturbdiff.data.splits import make_split, write_split
-from perturbdiff.evaluation.fair import CONDITION, SimpleMethods, control_halves
+from perturbdiff.diffusion.generate import choose_controls
+from perturbdiff.evaluation.fair import CONDITION, ControlChoices, SimpleMethods, control_halves
 from perturbdiff.evaluation.held_out import predict_held_out
 from perturbdiff.evaluation.metrics import METRICS, score_condition
 from perturbdiff.evaluation.scores import (
@@ -129,6 +130,14 @@ def test_held_out_cells_do_not_reach_the_baselines(screen, split, truth, report)
     np.testing.assert_array_equal(a.effect, b.effect)
     after = score_conditions(truth, changed, "batch", split)
     assert not np.allclose(report.means()["mse_of_means"].loc["ridge"], after.means()["mse_of_means"].loc["ridge"])
+
+
+def test_conditions_choose_as_each_would_alone(screen):
+    choices, controls = ControlChoices(screen.expression, 3), np.flatnonzero(screen.is_control)
+    for rows, n_cells in ((controls[:30], 12), (controls[30:60], 12), (controls[:30], 7), (controls[:30], 12)):
+        X, library_size = screen.expression.X[rows], screen.expression.library_size[rows]
+        alone = choose_controls(replace(screen.expression, X=X, library_size=library_size), n_cells, 3, population=0)
+        np.testing.assert_array_equal(choices(rows, n_cells), alone)
 
 
 def test_genes_that_the_controls_lacked_are_scored_as_no_change(run, screen, truth, tmp_path):
