@@ -100,7 +100,7 @@ def pair_distances(
     # A shift changes no distance, but |a|^2 + |b|^2 - 2ab cancels badly far from the origin.
     centre = (y * _weights(y, y_mask)[..., None]).sum(-2, keepdim=True)
     x, y = x - centre, y - centre
-    return _distances(x, y), _within(x), _within(y) if within_y is None else within_y
+    return cell_to_cell(x, y), _within(x), _within(y) if within_y is None else within_y
 
 
 def cell_distances(x: np.ndarray, y: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,12 +117,13 @@ def _thinned(cells: np.ndarray, seed: int) -> np.ndarray:
     return np.array(cells, np.float64, order="C")
 
 
-def _distances(x: Tensor, y: Tensor) -> Tensor:
+def cell_to_cell(x: Tensor, y: Tensor) -> Tensor:
+    """(B, S, S') Euclidean distances of cells near the origin; those from itself are 0 up to rounding."""
     return _squared(x, y).clamp_min(0).sqrt()
 
 
 def _within(x: Tensor) -> Tensor:
-    distances = _distances(x, x)
+    distances = cell_to_cell(x, x)
     distances.diagonal(dim1=-2, dim2=-1).zero_()
     return distances
 

@@ -55,7 +55,7 @@ def pearson_delta(
     """
     if truth_control_mean is None:
         truth_control_mean = control_mean
-    pred, real, control, truth_control = _checked(
+    pred, real, control, truth_control = checked_arrays(
         1, pred_mean=pred_mean, real_mean=real_mean, control_mean=control_mean, truth_control_mean=truth_control_mean
     )
     return float(pearson_of_changes(pred - control, real - truth_control))
@@ -73,7 +73,7 @@ def pearson_of_changes(pred: np.ndarray, real: np.ndarray) -> np.ndarray:
 
 def mse_of_means(pred_mean: np.ndarray, real_mean: np.ndarray) -> float:
     """Mean over genes of the squared difference of the (G,) means."""
-    pred, real = _checked(1, pred_mean=pred_mean, real_mean=real_mean)
+    pred, real = checked_arrays(1, pred_mean=pred_mean, real_mean=real_mean)
     return float(((pred - real) ** 2).mean())
 
 
@@ -109,7 +109,7 @@ def variance_ratio(pred: np.ndarray, real: np.ndarray) -> float:
     Over the genes detected in at least 5 % of the real cells and varying among them; below 1 the prediction is too
     uniform. NaN if there is no such gene or fewer than 2 cells on a side.
     """
-    pred, real = _checked(2, pred=pred, real=real)
+    pred, real = checked_arrays(2, pred=pred, real=real)
     if min(len(pred), len(real)) < 2:
         return float("nan")
     real_variance = real.var(axis=0, ddof=1)
@@ -120,13 +120,13 @@ def variance_ratio(pred: np.ndarray, real: np.ndarray) -> float:
 def wasserstein(pred: np.ndarray, real: np.ndarray) -> float:
     """Mean over genes of the Wasserstein distance of order 1 of the (n, G) predicted and the (n, G) real values, as
     many cells of each: the mean difference of sorted values."""
-    pred, real = _checked(2, pred=pred, real=real)
+    pred, real = checked_arrays(2, pred=pred, real=real)
     return float(np.abs(np.sort(pred, axis=0) - np.sort(real, axis=0)).mean())
 
 
 def zero_fraction(pred: np.ndarray, real: np.ndarray) -> float:
     """Mean over genes of the difference in the part of the cells that have none."""
-    pred, real = _checked(2, pred=pred, real=real)
+    pred, real = checked_arrays(2, pred=pred, real=real)
     return float(np.abs((pred <= DETECTED).mean(axis=0) - (real <= DETECTED).mean(axis=0)).mean())
 
 
@@ -136,7 +136,7 @@ def correlation(pred: np.ndarray, real: np.ndarray) -> float:
     Between the CORRELATED_GENES that vary most among the real cells, of those in 5 % of them. A gene that does not vary
     correlates with none. NaN for fewer than 3 cells or 2 genes.
     """
-    pred, real = _checked(2, pred=pred, real=real)
+    pred, real = checked_arrays(2, pred=pred, real=real)
     variance = real.var(axis=0)
     seen = np.flatnonzero(((real > DETECTED).mean(axis=0) >= MIN_DETECTION_RATE) & (variance > NO_SPREAD))
     chosen = seen[np.argsort(-variance[seen], kind="stable")[:CORRELATED_GENES]]
@@ -255,7 +255,7 @@ def score_condition(
     Changes from other perturbations: Viñas Torné et al. 2025 (Systema), as what all perturbations share is easy.
     """
     shared = control if truth_control is None else truth_control
-    pred, real, control, shared = _checked(2, pred=pred, real=real, control=control, truth_control=shared)
+    pred, real, control, shared = checked_arrays(2, pred=pred, real=real, control=control, truth_control=shared)
     pred, real = in_own_order(pred), in_own_order(real)
     pred_mean, real_mean = pred.mean(axis=0), real.mean(axis=0)
     distances = own_distances(pred, real) if distances is None else distances
@@ -336,7 +336,7 @@ def split_half_ceiling(
     ValueError
         As `score_condition`.
     """
-    real, control = _checked(2, real=real, control=control)
+    real, control = checked_arrays(2, real=real, control=control)
     real = in_own_order(real)
     half, other = np.split(real, [len(real) // 2])
     if len(real) < 4:
@@ -348,7 +348,7 @@ def _counts(pred: np.ndarray, real: np.ndarray, control: np.ndarray) -> dict[str
     return {"n_pred": len(pred), "n_real": len(real), "n_control": len(control)}
 
 
-def _checked(ndim: Literal[1, 2], **arrays: np.ndarray) -> list[np.ndarray]:
+def checked_arrays(ndim: Literal[1, 2], **arrays: np.ndarray) -> list[np.ndarray]:
     """The arrays in double precision, once they are known to be non-empty, finite and of the same genes."""
     shape = {1: "(genes,)", 2: "(cells, genes)"}[ndim]
     checked = []
