@@ -58,6 +58,7 @@ def _representative(expression: Expression, chosen: np.ndarray, seed: int, popul
     X = expression.log1p().astype(np.float64)
     n, generator = len(chosen), numpy_generator(seed, "prediction controls", population)
     off = np.asarray(X[chosen].mean(axis=0) - X.mean(axis=0)).ravel()  # (G,) of the chosen cells from all
+    along = X @ off
     square = np.asarray(X.multiply(X).sum(axis=1)).ravel()
     outside = np.ones(len(expression), dtype=bool)
     outside[chosen] = False
@@ -66,10 +67,11 @@ def _representative(expression: Expression, chosen: np.ndarray, seed: int, popul
         position = generator.integers(n)
         leaves = X[chosen[position]].toarray().ravel()
         distance = square + square[chosen[position]] - 2 * (X @ leaves)  # |x - leaving cell|^2
-        change = 2 * n * (X @ off - leaves @ off) + distance  # of n^2 |off|^2
+        change = 2 * n * (along - leaves @ off) + distance  # of n^2 |off|^2
         change[~outside] = np.inf
         if change[comes := int(change.argmin())] < 0:
             off += (X[comes].toarray().ravel() - leaves) / n
+            along = X @ off
             outside[[chosen[position], comes]] = True, False
             chosen[position] = comes
     return chosen
