@@ -198,7 +198,7 @@ def as_format_3(folder: Path) -> None:
     """The folder as version 3 wrote it, but for training.json."""
     perturbations = json.loads((folder / "perturbations.json").read_text())
     perturbations["n_described"] = perturbations.pop("n_by_features")
-    del perturbations["control_labels"], perturbations["doses"]
+    del perturbations["control_labels"], perturbations["doses"], perturbations["dose_unit"]
     (folder / "perturbations.json").write_text(json.dumps(perturbations))
     genes = json.loads((folder / "genes.json").read_text())
     del genes["symbols"]
