@@ -39,9 +39,10 @@ class GeneMoments:
 def best_genes(n: int, *scores: np.ndarray) -> np.ndarray:
     """Columns of the `n` genes that come first by any of some scores (G,), in column order.
 
-    Each score names its best gene in turn, then its second best, and so on; of equal ones the first column.
+    Each score names its best gene in turn, then its second best, and so on; of equal ones the first column. Genes of
+    which it says nothing, 0, it names last.
     """
-    ranks = [np.argsort(np.argsort(-score, kind="stable"), kind="stable") for score in scores]
+    ranks = [np.where(s > 0, np.argsort(np.argsort(-s, kind="stable"), kind="stable"), len(s)) for s in scores]
     return np.sort(np.argsort(np.min(ranks, axis=0), kind="stable")[:n])
 
 

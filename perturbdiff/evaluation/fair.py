@@ -167,11 +167,11 @@ def with_no_change(
     return cells
 
 
-def some(screen: Screen, rows: np.ndarray) -> np.ndarray:
-    """These rows, at most MAX_CELLS, by a hash of names."""
+def some(names: pd.Index, rows: np.ndarray) -> np.ndarray:
+    """These rows, at most MAX_CELLS, by a hash of their `names`."""
     if len(rows) <= MAX_CELLS:
         return rows
-    return np.sort(rows[np.argsort(cell_order_key(screen.obs.index[rows].to_numpy(), seed=1))[:MAX_CELLS]])
+    return np.sort(rows[np.argsort(cell_order_key(names[rows].to_numpy(), seed=1), kind="stable")[:MAX_CELLS]])
 
 
 class SimpleMethods:

@@ -38,7 +38,6 @@ from perturbdiff.evaluation.doubt import (
 )
 from perturbdiff.evaluation.fair import (
     CONDITION,
-    MAX_CELLS,
     NO_CHANGE,
     Condition,
     ControlChoices,
@@ -298,12 +297,12 @@ def score_conditions(
     sides: list[tuple[Condition, np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
     with progress(len(common), "evaluate", "condition") as bar:
         for condition in common:
-            context, chosen = condition[1:], found[condition][:MAX_CELLS]
+            context, chosen = condition[1:], some(predicted.obs_names, found[condition])
             of_cells = None if starts is None else starts[chosen]
             start, truth = control_halves(screen, controls[context], of_cells)
             cells = with_no_change(values[chosen], kept, screen.expression, start, of_cells, choices)
             true, control, other = (
-                log1p(some(screen, of)).toarray().astype(np.float64) for of in (real[condition], start, truth)
+                log1p(some(screen.obs.index, of)).toarray().astype(np.float64) for of in (real[condition], start, truth)
             )
             true, other = in_own_order(true), in_own_order(other)
             n_equal = min(len(cells), len(true), len(control))
@@ -324,13 +323,13 @@ def score_conditions(
             squared += response[kept].sum(), response.sum()
             responses.setdefault(context, []).append(Response.of(condition[0], cells, true))
             if field:
-                sides.append((condition, cells, some(screen, real[condition]), start, truth))
+                sides.append((condition, cells, some(screen.obs.index, real[condition]), start, truth))
             bar.update()
     asked = _ask_cell_eval(screen, sides) if field else None
     spread, n_left_out = relative_spread(responses, spread_of_responses), int((~kept).sum())
     share = float(squared[0] / squared[1]) if squared[1] > 0 else None
     notes = []
-    measured_rows = np.concatenate([some(screen, real[condition]) for condition in common])
+    measured_rows = np.concatenate([some(screen.obs.index, real[condition]) for condition in common])
     if (ratio := _sums_beside(values, log1p(measured_rows)[:, kept])) is not None:
         notes.append(
             f"Predicted cells sum to {ratio:.2g} times what measured ones do, once the logarithm is undone: are they "

@@ -483,7 +483,8 @@ def _refuse_choosing_genes(n_genes: int, config: Config) -> None:
 def _kept_genes(genes: GeneVocab, origin: Labelled, known: GeneVocab | None, asked: Sequence[str]) -> np.ndarray:
     """(G,) genes that stay whatever they do: those of a checkpoint, which would be forgotten otherwise, those that are
     perturbed, and those that are asked for. Raises ValueError where one of these is not there."""
-    position = {name: i for i, name in enumerate(genes.names)} | {name: i for i, name in enumerate(genes.ensembl or ())}
+    known_names = (genes.symbols or (), genes.ensembl or (), genes.names)  # the last win
+    position = {name: i for names in known_names for i, name in enumerate(names) if name}
     if lacking := [name for name in asked if name not in position]:
         raise ValueError(f"data.keep_genes names {few(lacking)}, which the data lack; {nearest(lacking[0], position)}.")
     labels = origin.obs["perturbation"].unique()

@@ -38,6 +38,7 @@ def test_each_score_names_its_best_genes_in_turn():
     assert best_genes(3, one).tolist() == [0, 1, 2]
     assert best_genes(3, np.zeros(6)).tolist() == [0, 1, 2]  # of equal ones the first
     assert best_genes(9, one, two).tolist() == [0, 1, 2, 3, 4, 5]
+    assert best_genes(3, two, np.zeros(6)).tolist() == [3, 4, 5]  # a score that knows nothing names none
 
 
 def response_by_loops(adata, keep, by):

@@ -122,6 +122,13 @@ def test_scores_are_those_of_the_matched_real_cells(screen, split):
             assert row[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
+def test_of_more_cells_than_are_scored_their_order_does_not_choose(screen, split, truth, monkeypatch):
+    monkeypatch.setattr("perturbdiff.evaluation.fair.MAX_CELLS", 5)
+    reverse = truth[::-1].copy()
+    one, other = (score_conditions(cells, screen, "batch", split).conditions for cells in (truth, reverse))
+    pd.testing.assert_frame_equal(one, other)
+
+
 def test_held_out_cells_do_not_reach_the_baselines(screen, split, truth, report):
     X = screen.expression.X.copy()
     X.data[np.repeat(split.test, np.diff(X.indptr))] += 50  # other measured cells, same training cells

@@ -93,6 +93,15 @@ def test_genes_that_are_perturbed_or_asked_for_are_kept_and_what_is_left_out_is_
         training_set(adata, "data.keep_genes=[gene_x]")
 
 
+def test_perturbed_genes_are_known_by_symbols_and_ensembl_ids_too(adata):
+    plain = training_set(adata, "data.n_hvg=15")
+    first, second, third = [i for i, name in enumerate(adata.var_names) if name not in plain.cells.genes.names][:3]
+    adata.var_names = [f"ENSG{i:011d}" for i in range(adata.n_vars)]
+    adata.var["gene_name"] = ["A" if i == first else f"symbol_{i}" for i in range(adata.n_vars)]
+    data = training_set(adata, "data.n_hvg=15", f"data.keep_genes=[symbol_{second},ENSG{third:011d}]")
+    assert {*adata.var_names[[first, second, third]]} < set(data.cells.genes.names)
+
+
 @pytest.mark.parametrize("part", ["hold_out", "validation"])
 def test_the_expression_of_held_out_cells_chooses_nothing(adata, part):
     chosen = held_out(adata)
