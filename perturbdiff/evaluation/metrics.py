@@ -35,6 +35,7 @@ METRICS: dict[str, Literal["higher", "lower", "ideal 1", "ideal 0.5"]] = {
 
 DETECTED = 1e-3  # log1p value above which a gene counts as seen in a cell
 MIN_DETECTION_RATE = 0.05
+COPY = 1e-7  # keys of copies of one cell differ by rounding alone
 CORRELATED_GENES = 50  # of the largest variance, whose correlations are compared
 
 
@@ -190,10 +191,12 @@ def classifier_auc(between: np.ndarray, within_pred: np.ndarray, within_real: np
 
 def in_own_order(cells: np.ndarray) -> np.ndarray:
     """(n, G) cells in an order that is like a random one and their own: whatever order they come in, some of them are
-    the same cells."""
-    key = cells @ _direction(cells.shape[1]) * 1e5
-    key -= np.floor(key)
-    return cells if (key[1:] >= key[:-1]).all() else cells[np.argsort(key, kind="stable")]
+    the same cells. Copies of one cell are spread over all."""
+    key = cells @ _direction(cells.shape[1]) * 1e5 % 1
+    order = np.argsort(key, kind="stable")
+    place = np.arange(len(cells))
+    first = np.maximum.accumulate(np.where(np.diff(key[order], prepend=-1.0) > COPY, place, 0))  # of its copies
+    return cells[order[np.argsort((key[order] + (place - first) * (np.sqrt(5) - 1) / 2) % 1, kind="stable")]]
 
 
 @cache

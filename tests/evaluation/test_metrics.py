@@ -391,3 +391,12 @@ def test_split_half_is_near_perfect_for_many_cells_and_nan_for_three() -> None:
     few = split_half_ceiling(cells(rng, 3, 30), control)
     assert all(math.isnan(few[name]) for name in METRICS)
     assert (few["n_pred"], few["n_real"], few["n_control"]) == (1, 2, 400)
+
+
+def test_copies_of_a_cell_are_spread_over_the_own_order():
+    cells = np.random.default_rng(3).poisson(1.0, (30, 20)).astype(float)
+    copies = np.repeat(cells, 10, axis=0)
+    one, other = (in_own_order(copies[np.random.default_rng(seed).permutation(300)]) for seed in (0, 1))
+    np.testing.assert_array_equal(one, other)
+    assert len(np.unique(one[:30], axis=0)) > 15
+    assert wasserstein(one[:100], np.concatenate([cells] * 4)[:100]) < 0.2
