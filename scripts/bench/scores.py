@@ -33,7 +33,9 @@ def main() -> None:
     parts = []
     for batch in ("held_out", "trained"):
         obs = pd.DataFrame({"perturbation": np.repeat(labels, sizes), "cell_type": "T", "batch": batch})
-        X = sparse.random(len(obs), args.genes, 0.08, "csr", np.float32, rng, rng.standard_exponential)
+        # By condition: a single draw permutes all entries, and would be the peak of memory.
+        drawn = [sparse.random(n, args.genes, 0.08, "csr", np.float32, rng, rng.standard_exponential) for n in sizes]
+        X = sparse.vstack(drawn, "csr")
         X.data = np.ceil(X.data)
         parts.append(anndata.AnnData(X, obs=obs.set_axis([f"{batch}_{i}" for i in range(len(obs))])))
     screen = Screen.read(anndata.concat(parts), DataConfig(screen="x"))
