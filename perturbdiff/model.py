@@ -458,6 +458,7 @@ class PerturbDiff:
             "x_kind": "log1p",
             "target_sum": self.preprocessing.target_sum or 0.0,  # 0: nobody knows
             "library_size_col": self.preprocessing.library_size_col or "",
+            "dose_unit": self.vocabularies.dose_unit or "",
             "n_genes_matched": alignment.n_matched,
             "genes_matched_by": alignment.matched_by,
             "genes_absent": absent,

@@ -20,7 +20,7 @@ import pandas as pd
 from perturbdiff.config import SplitConfig
 from perturbdiff.data.identity import cells_sha256
 from perturbdiff.data.notation import Notation
-from perturbdiff.data.rng import numpy_generator
+from perturbdiff.data.rng import cell_order_key, numpy_generator
 from perturbdiff.data.screen import Screen
 from perturbdiff.data.selectors import ANY, LABELS, Selectors
 from perturbdiff.data.split_files import SOURCE, read_split_file
@@ -57,6 +57,8 @@ class Labelled(Protocol):
 class Split:
     """Which rows (cells of a screen, conditions of atlases) train, validate and test; boolean (n_rows,) each.
 
+    train
+        Of control cells, all but those that measure the truth of held-out conditions (`truth_controls`).
     sha256
         Of the split.json that it was read from; None for one that was made here.
     notes
@@ -83,8 +85,10 @@ class Split:
             "conditions": {part: _conditions(screen, getattr(self, part)) for part in PARTS},
         }
         if isinstance(screen, Screen):
-            content["cells"] = {part: screen.obs.index[getattr(self, part)].tolist() for part in ("validation", "test")}
-            content["content"] = _content(screen, content["cells"])
+            cells = {part: screen.obs.index[getattr(self, part)].tolist() for part in ("validation", "test")}
+            content["content"] = _content(screen, cells)
+            content["cells"] = {**cells, "controls": screen.obs.index[screen.is_control & ~self.train].tolist()}
+            content["n_cells"] = len(screen)
         return {**content, "sha256": json_sha256(content)}
 
 
@@ -127,6 +131,8 @@ def make_split(
         candidates = ~test & ~kept_in & ~screen.is_control & (True if marginal is None else ~marginal)
         validation = _random_conditions(screen, candidates, config.validation_fraction, seed, known)
     train = ~test & ~validation
+    if isinstance(screen, Screen):
+        train &= ~truth_controls(screen, test, known)
     if not (train & (~screen.is_control if marginal is None else ~screen.is_control | marginal)).any():
         raise ValueError(
             f"split.hold_out {list(config.hold_out)} and validation leave no perturbed cell to train on; hold out less."
@@ -134,6 +140,30 @@ def make_split(
     for cells, what in ((test, "held out"), (validation, "for validation")):
         notes += _trained_in_part(screen, cells, train, what, known)
     return Split(config, train, validation, test, notes=(*notes, *_left_combinations(screen, test, train)))
+
+
+def control_halves(screen: Screen, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the controls of a context in two halves, by a hash of their names.
+
+    Predictions start from the first one, and the true change is measured from the second, which nothing is trained on:
+    noise of cells that are in both would look like a response. Both hold the same cell where there is only one.
+    """
+    if len(rows) == 1:
+        return rows, rows
+    order = rows[np.argsort(cell_order_key(screen.obs.index[rows].to_numpy(), seed=1), kind="stable")]
+    return np.sort(order[: len(order) // 2]), np.sort(order[len(order) // 2 :])
+
+
+def truth_controls(screen: Screen, test: np.ndarray, known: Sequence[str] = LABELS) -> np.ndarray:
+    """(n_cells,) the second of `control_halves` of each context that holds `test` cells; contexts by `known` labels."""
+    context = [name for name in known if name != "perturbation"]
+    groups = screen.obs.groupby(context, observed=True).ngroup().to_numpy()
+    reserved = np.zeros(len(screen), dtype=bool)
+    for group in np.unique(groups[test & ~screen.is_control]):
+        rows = np.flatnonzero(screen.is_control & (groups == group))
+        if len(rows) > 1:
+            reserved[control_halves(screen, rows)[1]] = True
+    return reserved
 
 
 def write_split(split: Split, screen: Labelled, path: Path) -> None:
@@ -173,6 +203,7 @@ def split_of(stored: Any, screen: Screen, where: str) -> Split:
         if "cells" not in stored:
             raise ValueError("it was made for an atlas, whose cells are not listed; give one made for a screen")
         cells = {part: list(map(str, stored["cells"][part])) for part in ("validation", "test")}
+        reserved = list(map(str, stored["cells"].get("controls", ())))
         hold_out, kept_in, chosen = (
             [str(s) for s in stored.get(key, ())] for key in ("hold_out", "train", "validation")
         )
@@ -191,7 +222,12 @@ def split_of(stored: Any, screen: Screen, where: str) -> Split:
                 f"({few(missing)}); give the screen the split was made for."
             )
     _refuse_other_values(stored.get("content"), _content(screen, cells), where, screen)
-    train = ~parts["validation"] & ~parts["test"]
+    if len(screen) > (n_cells := int(stored.get("n_cells", len(screen)))):
+        raise ValueError(
+            f"{screen.path} has {len(screen):,} cells and {where} was made of {n_cells:,}: of the others nobody knows "
+            "whether they were held out. Give the screen of the run, read as there."
+        )
+    train = ~parts["validation"] & ~parts["test"] & ~(screen.obs.index.isin(reserved) & screen.is_control)
     config = SplitConfig(hold_out=hold_out, train=kept_in, validation=chosen)
     return Split(config, train, parts["validation"], parts["test"], sha)
 

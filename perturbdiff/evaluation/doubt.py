@@ -6,6 +6,7 @@ K = folds, C = conditions, G = genes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 
 import numpy as np
 from scipy import stats
@@ -23,15 +24,15 @@ ALIKE = 1 / 3  # of the measured spread between perturbations; predictions with 
 
 def leave_out(
     pred: np.ndarray, real: np.ndarray, control: np.ndarray, truth_control: np.ndarray,
-    distances: tuple[Tensor, Tensor, Tensor] | None = None,
+    distances: tuple[Tensor, Tensor, Tensor] | None = None, n_folds: int | None = None,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """(K,) scores by name of COMPARED, each without a tenth of the measured cells; arguments as of `score_condition`.
 
-    The energy distance is without a tenth of the predicted cells too; the mean that is predicted is what it is. Fewer
-    folds where there are fewer than 20 real or predicted cells; an empty array for fewer than 4. Which cell is in which
-    fold follows from the cells, so that methods compare fold by fold.
+    The energy distance is without a tenth of the predicted cells too; the mean that is predicted is what it is. An
+    empty array where there are fewer than 4 real or predicted cells. Which cell is in which fold follows from the
+    cells, so that methods compare fold by fold, with as many `n_folds`; by default those of `folds_of` these cells.
     """
-    n_folds = min(FOLDS, len(pred) // 2, len(real) // 2)
+    n_folds = folds_of(len(pred), len(real)) if n_folds is None else n_folds
     if n_folds < 2:
         return {name: np.empty(0) for name in COMPARED}
     pred, real = in_own_order(pred), in_own_order(real)
@@ -41,6 +42,11 @@ def leave_out(
     mse = ((pred_mean - real_mean) ** 2).mean(axis=1)
     energy = _energies(own_distances(pred, real) if distances is None else distances, n_folds)
     return {"pearson_delta": pearson, "energy_distance": energy, "mse_of_means": mse}
+
+
+def folds_of(*n_cells: int) -> int:
+    """Folds of two cells or more, of the smallest of some sets of cells."""
+    return min(FOLDS, min(n_cells) // 2)
 
 
 def _without_each(cells: np.ndarray, n_folds: int) -> np.ndarray:
@@ -73,12 +79,17 @@ def _energies(distances: tuple[Tensor, Tensor, Tensor], n_folds: int) -> np.ndar
 def standard_error(without: np.ndarray) -> float:
     """Jackknife standard error of a score, from (K,) scores without each fold; NaN for fewer than two.
 
+    Of fewer than FOLDS it is wider by as much as their t distribution is than that of FOLDS.
+
     Notes
     -----
     Tukey 1958; Efron & Tibshirani 1993, Eq. 11.5, of blocks.
     """
     n = len(without)
-    return float(np.sqrt((n - 1) / n * ((without - without.mean()) ** 2).sum())) if n > 1 else float("nan")
+    if n < 2:
+        return float("nan")
+    wider = _width(n) / _width(FOLDS)
+    return float(wider * np.sqrt((n - 1) / n * ((without - without.mean()) ** 2).sum()))
 
 
 def interval(values: np.ndarray, errors: np.ndarray | None) -> tuple[float, float] | None:
@@ -100,13 +111,13 @@ def interval(values: np.ndarray, errors: np.ndarray | None) -> tuple[float, floa
     if n >= ENOUGH_CONDITIONS:
         generator = np.random.default_rng(0)
         chosen = generator.integers(0, n, (DRAWS, n))
-        noise = np.zeros(n) if errors is None else np.nan_to_num(errors)
+        noise = np.zeros(n) if errors is None else np.where(np.isfinite(errors), errors, _largest(errors))
         means = (values[chosen] + generator.normal(size=(DRAWS, n)) * noise[chosen]).mean(axis=1)
         low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         return float(low), float(high)
     if n == 0 or errors is None or not np.isfinite(errors).all():
         return None
-    half = _width() * float(np.sqrt((errors**2).sum())) / n
+    half = _width(FOLDS) * float(np.sqrt((errors**2).sum())) / n
     return float(values.mean()) - half, float(values.mean()) + half
 
 
@@ -126,7 +137,7 @@ def compare(
     """
     gain = loss(other) - loss(own)
     known = np.isfinite(gain) & np.isfinite(errors)
-    told = known & (np.abs(gain) > _width() * errors)
+    told = known & (np.abs(gain) > _width(FOLDS) * errors)
     return {
         "better": int((told & (gain > 0)).sum()),
         "worse": int((told & (gain < 0)).sum()),
@@ -135,8 +146,14 @@ def compare(
     }
 
 
-def _width() -> float:
-    return float(stats.t.ppf((1 + LEVEL) / 2, FOLDS - 1))
+def _largest(errors: np.ndarray) -> float:
+    known = errors[np.isfinite(errors)]
+    return float(known.max()) if len(known) else 0.0
+
+
+@cache
+def _width(n_folds: int) -> float:
+    return float(stats.t.ppf((1 + LEVEL) / 2, n_folds - 1))
 
 
 def spread_of_responses(

@@ -19,7 +19,7 @@ from perturbdiff.data.conditions import ControlMatch
 from perturbdiff.data.expression import as_csr, gene_means
 from perturbdiff.data.rng import cell_order_key, numpy_generator
 from perturbdiff.data.screen import Expression, Screen
-from perturbdiff.data.splits import Split
+from perturbdiff.data.splits import Split, control_halves
 from perturbdiff.data.vocab import GeneVocab
 from perturbdiff.diffusion.counts import with_whole_counts
 from perturbdiff.diffusion.generate import choose_controls
@@ -68,31 +68,23 @@ def held_out_rows(
     return real, controls
 
 
-def control_halves(screen: Screen, rows: np.ndarray, used: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the control cells of a context that predictions start from, and of those that measure the true change.
+def halves_of(
+    screen: Screen, controls: np.ndarray, starts: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | slice]:
+    """`control_halves` of the controls of a context, and which predicted cells are scored with them.
 
     Parameters
     ----------
-    rows
-        All controls of the context. One half of them, by a hash of their names, is for predictions.
-    used
-        Those that predictions did start from, where it is known. Where they leave fewer than a third of the controls,
-        the truth is measured from the other half all the same: such predictions hold no noise of controls that they did
-        not bring in themselves.
-
-    Returns
-    -------
-    Both hold the same cell where there is only one.
+    starts
+        (n,) the controls that predicted cells were started from, where that is known. Those that started from the half
+        that measures the truth are left out; where all did, the halves change places.
     """
-    if len(rows) == 1:
-        return rows, rows
-    order = rows[np.argsort(cell_order_key(screen.obs.index[rows].to_numpy(), seed=1), kind="stable")]
-    start, truth = np.sort(order[: len(order) // 2]), np.sort(order[len(order) // 2 :])
-    if used is None or np.isin(used, start).all():
-        return start, truth
-    used = np.unique(used)
-    rest = np.setdiff1d(rows, used)
-    return used, rest if 3 * len(rest) >= len(rows) else truth
+    start, truth = control_halves(screen, controls)
+    if starts is None or len(controls) == 1:
+        return start, truth, slice(None)
+    if (fair := ~np.isin(starts, truth)).any():
+        return start, truth, fair
+    return truth, start, slice(None)
 
 
 def start_rows(obs: pd.DataFrame, screen: Screen) -> np.ndarray | None:
@@ -186,7 +178,8 @@ class SimpleMethods:
     def __init__(self, screen: Screen, split: Split, match: ControlMatch) -> None:
         expression = screen.expression
         trained, controls = held_out_rows(screen, split.train, match)
-        control_mean = {context: gene_means(expression.log1p(rows)) for context, rows in controls.items()}
+        of_training = {context: rows[split.train[rows]] for context, rows in controls.items()}
+        control_mean = {c: gene_means(expression.log1p(rows)) for c, rows in of_training.items() if len(rows)}
         self._screen, self._rows = screen, list(trained.values())
         self.training = TrainingMeans(
             perturbation=[p for p, _, _ in trained],
@@ -213,12 +206,9 @@ class SimpleMethods:
         chosen = choices(start, min(n_cells, len(start)))
         control, one = asked.control[chosen], expression.one_count(start[chosen])
         uniform = numpy_generator(seed, "simple methods").random(control.shape)
-        made = {}
+        made = {NO_CHANGE: asked.control}  # all of them: a part would have a mean of its own
         for name, predict in PREDICTORS.items():
-            if name == NO_CHANGE:
-                made[name] = control
-                continue
-            if (shift := predict(self.training, asked)) is None:
+            if name == NO_CHANGE or (shift := predict(self.training, asked)) is None:
                 continue
             # The shift is from the mean of all controls, of which the chosen ones differ by a little.
             cells = shift_cells(control, shift + asked.control_mean - control.mean(axis=0))

@@ -15,8 +15,8 @@ from perturbdiff.config import Config, load_config
 from perturbdiff.data.conditions import ConditionIndex, ControlMatch
 from perturbdiff.data.notation import one_unit
 from perturbdiff.data.screen import Screen
-from perturbdiff.data.splits import Split, read_split, split_of
-from perturbdiff.evaluation.fair import control_halves, held_out_rows
+from perturbdiff.data.splits import Split, control_halves, read_split, split_of
+from perturbdiff.evaluation.fair import held_out_rows
 from perturbdiff.evaluation.metrics import METRICS
 from perturbdiff.evaluation.report import write_report
 from perturbdiff.evaluation.scores import MODEL, Scores, evaluate, read_measured, score_conditions

@@ -25,7 +25,7 @@ from perturbdiff.data.h5ad import read_h5ad_parts
 from perturbdiff.data.screen import Screen
 from perturbdiff.data.splits import read_split
 from perturbdiff.evaluation import plots
-from perturbdiff.evaluation.fair import Condition, control_halves, group, held_out_rows, start_rows
+from perturbdiff.evaluation.fair import Condition, group, halves_of, held_out_rows, start_rows
 from perturbdiff.evaluation.html import as_svg, bullets, drawing, facts, figure, number, page, section, table, text
 from perturbdiff.evaluation.metrics import METRICS
 from perturbdiff.files import read_json, sha256, short, write_text
@@ -57,7 +57,8 @@ class Cells:
         from."""
         own = self.found[condition]
         used = None if self.starts is None else self.starts[own]
-        start, truth = control_halves(self.screen, self.controls[condition[1:]], used)
+        start, truth, fair = halves_of(self.screen, self.controls[condition[1:]], used)
+        own = own[fair]
         measured, true_control, control = (self._adata(rows) for rows in (self.rows[condition], truth, start))
         return measured, self.predicted[own], true_control, control
 

@@ -23,6 +23,7 @@ from perturbdiff.config import load_config, sections
 from perturbdiff.data.conditions import ConditionIndex, ControlMatch, resolve_control_match
 from perturbdiff.data.expression import as_csr
 from perturbdiff.data.h5ad import open_h5ad, read_h5ad_parts
+from perturbdiff.data.notation import one_unit
 from perturbdiff.data.screen import IN_MEMORY, READ_BY, Screen, genes_of, unique_names
 from perturbdiff.data.space import RAW_COUNTS, SAME, UNKNOWN, check_values, find_space, totals
 from perturbdiff.data.splits import Split, read_split
@@ -31,6 +32,7 @@ from perturbdiff.evaluation.doubt import (
     ALIKE,
     COMPARED,
     compare,
+    folds_of,
     interval,
     leave_out,
     spread_of_responses,
@@ -43,8 +45,8 @@ from perturbdiff.evaluation.fair import (
     ControlChoices,
     Response,
     SimpleMethods,
-    control_halves,
     group,
+    halves_of,
     held_out_rows,
     in_genes_of,
     measured,
@@ -70,7 +72,8 @@ MODEL = "PerturbDiff"
 CEILING = "ceiling (half predicts half)"
 SHOWN = 4  # metrics in the terminal
 WIDTH = 80  # of the terminal
-FAR = 1.5  # sums of predicted and of measured cells that are of one kind differ by less
+FAR = 1.5  # sums of predicted cells over those of measured ones, if they are of one kind
+MANY = 3.0  # times less, as those of mean profiles may be
 
 
 @dataclass(frozen=True)
@@ -276,6 +279,7 @@ def score_conditions(
         raise KeyError(
             f"obs columns {missing} not in the predictions; found {sorted(predicted.obs.columns)}. Name them so."
         )
+    screen = _in_order_of_names(screen)  # no score depends on the order of genes
     values, kept = in_genes_of(predicted, screen)
     real, controls = held_out_rows(screen, ~screen.is_control if split is None else split.test, match)
     labels = predicted.obs["perturbation"].astype(str)
@@ -299,7 +303,8 @@ def score_conditions(
         for condition in common:
             context, chosen = condition[1:], some(predicted.obs_names, found[condition])
             of_cells = None if starts is None else starts[chosen]
-            start, truth = control_halves(screen, controls[context], of_cells)
+            start, truth, fair = halves_of(screen, controls[context], of_cells)
+            chosen, of_cells = chosen[fair], None if of_cells is None else of_cells[fair]
             cells = with_no_change(values[chosen], kept, screen.expression, start, of_cells, choices)
             true, control, other = (
                 log1p(some(screen.obs.index, of)).toarray().astype(np.float64) for of in (real[condition], start, truth)
@@ -311,15 +316,18 @@ def score_conditions(
             response = (true.mean(axis=0) - other.mean(axis=0)) ** 2
             known = dict(zip(CONDITION, condition, strict=True))
             own, within_real = None, None
-            for name, of_method in {MODEL: cells, **made}.items():
+            made = {MODEL: cells, **made}
+            n_folds = folds_of(len(true), *map(len, made.values()))
+            unknown = {"pearson_delta": np.nan} if len(controls[context]) == 1 else {}  # of what is in both changes
+            for name, of_method in made.items():
                 of_method = in_own_order(of_method)
                 *_, within_real = distances = own_distances(of_method, true, within_real)
                 scores = score_condition(of_method, true, control, other, n_equal, reference, distances)
-                without = leave_out(of_method, true, control, other, distances)
+                without = leave_out(of_method, true, control, other, distances, n_folds)
                 own = without if own is None else own
-                rows.append({"method": name, **known, **scores, **_errors(without, own)})
+                rows.append({"method": name, **known, **scores, **_errors(without, own), **unknown})
             ceiling = split_half_ceiling(true, control, other, max(n_equal // 2, 1), reference)
-            rows.append({"method": CEILING, **known, **ceiling})
+            rows.append({"method": CEILING, **known, **ceiling, **unknown})
             squared += response[kept].sum(), response.sum()
             responses.setdefault(context, []).append(Response.of(condition[0], cells, true))
             if field:
@@ -334,6 +342,11 @@ def score_conditions(
         notes.append(
             f"Predicted cells sum to {ratio:.2g} times what measured ones do, once the logarithm is undone: are they "
             "log1p of as many counts a cell?"
+        )
+    if alone := sum(len(controls[condition[1:]]) == 1 for condition in common):
+        notes.append(
+            f"{alone} of {len(common)} conditions have one control cell: the change from it cannot be scored, as it "
+            "would be in the prediction and in the truth."
         )
     if len(common) < len(real):
         notes.append(f"{len(real) - len(common)} of {len(real)} measured conditions were not predicted.")
@@ -371,11 +384,16 @@ def _ask_cell_eval(
     return cell_eval_scores(predicted, of_screen(2), of_screen(3), of_screen(4))
 
 
+def _in_order_of_names(screen: Screen) -> Screen:
+    order = np.argsort(np.array(screen.expression.genes.names, dtype=object), kind="stable")
+    return screen if (np.diff(order) == 1).all() else screen.with_genes(order)
+
+
 def _sums_beside(predicted: sparse.csr_matrix, measured: sparse.csr_matrix) -> float | None:
     """What predicted cells sum to once log1p is undone, over what measured ones do in the same genes; None where they
     hardly differ, or nobody can know."""
     own, other = (np.median(totals(np.expm1(X.data.astype(np.float64)), X.indptr)) for X in (predicted, measured))
-    if not own > 0 < other or max(own / other, other / own) < FAR:
+    if not own > 0 < other or 1 / MANY < own / other < FAR:
         return None
     return float(own / other)
 
@@ -468,6 +486,7 @@ def evaluate(
         }
     screened, match, chosen = read_measured(screen, split, known, overrides, settings)
     values, genes = as_csr(X), genes_of(var)
+    one_unit({str(uns.get("dose_unit", "")), screened.notation.dose_unit}, f"{name} and {screened.path}")
     _refuse_other_space(values, genes, known, screened, name)
     kept = set(genes.names)
     left_out = [str(name) for name in uns.get("genes_absent", ()) if str(name) not in kept]
@@ -480,7 +499,8 @@ def evaluate(
 def _refuse_other_space(
     X: sparse.csr_matrix, genes: GeneVocab, known: Mapping[str, Any], measured: Screen, name: str
 ) -> None:
-    space = RAW_COUNTS if check_values(X, genes.names) else find_space(X)
+    whole = check_values(X, genes.names) and X.nnz > 0
+    space = RAW_COUNTS if whole else find_space(_different_cells(X))
     found, wanted = space.total, measured.expression.preprocessing.target_sum
     if space.bases != UNKNOWN.bases or space.whole:
         raise ValueError(f"{name} holds {space}; predictions are log1p values, as `perturbdiff predict` writes them.")
@@ -491,6 +511,12 @@ def _refuse_other_space(
             f"{name} holds log1p values of {_counts(stated)}, and the measured cells become such of {_counts(wanted)}; "
             "they cannot be compared. Leave data.target_sum out, or predict and measure in one space."
         )
+
+
+def _different_cells(X: sparse.csr_matrix) -> sparse.csr_matrix:
+    # One profile for many cells has one sum, whatever it is.
+    totals = (X @ np.random.default_rng(0).normal(size=X.shape[1])).round(9)
+    return X[np.sort(np.unique(totals, return_index=True)[1])]
 
 
 def _counts(target_sum: float | None) -> str:

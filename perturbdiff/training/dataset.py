@@ -199,7 +199,9 @@ class TrainingSet:
             screen = screen.with_genes(chosen)
         train = ConditionIndex.build(screen, split.train)
         validation = (
-            ConditionIndex.build(screen, split.validation | screen.is_control) if split.validation.any() else None
+            ConditionIndex.build(screen, split.validation | (screen.is_control & split.train))
+            if split.validation.any()
+            else None
         )
         cells = (screen.expression, screen.expression)
         made = ((SetSource(),), description, (), known_tables, None)

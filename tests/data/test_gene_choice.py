@@ -47,7 +47,7 @@ def response_by_loops(adata, keep, by):
     for labels, cells in obs[keep & (obs["perturbation"] != "control")].groupby(
         ["perturbation", "cell_type", "batch"], observed=True
     ):
-        here = obs["perturbation"] == "control"
+        here = (obs["perturbation"] == "control") & keep
         for name, label in zip(("cell_type", "batch"), labels[1:], strict=True):
             here &= (obs[name] == label) if name in by else True
         own, control = logged[obs.index.isin(cells.index)], logged[here.to_numpy()]

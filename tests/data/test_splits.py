@@ -7,7 +7,15 @@ import pytest
 from perturbdiff.config import DataConfig, SplitConfig
 from perturbdiff.data.batch import make_batch
 from perturbdiff.data.screen import Screen
-from perturbdiff.data.splits import PARTS, make_split, read_split, select_cells, write_split
+from perturbdiff.data.splits import (
+    PARTS,
+    control_halves,
+    make_split,
+    read_split,
+    select_cells,
+    truth_controls,
+    write_split,
+)
 from perturbdiff.files import json_sha256
 from perturbdiff.training.dataset import TrainingSet
 from tests.screens import config_for, counts_screen, read, screen_with_cells
@@ -53,7 +61,7 @@ def test_a_selector_names_the_perturbed_cells_that_a_mask_does(selector):
     np.testing.assert_array_equal(select_cells(screen, selector), expected)
     split = split_of(screen, [selector])
     np.testing.assert_array_equal(split.test, expected)
-    np.testing.assert_array_equal(split.train, ~expected)
+    np.testing.assert_array_equal(split.train, ~expected & ~truth_controls(screen, expected.to_numpy()))
 
 
 def test_several_selectors_are_joined_and_test_wins_over_validation():
@@ -65,11 +73,48 @@ def test_several_selectors_are_joined_and_test_wins_over_validation():
 
 
 @pytest.mark.parametrize("hold_out", [[], ["A"], ["*:NK"], ["batch=b1", "donor=3"]])
-def test_every_cell_is_in_exactly_one_part_and_controls_always_train(hold_out):
+def test_every_perturbed_cell_is_in_exactly_one_part_and_controls_in_no_held_out_one(hold_out):
     screen = small_screen()
     split = split_of(screen, hold_out, ["B:T:b2"])
-    np.testing.assert_array_equal(sum(getattr(split, part).astype(int) for part in PARTS), 1)
-    assert split.train[screen.is_control].all()
+    parts = sum(getattr(split, part).astype(int) for part in PARTS)
+    np.testing.assert_array_equal(parts[~screen.is_control], 1)
+    assert not (split.test | split.validation)[screen.is_control].any()
+
+
+@pytest.mark.parametrize("known", [LABELS, LABELS[:2]])
+def test_half_of_the_controls_of_a_context_with_held_out_cells_does_not_train(known):
+    screen = small_screen()
+    test = ((screen.obs["perturbation"] == "A") & (screen.obs["cell_type"] == "NK")).to_numpy()
+    reserved = truth_controls(screen, test, known)
+    assert not (reserved & ~screen.is_control).any()
+    contexts = screen.obs.groupby(known[1:], observed=True).ngroup().to_numpy()
+    for context in np.unique(contexts):
+        controls = screen.is_control & (contexts == context)
+        n = int(controls.sum())
+        held_out = (test & (contexts == context)).any()
+        assert (reserved & controls).sum() == (n - n // 2 if held_out and n > 1 else 0)
+        if held_out and n > 1:
+            start, truth = control_halves(screen, np.flatnonzero(controls))
+            np.testing.assert_array_equal(np.flatnonzero(reserved & controls), truth)
+            assert not np.isin(start, truth).any()
+
+
+def test_one_control_cell_trains_all_the_same():
+    screen = read(screen_with_cells([("control", "T", "b", 1), ("A", "T", "b", 3), ("B", "T", "b", 3)]))
+    assert not truth_controls(screen, (screen.obs["perturbation"] == "A").to_numpy()).any()
+
+
+def test_a_screen_with_cells_that_the_split_does_not_know_is_refused(tmp_path):
+    screen = small_screen()
+    split = split_of(screen, ["A:NK"])
+    write_split(split, screen, tmp_path / "split.json")
+    again = read_split(tmp_path / "split.json", screen)
+    for part in PARTS:
+        np.testing.assert_array_equal(getattr(again, part), getattr(split, part))
+    part = screen.adata(np.flatnonzero(~(split.test & (np.arange(len(screen)) % 2 == 0))))
+    write_split(split_of(read(part), ["A:NK"]), read(part), tmp_path / "part.json")
+    with pytest.raises(ValueError, match=r"cells and .*part\.json was made of .*: of the others nobody knows"):
+        read_split(tmp_path / "part.json", screen)
 
 
 @pytest.mark.parametrize("perturbation", ["chr1:100-200", "dose=5", "A:B=C"])
@@ -126,7 +171,6 @@ def test_random_validation_takes_whole_conditions_and_keeps_every_perturbation_t
     trained = set(screen.obs["perturbation"][split.train & ~screen.is_control])
     assert trained == {f"P{i}" for i in range(8)}
     assert not (split.validation & split.test).any()
-    assert split.train[screen.is_control].all()
 
 
 def test_random_validation_depends_on_the_seed_alone():

@@ -263,13 +263,19 @@ def test_the_classifier_is_that_of_a_loop_and_tells_what_can_be_told() -> None:
 
     areas = []
     for own, other in ((slice(0, 15), slice(15, 30)), (slice(15, 30), slice(0, 15))):
-        train, labels = np.concatenate([pred[other], real[other]]), np.repeat([1, 0], 15)
         test = np.concatenate([pred[own], real[own]])
-        part = [labels[np.argsort([math.dist(c, t) for t in train], kind="stable")[:5]].mean() for c in test]
-        areas.append(roc_auc_score(np.repeat([1, 0], 15), part))
+        nearer = [
+            np.mean([math.dist(c, t) for t in real[other]]) - np.mean([math.dist(c, t) for t in pred[other]])
+            for c in test
+        ]
+        areas.append(roc_auc_score(np.repeat([1, 0], 15), nearer))
     assert auc(pred, real) == pytest.approx(np.mean(areas))
     assert auc(pred, pred + 50) == 1
     assert math.isnan(auc(pred[:3], real[:3]))
+    collapsed = np.repeat(real.mean(axis=0)[None], 30, axis=0)
+    for part in (0.0, 0.3, 0.5):
+        assert auc(collapsed + part * (real - collapsed), cells(rng, 30, 8, 1.6)) > 0.8
+    assert np.mean([auc(cells(rng, 40, 8), cells(rng, 40, 8)) for _ in range(40)]) == pytest.approx(0.5, abs=0.05)
 
 
 def test_every_metric_prefers_the_truth_in_its_direction() -> None:

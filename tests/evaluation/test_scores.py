@@ -7,10 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from perturbdiff.config import DataConfig, SplitConfig
 from perturbdiff.data.screen import Screen
-from perturbdiff.data.splits import make_split, write_split
+from perturbdiff.data.splits import control_halves, make_split, write_split
 from perturbdiff.diffusion.generate import choose_controls
-from perturbdiff.evaluation.fair import CONDITION, ControlChoices, SimpleMethods, control_halves
+from perturbdiff.evaluation.fair import CONDITION, ControlChoices, SimpleMethods
 from perturbdiff.evaluation.held_out import predict_held_out
 from perturbdiff.evaluation.metrics import METRICS, score_condition
 from perturbdiff.evaluation.scores import (
@@ -327,3 +328,96 @@ def test_cell_eval_is_asked_on_the_same_cells_and_both_halves_of_the_controls(sc
         assert row["pearson_delta"] == pytest.approx(own.loc[condition, "pearson_delta"], abs=1e-5)
     assert "on the same cells and controls:" in scores.table()
     assert scores.save(tmp_path)[-1] == tmp_path / "cell_eval.csv"
+
+
+def null_screen(seed, n=60, n_genes=200, contexts=("T", "NK")):
+    """Perturbed cells are drawn as the controls of their context are: nothing has an effect."""
+    rng = np.random.default_rng(seed)
+    parts = []
+    for context in contexts:
+        means = rng.gamma(1.0, 3.0, n_genes)
+        for label in ("control", "A", "B", "C"):
+            counts = rng.poisson(means * rng.lognormal(0, 0.3, (n, 1)))
+            obs = pd.DataFrame(
+                {"perturbation": label, "cell_type": context, "batch": "b"},
+                index=[f"{context}_{label}_{i}" for i in range(n)],
+            )
+            parts.append(anndata.AnnData(counts.astype(np.float32), obs=obs))
+    adata = anndata.concat(parts)
+    adata.var_names = [f"g{i}" for i in range(n_genes)]
+    return Screen.read(adata, DataConfig(screen="memory"))
+
+
+def test_no_effect_scores_nothing_for_any_method():
+    found = []
+    for seed in range(6):
+        screen = null_screen(seed)
+        split = make_split(screen, SplitConfig(["A:T"], [], 0.0), 0)
+        controls = np.flatnonzero(screen.is_control & (screen.obs["cell_type"] == "T"))
+        start, _ = control_halves(screen, controls)
+        predicted = truth_as_prediction(screen, start)
+        predicted.obs = predicted.obs.assign(perturbation="A", source_control=screen.obs.index[start])
+        found.append(score_conditions(predicted, screen, "batch", split).means()["pearson_delta"])
+    means = pd.concat(found, axis=1).drop(index=MODEL).mean(axis=1)
+    assert (means.abs() < 0.15).all(), means
+
+
+def test_of_predictions_from_all_controls_those_of_the_half_that_measures_the_truth_are_left_out():
+    screen = null_screen(int(np.random.default_rng().integers(1 << 30)))
+    split = make_split(screen, SplitConfig(["A:T"], [], 0.0), 0)
+    controls = np.flatnonzero(screen.is_control & (screen.obs["cell_type"] == "T"))
+    start, truth = control_halves(screen, controls)
+
+    def scores(rows):
+        predicted = truth_as_prediction(screen, rows)
+        predicted.obs = predicted.obs.assign(perturbation="A", source_control=screen.obs.index[rows])
+        return score_conditions(predicted, screen, "batch", split).conditions
+
+    pd.testing.assert_frame_equal(scores(controls), scores(start))
+    swapped = scores(truth).set_index("method")  # from the other half alone: the halves change places
+    assert swapped.loc[MODEL, "n_control"] == len(truth)
+
+
+def test_the_change_from_one_control_cell_is_not_scored():
+    screen = null_screen(0)
+    alone = np.flatnonzero(screen.is_control & (screen.obs["cell_type"] == "T"))[1:]
+    screen = Screen.read(screen.adata(np.setdiff1d(np.arange(len(screen)), alone)), DataConfig(screen="memory"))
+    split = make_split(screen, SplitConfig(["A:T"], [], 0.0), 0)
+    scores = score_conditions(truth_as_prediction(screen, np.flatnonzero(split.test)), screen, "batch", split)
+    assert scores.conditions["pearson_delta"].isna().all()
+    assert scores.conditions["energy_distance"].notna().any()
+    assert "1 of 1 conditions have one control cell" in scores.notes[0]
+
+
+def test_the_order_of_genes_changes_no_score(screen, split, truth, report):
+    order = np.random.default_rng().permutation(len(screen.expression.genes))
+    other = score_conditions(truth[:, order].copy(), screen.with_genes(order), "batch", split)
+    pd.testing.assert_frame_equal(other.conditions, report.conditions, rtol=1e-6, atol=1e-9)
+
+
+def test_methods_compare_whatever_the_numbers_of_their_cells():
+    screen = null_screen(1, n=30)  # simple methods have 15 cells
+    split = make_split(screen, SplitConfig(["A:T", "B:NK"], [], 0.0), 0)
+    scores = score_conditions(truth_as_prediction(screen, np.flatnonzero(split.test)), screen, "batch", split)
+    assert "not comparable" not in scores.verdict()
+
+
+def test_one_profile_for_many_cells_is_a_prediction(run, tmp_path, screen, split):
+    truth = truth_as_prediction(screen, np.flatnonzero(split.test))
+    truth.X = truth.X.toarray()
+    for labels in truth.obs.groupby(CONDITION, observed=True).groups.values():
+        rows = truth.obs.index.get_indexer(labels)
+        truth.X[rows] = truth.X[rows].mean(axis=0)
+    write_split(split, screen, tmp_path / "split.json")
+    assert evaluate(truth, run.data.screen, tmp_path / "split.json").n_conditions == 3
+    truth.X = truth.X * 0
+    assert evaluate(truth, run.data.screen, tmp_path / "split.json").n_conditions == 3
+
+
+def test_doses_in_another_unit_are_refused(run, truth):
+    adata = anndata.read_h5ad(run.data.screen)
+    is_control = (adata.obs["perturbation"] == "control").to_numpy()
+    adata.obs["dose"] = np.where(is_control, "0", "1 nM")
+    truth.uns["perturbdiff"] = {"dose_unit": "uM"}
+    with pytest.raises(ValueError, match="doses are in nM, uM"):
+        evaluate(truth, adata, data={"dose_col": "dose"})
