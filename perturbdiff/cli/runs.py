@@ -29,7 +29,7 @@ hold-out selectors:
   A+*                                 everything that has A: A alone, A+B, ...
   COLUMN=VALUE                        by any obs column, as in batch=rep_3; also behind the others, as A:T:donor=7
 All of a cell type but some: --hold-out '*:T' 'split.train=[A:T, B:T]'.
-Control cells are never held out: they are what predictions start from.
+Control cells are not held out. Half of those of a context with held-out cells measures the truth and does not train.
 """
 
 

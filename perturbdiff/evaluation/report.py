@@ -301,7 +301,7 @@ def _verdict(results: Results) -> str:
     if results.summary.get("verdict"):
         return str(results.summary["verdict"])
     if not results.methods or not results.metrics:
-        return "Nothing was held out and scored: how well this model predicts is not known."
+        return "There are no scores: how well this model predicts is not known."
     metric = next(iter(results.metrics))
     simple = results.best(metric, [m for m in results.methods if m not in (results.model, results.ceiling)])
     beside = "" if simple is None else f"; the best simple method, {simple}, {number(results.mean(simple, metric))}"

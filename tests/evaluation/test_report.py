@@ -272,7 +272,7 @@ def test_of_many_conditions_the_worst_median_and_best_are_pictured(page):
         (["model"], None),
         (["scores.json"], None),
         (["scores.parquet"], "not in the run folder"),
-        (["scores.parquet", "scores.json"], "Nothing was held out and scored"),
+        (["scores.parquet", "scores.json"], "There are no scores"),
         (
             ["predicted.h5ad", "scores.parquet", "scores.json", "split.json", "metrics.jsonl", "model"],
             "Nothing was held",
