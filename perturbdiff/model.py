@@ -20,6 +20,7 @@ from torch import Tensor
 
 from perturbdiff._version import __version__
 from perturbdiff.config import ModelConfig, Preprocessing, SamplingConfig, as_dict, check_sampling, from_dict
+from perturbdiff.data.expression import gene_means
 from perturbdiff.data.h5ad import values_of
 from perturbdiff.data.labels import ALL
 from perturbdiff.data.rng import torch_generator
@@ -49,15 +50,21 @@ from perturbdiff.hub.model_folder import (
     read_folder,
 )
 from perturbdiff.hub.push import Publication, publish
-from perturbdiff.hub.records import EvaluationRecord, TrainingRecord
+from perturbdiff.hub.records import EvaluationRecord, MeansRecord, TrainingRecord
 from perturbdiff.hub.tensors import (
     check_golden,
     denoiser_of,
     load_weights,
     make_golden,
     max_tensor_bytes,
+    take_means,
+    with_means,
     write_model_folder,
 )
+from perturbdiff.means.predictors import start_shift
+from perturbdiff.means.shifts import moves
+from perturbdiff.means.training import Context as Asked
+from perturbdiff.means.training import TrainingMeans
 from perturbdiff.nn.conditioning import FeatureEmbedding, LabelConditioning, VocabSizes
 from perturbdiff.nn.denoiser import Denoiser
 
@@ -86,6 +93,8 @@ class PerturbDiff:
         Where the weights come from.
     evaluation
         Scores on held-out conditions, as `Scores.record` gives them; None if nobody measured any.
+    means
+        Of the training conditions, where predictions start from a mean response; else None.
     """
 
     def __init__(
@@ -98,6 +107,7 @@ class PerturbDiff:
         training: TrainingRecord,
         evaluation: EvaluationRecord | None = None,
         split: dict[str, Any] | None = None,
+        means: TrainingMeans | None = None,
         name: str = "unsaved",
     ) -> None:
         self.denoiser = denoiser.eval()
@@ -108,6 +118,7 @@ class PerturbDiff:
         self.training = training
         self.evaluation = evaluation
         self.split = split
+        self.means = means
         self.name = name
 
     def __repr__(self) -> str:
@@ -218,9 +229,11 @@ class PerturbDiff:
             raise ValueError(f"{source.name} is a whole model, not an adapter: it has no base; leave that out.")
         else:
             load_weights(folder, denoiser)
+        means = take_means(denoiser, metadata)
         if golden_check:
             check_golden(folder.path, denoiser.eval())
-        return cls(denoiser, **vars(metadata), name=source.name)
+        known = {name: value for name, value in vars(metadata).items() if name != "trained"}
+        return cls(denoiser, **known, means=means, name=source.name)
 
     def save_pretrained(self, path: str | Path, max_shard_size: int | str = "5GB") -> None:
         """Write a model folder, whole or not at all; replaces an older one of that name.
@@ -238,6 +251,7 @@ class PerturbDiff:
             It could not be written; an older one is as it was.
         """
         weights = {name: tensor.detach().cpu().float() for name, tensor in self.denoiser.state_dict().items()}
+        weights = with_means(weights, self.means)
         metadata = self._metadata()
         on_cpu = denoiser_of(metadata).eval()
         on_cpu.load_state_dict(weights, assign=True)  # the golden output is that of the CPU, wherever training ran
@@ -426,8 +440,9 @@ class PerturbDiff:
         source = np.concatenate([s.rows for s in sets])  # the control each predicted cell starts from
         population = np.concatenate([np.full(len(s.rows), s.key[0]) for s in sets])
         labels = self.vocabularies.encode([(perturbation, *context) for context in conditions])
+        moved = self._moves(expression, perturbation, known, conditions)
         with nullcontext(bar) if bar is not None else progress(len(source), "predict", "cell") as bar:
-            X = denoise_sets(self.denoiser, sets, expression, labels, self.config, sampling, seed, bar)
+            X = denoise_sets(self.denoiser, sets, expression, labels, self.config, sampling, seed, bar, moved)
         context = [contexts[i] for i in source]
         obs = pd.DataFrame(
             {
@@ -578,7 +593,29 @@ class PerturbDiff:
             self.training,
             self.evaluation,
             self.split,
+            None
+            if self.means is None
+            else MeansRecord(
+                tuple(self.means.perturbation),
+                tuple(self.means.cell_type),
+                tuple(self.means.batch),
+                tuple(self.means.n_cells.tolist()),
+            ),
         )
+
+    def _moves(
+        self, expression: Expression, perturbation: str, contexts: Sequence[Context], conditions: Sequence[Context]
+    ) -> np.ndarray | None:
+        """(conditions, 2, G) what sets start from, of controls with their `contexts`; None where as they are."""
+        if self.means is None:
+            return None
+        found = []
+        for cell_type, batch in conditions:
+            here = np.array([context == (cell_type, batch) for context in contexts])
+            control = gene_means(expression.log1p(np.flatnonzero(here)))
+            asked = Asked(perturbation, cell_type or "unknown", batch or "unknown", control[None])
+            found.append(moves(control, start_shift(self.means, asked)))
+        return np.stack(found).astype(np.float32)
 
     def _sampling(self, guidance_scale: float | None, steps: int | None, sampler: str | None) -> SamplingConfig:
         given = {"guidance_scale": guidance_scale, "sampler": sampler}

@@ -376,7 +376,7 @@ def test_controls_whose_x_has_other_rows_than_obs_are_refused(screen, tmp_path):
 @pytest.fixture(scope="module")
 def of_some_genes(screen, tmp_path_factory):
     """A model of the most variable genes of a screen, and the controls it was trained with."""
-    config = tiny_config(screen, tmp_path_factory.mktemp("some"), "data.n_hvg=15", "training.n_steps=2")
+    config = tiny_config(screen, tmp_path_factory.mktemp("some"), "data.n_hvg=15", "training.n_steps=2", hold_out=())
     model = PerturbDiff.from_pretrained(fit(config).folder / "model", device="cpu")
     return model, control_cells(screen, ObsColumns(), None, None)
 

@@ -95,6 +95,9 @@ class CellSetBatch:
         Index of each set's condition, for messages.
     measured
         (B, G) True where a gene was measured in all cells and controls of a set; None where all were.
+    moves
+        (B, 2, G) what is kept of each control value, and what comes to it, model units; None where sets start from the
+        controls as they are.
     """
 
     cells: SparseCells
@@ -106,6 +109,7 @@ class CellSetBatch:
     keys: tuple[tuple[int, int], ...]
     conditions: tuple[int, ...]
     measured: Tensor | None = None
+    moves: Tensor | None = None
 
     def to(self, device: torch.device | str) -> CellSetBatch:
         return replace(
@@ -115,13 +119,19 @@ class CellSetBatch:
             mask=self.mask.to(device),
             labels=self.labels.to(device),
             measured=None if self.measured is None else self.measured.to(device),
+            moves=None if self.moves is None else self.moves.to(device),
         )
 
     def dense(self) -> tuple[Tensor, Tensor]:
-        """x0 and control, each (B, S, G) in model units, on the batch's device; 0 for genes that were not measured."""
+        """x0 and control, each (B, S, G) in model units, on the batch's device; 0 for genes that were not measured.
+
+        Controls are moved, where they are to be.
+        """
         n_sets, set_size = self.mask.shape
         x0 = self.cells.dense(n_sets, set_size, self.n_genes, self.preprocessing)
         control = self.controls.dense(n_sets, set_size, self.n_genes, self.preprocessing)
+        if self.moves is not None:
+            control = (control * self.moves[:, :1] + self.moves[:, 1:]) * self.mask[..., None]
         return self.of_measured(x0), self.of_measured(control)
 
     def of_measured(self, x: Tensor) -> Tensor:
@@ -135,11 +145,17 @@ class CellSetBatch:
 
 
 def make_batch(
-    sets: Sequence[CellSet], set_size: int, cells: Cells, labels: Labels, measured: MeasuredGenes | None = None
+    sets: Sequence[CellSet],
+    set_size: int,
+    cells: Cells,
+    labels: Labels,
+    measured: MeasuredGenes | None = None,
+    moves: np.ndarray | None = None,
 ) -> CellSetBatch:
     """Gather the cells of some sets. `labels` are those of all conditions of the index, by condition.
 
-    `measured` tells the genes of the rows of `cells`; None: all. An empty list gives a batch without sets.
+    `measured` tells the genes of the rows of `cells`; None: all. `moves` (n_conditions, 2, G) float32 are of all
+    conditions, log1p values, and None where controls stay. An empty list gives a batch without sets.
     """
     mask = torch.zeros(len(sets), set_size, dtype=torch.bool)
     has_control = mask.clone()
@@ -157,7 +173,12 @@ def make_batch(
         keys=tuple(s.key for s in sets),
         conditions=tuple(s.condition for s in sets),
         measured=None if measured is None else _measured(sets, measured),
+        moves=None if moves is None else _in_model_units(moves[conditions.numpy()], cells.preprocessing),
     )
+
+
+def _in_model_units(moves: np.ndarray, preprocessing: Preprocessing) -> Tensor:
+    return torch.from_numpy(moves * np.array([1, 1 / preprocessing.scale], dtype=np.float32)[:, None])
 
 
 def _measured(sets: Sequence[CellSet], measured: MeasuredGenes) -> Tensor | None:

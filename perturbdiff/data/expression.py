@@ -136,3 +136,10 @@ def log1p_normalised(X: sparse.csr_matrix, library_size: np.ndarray, preprocessi
     )
     values = np.log1p(X.data * np.repeat(per_cell, np.diff(X.indptr))).astype(np.float32)
     return sparse.csr_matrix((values, X.indices, X.indptr), shape=X.shape)
+
+
+def log1p_of(cells: Cells, rows: np.ndarray) -> sparse.csr_matrix:
+    """(n, G) log1p values of some cells."""
+    taken = cells.take(rows)
+    X = sparse.csr_matrix((taken.values, taken.genes, taken.indptr), (len(rows), len(cells.genes)))
+    return log1p_normalised(X, taken.library_size, cells.preprocessing)

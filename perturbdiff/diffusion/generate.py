@@ -116,14 +116,15 @@ def denoise_sets(
     sampling: SamplingConfig,
     seed: int,
     bar: tqdm[Any],
+    moves: np.ndarray | None = None,
 ) -> sparse.csr_matrix:
-    """Predicted cells of all sets in their order, (cells, G) log1p; `labels` are by condition number."""
+    """Predicted cells of all sets in their order, (cells, G) log1p; `labels` and `moves` are by condition number."""
     device = next(denoiser.parameters()).device
     sets_per_chunk = max(1, MAX_VALUES_PER_CHUNK // (config.set_size * len(expression.genes)))
     blocks = []
     for start in range(0, len(sets), sets_per_chunk):
         chunk = sets[start : start + sets_per_chunk]
-        batch = make_batch(chunk, config.set_size, expression, labels).to(device)
+        batch = make_batch(chunk, config.set_size, expression, labels, moves=moves).to(device)
         x0 = sample_batch(denoiser, batch, sampling, config.diffusion, seed)
         cells = x0[batch.mask].mul_(expression.preprocessing.scale).cpu().numpy()
         blocks.append(sparse.csr_matrix(cells))

@@ -20,6 +20,7 @@ from perturbdiff.hub.model_folder import (
     EVALUATION,
     JSON_FILES,
     MAX_JSON_BYTES,
+    MEANS,
     SPLIT,
     WEIGHTS_INDEX,
     ModelFolder,
@@ -29,7 +30,7 @@ from perturbdiff.hub.registry import find_entry
 from perturbdiff.hub_client import REPO_ID, hub_errors, name_and_revision
 
 LIBRARY = "perturbdiff"  # as the front matter of our cards has it
-SMALL_FILES = (CONFIG, *JSON_FILES, EVALUATION, SPLIT, WEIGHTS_INDEX, ADAPTER_CONFIG)
+SMALL_FILES = (CONFIG, *JSON_FILES, EVALUATION, SPLIT, MEANS, WEIGHTS_INDEX, ADAPTER_CONFIG)
 MAX_CARD_BYTES = 1 << 22  # a longer one is not pulled
 
 

@@ -22,8 +22,8 @@ from perturbdiff.config import (
 )
 from perturbdiff.data.vocab import GeneVocab, LabelVocab, Vocabularies
 from perturbdiff.files import few, short, typed
-from perturbdiff.hub.model_folder import CONFIG, EVALUATION, SPLIT, ModelFolder
-from perturbdiff.hub.records import EvaluationRecord, TrainingRecord, read_evaluation
+from perturbdiff.hub.model_folder import CONFIG, EVALUATION, MEANS, SPLIT, ModelFolder
+from perturbdiff.hub.records import EvaluationRecord, MeansRecord, TrainingRecord, read_evaluation
 
 CLASS = "PerturbDiff"
 _PARTS = {"denoiser": DenoiserConfig, "diffusion": DiffusionConfig, "sampling": SamplingConfig, "obs": ObsColumns}
@@ -43,6 +43,7 @@ class ModelMetadata:
     training: TrainingRecord
     evaluation: EvaluationRecord | None = None
     split: dict[str, Any] | None = None
+    trained: MeansRecord | None = None
 
     def as_json(self) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         """The content of config.json, and of the other JSON files by name."""
@@ -72,7 +73,11 @@ class ModelMetadata:
         }
         if self.evaluation is not None:
             files[EVALUATION] = self.evaluation.as_json()
-        return config, files if self.split is None else {**files, SPLIT: self.split}
+        if self.split is not None:
+            files[SPLIT] = self.split
+        if self.trained is not None:
+            files[MEANS] = asdict(self.trained)
+        return config, files
 
 
 def parse_metadata(folder: ModelFolder) -> ModelMetadata:
@@ -118,7 +123,10 @@ def parse_metadata(folder: ModelFolder) -> ModelMetadata:
             raise ValueError(f"{where}: {text[:40]!r} is an interpolation, and not plain text; get the folder again.")
     training = typed(TrainingRecord, files["training.json"], f"{where}: training.json")
     scores = read_evaluation(files[EVALUATION], f"{where}: {EVALUATION}") if EVALUATION in files else None
-    return ModelMetadata(genes, vocabularies, preprocessing, model, training, scores, files.get(SPLIT))
+    trained = typed(MeansRecord, files[MEANS], f"{where}: {MEANS}") if MEANS in files else None
+    if (trained is None) != (model.diffusion.start == "controls"):
+        raise ValueError(f"{where}: {MEANS} must be there where diffusion.start is mean, and only there; get it again.")
+    return ModelMetadata(genes, vocabularies, preprocessing, model, training, scores, files.get(SPLIT), trained)
 
 
 def _refuse_unbelievable(where: Path, model: ModelConfig) -> None:

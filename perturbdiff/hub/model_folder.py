@@ -29,6 +29,7 @@ JSON_FILES = (
     "preprocessing.json",
     "training.json",
 )
+MEANS = "means.json"  # conditions whose means predictions start from; the means are tensors
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"  # which shard has which tensor, for readers other than this one
 SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
@@ -38,7 +39,7 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 # What in a repo belongs to a model: of these, what a push does not bring is deleted.
 OWN_FILES = re.compile(
     r"adapter_config\.json|adapter_model\.safetensors|"
-    r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|features\.safetensors|(evaluation|split)\.json|"
+    r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|features\.safetensors|(evaluation|split|means)\.json|"
     r"\.eval_results/.+"
 )
 MAX_JSON_BYTES = 1 << 24  # takes up to twenty times as much memory
@@ -104,7 +105,7 @@ def read_folder(path: str | Path) -> ModelFolder:
     tensor_files = {name: digest for name, digest in stated.items() if name.endswith(".safetensors")}
     for name in stated.keys() - tensor_files.keys():
         check_hash(path, name, stated[name], MAX_JSON_BYTES)
-    names = [name for name in (*JSON_FILES, EVALUATION, SPLIT, ADAPTER_CONFIG) if name in stated]
+    names = [name for name in (*JSON_FILES, EVALUATION, SPLIT, MEANS, ADAPTER_CONFIG) if name in stated]
     json_files = {name: read_json(path / name, MAX_JSON_BYTES) for name in names}
     try:
         while config["format_version"] < FORMAT_VERSION:
@@ -189,7 +190,7 @@ def _stated_hashes(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     if ADAPTER_CONFIG in stated:
         weights = {ADAPTER_CONFIG, ADAPTER_WEIGHTS}
     needed = {CONFIG, *JSON_FILES, GOLDEN, *weights}
-    allowed = needed | {EVALUATION, SPLIT, FEATURES} | ({WEIGHTS_INDEX} if shards else set())
+    allowed = needed | {EVALUATION, SPLIT, MEANS, FEATURES} | ({WEIGHTS_INDEX} if shards else set())
     missing, unexpected = sorted(needed - stated.keys()), sorted(stated.keys() - allowed)
     if missing or unexpected or len(shards) > MAX_SHARDS:
         raise ValueError(
@@ -264,6 +265,7 @@ def _from_version_4(config: dict[str, Any], files: JsonFiles) -> tuple[dict[str,
     config = {
         **config,
         "format_version": 5,
+        "diffusion": _with_new(config["diffusion"], {"start": "controls"}),
         "obs": _with_new(config["obs"], {"other_control_labels": [], "dose": None, "drop": []}),
     }
     genes = _with_new(files["genes.json"], {"symbols": []})

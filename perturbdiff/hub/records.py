@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -81,6 +81,22 @@ class StartRecord:
     revision: str | None
     sha256: str
     method: str
+
+
+@dataclass(frozen=True)
+class MeansRecord:
+    """means.json: the training conditions whose means a model starts from, one entry each; `means_control` and
+    `means_perturbed` (n, G) among the weights are theirs."""
+
+    perturbation: tuple[str, ...]
+    cell_type: tuple[str, ...]
+    batch: tuple[str, ...]
+    n_cells: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        lengths = {len(getattr(self, field.name)) for field in fields(self)}
+        if len(lengths) > 1 or 0 in lengths or min(self.n_cells) < 1:
+            raise ValueError("means.json must name the same number of labels and of cells, at least one of each.")
 
 
 @dataclass(frozen=True)

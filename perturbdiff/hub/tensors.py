@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -33,12 +34,14 @@ from perturbdiff.hub.model_folder import (
     config_hash,
     tensor_header,
 )
+from perturbdiff.means.training import TrainingMeans
 from perturbdiff.nn.denoiser import Denoiser, build_denoiser
 
 MAX_OVERHEAD = 1 << 26  # bytes of tensor files beyond eight a value: headers, and the golden check
 GOLDEN_TOLERANCE = 1e-4
 GOLDEN_NAMES = {"x_t", "t", "control", "self_cond", "mask", "perturbation", "cell_type", "batch", "x0_pred"}
 MAX_GOLDEN_CELLS = 64
+MEANS_TENSORS = ("means_control", "means_perturbed")
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
@@ -122,7 +125,33 @@ def replace_folder(new: Path, final: Path) -> None:
 def denoiser_of(metadata: ModelMetadata) -> Denoiser:
     """The denoiser on the meta device: its names and shapes, before memory is taken."""
     with torch.device("meta"):
-        return build_denoiser(metadata.config.denoiser, len(metadata.genes), metadata.vocabularies)
+        denoiser = build_denoiser(metadata.config.denoiser, len(metadata.genes), metadata.vocabularies)
+        if metadata.trained is not None:
+            for name in MEANS_TENSORS:
+                denoiser.register_buffer(name, torch.empty(len(metadata.trained.n_cells), len(metadata.genes)))
+    return denoiser
+
+
+def take_means(denoiser: Denoiser, metadata: ModelMetadata) -> TrainingMeans | None:
+    """The means that lie among the weights, out of them. Raises ValueError where they are not finite."""
+    if metadata.trained is None:
+        return None
+    control, perturbed = (denoiser.get_buffer(name).double().numpy() for name in MEANS_TENSORS)
+    for name in MEANS_TENSORS:
+        delattr(denoiser, name)
+    known = metadata.trained
+    labels = list(known.perturbation), list(known.cell_type), list(known.batch)
+    return TrainingMeans(
+        *labels, control, perturbed, np.array(known.n_cells), metadata.vocabularies.notation, metadata.genes
+    )
+
+
+def with_means(weights: dict[str, Tensor], means: TrainingMeans | None) -> dict[str, Tensor]:
+    """Weights as they are saved: the means among them."""
+    if means is None:
+        return weights
+    arrays = zip(MEANS_TENSORS, (means.control_mean, means.perturbed_mean), strict=True)
+    return {**weights, **{name: torch.from_numpy(values).float() for name, values in arrays}}
 
 
 def max_tensor_bytes(denoiser: nn.Module) -> int:

@@ -60,6 +60,14 @@ def stacked(training: TrainingMeans, context: Context) -> np.ndarray | None:
     return total if weights else None
 
 
+def start_shift(training: TrainingMeans, context: Context) -> np.ndarray:
+    """(G,) the mean response that a set can start from: `stacked`, or the next that says something of the context."""
+    for predict in (stacked, log_space, additive, own_target):
+        if (shift := predict(training, context)) is not None:
+            return shift
+    return context_mean(training, context)
+
+
 def _stack(training: TrainingMeans, kind: str) -> Stack | None:
     left_out: dict[str, list[Hashable]] = {
         "batch": list(zip(training.cell_type, training.batch, strict=True)),

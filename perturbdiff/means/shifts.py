@@ -65,9 +65,14 @@ def shift_cells(controls: np.ndarray, shift: np.ndarray) -> np.ndarray:
         raise ValueError(f"controls ({controls.shape}) must be a non-empty array (cells, genes); keep control cells.")
     if shift.shape != controls.shape[1:]:
         raise ValueError(f"shift ({shift.shape}) must be (genes,) of the controls; pass {controls.shape[1:]}.")
-    mean = controls.mean(axis=0, dtype=np.float64)
-    lost = np.divide(-shift, mean, out=np.zeros(len(shift)), where=(shift < 0) & (mean > 0))
-    return (controls * (1 - np.minimum(lost, 1)) + np.maximum(shift, 0)).astype(controls.dtype, copy=False)
+    kept, added = moves(controls.mean(axis=0, dtype=np.float64), shift)
+    return (controls * kept + added).astype(controls.dtype, copy=False)
+
+
+def moves(control_mean: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """(2, G) what `shift_cells` keeps of each value, and what it adds, of controls with a (G,) mean."""
+    lost = np.divide(-shift, control_mean, out=np.zeros(len(shift)), where=(shift < 0) & (control_mean > 0))
+    return np.stack([1 - np.minimum(lost, 1), np.maximum(shift, 0)])
 
 
 def _mean_effect(training: TrainingMeans, parts: Parts, context: Context) -> np.ndarray:

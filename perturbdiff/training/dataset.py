@@ -25,7 +25,7 @@ from perturbdiff.data.conditions import (
     resolve_control_match,
     vocabularies_of,
 )
-from perturbdiff.data.expression import Cells, ConcatenatedCells, log1p_normalised
+from perturbdiff.data.expression import Cells, ConcatenatedCells, log1p_of
 from perturbdiff.data.gene_choice import GeneMoments, best_genes, squared_response
 from perturbdiff.data.identity import content_hashes, gene_keys
 from perturbdiff.data.measured import MeasuredGenes
@@ -42,6 +42,8 @@ from perturbdiff.features.fingerprints import read_features
 from perturbdiff.features.tables import FeatureTable, coverage, with_tables
 from perturbdiff.files import few, progress
 from perturbdiff.hub.records import SUM_QUANTILES
+from perturbdiff.means.training import TrainingMeans
+from perturbdiff.training.means import Conditions
 
 ROWS_AT_ONCE = 8192
 COEXPRESSION = "coexpression"  # in place of a path: features from the training cells themselves
@@ -55,6 +57,8 @@ class IndexedCells:
 
     measured
         The genes that were measured in which cells; None where all were in all.
+    moves
+        (n_conditions, 2, G) what sets start from, as of `make_batch`.
     """
 
     cells: Cells
@@ -63,6 +67,7 @@ class IndexedCells:
     labels: Labels
     sources: Sequence[SetSource]
     measured: MeasuredGenes | None = None
+    moves: np.ndarray | None = None
 
     @classmethod
     def build(
@@ -125,7 +130,7 @@ class IndexedCells:
 
     def batch_of(self, sets: Sequence[CellSet], sampler: CellSetSampler | StreamedSampler) -> CellSetBatch:
         """A batch of some of the `sets` last taken; perhaps of none."""
-        return make_batch(sets, sampler.set_size, self.cells, self.labels, self.measured)
+        return make_batch(sets, sampler.set_size, self.cells, self.labels, self.measured, self.moves)
 
 
 @dataclass(frozen=True)
@@ -146,7 +151,8 @@ class AtlasConditions:
 @dataclass(frozen=True)
 class TrainingSet:
     """Everything training reads. `origin` is what `split` speaks of, with all genes of the file; `atlases` are those of
-    the settings, in order; `tables` are what is known of perturbations besides their names.
+    the settings, in order; `tables` are what is known of perturbations besides their names; `means` are of the training
+    conditions, where sets start from a mean.
     """
 
     origin: Labelled
@@ -158,6 +164,7 @@ class TrainingSet:
     description: str
     atlases: tuple[Atlas, ...]
     tables: tuple[FeatureTable, ...] = ()
+    means: TrainingMeans | None = None
 
     @property
     def cells(self) -> Cells:
@@ -296,10 +303,18 @@ class TrainingSet:
                 )
             except KeyError as error:
                 raise ValueError(f"split.validation cannot be scored: {error.args[0]} Validate known ones.") from error
+        means = None
+        if config.diffusion.start == "mean":
+            trained = Conditions(indexed.cells, indexed.index, indexed.pools)
+            means = trained.means(vocabularies.notation)
+            indexed = replace(indexed, moves=trained.own_moves(means))
+            if validated is not None:
+                others = Conditions(validated.cells, validated.index, validated.pools)
+                validated = replace(validated, moves=others.told_moves(means))
         if sampler.left_out:
             description += f"\nleft out    {sampler.left_out:,} cells of conditions under data.min_set_size="
             description += str(config.data.min_set_size)
-        return cls(origin, split, match, vocabularies, indexed, validated, description, atlases, tables)
+        return cls(origin, split, match, vocabularies, indexed, validated, description, atlases, tables, means)
 
     @cached_property
     def control_sums(self) -> tuple[float, ...] | None:
@@ -576,13 +591,7 @@ def subsample_log1p(cells: Cells, index: ConditionIndex, most: int, seed: int, p
     positions = np.sort(permuted(n, np.arange(min(n, most)), seed, purpose))
     condition = np.searchsorted(ends, positions, "right")
     rows = index.rows_at(index.first[condition] + positions - (ends - index.n_cells)[condition])
-    return sparse.csr_matrix(_log1p(cells, rows))
-
-
-def _log1p(cells: Cells, rows: np.ndarray) -> sparse.csr_matrix:
-    taken = cells.take(rows)
-    X = sparse.csr_matrix((taken.values, taken.genes, taken.indptr), (len(rows), len(cells.genes)))
-    return log1p_normalised(X, taken.library_size, cells.preprocessing)
+    return sparse.csr_matrix(log1p_of(cells, rows))
 
 
 def _index(atlas: Atlas) -> ConditionIndex:
@@ -627,6 +636,6 @@ def _variance(cells: Cells, train: ConditionIndex, measured: MeasuredGenes | Non
     with progress(int(train.n_cells.sum()), "choose genes", "cell") as bar:
         for rows in _chunks(train):
             for part, genes in [(rows, None)] if measured is None else measured.parts(rows):
-                moments.add(_log1p(cells, part), genes)
+                moments.add(log1p_of(cells, part), genes)
             bar.update(len(rows))
     return moments.variance()

@@ -414,6 +414,7 @@ class _Run:
             self.data.cells.preprocessing,
             model_config(config),
             training_record(config, self.start, steps, done.cells_seen),
+            means=self.data.means,
             name=str(Path(config.out) / "model"),
         )
 

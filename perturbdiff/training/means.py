@@ -1,0 +1,78 @@
+"""What sets start from with diffusion.start=mean: control cells, moved to a mean response.
+
+Each training condition starts from its own measured mean, so that the network learns the shape of a response; what was
+not trained starts from the mean that simple methods tell (`means.predictors.start_shift`).
+
+n = conditions, G = genes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from perturbdiff.data.conditions import ConditionIndex, ControlPools
+from perturbdiff.data.expression import Cells, gene_means, log1p_of
+from perturbdiff.data.notation import Notation
+from perturbdiff.means.predictors import start_shift
+from perturbdiff.means.shifts import moves
+from perturbdiff.means.training import Context, TrainingMeans
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Perturbed conditions that have controls, by their number in an index of cells."""
+
+    cells: Cells
+    index: ConditionIndex
+    pools: ControlPools
+
+    @cached_property
+    def numbers(self) -> list[int]:
+        found: list[int] = np.flatnonzero(self.pools.of >= 0).tolist()
+        return found
+
+    @cached_property
+    def labels(self) -> list[tuple[str, str, str]]:
+        return [self.index.labels(condition) for condition in self.numbers]
+
+    @cached_property
+    def control_mean(self) -> np.ndarray:
+        """(k, G) log1p means of their controls."""
+        of_pool: dict[int, np.ndarray] = {}
+        for condition in self.numbers:
+            if (pool := int(self.pools.of[condition])) not in of_pool:
+                of_pool[pool] = gene_means(log1p_of(self.cells, self.pools.rows(condition)))
+        return np.stack([of_pool[int(self.pools.of[condition])] for condition in self.numbers])
+
+    def means(self, notation: Notation) -> TrainingMeans:
+        """Raises ValueError where there is no condition."""
+        perturbed = [gene_means(log1p_of(self.cells, self.index.cells(condition))) for condition in self.numbers]
+        return TrainingMeans(
+            [perturbation for perturbation, _, _ in self.labels],
+            [cell_type for _, cell_type, _ in self.labels],
+            [batch for _, _, batch in self.labels],
+            self.control_mean,
+            np.stack(perturbed),
+            self.index.n_cells[self.numbers],
+            notation,
+            self.cells.genes,
+        )
+
+    def own_moves(self, means: TrainingMeans) -> np.ndarray:
+        """(n, 2, G) float32 `shifts.moves` of each condition to its own mean; of controls, none."""
+        return self._moves(list(means.effect))
+
+    def told_moves(self, means: TrainingMeans) -> np.ndarray:
+        """(n, 2, G) float32 `shifts.moves` of conditions that were not trained, to the mean that others tell."""
+        asked = [Context(*labels, mean[None]) for labels, mean in zip(self.labels, self.control_mean, strict=True)]
+        return self._moves([start_shift(means, context) for context in asked])
+
+    def _moves(self, shifts: list[np.ndarray]) -> np.ndarray:
+        every = np.zeros((len(self.index), 2, len(self.cells.genes)), dtype=np.float32)
+        every[:, 0] = 1
+        for condition, mean, shift in zip(self.numbers, self.control_mean, shifts, strict=True):
+            every[condition] = moves(mean, shift)
+        return every

@@ -1,0 +1,161 @@
+"""Sets that start from a mean response: what they start from, what a model folder keeps of it, what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import anndata
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from perturbdiff.config import load_config
+from perturbdiff.data.screen import Screen
+from perturbdiff.files import sha256
+from perturbdiff.hub.model_folder import config_hash
+from perturbdiff.means.predictors import start_shift
+from perturbdiff.means.shifts import shift_cells
+from perturbdiff.means.training import Context
+from perturbdiff.model import PerturbDiff
+from perturbdiff.training.dataset import TrainingSet
+from perturbdiff.training.loop import fit
+from perturbdiff.training.run import finetune
+from tests.simulated import tiny_config, write_screen
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("means")
+    write_screen(folder)
+    return folder
+
+
+def config_of(folder, out, *words, **more):
+    words = ("diffusion.start=mean", "denoiser.output=control_residual", "training.n_steps=2", *words)
+    return tiny_config(folder / "screen.h5ad", out, *words, **more)
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    """The run folder of an untrained network (its head is zero), and its model as it was in memory."""
+    config = config_of(folder, folder / "run", "training.n_steps=1", "optim.lr=1e-12", "sampling.whole_counts=false")
+    return config, fit(config, Screen.read(config.data.screen, config.data)).model
+
+
+def test_a_training_condition_starts_from_its_own_measured_mean(folder):
+    config = config_of(folder, folder / "unused", hold_out=())
+    screen = Screen.read(config.data.screen, config.data)
+    data = TrainingSet.from_screen(screen, config)
+    train, scale = data.train, data.cells.preprocessing.scale
+    sampler = train.sampler(config)
+    seen = 0
+    for step in range(sampler.steps_per_epoch):
+        batch = train.batch(sampler, 0, step, 0, 1)
+        _, moved = batch.dense()
+        sets = train.sets(sampler, 0, step, 0, 1)
+        for row, own in enumerate(sets):
+            labels = train.index.labels(own.condition)
+            obs = screen.obs.reset_index(drop=True)
+            is_of = (obs["cell_type"] == labels[1]) & (obs["batch"] == labels[2])
+            log1p = {
+                name: screen.expression.log1p(np.flatnonzero(is_of & (obs["perturbation"] == name))).toarray()
+                for name in (labels[0], "control")
+            }
+            shift = log1p[labels[0]].mean(axis=0, dtype=float) - log1p["control"].mean(axis=0, dtype=float)
+            every = shift_cells(log1p["control"].astype(float), shift)
+            np.testing.assert_allclose(every.mean(axis=0), log1p[labels[0]].mean(axis=0), atol=1e-5)
+            at = {name: i for i, name in enumerate(screen.obs.index[is_of & (obs["perturbation"] == "control")])}
+            chosen = [at[name] for name in screen.obs.index[own.control_rows]]
+            np.testing.assert_allclose(moved[row, : len(chosen)].numpy() * scale, every[chosen], atol=1e-4)
+            assert (moved[row, len(chosen) :] == 0).all()
+            seen += 1
+    assert seen > 3
+
+
+def test_a_network_that_changes_nothing_predicts_the_mean_that_simple_methods_tell(trained, folder):
+    _, model = trained
+    adata = anndata.read_h5ad(folder / "screen.h5ad")
+    obs = adata.obs
+    controls = adata[(obs["perturbation"] == "control") & (obs["cell_type"] == "type_0") & (obs["batch"] == "batch_0")]
+    predicted = model.predict(controls.copy(), perturbation="pert_0", seed=1)
+    started = model.control_rows(controls.copy(), predicted).X.toarray().astype(float)
+    asked = Context("pert_0", "type_0", "batch_0", started.mean(axis=0)[None])
+    expected = shift_cells(started, start_shift(model.means, asked)).mean(axis=0)
+    np.testing.assert_allclose(predicted.X.toarray().mean(axis=0), expected, atol=1e-3)
+
+
+def test_a_saved_model_predicts_the_same_cells(trained, folder):
+    config, model = trained
+    again = PerturbDiff.from_pretrained(config.out)
+    for name in ("control_mean", "perturbed_mean", "n_cells"):
+        np.testing.assert_allclose(getattr(again.means, name), getattr(model.means, name), rtol=1e-6)
+    adata = anndata.read_h5ad(folder / "screen.h5ad")
+    controls = adata[adata.obs["perturbation"] == "control"].copy()
+    cells = [of.predict(controls, perturbation="pert_1", seed=3).X.toarray() for of in (model, again)]
+    np.testing.assert_allclose(cells[0], cells[1], atol=1e-5)
+    assert not [name for name in again.denoiser.state_dict() if name.startswith("means")]
+    again.save_pretrained(folder / "copy")
+    third = PerturbDiff.from_pretrained(folder / "copy")
+    np.testing.assert_array_equal(third.means.perturbed_mean, again.means.perturbed_mean)
+
+
+def rehashed(folder, name):
+    config = json.loads((folder / "config.json").read_text())
+    config["sha256"][name] = sha256(folder / name)
+    config["sha256"]["config.json"] = config_hash(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_means_that_cannot_be_are_refused(trained, tmp_path):
+    model = PerturbDiff.from_pretrained(trained[0].out)
+    for change, error in (
+        (lambda labels: labels["batch"].pop(), "same number of labels"),
+        (lambda labels: labels["n_cells"].__setitem__(0, 0), "same number of labels"),
+        (lambda labels: [names.append(names[0]) for names in labels.values()], "does not fit its config.json"),
+        (lambda labels: labels.clear(), "lacks"),
+    ):
+        model.save_pretrained(tmp_path / "model")
+        labels = json.loads((tmp_path / "model/means.json").read_text())
+        change(labels)
+        (tmp_path / "model/means.json").write_text(json.dumps(labels))
+        rehashed(tmp_path / "model", "means.json")
+        with pytest.raises(ValueError, match=error):
+            PerturbDiff.from_pretrained(tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    weights = load_file(tmp_path / "model/model.safetensors")
+    weights["means_control"][0, 0] = torch.nan
+    save_file(weights, tmp_path / "model/model.safetensors")
+    rehashed(tmp_path / "model", "model.safetensors")
+    with pytest.raises(ValueError, match="must be finite"):
+        PerturbDiff.from_pretrained(tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    config["diffusion"]["start"] = "controls"
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    rehashed(tmp_path / "model", "means.json")
+    with pytest.raises(ValueError, match=r"means\.json must be there where diffusion\.start is mean, and only there"):
+        PerturbDiff.from_pretrained(tmp_path / "model")
+
+
+def test_a_checkpoint_that_starts_from_means_is_tuned_on_those_of_the_new_screen(trained, folder, tmp_path):
+    adata = anndata.read_h5ad(folder / "screen.h5ad")
+    adata = adata[:, 5:].copy()
+    adata.obs["cell_type"] = adata.obs["cell_type"].astype(str).replace({"type_1": "new"})
+    adata.write_h5ad(tmp_path / "new.h5ad")
+    words = ["training.n_steps=2", "training.device=cpu", "training.trackers=[]", "data.set_size=8"]
+    base = f"{trained[0].out}/model"
+    run = finetune(tmp_path / "new.h5ad", base, tmp_path / "run", hold_out="pert_0:new", overrides=words)
+    assert set(run.model.means.cell_type) == {"type_0", "new"}
+    assert run.model.means.control_mean.shape[1] == adata.n_vars
+    assert run.scores is not None
+    with pytest.raises(ValueError, match=r"diffusion\.start=mean is of screens, and not of low-rank"):
+        finetune(tmp_path / "new.h5ad", base, tmp_path / "lora", overrides=["adapt.method=lora"])
+
+
+def test_atlases_start_from_controls():
+    given = {"out": "x", "data": {"atlases": [{"path": "a"}]}}
+    with pytest.raises(ValueError, match=r"diffusion\.start=mean is of screens"):
+        load_config(None, ["diffusion.start=mean"], given)
