@@ -37,8 +37,9 @@ def add_run_commands(commands: Any) -> None:
     """Declare them."""
     demo = add_command(
         commands, "demo", _demo, "the whole way once: train, save, reload, predict what was held out, score",
-        "Simulates a screen (or takes yours), holds conditions out, trains, saves the model folder, reloads it,\n"
-        "predicts the held-out cells from their controls and prints the scores beside baselines and ceiling.",
+        "Simulates a screen and holds one of its batches out (or takes yours, and what --hold-out says), trains,\n"
+        "saves the model folder, reloads it, predicts the held-out cells from their controls and prints the scores\n"
+        "beside simple methods and ceiling.",
         "examples:\n  perturbdiff demo\n"
         "  perturbdiff demo --screen kang.h5ad --hold-out IFN-beta:CD4T --out runs/kang\n" + SELECTORS + SETTINGS,
     )  # fmt: skip

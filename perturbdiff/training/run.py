@@ -22,7 +22,8 @@ from perturbdiff.training.run_folder import with_commits
 from perturbdiff.training.start import prepare, refuse_another, settings_at_start, settings_of, started_from
 from perturbdiff.training.state import saved_states
 
-HELD_OUT_OF_SIMULATION = ("pert_0:type_0", "pert_3:type_2")
+HELD_OUT_OF_SIMULATION = ("batch=batch_1",)  # all conditions of a batch, from another
+RECIPE_OF_SIMULATION = "new_batch"
 
 
 @dataclass(frozen=True)
@@ -186,9 +187,14 @@ def demo(
     recipe: str | Path | None = None,
     overrides: Sequence[str] = (),
 ) -> Run:
-    """`train` on a screen that is simulated where none is given; something must be held out. Raises as `train`."""
+    """`train` on a screen that is simulated where none is given; something must be held out. Raises as `train`.
+
+    Of a simulated screen a batch is held out by default, with the recipe for such.
+    """
     if screen is None:
-        screen, hold_out = simulated_screen(Path(out)), hold_out if len(hold_out) else HELD_OUT_OF_SIMULATION
+        screen = simulated_screen(Path(out))
+        if not len(hold_out) and recipe is None:
+            hold_out, recipe = HELD_OUT_OF_SIMULATION, RECIPE_OF_SIMULATION
     config = load_config(recipe, overrides, _given(screen, out, (), hold_out, {}))
     if not (config.split.hold_out or config.split.file):
         raise ValueError("nothing is held out; give --hold-out, for example PERTURBATION:CELL_TYPE or batch=NAME.")
