@@ -396,7 +396,7 @@ def _legend(ax: Axes, n_columns: int) -> None:
     if not handles:
         return
     legend = ax.legend(
-        handles, labels, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=n_columns, frameon=False, fontsize=SMALL,
+        handles, labels, loc="lower left", bbox_to_anchor=(-0.14, 1.0), ncols=n_columns, frameon=False, fontsize=SMALL,
         borderpad=0.2, borderaxespad=0.1, handletextpad=0.1, columnspacing=0.8, handlelength=1.4,
     )  # fmt: skip
     of_legend: list[Any] = legend.legend_handles

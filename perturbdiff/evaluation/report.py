@@ -158,9 +158,17 @@ class Results:
         return lambda x: math.inf if x != x else sign * x
 
     def best(self, metric: str, methods: list[str]) -> str | None:
-        """Which of some methods has the best mean; None where it is undefined for all."""
+        """Which of some methods has the best mean, of those that say as much as any; None where it is undefined for
+        all."""
         defined = [method for method in methods if not math.isnan(self.mean(method, metric))]
+        lacking = {method: self.n_undefined(method, metric) for method in defined}
+        defined = [method for method in defined if lacking[method] == min(lacking.values())]
         return min(defined, key=lambda method: self.loss(metric)(self.mean(method, metric)), default=None)
+
+    def n_undefined(self, method: str, metric: str) -> int:
+        """On how many conditions a metric of a method is undefined."""
+        of_method = (self.summary.get("n_undefined") or {}).get(method)
+        return int(of_method.get(metric) or 0) if isinstance(of_method, dict) else 0
 
     def worst_first(self) -> list[Condition]:
         """Conditions of the model by the first metric; those where it is undefined at the end."""
@@ -334,6 +342,8 @@ def _of_methods(results: Results, metrics: list[str]) -> tuple[list[tuple[str, s
         for metric in metrics:
             mean, found = number(results.mean(method, metric)), results.interval(method, metric)
             beside = "" if found is None else f"<small>{number(found[0])} to {number(found[1])}</small>"
+            if lacking := results.n_undefined(method, metric):
+                beside += f"<small>undefined on {lacking}</small>"
             row.append((f"<b>{mean}</b>" if best[metric] == method else mean) + beside)
         rows.append(row)
     return head, rows

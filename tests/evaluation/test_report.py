@@ -17,7 +17,7 @@ from playwright.sync_api import sync_playwright
 from perturbdiff import train
 from perturbdiff.evaluation import report
 from perturbdiff.evaluation.html import number, plain, text
-from perturbdiff.evaluation.report import PAPER, write_report
+from perturbdiff.evaluation.report import PAPER, Results, write_report
 from tests.app.conftest import CHROMIUM, chromium  # noqa: F401 (fixture)
 from tests.simulated import TINY, write_screen
 
@@ -446,3 +446,13 @@ def test_without_scripts_the_table_is_there_worst_first(page, opened):
     page = opened(page, (390, 844), java_script_enabled=False)
     assert page.locator("table.sortable tbody tr").count() == 6
     assert not page.get_by_label("Filter").is_visible()
+
+
+def test_the_best_of_a_column_says_as_much_as_any(tmp_path):
+    summary = {
+        "mean": {"a": {"pearson_delta": 0.2}, "b": {"pearson_delta": 0.9}, "c": {"pearson_delta": 0.3}},
+        "n_undefined": {"a": {"pearson_delta": 0}, "b": {"pearson_delta": 16}, "c": {"pearson_delta": 0}},
+    }
+    results = Results(tmp_path, {}, {}, {}, [], pd.DataFrame(), {"pearson_delta": "higher"}, summary)
+    assert results.best("pearson_delta", ["a", "b", "c"]) == "c"
+    assert results.best("pearson_delta", ["b"]) == "b"
