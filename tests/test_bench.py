@@ -140,8 +140,7 @@ def refused(*options: object) -> str:
     return error
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
-def test_the_quality_benchmark_goes_on_where_it_was_killed_and_runs_nothing_twice(quality, tmp_path, sent):
+def test_the_quality_benchmark_goes_on_where_it_was_killed_and_runs_nothing_twice(quality, tmp_path):
     first, second = (tmp_path / "out/small/PerturbDiff" / seed for seed in "01")
     process = quality_process(*quality, "--seeds", "0,1")
     until = time.monotonic() + PATIENCE
@@ -149,9 +148,9 @@ def test_the_quality_benchmark_goes_on_where_it_was_killed_and_runs_nothing_twic
         while not list(second.glob("run/states/step*")) and process.poll() is None and time.monotonic() < until:
             time.sleep(0.05)
     finally:
-        process.terminate() if sent == signal.SIGTERM else os.killpg(process.pid, sent)
+        os.killpg(process.pid, signal.SIGKILL)
         process.communicate(timeout=PATIENCE)
-    assert process.returncode == (143 if sent == signal.SIGTERM else -sent)
+    assert process.returncode == -signal.SIGKILL
     assert not (second / "run/scores.json").exists()
     before = {path: path.stat().st_mtime_ns for path in first.glob("run/*")}
     assert first / "run/scores.json" in before
@@ -160,7 +159,7 @@ def test_the_quality_benchmark_goes_on_where_it_was_killed_and_runs_nothing_twic
     assert len(json.loads((second / "cost.json").read_text())) == 2
     assert {path: path.stat().st_mtime_ns for path in first.glob("run/*")} == before
     assert record["seeds"] == [0, 1]
-    assert record["cpu_s_at_least"] == (sent == signal.SIGKILL)
+    assert record["cpu_s_at_least"] is True
     scores = [pd.read_parquet(folder / "run/scores.parquet").set_index("method") for folder in (first, second)]
     own = [of.loc["PerturbDiff", "pearson_delta"] for of in scores]
     assert record["pearson_delta"]["mean"] == pytest.approx(np.mean(own), abs=1e-4)

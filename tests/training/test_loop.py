@@ -372,12 +372,22 @@ def test_a_model_folder_can_be_opened_while_a_run_keeps_replacing_it(screen, tmp
     assert [path.name for path in (tmp_path / "run").glob(".model-*")] == []
 
 
+LONG = ["training.n_steps=400", "training.validate_every=50"]  # steps enough to be stopped amid them
+
+
+@pytest.fixture(scope="module")
+def straight(screen, tmp_path_factory):
+    """A run of 400 steps that nothing stopped."""
+    folder = tmp_path_factory.mktemp("straight")
+    fit(tiny_config(screen, folder, *LONG))
+    return folder
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_saves_and_the_same_command_goes_on_bit_identically(screen, tmp_path, number):
-    fit(tiny_config(screen, tmp_path / "straight", "training.n_steps=400"))
+def test_a_signal_saves_and_the_same_command_goes_on_bit_identically(screen, straight, tmp_path, number):
     command = [
         sys.executable, "-m", "perturbdiff", "train", "--screen", str(screen), "--hold-out", "pert_0:type_0",
-        "--out", str(tmp_path / "stopped"), *TINY, "training.n_steps=400",
+        "--out", str(tmp_path / "stopped"), *TINY, *LONG,
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
     metrics = tmp_path / "stopped" / "metrics.jsonl"
@@ -402,9 +412,9 @@ def test_a_signal_saves_and_the_same_command_goes_on_bit_identically(screen, tmp
     assert "other X in reversed.h5ad than in" in other.stderr
     assert other.stderr.count("\n") == 1
     command[command.index("reversed.h5ad")] = "moved.h5ad"
-    again = subprocess.run([*command, "training.validate_every=7"], capture_output=True, text=True, cwd=tmp_path)
+    again = subprocess.run([*command, "training.validate_every=70"], capture_output=True, text=True, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert "resuming    from step" in again.stdout
-    trained = [[line for line in losses(tmp_path / name) if "loss" in line] for name in ("straight", "stopped")]
+    trained = [[line for line in losses(folder) if "loss" in line] for folder in (straight, tmp_path / "stopped")]
     assert trained[0] == trained[1]
-    assert_same_weights(tmp_path / "straight" / "model", tmp_path / "stopped" / "model")
+    assert_same_weights(straight / "model", tmp_path / "stopped" / "model")
