@@ -10,7 +10,7 @@ from perturbdiff.data.vocab import Vocabularies
 from perturbdiff.files import few, inside, printable
 from perturbdiff.hub.download import ModelSource
 from perturbdiff.hub.metadata import ModelMetadata
-from perturbdiff.hub.model_folder import GOLDEN, ModelFolder, tensor_header
+from perturbdiff.hub.model_folder import GOLDEN, MEANS_TENSORS, ModelFolder, tensor_header
 from perturbdiff.hub.records import EvaluationRecord, TrainingRecord
 
 MAX_LINE = 1000  # characters
@@ -49,7 +49,8 @@ def model_info(source: ModelSource) -> str:
         f"{config.obs.cell_type or 'no cell type'}, {config.obs.batch or 'no batch'}",
         "denoiser": f"{_size(source, folder)}; width {config.denoiser.width}, depth "
         f"{config.denoiser.depth}, {config.denoiser.conditioning} conditioning",
-        "sets": f"{config.set_size} cells",
+        "sets": f"{config.set_size} cells"
+        + ("" if said.trained is None else f", from means of {len(said.trained.n_cells):,} trained conditions"),
         "sampling": f"{config.sampling.sampler}, {config.sampling.n_calls} steps, guidance "
         f"{config.sampling.guidance_scale:g}",
         "trained on": _origin(training),
@@ -113,8 +114,9 @@ def _size(source: ModelSource, folder: ModelFolder) -> str:
     # Counted from the headers of the weights; of a repo, whose weights are not fetched for it, what the Hub lists.
     files = [name for name in folder.tensor_files if name != GOLDEN]
     if all((folder.path / name).is_file() for name in files):
-        headers = [tensor_header(inside(folder.path, name)) for name in files]
-        return f"{sum(math.prod(shape) for header in headers for shape, _ in header.values()):,} parameters"
+        headers = [tensor_header(inside(folder.path, name)).items() for name in files]
+        sizes = [math.prod(shape) for of in headers for name, (shape, _) in of if name not in MEANS_TENSORS]
+        return f"{sum(sizes):,} parameters"
     return f"{size:,} bytes of weights" if (size := source.listed_bytes(files)) else "weights that are not here"
 
 

@@ -30,6 +30,7 @@ JSON_FILES = (
     "training.json",
 )
 MEANS = "means.json"  # conditions whose means predictions start from; the means are tensors
+MEANS_TENSORS = ("means_control", "means_perturbed")  # (conditions, genes)
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"  # which shard has which tensor, for readers other than this one
 SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")

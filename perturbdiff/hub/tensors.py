@@ -29,6 +29,7 @@ from perturbdiff.hub.model_folder import (
     FORMAT_VERSION,
     GOLDEN,
     JSON_FILES,
+    MEANS_TENSORS,
     WEIGHTS_INDEX,
     ModelFolder,
     config_hash,
@@ -41,7 +42,6 @@ MAX_OVERHEAD = 1 << 26  # bytes of tensor files beyond eight a value: headers, a
 GOLDEN_TOLERANCE = 1e-4
 GOLDEN_NAMES = {"x_t", "t", "control", "self_cond", "mask", "perturbation", "cell_type", "batch", "x0_pred"}
 MAX_GOLDEN_CELLS = 64
-MEANS_TENSORS = ("means_control", "means_perturbed")
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
 

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from perturbdiff.config import load_config
 from perturbdiff.data.screen import Screen
 from perturbdiff.files import sha256
+from perturbdiff.hub.download import find_model
+from perturbdiff.hub.info import model_info
 from perturbdiff.hub.model_folder import config_hash
 from perturbdiff.means.predictors import start_shift
 from perturbdiff.means.shifts import shift_cells
@@ -96,6 +98,9 @@ def test_a_saved_model_predicts_the_same_cells(trained, folder):
     controls = adata[adata.obs["perturbation"] == "control"].copy()
     cells = [of.predict(controls, perturbation="pert_1", seed=3).X.toarray() for of in (model, again)]
     np.testing.assert_allclose(cells[0], cells[1], atol=1e-5)
+    text = model_info(find_model(config.out))
+    assert f"{again.n_parameters:,} parameters" in text
+    assert "8 cells, from means of" in text
     assert not [name for name in again.denoiser.state_dict() if name.startswith("means")]
     again.save_pretrained(folder / "copy")
     third = PerturbDiff.from_pretrained(folder / "copy")
