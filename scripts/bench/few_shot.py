@@ -23,7 +23,7 @@ import numpy as np
 
 from perturbdiff.atlas.build.run import build
 from perturbdiff.config import load_build_config, load_config
-from perturbdiff.data.expression import highly_variable_genes
+from perturbdiff.data.gene_choice import GeneMoments, best_genes
 from perturbdiff.data.screen import Screen
 from perturbdiff.model import PerturbDiff
 from perturbdiff.training.loop import fit
@@ -83,10 +83,12 @@ def main() -> None:
 
 
 def genes_of(cells: anndata.AnnData) -> np.ndarray:
-    """Places of the highly variable genes of some cells."""
+    """Places of the genes that vary most between some cells."""
     config = load_config(None, [], {"out": "unused", "data": {"screen": "memory"}})
     X = Screen.from_parts(cells.X, cells.obs, cells.var, config.data, "memory").expression.log1p()
-    return highly_variable_genes(X, N_GENES)
+    moments = GeneMoments(X.shape[1])
+    moments.add(X)
+    return best_genes(N_GENES, moments.variance())
 
 
 def pretrain(folder: Path, unperturbed: Path, controls: anndata.AnnData, options: argparse.Namespace) -> PerturbDiff:

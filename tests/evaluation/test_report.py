@@ -275,7 +275,7 @@ def test_of_many_conditions_the_worst_median_and_best_are_pictured(page):
         (["scores.parquet", "scores.json"], "There are no scores"),
         (
             ["predicted.h5ad", "scores.parquet", "scores.json", "split.json", "metrics.jsonl", "model"],
-            "Nothing was held",
+            "There are no scores",
         ),
     ],
 )
