@@ -170,8 +170,8 @@ def on_atlas(out, path, stop_at=None, words=(), **settings):
 
 
 @pytest.mark.slow
-def test_an_atlas_goes_on_under_another_path_and_with_what_plan_expects(atlas, straight, tmp_path, monkeypatch):
-    run = tmp_path / "run"
+def test_an_atlas_goes_on_under_another_path_and_with_what_plan_expects(atlas, tmp_path, monkeypatch):
+    run, straight = tmp_path / "run", on_atlas(tmp_path / "straight", atlas).folder
     on_atlas(run, atlas, stop_at=2)
     monkeypatch.chdir(tmp_path)
     on_atlas(run, "atlas", stop_at=3)
@@ -185,7 +185,8 @@ def test_an_atlas_goes_on_under_another_path_and_with_what_plan_expects(atlas, s
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
-def test_a_repo_goes_on_at_the_commit_of_its_start_after_another_push(screen, atlas, straight, tmp_path):
+def test_a_repo_goes_on_at_the_commit_of_its_start_after_another_push(screen, atlas, tmp_path):
+    straight = on_atlas(tmp_path / "straight", atlas).folder
     adata, repo, run = anndata.read_h5ad(screen), Repo(), tmp_path / "run"
     reversed_x(adata)
     other = atlas_of_screen(tmp_path / "other", Screen.read(adata, DataConfig(screen="unused")), rows_per_shard=97)

@@ -229,7 +229,7 @@ def test_any_number_of_processes_gets_the_same_numbers(case, denoiser, world_siz
 )
 def test_the_same_sets_are_looked_at_in_batches_of_any_size(case, denoiser, n_sets, words):
     expected = alone(denoiser, *case(f"training.validate_sets={n_sets}"))
-    assert alone(denoiser, *case(f"training.validate_sets={n_sets}", *words)) == pytest.approx(expected, rel=1e-5)
+    assert alone(denoiser, *case(f"training.validate_sets={n_sets}", *words)) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(("world_size", "parts", "at_once"), [(1, 1, 4), (1, 2, 2), (3, 1, 2), (2, 3, 1)])
