@@ -593,14 +593,7 @@ class PerturbDiff:
             self.training,
             self.evaluation,
             self.split,
-            None
-            if self.means is None
-            else MeansRecord(
-                tuple(self.means.perturbation),
-                tuple(self.means.cell_type),
-                tuple(self.means.batch),
-                tuple(self.means.n_cells.tolist()),
-            ),
+            None if self.means is None else MeansRecord.of(self.means),
         )
 
     def _moves(

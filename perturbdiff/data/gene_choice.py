@@ -5,12 +5,17 @@ G = genes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 from scipy import sparse
 
 from perturbdiff.data.conditions import ConditionIndex, ControlMatch, match_controls
 from perturbdiff.data.expression import gene_means
 from perturbdiff.data.screen import Screen
+from perturbdiff.data.splits import Labelled
+from perturbdiff.data.vocab import GeneVocab, nearest
+from perturbdiff.files import few
 
 
 class GeneMoments:
@@ -44,6 +49,31 @@ def best_genes(n: int, *scores: np.ndarray) -> np.ndarray:
     """
     ranks = [np.where(s > 0, np.argsort(np.argsort(-s, kind="stable"), kind="stable"), len(s)) for s in scores]
     return np.sort(np.argsort(np.min(ranks, axis=0), kind="stable")[:n])
+
+
+def kept_genes(genes: GeneVocab, origin: Labelled, known: GeneVocab | None, asked: Sequence[str]) -> np.ndarray:
+    """(G,) genes that stay whatever they do: those of a checkpoint, which would be forgotten otherwise, those that are
+    perturbed, and those that are asked for. Raises ValueError where one of these is not there."""
+    known_names = (genes.symbols or (), genes.ensembl or (), genes.names)  # the last win
+    position = {name: i for names in known_names for i, name in enumerate(names) if name}
+    if lacking := [name for name in asked if name not in position]:
+        raise ValueError(f"data.keep_genes names {few(lacking)}, which the data lack; {nearest(lacking[0], position)}.")
+    labels = origin.obs["perturbation"].unique()
+    perturbed = {name for label in labels for name, _ in origin.notation.parse(str(label))}
+    kept = np.zeros(len(genes), dtype=bool)
+    kept[[position[name] for name in (*asked, *perturbed) if name in position]] = True
+    if known is not None:
+        columns = known.align(genes, min_overlap=0.0).columns
+        kept[columns[columns >= 0]] = True
+    return kept
+
+
+def left_out(chosen: np.ndarray, scores: Mapping[str, np.ndarray]) -> str:
+    """How much of each score (G,) the genes hold that were not chosen."""
+    lost = [f"{1 - of[chosen].sum() / of.sum():.1%} of the {what}" for what, of in scores.items() if of.sum() > 0]
+    n_genes = len(next(iter(scores.values())))
+    hold = f", which hold {' and '.join(lost)} of training cells" if lost else ""
+    return f"\nleft out    {n_genes - len(chosen):,} of {n_genes:,} genes{hold} (data.n_hvg)"
 
 
 def squared_response(screen: Screen, cells: np.ndarray, match: ControlMatch) -> np.ndarray:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from perturbdiff.files import few, typed
+
+if TYPE_CHECKING:
+    from perturbdiff.means.training import TrainingMeans
 
 EVALUATION_VERSION = 2
 SUM_QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)  # of `TrainingRecord.control_sums`
@@ -92,6 +95,11 @@ class MeansRecord:
     cell_type: tuple[str, ...]
     batch: tuple[str, ...]
     n_cells: tuple[int, ...]
+
+    @classmethod
+    def of(cls, means: TrainingMeans) -> MeansRecord:
+        labels = tuple(means.perturbation), tuple(means.cell_type), tuple(means.batch)
+        return cls(*labels, tuple(means.n_cells.tolist()))
 
     def __post_init__(self) -> None:
         lengths = {len(getattr(self, field.name)) for field in fields(self)}

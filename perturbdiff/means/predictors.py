@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from perturbdiff.data.notation import Parts
 from perturbdiff.means.shifts import additive, context_mean, no_change, perturbation_mean, perturbed_mean
 from perturbdiff.means.stack import Stack
 from perturbdiff.means.targets import covariance, own_target
-from perturbdiff.means.training import Context, TrainingMeans
+from perturbdiff.means.training import Context, Predictor, TrainingMeans
 
 
 def ridge(training: TrainingMeans, context: Context) -> np.ndarray:
@@ -69,14 +69,16 @@ def start_shift(training: TrainingMeans, context: Context) -> np.ndarray:
 
 
 def _stack(training: TrainingMeans, kind: str) -> Stack | None:
-    left_out: dict[str, list[Hashable]] = {
-        "batch": list(zip(training.cell_type, training.batch, strict=True)),
-        "cell type": list(training.cell_type),
-    }
     if kind not in training.learned:
-        of_names: list[Hashable] = [tuple(name for name, _ in seen) for seen in training.seen]
+        left_out: list[Hashable]
+        if kind == "batch":
+            left_out = list(zip(training.cell_type, training.batch, strict=True))
+        elif kind == "cell type":
+            left_out = list(training.cell_type)
+        else:
+            left_out = [tuple(name for name, _ in seen) for seen in training.seen]
         training.learned[kind] = Stack.fit(
-            training, STACKED, left_out.get(kind, of_names), lambda rest, *asked: _new_is(rest, *asked) == kind
+            training, STACKED, left_out, lambda rest, *asked: _new_is(rest, *asked) == kind
         )
     stack: Stack | None = training.learned[kind]
     return stack
@@ -89,17 +91,7 @@ def _new_is(training: TrainingMeans, parts: Parts, cell_type: str) -> str:
     return "batch" if cell_type in {training.cell_type[i] for i in rows} else "cell type"
 
 
-STACKED: dict[str, Callable[[TrainingMeans, Context], np.ndarray | None]] = {
-    "context mean": context_mean,
-    "perturbation mean": perturbation_mean,
-    "additive": additive,
-    "ridge": ridge,
-    "log space": log_space,
-    "own target": own_target,
-}
-"""Predictors that `stacked` weighs."""
-
-PREDICTORS: dict[str, Callable[[TrainingMeans, Context], np.ndarray | None]] = {
+PREDICTORS: dict[str, Predictor] = {
     "no change": no_change,
     "context mean": context_mean,
     "perturbed mean": perturbed_mean,
@@ -111,4 +103,10 @@ PREDICTORS: dict[str, Callable[[TrainingMeans, Context], np.ndarray | None]] = {
     "covariance": covariance,
     "stacked": stacked,
 }
-"""Printed name -> (G,) shift of the mean in log1p space, or None where it says nothing of such a context."""
+"""By the names they are printed with."""
+
+STACKED = {
+    name: PREDICTORS[name]
+    for name in ("context mean", "perturbation mean", "additive", "ridge", "log space", "own target")
+}
+"""Those that `stacked` weighs."""

@@ -6,6 +6,7 @@ n = training conditions, G = genes, k = control cells.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -190,6 +191,10 @@ class Context:
         """(G,) float64."""
         mean: np.ndarray = self.control.mean(axis=0, dtype=np.float64)
         return mean
+
+
+Predictor = Callable[[TrainingMeans, Context], np.ndarray | None]
+"""(G,) shift of the mean in log1p space, or None where it says nothing of such a context."""
 
 
 def _names(parts: Parts) -> tuple[str, ...]:

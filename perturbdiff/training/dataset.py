@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -26,7 +26,7 @@ from perturbdiff.data.conditions import (
     vocabularies_of,
 )
 from perturbdiff.data.expression import Cells, ConcatenatedCells, log1p_of
-from perturbdiff.data.gene_choice import GeneMoments, best_genes, squared_response
+from perturbdiff.data.gene_choice import GeneMoments, best_genes, kept_genes, left_out, squared_response
 from perturbdiff.data.identity import content_hashes, gene_keys
 from perturbdiff.data.measured import MeasuredGenes
 from perturbdiff.data.notation import Notation, one_unit
@@ -36,14 +36,14 @@ from perturbdiff.data.screen import Screen
 from perturbdiff.data.selectors import LABELS
 from perturbdiff.data.space import totals
 from perturbdiff.data.splits import Labelled, Split, make_split
-from perturbdiff.data.vocab import GeneVocab, Labels, Vocabularies, nearest
+from perturbdiff.data.vocab import GeneVocab, Labels, Vocabularies
 from perturbdiff.features.coexpression import coexpression_table
 from perturbdiff.features.fingerprints import read_features
 from perturbdiff.features.tables import FeatureTable, coverage, with_tables
-from perturbdiff.files import few, progress
+from perturbdiff.files import progress
 from perturbdiff.hub.records import SUM_QUANTILES
 from perturbdiff.means.training import TrainingMeans
-from perturbdiff.training.means import Conditions
+from perturbdiff.training.means import Starts
 
 ROWS_AT_ONCE = 8192
 COEXPRESSION = "coexpression"  # in place of a path: features from the training cells themselves
@@ -196,13 +196,13 @@ class TrainingSet:
         repeats = _refuse_repeats(screen, split)
         match_controls(everything, match)  # held-out conditions need controls too: say so now
         description, whole = screen.summary() + repeats, screen
-        kept = _kept_genes(screen.expression.genes, screen, known_genes, config.data.keep_genes)
+        kept = kept_genes(screen.expression.genes, screen, known_genes, config.data.keep_genes)
         if config.data.n_hvg is not None and config.data.n_hvg < len(screen.expression.genes):
             moments, response = GeneMoments(len(kept)), squared_response(screen, split.train, match)
             moments.add(screen.expression.log1p(split.train))
             variance = moments.variance()
             chosen = np.union1d(best_genes(config.data.n_hvg, variance, response), np.flatnonzero(kept))
-            description += _left_out(chosen, {"variance": variance, "squared response": response})
+            description += left_out(chosen, {"variance": variance, "squared response": response})
             screen = screen.with_genes(chosen)
         train = ConditionIndex.build(screen, split.train)
         validation = (
@@ -242,15 +242,15 @@ class TrainingSet:
         match_controls(index, match, ~marginal)
         train = index.select(split.train)
         validation = index.select(split.validation | origin.is_control) if split.validation.any() else None
-        kept = _kept_genes(atlases[0].genes, origin, known_genes, config.data.keep_genes)
+        kept = kept_genes(atlases[0].genes, origin, known_genes, config.data.keep_genes)
         cells: tuple[Cells, Cells]  # for training and validation, whose streams must not disturb each other
         if config.data.streamed:
             _refuse_choosing_genes(len(atlases[0].genes), config)
             controls = _spans(index.select(index.is_control))
             cells = StreamedCells(atlases, preprocessing, controls), StreamedCells(atlases, preprocessing, controls)
         else:
-            taken, left_out = _cached_cells(atlases, preprocessing, train, config.data.n_hvg, kept, measured)
-            cells, note = (taken, taken), note + left_out
+            taken, said = _cached_cells(atlases, preprocessing, train, config.data.n_hvg, kept, measured)
+            cells, note = (taken, taken), note + said
         if measured is not None:
             position = {name: i for i, name in enumerate(atlases[0].genes.names)}
             measured = measured.select(np.array([position[name] for name in cells[0].genes.names]))
@@ -305,11 +305,11 @@ class TrainingSet:
                 raise ValueError(f"split.validation cannot be scored: {error.args[0]} Validate known ones.") from error
         means = None
         if config.diffusion.start == "mean":
-            trained = Conditions(indexed.cells, indexed.index, indexed.pools)
+            trained = Starts(indexed.cells, indexed.index, indexed.pools)
             means = trained.means(vocabularies.notation)
             indexed = replace(indexed, moves=trained.own_moves(means))
             if validated is not None:
-                others = Conditions(validated.cells, validated.index, validated.pools)
+                others = Starts(validated.cells, validated.index, validated.pools)
                 validated = replace(validated, moves=others.told_moves(means))
         if sampler.left_out:
             description += f"\nleft out    {sampler.left_out:,} cells of conditions under data.min_set_size="
@@ -497,31 +497,6 @@ def _refuse_choosing_genes(n_genes: int, config: Config) -> None:
         )
 
 
-def _kept_genes(genes: GeneVocab, origin: Labelled, known: GeneVocab | None, asked: Sequence[str]) -> np.ndarray:
-    """(G,) genes that stay whatever they do: those of a checkpoint, which would be forgotten otherwise, those that are
-    perturbed, and those that are asked for. Raises ValueError where one of these is not there."""
-    known_names = (genes.symbols or (), genes.ensembl or (), genes.names)  # the last win
-    position = {name: i for names in known_names for i, name in enumerate(names) if name}
-    if lacking := [name for name in asked if name not in position]:
-        raise ValueError(f"data.keep_genes names {few(lacking)}, which the data lack; {nearest(lacking[0], position)}.")
-    labels = origin.obs["perturbation"].unique()
-    perturbed = {name for label in labels for name, _ in origin.notation.parse(str(label))}
-    kept = np.zeros(len(genes), dtype=bool)
-    kept[[position[name] for name in (*asked, *perturbed) if name in position]] = True
-    if known is not None:
-        columns = known.align(genes, min_overlap=0.0).columns
-        kept[columns[columns >= 0]] = True
-    return kept
-
-
-def _left_out(chosen: np.ndarray, scores: Mapping[str, np.ndarray]) -> str:
-    """How much of each score (G,) the genes hold that were not chosen."""
-    lost = [f"{1 - of[chosen].sum() / of.sum():.1%} of the {what}" for what, of in scores.items() if of.sum() > 0]
-    n_genes = len(next(iter(scores.values())))
-    hold = f", which hold {' and '.join(lost)} of training cells" if lost else ""
-    return f"\nleft out    {n_genes - len(chosen):,} of {n_genes:,} genes{hold} (data.n_hvg)"
-
-
 def _cached_cells(
     atlases: Sequence[Atlas],
     preprocessing: Preprocessing,
@@ -539,9 +514,9 @@ def _cached_cells(
         return cells, ""
     variance = _variance(cells, train, measured)
     chosen = np.union1d(best_genes(n_hvg, variance), np.flatnonzero(kept))
-    genes, left_out = cells.genes.select(chosen), _left_out(chosen, {"variance": variance})
+    genes, said = cells.genes.select(chosen), left_out(chosen, {"variance": variance})
     parts = [atlas.arrow_cells(genes, preprocessing) for atlas in atlases]
-    return ConcatenatedCells.concatenate(parts, n_cells), left_out
+    return ConcatenatedCells.concatenate(parts, n_cells), said
 
 
 def _feature_tables(

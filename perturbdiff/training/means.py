@@ -22,7 +22,7 @@ from perturbdiff.means.training import Context, TrainingMeans
 
 
 @dataclass(frozen=True)
-class Conditions:
+class Starts:
     """Perturbed conditions that have controls, by their number in an index of cells."""
 
     cells: Cells

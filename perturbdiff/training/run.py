@@ -193,8 +193,8 @@ def demo(
     """
     if screen is None:
         screen = simulated_screen(Path(out))
-        if not len(hold_out) and recipe is None:
-            hold_out, recipe = HELD_OUT_OF_SIMULATION, RECIPE_OF_SIMULATION
+        if not len(hold_out):
+            hold_out, recipe = HELD_OUT_OF_SIMULATION, recipe or RECIPE_OF_SIMULATION
     config = load_config(recipe, overrides, _given(screen, out, (), hold_out, {}))
     if not (config.split.hold_out or config.split.file):
         raise ValueError("nothing is held out; give --hold-out, for example PERTURBATION:CELL_TYPE or batch=NAME.")
