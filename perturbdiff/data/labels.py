@@ -234,15 +234,16 @@ def amounts(column: pd.Series, units: pd.Series | None = None) -> tuple[np.ndarr
     Of float32 the number that is shown: 0.1 is meant, and not the nearest float32. A column of `units` says those of
     numbers that have none.
     """
-    if units is not None:
-        numbers, found_units = amounts(column)
-        of, texts = pd.factorize(units.astype(str))
-        beside = np.array([plain_unit(text) for text in texts], dtype=object)[of]
-        return numbers, np.where(found_units == "", beside, found_units)
     codes, texts = pd.factorize(column.astype(str))
     found = [AMOUNT.fullmatch(text) for text in texts]
     values = pd.to_numeric(pd.Series([match[1] if match else "nan" for match in found]), errors="coerce").to_numpy()
-    return values[codes], np.array([plain_unit((match and match[2]) or "") for match in found], dtype=object)[codes]
+    behind = np.array([plain_unit((match and match[2]) or "") for match in found], dtype=object)[codes]
+    if units is None:
+        return values[codes], behind
+    of, texts = pd.factorize(units.astype(str))
+    return values[codes], np.where(
+        behind == "", np.array([plain_unit(text) for text in texts], dtype=object)[of], behind
+    )
 
 
 def obs_column(obs: pd.DataFrame, column: str, setting: str, path: str) -> pd.Series:

@@ -195,7 +195,8 @@ def in_own_order(cells: np.ndarray) -> np.ndarray:
     order = np.argsort(key, kind="stable")
     place = np.arange(len(cells))
     first = np.maximum.accumulate(np.where(np.diff(key[order], prepend=-1.0) > COPY, place, 0))  # of its copies
-    return cells[order[np.argsort((key[order] + (place - first) * (np.sqrt(5) - 1) / 2) % 1, kind="stable")]]
+    key[order] = (key[order] + (place - first) * (np.sqrt(5) - 1) / 2) % 1
+    return cells if (key[1:] >= key[:-1]).all() else cells[np.argsort(key, kind="stable")]
 
 
 @cache

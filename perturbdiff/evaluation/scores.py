@@ -515,8 +515,8 @@ def _refuse_other_space(
 
 def _different_cells(X: sparse.csr_matrix) -> sparse.csr_matrix:
     # One profile for many cells has one sum, whatever it is.
-    totals = (X @ np.random.default_rng(0).normal(size=X.shape[1])).round(9)
-    return X[np.sort(np.unique(totals, return_index=True)[1])]
+    keys = (X @ np.random.default_rng(0).normal(size=X.shape[1])).round(9)
+    return X[np.sort(np.unique(keys, return_index=True)[1])]
 
 
 def _counts(target_sum: float | None) -> str:
