@@ -763,8 +763,9 @@ def _found(path_or_repo_id: str | Path, *how: Any) -> ModelSource:
         try:
             return find_model(path_or_repo_id, *how)
         except FileNotFoundError:
-            if not Path(path_or_repo_id).is_dir():  # it was replaced between the two looks
-                break
+            # Unless it was replaced between the two looks, and is there again or about to be.
+            if not Path(path_or_repo_id).is_dir() and not is_replaced_now(path_or_repo_id):
+                raise
     return find_model(path_or_repo_id, *how)
 
 

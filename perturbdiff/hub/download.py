@@ -128,14 +128,16 @@ def find_model(
     inner = PurePosixPath(subfolder or "")
     if inner.is_absolute() or ".." in inner.parts or re.search(r"[*?\[\\]", str(inner)):
         raise ValueError(f"subfolder ({subfolder!r}) must be a plain path inside of the repo.")
-    if not Path(name).is_dir() and not REPO_ID.fullmatch(name):
+    folder = Path(name)
+    is_folder = folder.is_dir()  # looked at once: a run that replaces it must not turn its path into a repo id
+    if not is_folder and not REPO_ID.fullmatch(name):
         if "/" in name or "\\" in name or name.startswith(("~", ".")):
             raise FileNotFoundError(f"model folder {name!r} does not exist; give a folder made by save_pretrained.")
         entry = find_entry(name)
         if revision is None:
             revision, sha256 = entry.revision, entry.sha256
         name = entry.repo
-    if (folder := Path(name)).is_dir():
+    if is_folder:
         if revision is not None:
             raise ValueError(f"{name} is a folder and has no revision {revision!r}; leave the revision out.")
         if not subfolder and not (folder / CONFIG).is_file() and (folder / "model" / CONFIG).is_file():
