@@ -81,6 +81,7 @@ def add_run_commands(commands: Any) -> None:
     _no_score(train)
     train.add_argument("--out", required=True, metavar="DIR", help="run folder")
     _recipe(train)
+    _budget(train)
     add_settings(train)
 
     pretrain = add_command(
@@ -218,6 +219,12 @@ def _no_score(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-score", action="store_true", help="end after the training")
 
 
+def _budget(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--budget", type=float, metavar="MINUTES", help="for choosing a recipe (default: about two trainings)"
+    )
+
+
 def _recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", metavar="RECIPE", help="settings: a file, or a name of `perturbdiff recipes`")
 
@@ -240,7 +247,7 @@ def _screen_info(arguments: argparse.Namespace) -> None:
 def _train(arguments: argparse.Namespace) -> None:
     from perturbdiff.training.run import train
 
-    _print_run(train(**_training_of(arguments)))
+    _print_run(train(**_training_of(arguments), budget=arguments.budget))
 
 
 def _pretrain(arguments: argparse.Namespace) -> None:

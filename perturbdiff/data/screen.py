@@ -216,6 +216,13 @@ class Screen:
         var = pd.DataFrame(index=pd.Index(self.expression.genes.names))
         return AnnData(X=self.expression.X[rows], obs=self.obs.iloc[rows], var=var)
 
+    def with_cells(self, rows: np.ndarray) -> Screen:
+        """Only these cells, in this order."""
+        X, library_size = self.expression.X[rows], self.expression.library_size[rows]
+        return replace(
+            self, expression=replace(self.expression, X=X, library_size=library_size), obs=self.obs.iloc[rows]
+        )
+
     def with_genes(self, columns: np.ndarray) -> Screen:
         """Only these genes."""
         genes = self.expression.genes.select(columns)

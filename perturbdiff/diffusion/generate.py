@@ -153,7 +153,11 @@ def sample_batch(
         x_t = batch.of_measured(x_t)  # as in training
         return batch.of_measured(denoiser(x_t.to(dtype), t, control.to(dtype), cond, self_cond, batch.mask).float())
 
-    x0 = sample(denoise, draw(), control, batch.labels, sampling, schedule, draw)
+    x0 = control
+    if sampling.network_weight > 0:
+        x0 = sample(denoise, draw(), control, batch.labels, sampling, schedule, draw)
+    if 0 < sampling.network_weight < 1:
+        x0 = torch.lerp(control, x0, sampling.network_weight)
     if sampling.whole_counts:
         return with_whole_counts(x0, batch.one_count(), uniform_draws(batch, seed, "prediction counts"))
     return x0

@@ -267,6 +267,7 @@ def _from_version_4(config: dict[str, Any], files: JsonFiles) -> tuple[dict[str,
         **config,
         "format_version": 5,
         "diffusion": _with_new(config["diffusion"], {"start": "controls"}),
+        "sampling": _with_new(config["sampling"], {"network_weight": 1.0}),
         "obs": _with_new(config["obs"], {"other_control_labels": [], "dose": None, "drop": []}),
     }
     genes = _with_new(files["genes.json"], {"symbols": []})

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from perturbdiff.evaluation.held_out import score_held_out
 from perturbdiff.evaluation.scores import Scores
 from perturbdiff.model import PerturbDiff
 from perturbdiff.training import loop
+from perturbdiff.training.choose import Made, as_read, choose
 from perturbdiff.training.dataset import TrainingSet
+from perturbdiff.training.loop import TrainingResult
 from perturbdiff.training.run_folder import with_commits
 from perturbdiff.training.start import prepare, refuse_another, settings_at_start, settings_of, started_from
 from perturbdiff.training.state import saved_states
@@ -30,6 +33,8 @@ RECIPE_OF_SIMULATION = "new_batch"
 class Run:
     """What a training leaves behind.
 
+    model
+        A candidate's, where a signal stopped the choice of a recipe.
     folder
         The run folder; the model is in its model/.
     scores
@@ -54,6 +59,7 @@ def train(
     atlases: str | Path | Sequence[str | Path] = (),
     hold_out: str | Sequence[str] = (),
     recipe: str | Path | None = None,
+    budget: float | None = None,
     overrides: Sequence[str] = (),
     score: bool = True,
     **settings: Any,
@@ -71,7 +77,11 @@ def train(
     hold_out
         Conditions never trained on, as "PERTURBATION:CELL_TYPE" or "batch=NAME", one or several.
     recipe
-        Name of one that ships with the package (`perturbdiff recipes`), or path of a yaml file.
+        Name of one that ships with the package (`perturbdiff recipes`), or path of a yaml file. Without one, what is
+        held out of a screen says which could be best, and training conditions that are left out which is
+        (`choose.choose`).
+    budget
+        Minutes for that choice; by default about twice what the training costs.
     overrides
         Words of the command line, as "training.n_steps=1000".
     score
@@ -93,8 +103,12 @@ def train(
     FloatingPointError
         The loss is not finite.
     """
-    config = load_config(recipe, overrides, _given(screen, out, atlases, hold_out, settings))
-    return run(config, screen if isinstance(screen, AnnData) else None, score)
+    given = _given(screen, out, atlases, hold_out, settings)
+    config = load_config(recipe, overrides, given)
+    adata = screen if isinstance(screen, AnnData) else None
+    if recipe is not None or not (config.split.hold_out or config.split.file):
+        return run(config, adata, score)
+    return _chosen(lambda name, words: load_config(name, [*words, *overrides], given), config, adata, score, budget)
 
 
 def finetune(
@@ -198,7 +212,7 @@ def demo(
     config = load_config(recipe, overrides, _given(screen, out, (), hold_out, {}))
     if not (config.split.hold_out or config.split.file):
         raise ValueError("nothing is held out; give --hold-out, for example PERTURBATION:CELL_TYPE or batch=NAME.")
-    return run(config)
+    return train(screen, out, hold_out=hold_out, recipe=recipe, overrides=overrides)
 
 
 def simulated_screen(out: Path) -> Path:
@@ -210,10 +224,11 @@ def simulated_screen(out: Path) -> Path:
     return path
 
 
-def run(config: Config, adata: AnnData | None = None, score: bool = True) -> Run:
-    """Train by these settings, then score what is held out of the screen; `adata` is the screen, if it is in memory."""
-    origin = adata if adata is not None else config.data.screen
-    screen = None if origin is None else Screen.read(origin, config.data)
+def run(config: Config, origin: AnnData | Screen | None = None, score: bool = True) -> Run:
+    """Train by these settings, then score what is held out of the screen; `origin` is that, if it is in memory."""
+    screen = origin if isinstance(origin, Screen) else None
+    if screen is None and (origin is not None or config.data.screen is not None):
+        screen = Screen.read(origin if origin is not None else config.data.screen, config.data)
     score = score and screen is not None and bool(config.split.hold_out or config.split.file)
     result = loop.fit(config, screen, check=_refuse_unpredictable if score else None)
     folder, written = result.folder, [result.folder / "model"]
@@ -222,6 +237,25 @@ def run(config: Config, adata: AnnData | None = None, score: bool = True) -> Run
     scored = score_held_out(config, screen)
     model = PerturbDiff.from_pretrained(folder / "model")
     return Run(model, folder, result.step, scored.scores, tuple(scored.written), None)
+
+
+def _chosen(made: Made, config: Config, adata: AnnData | None, score: bool, budget: float | None) -> Run:
+    """Choose a recipe for what is held out of the screen, and `run` it."""
+    if config.data.screen is None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "without a recipe one is chosen, for one screen on one process; give --recipe: of `perturbdiff recipes`, "
+            "cross_cell_type, new_batch, across_patients or unseen_perturbations, by what is held out."
+        )
+    screen, cpu = Screen.read(adata if adata is not None else config.data.screen, config.data), time.process_time()
+    chosen = choose(screen, made, Path(config.out), _refuse_unpredictable, None if budget is None else 60 * budget)
+    if isinstance(chosen, TrainingResult):
+        return Run(chosen.model, Path(config.out), 0, None, (), chosen.stopped_by)
+    print(chosen.text(), flush=True)
+    config = made(chosen.recipe, chosen.words)
+    done = run(config, replace(screen, config=as_read(screen, config.data)), score)
+    if done.stopped_by is None:
+        print(f"cost        {chosen.cpu_s:,.0f} CPU-s to choose, {time.process_time() - cpu - chosen.cpu_s:,.0f} after")
+    return done
 
 
 def _given(

@@ -120,6 +120,12 @@ def check_resumable(out: Path, config: Config) -> None:
         )
 
 
+def lasting_settings(config: Config) -> dict[str, Any]:
+    """By key, the settings that a run has from its start to its end."""
+    free = FREE_ON_RESUME | FREE_WITHOUT_EARLY_STOPPING
+    return {key: value for key, value in _flat(as_dict(config)).items() if not _is_free(key, free)}
+
+
 def data_record(data: TrainingSet) -> dict[str, Any]:
     """data.json: what a run is trained on, by content, and the names under which it was found; with the split.
 

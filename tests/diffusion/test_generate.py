@@ -67,3 +67,25 @@ def test_a_denoiser_that_never_saw_its_estimate_is_not_given_it(p_self_cond):
     diffusion = DiffusionConfig(p_self_cond=p_self_cond)
     sample_batch(Recorded(), batch, SamplingConfig(n_steps=3), diffusion, 0)
     assert seen == [False, p_self_cond > 0, p_self_cond > 0]
+
+
+def test_what_is_predicted_lies_between_what_it_starts_from_and_the_network():
+    batch = batch_of(cells(2, 6, 5), cells(2, 6, 5, seed=1), numbered_labels(2))
+    _, control = batch.dense()
+    calls = []
+
+    class Doubling(torch.nn.Module):
+        def forward(self, x_t, t, control, cond, self_cond, mask):
+            calls.append(t)
+            return 2 * control + 0.01 * x_t.abs()
+
+    def at(weight):
+        sampling = SamplingConfig(n_steps=2, network_weight=weight, whole_counts=False)
+        return sample_batch(Doubling(), batch, sampling, DiffusionConfig(), 0)
+
+    whole = at(1.0)
+    assert (whole[control > 0] > 1.5 * control[control > 0]).all()
+    assert torch.allclose(at(0.25), 0.75 * control + 0.25 * whole)
+    calls.clear()
+    assert torch.equal(at(0.0), control)
+    assert not calls  # nobody waits for a network whose word does not count

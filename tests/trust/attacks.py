@@ -207,7 +207,7 @@ def as_format_3(folder: Path) -> None:
     def change(config: dict[str, Any]) -> None:
         del config["obs"]["other_control_labels"], config["obs"]["dose"], config["obs"]["drop"]
         config["denoiser"]["attention"] = "paired"
-        del config["diffusion"]["start"]
+        del config["diffusion"]["start"], config["sampling"]["network_weight"]
         diffusion = config["diffusion"]
         diffusion |= {"kernel": "energy", "mean_weight": 0.0, "p_unlabelled": diffusion.pop("p_features_only")}
         config["format_version"] = 3

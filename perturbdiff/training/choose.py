@@ -1,0 +1,312 @@
+"""Which recipe a screen is trained by: candidates, each scored on training conditions that are left out.
+
+Every candidate is a run within the folder of the final one, so that a command that was killed goes on with those that
+are not finished. A candidate trains for a part of its steps; its weights are scored with several settings of sampling.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from perturbdiff.config import Config, DataConfig, SamplingConfig, SplitConfig
+from perturbdiff.data.conditions import ConditionIndex, ControlMatch, resolve_control_match
+from perturbdiff.data.identity import screen_identity
+from perturbdiff.data.rng import cell_order_key
+from perturbdiff.data.screen import READ_BY, Screen
+from perturbdiff.data.selectors import LABELS
+from perturbdiff.data.splits import make_split, read_split
+from perturbdiff.evaluation.fair import NO_CHANGE, Condition, group
+from perturbdiff.evaluation.held_out import predict_held_out
+from perturbdiff.evaluation.scores import MODEL, score_conditions
+from perturbdiff.files import few, progress, write_json
+from perturbdiff.model import PerturbDiff
+from perturbdiff.training.dataset import TrainingSet
+from perturbdiff.training.design import Design, New, most, newness
+from perturbdiff.training.loop import TrainingResult, fit
+from perturbdiff.training.run_folder import check_resumable, lasting_settings, leave_marker
+from perturbdiff.training.state import saved_states
+
+CANDIDATES, CHOICE, SCORED = "candidates", "choice.json", "scored.json"
+FOLDS = 2  # where no budget says otherwise
+PART_OF_STEPS = 1 / 2  # that a candidate trains
+MOST_CONDITIONS = 24  # scored in a fold
+MOST_CELLS = 300  # of a condition that are scored in a fold
+FEW = 2  # perturbations, where batches are those of across_patients
+
+Made = Callable[[str, Sequence[str]], Config]
+"""The settings of the run by a recipe and words over it."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A recipe of `train`, words that win over it, and settings of sampling that its weights are scored with."""
+
+    recipe: str
+    words: tuple[str, ...] = ()
+    samplings: tuple[tuple[str, ...], ...] = ((),)
+
+    @property
+    def name(self) -> str:
+        return " ".join([self.recipe, *self.words])
+
+
+ON_MEANS = ((), ("sampling.network_weight=0.5",), ("sampling.network_weight=0",))
+GUIDED = ((), ("sampling.guidance_scale=0.5",))
+FROM_CONTROLS, FROM_MEANS = ("diffusion.start=controls",), ("diffusion.start=mean",)
+
+
+def candidates(new: New, n_perturbations: int) -> tuple[Candidate, ...]:
+    """What may be best for conditions that are new in this way, of a screen of so many perturbations."""
+    if new == "cell type":
+        return Candidate("cross_cell_type"), Candidate("cross_cell_type", FROM_MEANS, ON_MEANS)
+    if new == "perturbation":
+        return Candidate("unseen_perturbations", (), GUIDED), Candidate("unseen_perturbations", FROM_MEANS, ON_MEANS)
+    recipe = "across_patients" if n_perturbations <= FEW else "new_batch"
+    return Candidate(recipe, (), ON_MEANS), Candidate(recipe, FROM_CONTROLS)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen: a recipe, words that win over it, and what everything that was tried scored.
+
+    n_new
+        Held-out conditions by what is new of them.
+    left_out
+        How training conditions that were left out are new.
+    scores
+        One row a candidate, number of steps and sampling: `energy_distance`, `pearson_delta` and the `sum` of losses
+        that decides, means over `folds`; none where nothing could be left out.
+    cpu_s
+        CPU-seconds of all candidates, those of an earlier call too.
+    """
+
+    recipe: str
+    words: list[str]
+    n_new: dict[str, int]
+    left_out: str
+    scores: list[dict[str, Any]]
+    cpu_s: float
+
+    def text(self) -> str:
+        """For a person, several lines."""
+        lines = ["held out    " + ", ".join(f"{n:,} of a new {kind}" for kind, n in self.n_new.items())]
+        if self.scores:
+            times = self.scores[0]["folds"]
+            lines += [
+                f"choosing    on training conditions of a new {self.left_out}, left out {times} times,",
+                "            by energy_distance over that of no change, plus 1 - pearson_delta",
+                "     sum  energy  pearson  candidate",
+            ]
+            for row in sorted(self.scores, key=lambda row: float(row["sum"])):
+                words = " ".join(word.partition(".")[2] for word in row["words"])
+                columns = f"{row['sum']:8.3f}{row['energy_distance']:8.3f}{row['pearson_delta']:9.3f}"
+                lines.append(f"{columns}  {row['recipe']} {words}")
+        else:
+            lines.append("choosing    by what is new alone: no training condition can be left out to be as new")
+        return "\n".join([*lines, f"chosen      {' '.join(['--recipe', self.recipe, *self.words])}"])
+
+
+def choose(
+    screen: Screen, made: Made, out: Path, check: Callable[[TrainingSet], None], budget: float | None = None
+) -> Choice | TrainingResult:
+    """Score the candidates and take the best one; of a run that was begun, the one that was taken then.
+
+    Parameters
+    ----------
+    screen
+        With all its cells; those that are held out, and controls that measure their truth, are not looked at.
+    made
+        The settings of the run by a candidate. What a user gave wins there.
+    check
+        Called with what the run would read, before anything is written; what it raises ends the call.
+    budget
+        Seconds for all candidates together: as many folds as they suffice for, one at least. By default FOLDS.
+
+    Returns
+    -------
+    Of a candidate that a signal stopped, what `fit` said; the same call goes on.
+
+    Raises
+    ------
+    ValueError
+        The folder has candidates of other settings or data, or a run that had a recipe; as `fit`.
+    """
+    if saved_states(out / "states"):
+        if not (out / CHOICE).is_file():
+            raise ValueError(
+                f"run folder {out} holds a run whose recipe was given; give it again (--recipe {out / 'config.yaml'}) "
+                "to go on, or choose another --out."
+            )
+        return Choice(**json.loads((out / CHOICE).read_text()))
+    first = made("new_batch", ())
+    check_resumable(out, first)
+    everything = ConditionIndex.build(screen, np.ones(len(screen), dtype=bool))
+    match = resolve_control_match(everything, first.data.control_match)
+    known = LABELS if match == "batch" else LABELS[:2]
+    split = make_split(screen, first.split, first.training.seed, known=known)
+    asked, trained = (group(screen.obs, cells & ~screen.is_control, match) for cells in (split.test, split.train))
+    n_cells = [{condition: len(rows) for condition, rows in of.items()} for of in (asked, trained)]
+    kinds = newness(asked, trained, screen.notation).values()
+    tried = _different(candidates(most(kinds), len({perturbation for perturbation, _, _ in trained})), made)
+    own = made(tried[0].recipe, tried[0].words)
+    data = TrainingSet.from_screen(replace(screen, config=as_read(screen, own.data)), own)
+    check(data)
+    described = {name for table in data.tables for name in table.names}
+    design = Design.of(n_cells[0], n_cells[1], screen.notation, first.training.seed, described)
+    n_new: dict[str, int] = {str(kind): n for kind, n in design.n_new.items()}
+    records = _tried(tried, design, screen, split.train, match, made, out, budget)
+    if isinstance(records, TrainingResult):
+        return records
+    scores = _over_folds(tried, records) if records else []
+    recipe, words = tried[0].recipe, list(tried[0].words)
+    if scores:
+        best = min(scores, key=lambda row: float(row["sum"]))
+        recipe, words = best["recipe"], best["words"]
+    cpu_s = sum(float(record["cpu_s"]) for of_fold in records for record in of_fold)
+    choice = Choice(recipe, words, n_new, design.left_out, scores, cpu_s)
+    write_json(out / CHOICE, asdict(choice))
+    return choice
+
+
+def _different(tried: Sequence[Candidate], made: Made) -> list[Candidate]:
+    """Those that what a user gave leaves different."""
+    settings = [made(candidate.recipe, candidate.words) for candidate in tried]
+    return [candidate for i, candidate in enumerate(tried) if settings[i] not in settings[:i]]
+
+
+def _tried(
+    tried: Sequence[Candidate], design: Design, screen: Screen, train: np.ndarray, match: ControlMatch, made: Made,
+    out: Path, budget: float | None,
+) -> list[list[dict[str, Any]]] | TrainingResult:  # fmt: skip
+    """What each candidate scored in each fold."""
+    records: list[list[dict[str, Any]]] = []
+    folds = design.folds[: FOLDS if budget is None else None]
+    longest = spent = 0.0
+    with progress(len(folds) * len(tried), "choose", "run") as bar:
+        for number, fold in enumerate(folds):
+            if budget is not None and number and spent + longest * len(tried) > budget:
+                break
+            here = _without(screen, train, fold, match)
+            records.append([])
+            for candidate in tried:
+                folder = out / CANDIDATES / re.sub(r"\W+", "_", candidate.name) / str(number)
+                record = _score(candidate, here, fold, match, made, folder)
+                if isinstance(record, TrainingResult):
+                    leave_marker(out, str(record.stopped_by), 0)
+                    print(f"stopped     by {record.stopped_by} while choosing; the same command goes on", flush=True)
+                    return record
+                records[-1].append(record)
+                spent, longest = spent + record["wall_s"], max(longest, record["wall_s"])
+                bar.update()
+    return records
+
+
+def as_read(screen: Screen, data: DataConfig) -> DataConfig:
+    """Settings of data with those that a screen was read by, columns of a known kind of file filled in."""
+    return replace(data, **{name: getattr(screen.config, name) for name in READ_BY})
+
+
+def _without(screen: Screen, train: np.ndarray, fold: Sequence[Condition], match: ControlMatch) -> Screen:
+    """The training cells; of the conditions of a fold as many conditions and cells as are scored, by a hash."""
+    rows = group(screen.obs, train & ~screen.is_control, match)
+    kept, scored = train.copy(), {fold[i] for i in np.linspace(0, len(fold) - 1, MOST_CONDITIONS).astype(int)}
+    for condition in fold:
+        cells = rows[condition]
+        order = cells[np.argsort(cell_order_key(screen.obs.index[cells].to_numpy(), seed=1), kind="stable")]
+        kept[order[MOST_CELLS if condition in scored else 0 :]] = False
+    return screen.with_cells(np.flatnonzero(kept))
+
+
+def _score(
+    candidate: Candidate, screen: Screen, fold: Sequence[Condition], match: ControlMatch, made: Made, folder: Path
+) -> dict[str, Any] | TrainingResult:
+    """Train a candidate without a fold and score it there, unless that is done; what `fit` said of one that stopped."""
+    config = made(candidate.recipe, candidate.words)
+    n_steps = config.training.n_steps
+    part = max(1, round(n_steps * PART_OF_STEPS))
+    there = group(screen.obs, ~screen.is_control, match)
+    names = [":".join(condition if match == "batch" else condition[:2]) for condition in fold if condition in there]
+    data = as_read(screen, config.data)
+    config = replace(
+        config,
+        out=str(folder),
+        data=data,
+        split=SplitConfig(hold_out=names, validation_fraction=0.0),
+        training=replace(config.training, n_steps=part, trackers=[]),
+    )
+    screen = replace(screen, config=data)
+    made_of = json.loads(json.dumps({**lasting_settings(config), "screen": screen_identity(screen)}))
+    if (folder / SCORED).is_file():
+        record: dict[str, Any] = json.loads((folder / SCORED).read_text())
+        then = record["made_of"]
+        if changed := [key for key in {**then, **made_of} if then.get(key) != made_of.get(key)]:
+            raise ValueError(
+                f"the candidate in {folder} was trained with other settings or data ({few(changed)}); give those to go "
+                "on, or choose another --out."
+            )
+        return record
+    cpu, wall = time.process_time(), time.monotonic()
+    scores, seen = [], list[Config]()
+    # A model of half the steps stands for one of all, and what it was halfway for one of half as many.
+    for steps, stands_for in ((part, n_steps), (round(part * PART_OF_STEPS), part))[::-1]:
+        variants = []
+        for sampling in candidate.samplings:
+            words = [f"training.n_steps={stands_for}", *sampling]
+            variant = made(candidate.recipe, [*candidate.words, *words])
+            if steps and variant.training.n_steps == stands_for and variant not in seen:  # what a user gave stays
+                variants.append((words, variant.sampling))
+                seen.append(variant)
+        if not variants:
+            continue
+        with redirect_stdout(StringIO()):  # what it says of data and settings, the run says
+            result = fit(config, screen, stop_at=steps)
+        if result.stopped_by is not None and result.step < steps:
+            return result
+        scores += [{"words": words, **_scores(result.model, of, screen, config, match)} for words, of in variants]
+    cost = {"cpu_s": time.process_time() - cpu, "wall_s": time.monotonic() - wall}
+    record = {"made_of": made_of, "scores": scores, **cost}
+    write_json(folder / SCORED, record)
+    for name in ("states", "model"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    return record
+
+
+def _scores(
+    model: PerturbDiff, sampling: SamplingConfig, screen: Screen, config: Config, match: ControlMatch
+) -> dict[str, float]:
+    """Means over the held-out conditions, and the sum that candidates are compared by."""
+    model.config = replace(model.config, sampling=sampling)
+    split = read_split(Path(config.out) / "split.json", screen)
+    predicted = predict_held_out(model, screen, split, match, config.training.seed)
+    means = score_conditions(predicted, screen, match).means()
+    energy, pearson = (float(means[metric][MODEL]) for metric in ("energy_distance", "pearson_delta"))
+    nothing = float(means["energy_distance"][NO_CHANGE])
+    lacking = 1.0 if np.isnan(pearson) else 1.0 - pearson
+    return {
+        "sum": energy / (nothing if nothing > 0 else 1.0) + lacking,
+        "energy_distance": energy,
+        "pearson_delta": pearson,
+    }
+
+
+def _over_folds(tried: Sequence[Candidate], records: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    rows = []
+    for i, candidate in enumerate(tried):
+        for j, first in enumerate(records[0][i]["scores"]):
+            of_folds = [record[i]["scores"][j] for record in records]
+            means = {key: float(np.mean([of[key] for of in of_folds])) for key in first if key != "words"}
+            words = [*candidate.words, *first["words"]]
+            named = {"recipe": candidate.recipe, "words": words}
+            rows.append({**named, **means, "folds": len(records)})
+    return rows

@@ -1,0 +1,194 @@
+"""A recipe is chosen by training conditions that are left out, never by those that are held out."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pytest
+import torch
+
+from perturbdiff.config import load_config
+from perturbdiff.data.simulate import simulate
+from perturbdiff.model import PerturbDiff
+from perturbdiff.training.choose import CANDIDATES, CHOICE, SCORED, candidates
+from perturbdiff.training.run import train
+from tests.processes import PATIENCE
+from tests.simulated import SIMULATION, TINY
+
+pytestmark = pytest.mark.slow
+
+HELD_OUT = "batch=batch_2"
+
+
+@pytest.fixture(scope="module")
+def screen(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("choose") / "screen.h5ad"
+    simulate(replace(SIMULATION, n_batches=3), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(screen, tmp_path_factory):
+    return train(screen, tmp_path_factory.mktemp("choose") / "run", hold_out=HELD_OUT, overrides=TINY)
+
+
+def choice_of(folder: Path) -> dict:
+    return json.loads((folder / CHOICE).read_text())
+
+
+def test_every_recipe_and_word_of_a_candidate_is_known(screen):
+    for new in ("perturbation", "combination", "cell type", "batch", "dose"):
+        for n_perturbations in (1, 2, 3, 100):
+            for of in candidates(new, n_perturbations):
+                for sampling in of.samplings:
+                    load_config(of.recipe, [*of.words, *sampling], {"out": "unused", "data": {"screen": str(screen)}})
+
+
+def test_the_best_by_left_out_conditions_is_trained(run):
+    choice = choice_of(run.folder)
+    assert choice["n_new"] == {"batch": 6}
+    assert choice["left_out"] == "batch"
+    assert {row["folds"] for row in choice["scores"]} == {2}
+    # from the ladder's mean with three weights of the network, and from controls
+    assert len(choice["scores"]) == 4
+    best = min(choice["scores"], key=lambda row: row["sum"])
+    assert (choice["recipe"], choice["words"]) == (best["recipe"], best["words"])
+    config = load_config(run.folder / "config.yaml")
+    assert config == load_config(
+        choice["recipe"], [*choice["words"], *TINY],
+        {"out": str(run.folder), "data": {"screen": config.data.screen}, "split": {"hold_out": [HELD_OUT]}},
+    )  # fmt: skip
+    assert run.model.config.sampling == config.sampling
+    assert run.scores is not None
+    assert run.scores.n_conditions == 6
+
+
+def test_each_candidate_left_out_a_training_batch_and_kept_no_weights(run):
+    folders = sorted((run.folder / CANDIDATES).glob("*/*"))
+    assert len(folders) == 4
+    for folder in folders:
+        split = json.loads((folder / "split.json").read_text())
+        assert len({condition["batch"] for condition in split["conditions"]["test"]}) == 1
+        assert "batch_2" not in {condition["batch"] for of in split["conditions"].values() for condition in of}
+        assert load_config(folder / "config.yaml").training.n_steps == 3  # of the six that the user asked for
+        assert not (folder / "states").exists()
+        assert not (folder / "model").exists()
+
+
+def test_scores_are_those_of_the_model_and_the_fold_alone(run, screen, tmp_path):
+    """What was held out, and the controls that measure its truth, may hold anything."""
+    adata = anndata.read_h5ad(screen)
+    reserved = json.loads((run.folder / "split.json").read_text())["cells"]
+    others = adata.obs_names.isin([*reserved["test"], *reserved["controls"]])
+    assert others.sum() > 6 * 20
+    generator = np.random.default_rng(1)
+    X = adata.X.toarray() if hasattr(adata.X, "toarray") else np.asarray(adata.X)
+    X[others] = generator.permuted(X[others], axis=1) + generator.integers(0, 3, X[others].shape)
+    adata.X = X
+    other = train(adata, tmp_path / "run", hold_out=HELD_OUT, overrides=TINY)
+    assert choice_of(other.folder)["scores"] == choice_of(run.folder)["scores"]
+    assert (
+        other.scores.means().loc["no change", "energy_distance"]
+        != run.scores.means().loc["no change", "energy_distance"]
+    )
+
+
+def test_the_same_command_takes_what_was_chosen_and_trains_no_candidate_again(run, screen, capsys):
+    before = {path: path.stat().st_mtime_ns for path in (run.folder / CANDIDATES).rglob("*")}
+    again = train(screen, run.folder, hold_out=HELD_OUT, overrides=TINY)
+    said = capsys.readouterr().out
+    assert "chosen      --recipe new_batch" in said
+    assert {path: path.stat().st_mtime_ns for path in (run.folder / CANDIDATES).rglob("*")} == before
+    for x, y in zip(again.model.denoiser.parameters(), run.model.denoiser.parameters(), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_other_settings_are_refused_by_name(run, screen, tmp_path):
+    with pytest.raises(ValueError, match=r"optim.lr was 0.0007, is 0.5; *|optim.lr"):
+        train(screen, run.folder, hold_out=HELD_OUT, overrides=[*TINY, "optim.lr=0.5"])
+    half = tmp_path / "half"
+    done = next((run.folder / CANDIDATES).glob("new_batch/0"))
+    (half / CANDIDATES / "new_batch" / "0").mkdir(parents=True)
+    (half / CANDIDATES / "new_batch" / "0" / SCORED).write_bytes((done / SCORED).read_bytes())
+    with pytest.raises(ValueError, match=r"trained with other settings or data \(optim.lr\)"):
+        train(screen, half, hold_out=HELD_OUT, overrides=[*TINY, "optim.lr=0.5"])
+
+
+def test_a_run_whose_recipe_was_given_is_not_taken_for_one_that_chose(screen, tmp_path):
+    train(screen, tmp_path / "run", hold_out=HELD_OUT, recipe="new_batch", overrides=TINY, score=False)
+    with pytest.raises(ValueError, match="whose recipe was given; give it again"):
+        train(screen, tmp_path / "run", hold_out=HELD_OUT, overrides=TINY)
+    assert not (tmp_path / "run" / CANDIDATES).exists()
+
+
+def test_what_a_user_gives_wins_and_leaves_fewer_candidates(screen, tmp_path):
+    words = [*TINY, "diffusion.start=controls", "sampling.guidance_scale=0.25", "training.n_steps=4"]
+    run = train(screen, tmp_path / "run", hold_out=HELD_OUT, overrides=words, score=False)
+    assert len(choice_of(run.folder)["scores"]) == 3  # one start: network weights alone differ
+    assert run.model.config.diffusion.start == "controls"
+    assert run.model.config.sampling.guidance_scale == 0.25
+    assert run.step == 4
+
+
+def test_a_budget_buys_folds(screen, tmp_path):
+    run = train(screen, tmp_path / "little", hold_out="pert_0:type_0", overrides=TINY, score=False, budget=1e-9)
+    assert {row["folds"] for row in choice_of(run.folder)["scores"]} == {1}
+    run = train(screen, tmp_path / "much", hold_out="pert_0:type_0", overrides=TINY, score=False, budget=60)
+    assert {row["folds"] for row in choice_of(run.folder)["scores"]} == {4}  # pert_1, pert_2, in two
+
+
+def test_nothing_to_leave_out_is_said(screen, tmp_path, capsys):
+    adata = anndata.read_h5ad(screen)
+    adata = adata[(adata.obs["cell_type"] == "type_0") & (adata.obs["batch"] != "batch_1")].copy()
+    run = train(adata, tmp_path / "run", hold_out=HELD_OUT, overrides=TINY, score=False)
+    assert "no training condition can be left out" in capsys.readouterr().out
+    assert choice_of(run.folder)["recipe"] == "new_batch"
+
+
+@pytest.mark.parametrize("environment", [{"WORLD_SIZE": "2"}, {}])
+def test_choosing_is_for_one_screen_on_one_process(screen, tmp_path, monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    origin = {"screen": screen} if environment else {"atlases": tmp_path}
+    with pytest.raises(ValueError, match=r"give --recipe: of .*cross_cell_type"):
+        train(out=tmp_path / "run", hold_out=HELD_OUT, overrides=TINY, **origin)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_cannot_be_predicted_is_refused_before_anything_is_tried(screen, tmp_path):
+    with pytest.raises(ValueError, match="features of perturbations"):
+        train(screen, tmp_path / "run", hold_out="pert_0", overrides=TINY)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_killed_at_any_point_the_same_command_goes_on(screen, run, tmp_path, number):
+    out = tmp_path / "run"
+    command = [
+        sys.executable, "-m", "perturbdiff", "train", "--screen", str(screen), "--hold-out", HELD_OUT,
+        "--out", str(out), *TINY,
+    ]  # fmt: skip
+    for awaited in ("new_batch/0/metrics.jsonl", "new_batch_diffusion_start_controls/0/scored.json"):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+        deadline = time.monotonic() + PATIENCE
+        while not (out / CANDIDATES / awaited).exists():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(number)
+        process.communicate(timeout=PATIENCE)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert done.returncode == 0, done.stderr
+    assert choice_of(out)["scores"] == choice_of(run.folder)["scores"]
+    model = PerturbDiff.from_pretrained(out / "model", device="cpu")
+    for x, y in zip(model.denoiser.parameters(), run.model.denoiser.parameters(), strict=True):
+        assert torch.equal(x, y)
