@@ -250,7 +250,7 @@ class OptimConfig:
 
 @dataclass
 class TrainingConfig:
-    n_steps: int = bounded(300, above=0)
+    n_steps: int = bounded(300, least=0)  # 0: a checkpoint as it is, with the genes and labels of the data
     seed: int = bounded(0, least=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     mixed_precision: Literal["no", "bf16"] = "no"  # bf16: autocast; weights, gradients and optimizer stay float32

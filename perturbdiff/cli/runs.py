@@ -159,6 +159,7 @@ def _finetune_command(commands: Any) -> None:
     finetune.add_argument("--out", default="runs/finetune", metavar="DIR", help="run folder (default: %(default)s)")
     finetune.add_argument("--dry-run", action="store_true", help="say what was found and would be done, and end")
     _recipe(finetune)
+    _budget(finetune)
     add_settings(finetune)
 
 
@@ -263,7 +264,7 @@ def _finetune(arguments: argparse.Namespace) -> None:
 
     words = {**_training_of(arguments), "init_from": arguments.init_from}
     if not arguments.dry_run:
-        _print_run(finetune(**words))
+        _print_run(finetune(**words, budget=arguments.budget))
     elif rank() == 0:
         print(preview(**words))
 

@@ -35,11 +35,11 @@ from perturbdiff.training.dataset import TrainingSet
 from perturbdiff.training.design import Design, New, most, newness
 from perturbdiff.training.loop import TrainingResult, fit
 from perturbdiff.training.run_folder import check_resumable, lasting_settings, leave_marker
+from perturbdiff.training.start import checkpoint_metadata, prepare
 from perturbdiff.training.state import saved_states
 
 CANDIDATES, CHOICE, SCORED = "candidates", "choice.json", "scored.json"
 FOLDS = 2  # where no budget says otherwise
-PART_OF_STEPS = 1 / 2  # that a candidate trains
 MOST_CONDITIONS = 24  # scored in a fold
 MOST_CELLS = 300  # of a condition that are scored in a fold
 FEW = 2  # perturbations, where batches are those of across_patients
@@ -50,11 +50,17 @@ Made = Callable[[str, Sequence[str]], Config]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A recipe of `train`, words that win over it, and settings of sampling that its weights are scored with."""
+    """A recipe of `train`, words that win over it, and settings of sampling that its weights are scored with.
+
+    part
+        Of its steps, that it trains as a candidate. From a mean there is little to learn but the shape; from controls
+        half of the steps would know half of the response. Together all cost twice what one does whole, in FOLDS.
+    """
 
     recipe: str
     words: tuple[str, ...] = ()
     samplings: tuple[tuple[str, ...], ...] = ((),)
+    part: float = 3 / 4
 
     @property
     def name(self) -> str:
@@ -69,11 +75,22 @@ FROM_CONTROLS, FROM_MEANS = ("diffusion.start=controls",), ("diffusion.start=mea
 def candidates(new: New, n_perturbations: int) -> tuple[Candidate, ...]:
     """What may be best for conditions that are new in this way, of a screen of so many perturbations."""
     if new == "cell type":
-        return Candidate("cross_cell_type"), Candidate("cross_cell_type", FROM_MEANS, ON_MEANS)
+        return Candidate("cross_cell_type"), Candidate("cross_cell_type", FROM_MEANS, ON_MEANS, 1 / 4)
     if new == "perturbation":
-        return Candidate("unseen_perturbations", (), GUIDED), Candidate("unseen_perturbations", FROM_MEANS, ON_MEANS)
+        recipe = "unseen_perturbations"
+        return Candidate(recipe, (), GUIDED), Candidate(recipe, FROM_MEANS, ON_MEANS, 1 / 4)
     recipe = "across_patients" if n_perturbations <= FEW else "new_batch"
-    return Candidate(recipe, (), ON_MEANS), Candidate(recipe, FROM_CONTROLS)
+    return Candidate(recipe, (), ON_MEANS, 1 / 4), Candidate(recipe, FROM_CONTROLS)
+
+
+def tuned(new: New, n_perturbations: int) -> tuple[Candidate, ...]:
+    """What may be best with a checkpoint: as it is, tuned, or its screen alone, which knows no other perturbation."""
+    named: dict[New, str] = {"cell type": "cross_cell_type", "perturbation": "unseen_perturbations"}
+    recipe, alone = f"finetune/{named.get(new, 'new_screen')}", candidates(new, n_perturbations)[0]
+    with_it = Candidate(recipe, ("training.n_steps=0",)), Candidate(recipe, part=1 / 2)
+    if new in ("perturbation", "combination"):
+        return with_it
+    return *with_it, replace(alone, recipe=f"train/{alone.recipe}", part=1 / 2)
 
 
 @dataclass(frozen=True)
@@ -118,12 +135,18 @@ class Choice:
 
 
 def choose(
-    screen: Screen, made: Made, out: Path, check: Callable[[TrainingSet], None], budget: float | None = None
+    config: Config,
+    screen: Screen,
+    made: Made,
+    check: Callable[[TrainingSet], None],
+    budget: float | None = None,
 ) -> Choice | TrainingResult:
     """Score the candidates and take the best one; of a run that was begun, the one that was taken then.
 
     Parameters
     ----------
+    config
+        Of the run, without a recipe: where it is, what it reads and holds out, and whether it starts from a checkpoint.
     screen
         With all its cells; those that are held out, and controls that measure their truth, are not looked at.
     made
@@ -142,6 +165,7 @@ def choose(
     ValueError
         The folder has candidates of other settings or data, or a run that had a recipe; as `fit`.
     """
+    out = Path(config.out)
     if saved_states(out / "states"):
         if not (out / CHOICE).is_file():
             raise ValueError(
@@ -149,23 +173,29 @@ def choose(
                 "to go on, or choose another --out."
             )
         return Choice(**json.loads((out / CHOICE).read_text()))
-    first = made("new_batch", ())
-    check_resumable(out, first)
+    check_resumable(out, config)
     everything = ConditionIndex.build(screen, np.ones(len(screen), dtype=bool))
-    match = resolve_control_match(everything, first.data.control_match)
+    match = resolve_control_match(everything, config.data.control_match)
     known = LABELS if match == "batch" else LABELS[:2]
-    split = make_split(screen, first.split, first.training.seed, known=known)
-    asked, trained = (group(screen.obs, cells & ~screen.is_control, match) for cells in (split.test, split.train))
-    n_cells = [{condition: len(rows) for condition, rows in of.items()} for of in (asked, trained)]
-    kinds = newness(asked, trained, screen.notation).values()
-    tried = _different(candidates(most(kinds), len({perturbation for perturbation, _, _ in trained})), made)
+    split = make_split(screen, config.split, config.training.seed, known=known)
+    asked, trained = (group(screen.obs, cells & ~screen.is_control, match) for cells in (split.test, ~split.test))
+    new = most(newness(asked, trained, screen.notation).values())
+    kinds = candidates if config.adapt.init_from is None else tuned
+    tried = _different(kinds(new, len({perturbation for perturbation, _, _ in trained})), made)
     own = made(tried[0].recipe, tried[0].words)
-    data = TrainingSet.from_screen(replace(screen, config=as_read(screen, own.data)), own)
-    check(data)
-    described = {name for table in data.tables for name in table.names}
-    design = Design.of(n_cells[0], n_cells[1], screen.notation, first.training.seed, described)
+    start = prepare(own, replace(screen, config=as_read(screen, own.data)), out, resuming=False)
+    check(start.data)
+    described = {name for table in start.data.tables for name in table.names}
+    if own.adapt.init_from is not None:
+        described |= {*checkpoint_metadata(own.adapt.init_from)[2].vocabularies.labelled}
+    train = start.data.split.train
+    n_asked, n_trained = (
+        {condition: len(rows) for condition, rows in group(screen.obs, of & ~screen.is_control, match).items()}
+        for of in (split.test, train)
+    )
+    design = Design.of(n_asked, n_trained, screen.notation, own.training.seed, described)
     n_new: dict[str, int] = {str(kind): n for kind, n in design.n_new.items()}
-    records = _tried(tried, design, screen, split.train, match, made, out, budget)
+    records = _tried(tried, design, screen, train, match, made, out, budget)
     if isinstance(records, TrainingResult):
         return records
     scores = _over_folds(tried, records) if records else []
@@ -234,7 +264,8 @@ def _score(
     """Train a candidate without a fold and score it there, unless that is done; what `fit` said of one that stopped."""
     config = made(candidate.recipe, candidate.words)
     n_steps = config.training.n_steps
-    part = max(1, round(n_steps * PART_OF_STEPS))
+    least = min(1, n_steps)  # none of a checkpoint as it is
+    part, fewer = max(least, round(n_steps * candidate.part)), max(least, n_steps // 2)
     there = group(screen.obs, ~screen.is_control, match)
     names = [":".join(condition if match == "batch" else condition[:2]) for condition in fold if condition in there]
     data = as_read(screen, config.data)
@@ -258,13 +289,14 @@ def _score(
         return record
     cpu, wall = time.process_time(), time.monotonic()
     scores, seen = [], list[Config]()
-    # A model of half the steps stands for one of all, and what it was halfway for one of half as many.
-    for steps, stands_for in ((part, n_steps), (round(part * PART_OF_STEPS), part))[::-1]:
+    # A model of a part of the steps stands for one of all, and what it was halfway for one of half as many.
+    for steps, stands_for in ((part // 2, fewer), (part, n_steps)):
         variants = []
         for sampling in candidate.samplings:
             words = [f"training.n_steps={stands_for}", *sampling]
             variant = made(candidate.recipe, [*candidate.words, *words])
-            if steps and variant.training.n_steps == stands_for and variant not in seen:  # what a user gave stays
+            known = variant in seen or variant.training.n_steps != stands_for  # what a user gave stays
+            if steps >= least and not known:
                 variants.append((words, variant.sampling))
                 seen.append(variant)
         if not variants:
@@ -306,7 +338,7 @@ def _over_folds(tried: Sequence[Candidate], records: Sequence[Sequence[Mapping[s
         for j, first in enumerate(records[0][i]["scores"]):
             of_folds = [record[i]["scores"][j] for record in records]
             means = {key: float(np.mean([of[key] for of in of_folds])) for key in first if key != "words"}
-            words = [*candidate.words, *first["words"]]
+            words = list(dict.fromkeys([*candidate.words, *first["words"]]))
             named = {"recipe": candidate.recipe, "words": words}
             rows.append({**named, **means, "folds": len(records)})
     return rows

@@ -108,7 +108,7 @@ def train(
     adata = screen if isinstance(screen, AnnData) else None
     if recipe is not None or not (config.split.hold_out or config.split.file):
         return run(config, adata, score)
-    return _chosen(lambda name, words: load_config(name, [*words, *overrides], given), config, adata, score, budget)
+    return _chosen(config, lambda name, words: load_config(name, [*words, *overrides], given), adata, score, budget)
 
 
 def finetune(
@@ -119,6 +119,7 @@ def finetune(
     atlases: str | Path | Sequence[str | Path] = (),
     hold_out: str | Sequence[str] = (),
     recipe: str | Path | None = None,
+    budget: float | None = None,
     overrides: Sequence[str] = (),
     score: bool = True,
     **settings: Any,
@@ -131,7 +132,7 @@ def finetune(
         Model folder, registered name or owner/name[@REVISION]; None where the recipe names it. What the recipe and the
         settings do not say of architecture, preprocessing, diffusion and sampling is as in that model.
 
-    Otherwise as `train`.
+    Otherwise as `train`. Without a recipe the checkpoint as it is and training from scratch are tried too.
 
     Raises
     ------
@@ -140,7 +141,17 @@ def finetune(
     """
     given = _given(screen, out, atlases, hold_out, settings)
     config = finetune_config(init_from, recipe, overrides, given)
-    return run(config, screen if isinstance(screen, AnnData) else None, score)
+    adata = screen if isinstance(screen, AnnData) else None
+    if recipe is not None or not (config.split.hold_out or config.split.file):
+        return run(config, adata, score)
+
+    def made(name: str, words: Sequence[str]) -> Config:
+        if name.startswith("train/"):  # from scratch, in the space of the checkpoint
+            space = {"data": {"target_sum": config.data.target_sum, "scale": config.data.scale}}
+            return load_config(name, [*words, *overrides], given, base=space)
+        return finetune_config(init_from, name, [*words, *overrides], given)
+
+    return _chosen(config, made, adata, score, budget)
 
 
 def finetune_config(
@@ -239,7 +250,7 @@ def run(config: Config, origin: AnnData | Screen | None = None, score: bool = Tr
     return Run(model, folder, result.step, scored.scores, tuple(scored.written), None)
 
 
-def _chosen(made: Made, config: Config, adata: AnnData | None, score: bool, budget: float | None) -> Run:
+def _chosen(config: Config, made: Made, adata: AnnData | None, score: bool, budget: float | None) -> Run:
     """Choose a recipe for what is held out of the screen, and `run` it."""
     if config.data.screen is None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
@@ -247,7 +258,7 @@ def _chosen(made: Made, config: Config, adata: AnnData | None, score: bool, budg
             "cross_cell_type, new_batch, across_patients or unseen_perturbations, by what is held out."
         )
     screen, cpu = Screen.read(adata if adata is not None else config.data.screen, config.data), time.process_time()
-    chosen = choose(screen, made, Path(config.out), _refuse_unpredictable, None if budget is None else 60 * budget)
+    chosen = choose(config, screen, made, _refuse_unpredictable, None if budget is None else 60 * budget)
     if isinstance(chosen, TrainingResult):
         return Run(chosen.model, Path(config.out), 0, None, (), chosen.stopped_by)
     print(chosen.text(), flush=True)

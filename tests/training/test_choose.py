@@ -20,13 +20,14 @@ from perturbdiff.config import load_config
 from perturbdiff.data.simulate import simulate
 from perturbdiff.model import PerturbDiff
 from perturbdiff.training.choose import CANDIDATES, CHOICE, SCORED, candidates
-from perturbdiff.training.run import train
+from perturbdiff.training.run import finetune, train
 from tests.processes import PATIENCE
 from tests.simulated import SIMULATION, TINY
 
 pytestmark = pytest.mark.slow
 
 HELD_OUT = "batch=batch_2"
+FAST = ["training.device=cpu", "data.set_size=8", "data.sets_per_batch=4", "optim.warmup_steps=0"]
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,9 @@ def test_each_candidate_left_out_a_training_batch_and_kept_no_weights(run):
         split = json.loads((folder / "split.json").read_text())
         assert len({condition["batch"] for condition in split["conditions"]["test"]}) == 1
         assert "batch_2" not in {condition["batch"] for of in split["conditions"].values() for condition in of}
-        assert load_config(folder / "config.yaml").training.n_steps == 3  # of the six that the user asked for
+        config = load_config(folder / "config.yaml")
+        part = {"mean": 1 / 4, "controls": 3 / 4}[config.diffusion.start]
+        assert config.training.n_steps == round(6 * part)  # of the six that the user asked for
         assert not (folder / "states").exists()
         assert not (folder / "model").exists()
 
@@ -192,3 +195,17 @@ def test_killed_at_any_point_the_same_command_goes_on(screen, run, tmp_path, num
     model = PerturbDiff.from_pretrained(out / "model", device="cpu")
     for x, y in zip(model.denoiser.parameters(), run.model.denoiser.parameters(), strict=True):
         assert torch.equal(x, y)
+
+
+def test_a_checkpoint_that_tuning_spoils_stays_as_it_is(screen, run, tmp_path):
+    tuned = finetune(
+        screen, run.folder / "model", tmp_path / "tuned", hold_out=HELD_OUT, overrides=["optim.lr=0.3", *FAST]
+    )
+    scores = {tuple(row["words"]): row for row in choice_of(tuned.folder)["scores"]}
+    assert {row["recipe"].split("/")[0] for row in scores.values()} == {"finetune", "train"}
+    choice = choice_of(tuned.folder)
+    assert (choice["recipe"], choice["words"]) == ("finetune/new_screen", ["training.n_steps=0"])
+    assert tuned.step == 0
+    assert tuned.scores is not None
+    for name, weights in tuned.model.denoiser.state_dict().items():
+        assert torch.equal(weights, run.model.denoiser.state_dict()[name])
