@@ -102,8 +102,8 @@ class Choice:
     left_out
         How training conditions that were left out are new.
     scores
-        One row a candidate, number of steps and sampling: `energy_distance`, `pearson_delta` and the `sum` of losses
-        that decides, means over `folds`; none where nothing could be left out.
+        One row a candidate, number of steps and sampling: `energy_distance`, `pearson_delta` and the `sum` of losses,
+        means over folds, and `sums` of each fold; none where nothing could be left out.
     cpu_s
         CPU-seconds of all candidates, those of an earlier call too.
     """
@@ -119,10 +119,11 @@ class Choice:
         """For a person, several lines."""
         lines = ["held out    " + ", ".join(f"{n:,} of a new {kind}" for kind, n in self.n_new.items())]
         if self.scores:
-            times = self.scores[0]["folds"]
+            times = len(self.scores[0]["sums"])
             lines += [
                 f"choosing    on training conditions of a new {self.left_out}, left out {times} times,",
-                "            by energy_distance over that of no change, plus 1 - pearson_delta",
+                "            by energy_distance over that of no change, plus 1 - pearson_delta;",
+                "            another than the usual recipe must be better each time",
                 "     sum  energy  pearson  candidate",
             ]
             for row in sorted(self.scores, key=lambda row: float(row["sum"])):
@@ -141,7 +142,9 @@ def choose(
     check: Callable[[TrainingSet], None],
     budget: float | None = None,
 ) -> Choice | TrainingResult:
-    """Score the candidates and take the best one; of a run that was begun, the one that was taken then.
+    """Score the candidates and take the best of those that beat the first one in every fold, or else that.
+
+    Of a run that was begun it is the one that was taken then.
 
     Parameters
     ----------
@@ -201,7 +204,10 @@ def choose(
     scores = _over_folds(tried, records) if records else []
     recipe, words = tried[0].recipe, list(tried[0].words)
     if scores:
-        best = min(scores, key=lambda row: float(row["sum"]))
+        usual = _words(tried[0], [f"training.n_steps={own.training.n_steps}"])
+        first = next(row for row in scores if (row["recipe"], row["words"]) == (recipe, usual))
+        better = [row for row in scores if all(np.less(row["sums"], first["sums"]))]
+        best = min(better, key=lambda row: float(row["sum"]), default=first)
         recipe, words = best["recipe"], best["words"]
     cpu_s = sum(float(record["cpu_s"]) for of_fold in records for record in of_fold)
     choice = Choice(recipe, words, n_new, design.left_out, scores, cpu_s)
@@ -338,7 +344,10 @@ def _over_folds(tried: Sequence[Candidate], records: Sequence[Sequence[Mapping[s
         for j, first in enumerate(records[0][i]["scores"]):
             of_folds = [record[i]["scores"][j] for record in records]
             means = {key: float(np.mean([of[key] for of in of_folds])) for key in first if key != "words"}
-            words = list(dict.fromkeys([*candidate.words, *first["words"]]))
-            named = {"recipe": candidate.recipe, "words": words}
-            rows.append({**named, **means, "folds": len(records)})
+            named = {"recipe": candidate.recipe, "words": _words(candidate, first["words"])}
+            rows.append({**named, **means, "sums": [of["sum"] for of in of_folds]})
     return rows
+
+
+def _words(candidate: Candidate, more: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys([*candidate.words, *more]))

@@ -19,6 +19,8 @@ which holds out training conditions and drops the task's own test cells:
     python scripts/bench/quality.py --data DIR --out FOLDS --tasks kang_B --fold IFN-beta:NK --set optim.lr=1e-3 \\
       --label fast
 
+--choose gives no recipe, so that `perturbdiff train` chooses one.
+
 Prints a Markdown table of what is finished of the tasks and puts it into OUT/quality.json. Scores are means over
 conditions and seeds, with 95 % intervals: over conditions where there are five or more, else over cells; both with the
 spread of the seeds where there are several. The best simple method is chosen by the test cells, in its favour; the
@@ -165,6 +167,7 @@ def main() -> None:
     parser.add_argument("--label", metavar="NAME", help=f"name of these settings in the table (default: {MODEL})")
     parser.add_argument("--predictions", **more, metavar="NAME=FILE", help="score these, train nothing")
     parser.add_argument("--fold", **more, metavar="SELECTOR", help="hold out these training conditions instead")
+    parser.add_argument("--choose", action="store_true", help="without the task's recipe; needs --label")
     parser.add_argument("--splits", action="store_true", help="write OUT/TASK/split.json, run nothing")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     options = parser.parse_args()
@@ -185,8 +188,8 @@ def run(options: argparse.Namespace) -> list[str]:
     tasks = [Task.read(name) for name in (options.tasks.split(",") if options.tasks else task_names())]
     if options.out is None:
         raise ValueError("--out is missing: the folder of results.")
-    if options.set and (options.label or MODEL) == MODEL:
-        raise ValueError("--set needs --label NAME: what these settings are called in the table.")
+    if (options.set or options.choose) and (options.label or MODEL) == MODEL:
+        raise ValueError("--set and --choose need --label NAME: what these settings are called in the table.")
     methods = dict(given.partition("=")[::2] for given in options.predictions)
     for name, file in (methods or {options.label or MODEL: "none"}).items():
         if not re.fullmatch(r"[\w+-][\w.+-]*", name) or not file or (methods and name == MODEL):
@@ -205,14 +208,14 @@ def run(options: argparse.Namespace) -> list[str]:
             for seed in seeds if not file or "{seed}" in file else seeds[:1]:
                 folder = bench.out / bench.task.name / name / str(seed)
                 path = file.format(task=bench.task.name, seed=seed)
-                made_of = {"task": identity, "seed": seed, "settings": options.set}
+                made_of = {"task": identity, "seed": seed, "settings": [*["chosen"] * options.choose, *options.set]}
                 made_of |= {"predictions": sha256(Path(path))} if file else {}
                 if finished(folder, made_of):
                     continue
                 print(f"{bench.task.name}, {name}, seed {seed}", file=sys.stderr, flush=True)
                 if file:
                     score(bench, path, folder / "run")
-                elif why := train(bench, folder, [*options.set, f"training.seed={seed}"]):
+                elif why := train(bench, folder, [*options.set, f"training.seed={seed}"], options.choose):
                     failed.append(f"{bench.task.name}, {name}, seed {seed}: {why}")
     records = [found for pair in zip(benches, identities, strict=True) for found in results(*pair)]
     path, asked = options.out / "quality.json", {task.name for task in tasks}
@@ -233,7 +236,7 @@ def finished(folder: Path, made_of: dict[str, Any]) -> bool:
     return (folder / "run" / "scores.json").is_file()  # which is written after scores.parquet
 
 
-def train(bench: Bench, folder: Path, settings: list[str]) -> str | None:
+def train(bench: Bench, folder: Path, settings: list[str], choose: bool) -> str | None:
     """Train, then predict and score in a process of its own; returns why there are no scores."""
     task, run_folder, log = bench.task, folder / "run", folder / "log.txt"
     program, words = [sys.executable, "-m", "perturbdiff"], bench.words()
@@ -243,7 +246,8 @@ def train(bench: Bench, folder: Path, settings: list[str]) -> str | None:
         if not features.is_file() and call(command, log):
             return f"no loadings, see {log}"
         words.append(f"data.perturbation_features={json.dumps([str(features)])}")
-    command = [*program, "train", "--screen", bench.path(task.file), "--out", run_folder, "--recipe", task.recipe]
+    command = [*program, "train", "--screen", bench.path(task.file), "--out", run_folder]
+    command += [] if choose else ["--recipe", task.recipe]
     command += [word for selector in task.hold_out for word in ("--hold-out", selector)]
     settings = [*words, "training.trackers=[]", *settings]
     if call([*command, "--no-score", *settings], log, folder / "cost.json"):

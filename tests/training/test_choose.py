@@ -58,10 +58,12 @@ def test_the_best_by_left_out_conditions_is_trained(run):
     choice = choice_of(run.folder)
     assert choice["n_new"] == {"batch": 6}
     assert choice["left_out"] == "batch"
-    assert {row["folds"] for row in choice["scores"]} == {2}
+    assert {len(row["sums"]) for row in choice["scores"]} == {2}
     # from the ladder's mean with three weights of the network, and from controls
     assert len(choice["scores"]) == 4
-    best = min(choice["scores"], key=lambda row: row["sum"])
+    usual = next(row for row in choice["scores"] if row["words"] == ["training.n_steps=6"])
+    better = [row for row in choice["scores"] if all(a < b for a, b in zip(row["sums"], usual["sums"], strict=True))]
+    best = min(better, key=lambda row: row["sum"]) if better else usual
     assert (choice["recipe"], choice["words"]) == (best["recipe"], best["words"])
     config = load_config(run.folder / "config.yaml")
     assert config == load_config(
@@ -144,9 +146,9 @@ def test_what_a_user_gives_wins_and_leaves_fewer_candidates(screen, tmp_path):
 
 def test_a_budget_buys_folds(screen, tmp_path):
     run = train(screen, tmp_path / "little", hold_out="pert_0:type_0", overrides=TINY, score=False, budget=1e-9)
-    assert {row["folds"] for row in choice_of(run.folder)["scores"]} == {1}
+    assert {len(row["sums"]) for row in choice_of(run.folder)["scores"]} == {1}
     run = train(screen, tmp_path / "much", hold_out="pert_0:type_0", overrides=TINY, score=False, budget=60)
-    assert {row["folds"] for row in choice_of(run.folder)["scores"]} == {4}  # pert_1, pert_2, in two
+    assert {len(row["sums"]) for row in choice_of(run.folder)["scores"]} == {4}  # pert_1, pert_2, in two
 
 
 def test_nothing_to_leave_out_is_said(screen, tmp_path, capsys):
