@@ -40,6 +40,7 @@ from perturbdiff.training.state import saved_states
 
 CANDIDATES, CHOICE, SCORED = "candidates", "choice.json", "scored.json"
 FOLDS = 2  # where no budget says otherwise
+PART_OF_STEPS = 1 / 2  # that a candidate trains: two in two folds cost twice what one does whole
 MOST_CONDITIONS = 24  # scored in a fold
 MOST_CELLS = 300  # of a condition that are scored in a fold
 FEW = 2  # perturbations, where batches are those of across_patients
@@ -50,17 +51,11 @@ Made = Callable[[str, Sequence[str]], Config]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A recipe of `train`, words that win over it, and settings of sampling that its weights are scored with.
-
-    part
-        Of its steps, that it trains as a candidate. From a mean there is little to learn but the shape; from controls
-        half of the steps would know half of the response. Together all cost twice what one does whole, in FOLDS.
-    """
+    """A recipe, words that win over it, and settings of sampling that its weights are scored with."""
 
     recipe: str
     words: tuple[str, ...] = ()
     samplings: tuple[tuple[str, ...], ...] = ((),)
-    part: float = 3 / 4
 
     @property
     def name(self) -> str:
@@ -75,22 +70,22 @@ FROM_CONTROLS, FROM_MEANS = ("diffusion.start=controls",), ("diffusion.start=mea
 def candidates(new: New, n_perturbations: int) -> tuple[Candidate, ...]:
     """What may be best for conditions that are new in this way, of a screen of so many perturbations."""
     if new == "cell type":
-        return Candidate("cross_cell_type"), Candidate("cross_cell_type", FROM_MEANS, ON_MEANS, 1 / 4)
+        return Candidate("cross_cell_type"), Candidate("cross_cell_type", FROM_MEANS, ON_MEANS)
     if new == "perturbation":
         recipe = "unseen_perturbations"
-        return Candidate(recipe, (), GUIDED), Candidate(recipe, FROM_MEANS, ON_MEANS, 1 / 4)
+        return Candidate(recipe, (), GUIDED), Candidate(recipe, FROM_MEANS, ON_MEANS)
     recipe = "across_patients" if n_perturbations <= FEW else "new_batch"
-    return Candidate(recipe, (), ON_MEANS, 1 / 4), Candidate(recipe, FROM_CONTROLS)
+    return Candidate(recipe, (), ON_MEANS), Candidate(recipe, FROM_CONTROLS)
 
 
 def tuned(new: New, n_perturbations: int) -> tuple[Candidate, ...]:
     """What may be best with a checkpoint: as it is, tuned, or its screen alone, which knows no other perturbation."""
     named: dict[New, str] = {"cell type": "cross_cell_type", "perturbation": "unseen_perturbations"}
     recipe, alone = f"finetune/{named.get(new, 'new_screen')}", candidates(new, n_perturbations)[0]
-    with_it = Candidate(recipe, ("training.n_steps=0",)), Candidate(recipe, part=1 / 2)
+    with_it = Candidate(recipe, ("training.n_steps=0",)), Candidate(recipe)
     if new in ("perturbation", "combination"):
         return with_it
-    return *with_it, replace(alone, recipe=f"train/{alone.recipe}", part=1 / 2)
+    return *with_it, replace(alone, recipe=f"train/{alone.recipe}")
 
 
 @dataclass(frozen=True)
@@ -271,7 +266,7 @@ def _score(
     config = made(candidate.recipe, candidate.words)
     n_steps = config.training.n_steps
     least = min(1, n_steps)  # none of a checkpoint as it is
-    part, fewer = max(least, round(n_steps * candidate.part)), max(least, n_steps // 2)
+    part, fewer = max(least, round(n_steps * PART_OF_STEPS)), max(least, n_steps // 2)
     there = group(screen.obs, ~screen.is_control, match)
     names = [":".join(condition if match == "batch" else condition[:2]) for condition in fold if condition in there]
     data = as_read(screen, config.data)
@@ -295,8 +290,9 @@ def _score(
         return record
     cpu, wall = time.process_time(), time.monotonic()
     scores, seen = [], list[Config]()
-    # A model of a part of the steps stands for one of all, and what it was halfway for one of half as many.
-    for steps, stands_for in ((part // 2, fewer), (part, n_steps)):
+    # A model of half the steps stands for one of all, and what it was halfway for one of half as many, if it trained.
+    halfway = (part // 2, fewer) if part // 2 > config.optim.warmup_steps else (part, n_steps)
+    for steps, stands_for in (halfway, (part, n_steps)):
         variants = []
         for sampling in candidate.samplings:
             words = [f"training.n_steps={stands_for}", *sampling]
