@@ -9,7 +9,7 @@ import numpy as np
 from perturbdiff.data.notation import Parts
 from perturbdiff.means.shifts import additive, context_mean, no_change, perturbation_mean, perturbed_mean
 from perturbdiff.means.stack import Stack
-from perturbdiff.means.targets import covariance, own_target
+from perturbdiff.means.targets import covariance, own_target, with_unseen_targets
 from perturbdiff.means.training import Context, Predictor, TrainingMeans
 
 
@@ -44,7 +44,8 @@ def stacked(training: TrainingMeans, context: Context) -> np.ndarray | None:
     """(G,) the others weighted by how well they predict training conditions that are as new as this one.
 
     `Stack` has the model. As new: in a batch without the perturbation, in a cell type without it, a perturbation or a
-    combination without any condition. None where training has nothing to leave out so.
+    combination without any condition. The own genes of parts that no condition has change as those of others do
+    (`target_shift`), and say nothing of the weights. None where training has nothing to leave out so.
     """
     parts = training.parts(context.perturbation)
     kind = _new_is(training, parts, context.cell_type)
@@ -56,16 +57,21 @@ def stacked(training: TrainingMeans, context: Context) -> np.ndarray | None:
     shifts = {name: STACKED[name](training, context) for name in stack.names}
     told = {name: shift for name, shift in shifts.items() if shift is not None}
     weights = stack.weights(list(told))
-    total: np.ndarray = np.sum([weight * told[name] for name, weight in weights.items()], axis=0)
-    return total if weights else None
+    if not weights and not stack.shrinks:
+        return None
+    total = sum((weight * told[name] for name, weight in weights.items()), start=no_change(training, context))
+    return with_unseen_targets(training, context, total)
 
 
 def start_shift(training: TrainingMeans, context: Context) -> np.ndarray:
-    """(G,) the mean response that a set can start from: `stacked`, or the next that says something of the context."""
-    for predict in (stacked, log_space, additive, own_target):
+    """(G,) the mean response that a set can start from: `stacked`, or the next that says something of the context.
+
+    The own genes of parts that no condition has change as those of others do (`target_shift`).
+    """
+    for predict in (stacked, log_space, additive):
         if (shift := predict(training, context)) is not None:
-            return shift
-    return context_mean(training, context)
+            return with_unseen_targets(training, context, shift)
+    return with_unseen_targets(training, context, context_mean(training, context))
 
 
 def _stack(training: TrainingMeans, kind: str) -> Stack | None:
@@ -78,7 +84,11 @@ def _stack(training: TrainingMeans, kind: str) -> Stack | None:
         else:
             left_out = [tuple(name for name, _ in seen) for seen in training.seen]
         training.learned[kind] = Stack.fit(
-            training, STACKED, left_out, lambda rest, *asked: _new_is(rest, *asked) == kind
+            training,
+            STACKED,
+            left_out,
+            lambda rest, *asked: _new_is(rest, *asked) == kind,
+            shrinks=kind == "perturbation",
         )
     stack: Stack | None = training.learned[kind]
     return stack
@@ -105,8 +115,5 @@ PREDICTORS: dict[str, Predictor] = {
 }
 """By the names they are printed with."""
 
-STACKED = {
-    name: PREDICTORS[name]
-    for name in ("context mean", "perturbation mean", "additive", "ridge", "log space", "own target")
-}
+STACKED = {name: PREDICTORS[name] for name in ("context mean", "perturbation mean", "additive", "ridge", "log space")}
 """Those that `stacked` weighs."""

@@ -27,12 +27,13 @@ class Stack:
     -----
     Weights that are not negative, by least squares on left-out predictions (Breiman 1996, "Stacked regressions"),
     divided by their sum (van der Laan et al. 2007, "Super learner"): least squares alone shrinks what is noisy, and the
-    mean response of a new context with it.
+    mean response of a new context with it. Of perturbations that are new there is little to be known: with `shrinks`,
+    a sum under 1 stays, and the rest to 1 is no change.
     """
 
     names: tuple[str, ...]
-    gram: np.ndarray  # (P, P)
-    cross: np.ndarray  # (P,)
+    products: dict[frozenset[str], tuple[np.ndarray, np.ndarray]]  # who said something -> (P, P) and (P,), 0 of others
+    shrinks: bool = False
 
     @classmethod
     def fit(
@@ -41,8 +42,11 @@ class Stack:
         predictors: Mapping[str, Predictor],
         left_out: Sequence[Hashable],
         asked: Callable[[TrainingMeans, Parts, str], bool],
+        shrinks: bool = False,
     ) -> Stack | None:
         """Leave out conditions of the same `left_out` (n,) together, and predict those of them that are `asked`.
+
+        The own genes of parts that the others lack are left out: a rule of its own is for these.
 
         Parameters
         ----------
@@ -51,45 +55,52 @@ class Stack:
 
         Returns
         -------
-        Of the predictors that say something of every condition; None where there is no condition to learn from.
+        None where there is no condition to learn from, or nobody says anything of any.
         """
         training, left_out = _some(training, left_out)
         groups = sorted(set(left_out), key=str)
         chosen = [groups[i] for i in np.unique(np.linspace(0, len(groups) - 1, MOST_FOLDS).astype(int))]
-        made: list[tuple[dict[str, np.ndarray], np.ndarray]] = []
+        names = tuple(predictors)
+        products: dict[frozenset[str], tuple[np.ndarray, np.ndarray]] = {}
         for fold in chosen if len(groups) > 1 else ():
             out = np.array([label == fold for label in left_out])
             rest = _rows(training, np.flatnonzero(~out))
             for i in np.flatnonzero(out).tolist():
-                if asked(rest, training.seen[i], training.cell_type[i]):
-                    context = Context(
-                        training.perturbation[i], training.cell_type[i], training.batch[i], training.control_mean[[i]]
-                    )
-                    said = {name: predict(rest, context) for name, predict in predictors.items()}
-                    told = {name: shift for name, shift in said.items() if shift is not None}
-                    made.append((told, training.effect[i]))
-        names = tuple(name for name in predictors if made and all(name in told for told, _ in made))
-        if not names:
-            return None
-        gram, cross = np.zeros((len(names), len(names))), np.zeros(len(names))
-        for told, effect in made:
-            shifts = np.stack([told[name] for name in names])
-            gram += shifts @ shifts.T
-            cross += shifts @ effect
-        return cls(names, gram, cross)
+                if not asked(rest, training.seen[i], training.cell_type[i]):
+                    continue
+                context = Context(
+                    training.perturbation[i], training.cell_type[i], training.batch[i], training.control_mean[[i]]
+                )
+                said = {name: predict(rest, context) for name, predict in predictors.items()}
+                told = {name: shift for name, shift in said.items() if shift is not None}
+                shifts = np.stack([told.get(name, np.zeros(len(training.effect[i]))) for name in names])
+                effect = training.effect[i].copy()
+                own = rest.targets(rest.unseen(training.seen[i]))
+                shifts[:, own], effect[own] = 0, 0
+                gram, cross = products.get(frozenset(told), (0, 0))
+                products[frozenset(told)] = gram + shifts @ shifts.T, cross + shifts @ effect
+        products.pop(frozenset(), None)
+        return cls(names, products, shrinks) if products else None
 
     def weights(self, among: Sequence[str]) -> dict[str, float]:
-        """Of those of the predictors that are `among` these, adding up to 1; none where nothing predicts at all."""
-        chosen = [i for i, name in enumerate(self.names) if name in among]
-        from scipy.optimize import nnls  # a sixth of a second that predictions from controls do without
+        """Of predictors that are `among` these, adding up to 1 or less; none where nothing predicts at all.
 
-        gram = self.gram[np.ix_(chosen, chosen)]
+        Learned of the conditions of which all of them said something; where there is none, of those of which most of
+        them did, and the others get no weight.
+        """
+        together = max((said & {*among} for said in self.products), key=lambda of: (len(of), sorted(of)))
+        chosen = [i for i, name in enumerate(self.names) if name in together]
+        of_all = [of for said, of in self.products.items() if together <= said]
+        gram = np.sum([gram for gram, _ in of_all], axis=0)[np.ix_(chosen, chosen)]
+        cross = np.sum([cross for _, cross in of_all], axis=0)[chosen]
         if not chosen or not gram.any():
             return {}
+        from scipy.optimize import nnls  # a sixth of a second that predictions from controls do without
+
         # |L' w - L^-1 cross|^2 has the minimum of w' gram w - 2 w' cross.
         root = np.linalg.cholesky(gram + RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram)))
-        found = nnls(root.T, np.linalg.solve(root, self.cross[chosen]))[0]
-        total = found.sum()
+        found = nnls(root.T, np.linalg.solve(root, cross))[0]
+        total = max(found.sum(), 1.0) if self.shrinks else found.sum()
         return {self.names[i]: float(w / total) for i, w in zip(chosen, found, strict=True) if w > 0} if total else {}
 
 

@@ -7,24 +7,48 @@ from __future__ import annotations
 
 import numpy as np
 
-from perturbdiff.means.log_space import log_expression, mean_of
 from perturbdiff.means.shifts import context_mean
-from perturbdiff.means.training import TARGET_EPS, Context, TrainingMeans
+from perturbdiff.means.training import Context, TrainingMeans
 
 
 def own_target(training: TrainingMeans, context: Context) -> np.ndarray | None:
     """(G,) the `context_mean`, but for the targets: there, what training perturbations do to their own gene.
 
-    That change is their mean log-ratio (`TrainingMeans.target_log_ratio`), of the expression of this context's
-    controls. None where no part is a gene, or no training perturbation says what becomes of its own.
+    None where no part is a gene, or no training perturbation says what becomes of its own (`target_shift`).
     """
     targets = training.targets(training.parts(context.perturbation))
-    change = _target_shift(training, context, targets)
+    change = target_shift(training, context, targets)
     if change is None:
         return None
     shift = context_mean(training, context).copy()
     shift[targets] = change
     return shift
+
+
+def with_unseen_targets(training: TrainingMeans, context: Context, shift: np.ndarray) -> np.ndarray:
+    """(G,) the shift, but for the targets of parts that no condition has: `target_shift` there."""
+    targets = training.targets(training.unseen(training.parts(context.perturbation)))
+    change = target_shift(training, context, targets)
+    if change is None:
+        return shift
+    shift = shift.copy()
+    shift[targets] = change
+    return shift
+
+
+def target_shift(training: TrainingMeans, context: Context, targets: np.ndarray) -> np.ndarray | None:
+    """(T,) change of the targets by what perturbations leave of their own gene, or make of it.
+
+    The expression of this context's controls, times the fraction that training perturbations leave in the mean of logs
+    (`TrainingMeans.target_log_ratio`). What controls do not express stays so. None where there is no target, or no
+    training perturbation says it.
+    """
+    ratio = training.target_log_ratio(context.cell_type)
+    if not len(targets) or ratio is None:
+        return None
+    control = training.control_of(context)[targets]
+    change: np.ndarray = np.log1p(np.expm1(control) * np.exp(ratio)) - control
+    return change
 
 
 def covariance(training: TrainingMeans, context: Context) -> np.ndarray | None:
@@ -36,7 +60,7 @@ def covariance(training: TrainingMeans, context: Context) -> np.ndarray | None:
     does not vary over the controls.
     """
     targets = training.targets(training.parts(context.perturbation))
-    change = _target_shift(training, context, targets)
+    change = target_shift(training, context, targets)
     if change is None:
         return None
     of_targets = np.asarray(context.control[:, targets], dtype=np.float64)  # (k, T)
@@ -47,12 +71,3 @@ def covariance(training: TrainingMeans, context: Context) -> np.ndarray | None:
     force = np.linalg.lstsq(columns[:, targets], change, rcond=1e-10)[0]  # targets may vary as one
     shift: np.ndarray = force @ columns
     return shift
-
-
-def _target_shift(training: TrainingMeans, context: Context, targets: np.ndarray) -> np.ndarray | None:
-    """(T,) change of the targets in their own mean."""
-    ratio = training.target_log_ratio
-    if not len(targets) or ratio is None:
-        return None
-    control = training.control_of(context)[targets]
-    return mean_of(log_expression(control, TARGET_EPS) + ratio, TARGET_EPS) - control

@@ -122,6 +122,14 @@ class TrainingMeans:
             raise ValueError("control cells hold NaN or infinite values; give log1p values.")
         return mean
 
+    def unseen(self, parts: Parts) -> Parts:
+        """Those that no condition has, alone or in a combination."""
+        return tuple(part for part in parts if part[0] not in self._seen_names)
+
+    @cached_property
+    def _seen_names(self) -> set[str]:
+        return {name for parts in self.seen for name, _ in parts}
+
     def targets(self, parts: Parts) -> np.ndarray:
         """Columns of the genes that parts are named after, by name or symbol, rising; none where none is."""
         return np.array(sorted({self._columns[name] for name, _ in parts if name in self._columns}), dtype=np.int64)
@@ -133,21 +141,29 @@ class TrainingMeans:
         symbols = {symbol: i for i, symbol in enumerate(self.genes.symbols or ()) if symbol}
         return symbols | {name: i for i, name in enumerate(self.genes.names)}
 
-    @cached_property
-    def target_log_ratio(self) -> float | None:
+    def target_log_ratio(self, cell_type: str) -> float | None:
         """Mean log-ratio of perturbed to control expression that targets have in their own gene.
 
-        Of expm1 of means; first over the conditions of a target, then over targets. None where no training
+        Of expm1 of means; first over the conditions of a target, then over targets: those of the cell type, where it
+        has any, since a screen may lower genes in one and raise them in another; else all. None where no training
         perturbation is named after a gene that its controls express.
         """
-        ratios: dict[int, list[float]] = {}
+        ratios = self._target_log_ratios
+        found = ratios.get(cell_type) or ratios.get(None)
+        return float(np.mean([np.mean(of_gene) for of_gene in found.values()])) if found else None
+
+    @cached_property
+    def _target_log_ratios(self) -> dict[str | None, dict[int, list[float]]]:
+        """Of each target, by cell type; None is all of them."""
+        ratios: dict[str | None, dict[int, list[float]]] = {}
         for i, parts in enumerate(self.seen):
             for gene in self.targets(parts).tolist():
                 control, perturbed = self.control_mean[i, gene], self.perturbed_mean[i, gene]
                 if control >= EXPRESSED:
                     change = log_expression(perturbed, TARGET_EPS) - log_expression(control, TARGET_EPS)
-                    ratios.setdefault(gene, []).append(float(change))
-        return float(np.mean([np.mean(of_gene) for of_gene in ratios.values()])) if ratios else None
+                    for cell_type in (self.cell_type[i], None):
+                        ratios.setdefault(cell_type, {}).setdefault(gene, []).append(float(change))
+        return ratios
 
     @cached_property
     def ridge_fit(self) -> RidgeFit:

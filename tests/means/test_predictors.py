@@ -53,7 +53,8 @@ def test_one_condition_one_cell_one_gene(name):
     if name in ("additive", "covariance", "stacked"):
         assert shift is None
     else:
-        np.testing.assert_allclose(shift, [0.0 if name == "no change" else -0.5], atol=1e-12)
+        rounded = 5e-3 if name == "own target" else 1e-12  # ratios are those of expression + 0.01
+        np.testing.assert_allclose(shift, [0.0 if name == "no change" else -0.5], atol=rounded)
 
 
 @pytest.mark.slow

@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from perturbdiff.data.vocab import GeneVocab
 from perturbdiff.means import stack
-from perturbdiff.means.predictors import PREDICTORS, STACKED, stacked
+from perturbdiff.means.predictors import PREDICTORS, STACKED, stacked, start_shift
 from perturbdiff.means.stack import Stack
 from perturbdiff.means.training import Context, TrainingMeans
 
@@ -75,15 +76,55 @@ def test_weights_are_those_of_a_search_on_left_out_conditions():
     assert all(weight > 0 for weight in found.values())
 
 
-def test_predictors_that_are_silent_anywhere_are_left_out_and_weights_are_of_those_that_speak():
+def test_weights_are_learned_where_all_that_are_asked_said_something():
     training = grid(1)
-    predictors = {"mean": mean_of_others, "silent": lambda t, c: None, "noise": noise}
+    at_p0 = {"P0": True}
+    predictors = {
+        "mean": mean_of_others,
+        "silent": lambda t, c: None,
+        "noise": noise,
+        "right of P0": lambda t, c: mean_of_others(t, c) if at_p0.get(c.perturbation) else None,
+    }
     found = Stack.fit(training, predictors, training.cell_type, lambda *_: True)
-    assert found.names == ("mean", "noise")
     assert set(found.weights(["mean"])) == {"mean"}
-    assert found.weights([]) == {}
+    assert found.weights([]) == found.weights(["silent"]) == {}
+    # What is only said of P0 is weighed on P0, beside what is said of all: two that are the same share.
+    both = found.weights(["mean", "right of P0", "silent"])
+    assert both == pytest.approx({"mean": 0.5, "right of P0": 0.5}, abs=0.01)
+    of_p0 = [i for i, p in enumerate(training.perturbation) if p == "P0"]
+    alone = Stack.fit(
+        stack._rows(training, of_p0), {name: predictors[name] for name in ("mean", "noise")},
+        [training.cell_type[i] for i in of_p0], lambda *_: True,
+    )  # fmt: skip
+    chosen = Stack.fit(
+        training,
+        {"mean": mean_of_others, "noise": lambda t, c: noise(t, c) if at_p0.get(c.perturbation) else None},
+        training.cell_type, lambda *_: True,
+    )  # fmt: skip
+    assert chosen.weights(["mean", "noise"]) == pytest.approx(alone.weights(["mean", "noise"]))
     nothing = Stack.fit(training, {"none": lambda t, c: np.zeros(12)}, training.cell_type, lambda *_: True)
     assert nothing.weights(["none"]) == {}
+    assert Stack.fit(training, {"silent": lambda t, c: None}, training.cell_type, lambda *_: True) is None
+
+
+def test_of_what_is_new_weights_shrink_to_what_left_out_conditions_have_in_common():
+    rng = np.random.default_rng()
+    training = grid(int(rng.integers(1 << 30)), n_contexts=1, n_perturbations=6)
+    names = [str(parts) for parts in training.perturbation]
+    double = {"twice": lambda t, c: 2 * t.effect.mean(axis=0)}
+    found = Stack.fit(training, double, names, lambda *_: True, shrinks=True).weights(["twice"])["twice"]
+    made, true = [], []
+    for i in range(6):
+        rest = np.delete(training.effect, i, axis=0)
+        made.append(2 * rest.mean(axis=0))
+        true.append(training.effect[i])
+    made, true = np.ravel(made), np.ravel(true)
+    assert 0 < found < 1
+    assert found == pytest.approx(made @ true / (made @ made), rel=1e-3)
+    half = {"half": lambda t, c: 0.1 * t.effect.mean(axis=0)}
+    assert Stack.fit(training, half, names, lambda *_: True, shrinks=True).weights(["half"]) == {"half": 1.0}
+    wrong = {"wrong": lambda t, c: -t.effect.mean(axis=0)}
+    assert Stack.fit(training, wrong, names, lambda *_: True, shrinks=True).weights(["wrong"]) == {}
 
 
 def test_with_nothing_to_leave_out_nothing_is_said():
@@ -113,9 +154,38 @@ def test_new_batches_new_cell_types_and_new_perturbations_have_weights_of_their_
 
 def test_stacked_is_a_mean_of_the_others():
     training, asked = grid(5), context("P1", "new")
-    assert "stacked" not in STACKED
     told = [PREDICTORS[name](training, asked) for name in STACKED]
     told = np.stack([shift for shift in told if shift is not None])
     found = stacked(training, asked)
     assert (found >= told.min(axis=0) - 1e-9).all()
     assert (found <= told.max(axis=0) + 1e-9).all()
+
+
+def test_effects_that_have_nothing_in_common_are_no_change_but_for_the_own_gene():
+    rng = np.random.default_rng()
+    genes = tuple(f"P{i}" for i in range(12))
+    cells = rng.random((5, 12)) + 2.0
+    control = np.tile(cells.mean(axis=0), (6, 1))
+    signs = np.array([1, -1, 1, -1, 1, -1])[:, None] * np.full(12, 0.3)  # what the others have in common is wrong
+    perturbed = control + signs
+    for i in range(6):
+        perturbed[i, i] = np.log1p(np.expm1(control[i, i]) / 4)
+    training = TrainingMeans(
+        list(genes[:6]), ["T"] * 6, ["b"] * 6, control, perturbed, np.full(6, 9), genes=GeneVocab(genes)
+    )
+    asked = Context("P7", "T", "b", cells)
+    ratio = training.target_log_ratio("T")
+    assert ratio == pytest.approx(np.log(1 / 4), abs=0.01)
+    before = np.expm1(asked.control_mean[7])
+    expected = np.zeros(12)
+    expected[7] = np.log1p(before * np.exp(ratio)) - np.log1p(before)
+    np.testing.assert_allclose(stacked(training, asked), expected, atol=1e-9)
+    np.testing.assert_allclose(start_shift(training, asked), expected, atol=1e-9)
+    # Alone, a training perturbation leaves nothing to learn weights from: its effect stands, and its own gene's change.
+    first = stack._rows(training, np.array([0]))
+    expected = first.effect[0].copy()
+    expected[7] = (
+        np.log1p(np.expm1(asked.control_mean[7]) * np.exp(first.target_log_ratio("T"))) - asked.control_mean[7]
+    )
+    assert stacked(first, asked) is None
+    np.testing.assert_allclose(start_shift(first, asked), expected, atol=1e-9)

@@ -7,7 +7,7 @@ import pytest
 
 from perturbdiff.data.vocab import GeneVocab
 from perturbdiff.means.shifts import context_mean
-from perturbdiff.means.targets import covariance, own_target
+from perturbdiff.means.targets import covariance, own_target, with_unseen_targets
 from perturbdiff.means.training import TrainingMeans
 from tests.means.examples import asked
 
@@ -42,7 +42,7 @@ def test_the_target_gets_the_ratio_and_all_else_the_mean_of_the_others():
     shift = own_target(training, asked("h", "T", "1", control))
     ratios = np.log1p([0.99, 3.99])
     in_g = (ratios[0] - ratios[1]) / 2  # one of the two lowers it
-    expected = [in_g, np.log1p(2 / 4 - 0.01) - np.log1p(1.99), in_g, np.log1p(8) - np.log1p(3.99), 0.0]
+    expected = [in_g, np.log1p(1.99 / 4) - np.log1p(1.99), in_g, np.log1p(8) - np.log1p(3.99), 0.0]
     np.testing.assert_allclose(shift, expected, atol=1e-12)
     rest = [0, 2, 3, 4]
     np.testing.assert_array_equal(shift[rest], context_mean(training, asked("h", "T", "1", control))[rest])
@@ -50,15 +50,46 @@ def test_the_target_gets_the_ratio_and_all_else_the_mean_of_the_others():
 
 def test_each_target_of_a_combination_is_lowered_and_an_absent_one_stays_absent():
     training = knock_downs("g", left=0.5)
-    control = np.log1p([9.99, 5.99, 0.0, 1.0, 1.0])
+    control = np.log1p([9.99, 6.0, 0.0, 1.0, 1.0])
     shift = own_target(training, asked("i+h+drug", "T", "1", control))
-    np.testing.assert_allclose(shift[[1, 2]], [np.log1p(2.99) - np.log1p(5.99), 0.0], atol=1e-12)
+    np.testing.assert_allclose(shift[[1, 2]], [np.log1p(3.0) - np.log1p(6.0), 0.0], atol=1e-12)
 
 
-def test_activation_raises_the_target():
+def test_activation_raises_the_target_but_not_from_nothing():
     training = knock_downs("g", "h", left=3.0)
-    shift = own_target(training, asked("i", "T", "1", np.log1p([1, 1, 1.99, 1, 1])))
-    assert shift[2] == pytest.approx(np.log1p(5.99) - np.log1p(1.99))
+    shift = own_target(training, asked("i", "T", "1", np.log1p([1, 1, 2.0, 1, 1])))
+    assert shift[2] == pytest.approx(np.log1p(6.0) - np.log1p(2.0))
+    assert own_target(training, asked("i", "T", "1", np.log1p([1, 1, 0.0, 1, 1])))[2] == 0
+
+
+def test_a_cell_type_has_a_ratio_of_its_own_where_it_has_targets():
+    down, up = knock_downs("g", "h"), knock_downs("i", "h", left=3.0)
+    both = TrainingMeans(
+        [*down.perturbation, *up.perturbation], ["down"] * 2 + ["up"] * 2, ["1"] * 4,
+        np.concatenate([down.control_mean, up.control_mean]), np.concatenate([down.perturbed_mean, up.perturbed_mean]),
+        np.ones(4), genes=GeneVocab(GENES),
+    )  # fmt: skip
+    logs = {name: own_target(both, asked("y", name, "1", np.log1p(np.full(5, 2.0))))[4] for name in ("down", "up")}
+    assert logs["down"] == pytest.approx(np.log1p(0.5) - np.log1p(2))
+    assert logs["up"] == pytest.approx(np.log1p(6) - np.log1p(2))
+    # Elsewhere, the mean over targets: h is both, in the mean of logs.
+    of_h = (np.log(0.25) + np.log(3)) / 2
+    mean = np.exp((np.log(0.25) + of_h + np.log(3)) / 3)
+    new = own_target(both, asked("y", "new", "1", np.log1p(np.full(5, 2.0))))[4]
+    assert new == pytest.approx(np.log1p(2 * mean) - np.log1p(2))
+
+
+def test_only_parts_that_were_never_seen_get_the_change_of_others():
+    training, control = knock_downs("g", "i+x"), np.log1p([4.0, 4, 4, 4, 4])
+    shift = np.random.default_rng().normal(size=5)
+    changed = with_unseen_targets(training, asked("h+x+drug", "T", "1", control), shift)
+    expected = shift.copy()
+    expected[1] = np.log1p(4 * np.exp(training.target_log_ratio("T"))) - np.log1p(4)
+    np.testing.assert_allclose(changed, expected)
+    for seen in ("g", "i", "x", "g+i", "drug"):
+        np.testing.assert_array_equal(with_unseen_targets(training, asked(seen, "T", "1", control), shift), shift)
+    nobody = knock_downs("drug", "other")
+    np.testing.assert_array_equal(with_unseen_targets(nobody, asked("h", "T", "1", control), shift), shift)
 
 
 def test_symbols_name_targets_where_names_are_ids():
