@@ -204,7 +204,9 @@ class DiffusionConfig:
     mmd_weight: float = bounded(1.0, least=0)
     unbiased: bool = False  # only distinct cells count within the estimate, which need not be narrower
     whole_counts: bool = False  # the MMD sees estimates as sampling.whole_counts leaves them
-    start: Literal["controls", "mean"] = "controls"  # mean: moved to that of simple methods
+    # What sets start from: controls; these with the genes that are perturbed moved as knock-downs move their own
+    # (target); or moved to the mean of simple methods (mean).
+    start: Literal["controls", "target", "mean"] = "controls"
     p_self_cond: float = bounded(0.5, least=0, most=1)  # sets that see their own first estimate
     p_drop_cond: float = bounded(0.1, least=0, most=1)  # sets whose whole condition is hidden
     p_drop_label: float = bounded(0.2, least=0, most=1)  # each label of a set, hidden on its own
@@ -571,8 +573,9 @@ def check_config(config: Config) -> None:
         "labels",
     ):
         raise ValueError("denoiser.mean_effect is of output=control_residual with conditioning=labels; leave it out.")
-    if config.diffusion.start == "mean" and (config.data.screen is None or config.adapt.method == "lora"):
-        raise ValueError("diffusion.start=mean is of screens, and not of low-rank changes; set it to controls.")
+    start = config.diffusion.start
+    if start != "controls" and (config.data.screen is None or config.adapt.method == "lora"):
+        raise ValueError(f"diffusion.start={start} is of screens, and not of low-rank changes; set it to controls.")
     check_sampling(config.sampling, config.diffusion)
 
 

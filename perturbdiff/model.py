@@ -94,7 +94,7 @@ class PerturbDiff:
     evaluation
         Scores on held-out conditions, as `Scores.record` gives them; None if nobody measured any.
     means
-        Of the training conditions, where predictions start from a mean response; else None.
+        Of the training conditions, where predictions start from controls that are moved; else None.
     """
 
     def __init__(
@@ -600,14 +600,15 @@ class PerturbDiff:
         self, expression: Expression, perturbation: str, contexts: Sequence[Context], conditions: Sequence[Context]
     ) -> np.ndarray | None:
         """(conditions, 2, G) what sets start from, of controls with their `contexts`; None where as they are."""
-        if self.means is None:
+        start = self.config.diffusion.start
+        if self.means is None or start == "controls":
             return None
         found = []
         for cell_type, batch in conditions:
             here = np.array([context == (cell_type, batch) for context in contexts])
             control = gene_means(expression.log1p(np.flatnonzero(here)))
             asked = Asked(perturbation, cell_type or "unknown", batch or "unknown", control[None])
-            found.append(moves(control, start_shift(self.means, asked)))
+            found.append(moves(control, start_shift(self.means, asked, start)))
         return np.stack(found).astype(np.float32)
 
     def _sampling(self, guidance_scale: float | None, steps: int | None, sampler: str | None) -> SamplingConfig:

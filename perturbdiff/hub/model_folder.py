@@ -29,7 +29,7 @@ JSON_FILES = (
     "preprocessing.json",
     "training.json",
 )
-MEANS = "means.json"  # conditions whose means predictions start from; the means are tensors
+MEANS = "means.json"  # conditions whose means say where predictions start; the means are tensors
 MEANS_TENSORS = ("means_control", "means_perturbed")  # (conditions, genes)
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"  # which shard has which tensor, for readers other than this one

@@ -88,7 +88,7 @@ class StartRecord:
 
 @dataclass(frozen=True)
 class MeansRecord:
-    """means.json: the training conditions whose means a model starts from, one entry each; `means_control` and
+    """means.json: the training conditions whose means say where predictions start, one entry each; `means_control` and
     `means_perturbed` (n, G) among the weights are theirs."""
 
     perturbation: tuple[str, ...]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from typing import Literal
 
 import numpy as np
 
 from perturbdiff.data.notation import Parts
 from perturbdiff.means.shifts import additive, context_mean, no_change, perturbation_mean, perturbed_mean
 from perturbdiff.means.stack import Stack
-from perturbdiff.means.targets import covariance, own_target, with_unseen_targets
+from perturbdiff.means.targets import covariance, own_target, targets_alone, with_unseen_targets
 from perturbdiff.means.training import Context, Predictor, TrainingMeans
 
 
@@ -63,11 +64,14 @@ def stacked(training: TrainingMeans, context: Context) -> np.ndarray | None:
     return with_unseen_targets(training, context, total)
 
 
-def start_shift(training: TrainingMeans, context: Context) -> np.ndarray:
-    """(G,) the mean response that a set can start from: `stacked`, or the next that says something of the context.
+def start_shift(training: TrainingMeans, context: Context, start: Literal["target", "mean"]) -> np.ndarray:
+    """(G,) what a set can start from, as a shift of the controls: `targets_alone`, or a mean response.
 
-    The own genes of parts that no condition has change as those of others do (`target_shift`).
+    That is `stacked`, or the next that says something of the context, but for the own genes of parts that no condition
+    has, which change as those of others do (`target_shift`).
     """
+    if start == "target":
+        return targets_alone(training, context)
     for predict in (stacked, log_space, additive):
         if (shift := predict(training, context)) is not None:
             return with_unseen_targets(training, context, shift)

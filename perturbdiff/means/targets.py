@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from perturbdiff.data.notation import Parts
 from perturbdiff.means.shifts import context_mean
 from perturbdiff.means.training import Context, TrainingMeans
 
@@ -16,38 +17,36 @@ def own_target(training: TrainingMeans, context: Context) -> np.ndarray | None:
 
     None where no part is a gene, or no training perturbation says what becomes of its own (`target_shift`).
     """
-    targets = training.targets(training.parts(context.perturbation))
-    change = target_shift(training, context, targets)
-    if change is None:
+    parts = training.parts(context.perturbation)
+    if target_shift(training, context, training.targets(parts)) is None:
         return None
-    shift = context_mean(training, context).copy()
-    shift[targets] = change
-    return shift
+    return _with_targets(training, context, parts, context_mean(training, context))
+
+
+def targets_alone(training: TrainingMeans, context: Context) -> np.ndarray:
+    """(G,) zeros, but for the targets: `target_shift` there, where training says it."""
+    parts = training.parts(context.perturbation)
+    return _with_targets(training, context, parts, np.zeros(len(training.control_of(context))))
 
 
 def with_unseen_targets(training: TrainingMeans, context: Context, shift: np.ndarray) -> np.ndarray:
     """(G,) the shift, but for the targets of parts that no condition has: `target_shift` there."""
-    targets = training.targets(training.unseen(training.parts(context.perturbation)))
-    change = target_shift(training, context, targets)
-    if change is None:
-        return shift
-    shift = shift.copy()
-    shift[targets] = change
-    return shift
+    return _with_targets(training, context, training.unseen(training.parts(context.perturbation)), shift)
 
 
 def target_shift(training: TrainingMeans, context: Context, targets: np.ndarray) -> np.ndarray | None:
     """(T,) change of the targets by what perturbations leave of their own gene, or make of it.
 
-    The expression of this context's controls, times the fraction that training perturbations leave in the mean of logs
-    (`TrainingMeans.target_log_ratio`). What controls do not express stays so. None where there is no target, or no
-    training perturbation says it.
+    The expression of this context's controls, times the fraction that the training perturbation of the gene leaves, or
+    else those of other genes in the mean of logs (`TrainingMeans.target_log_ratio`). What controls do not express stays
+    so. None where there is no target, or no training perturbation says it.
     """
-    ratio = training.target_log_ratio(context.cell_type)
-    if not len(targets) or ratio is None:
+    found = [training.target_log_ratio(gene, context.cell_type) for gene in targets.tolist()]
+    ratios = [ratio for ratio in found if ratio is not None]  # of all targets or of none
+    if not ratios:
         return None
     control = training.control_of(context)[targets]
-    change: np.ndarray = np.log1p(np.expm1(control) * np.exp(ratio)) - control
+    change: np.ndarray = np.log1p(np.expm1(control) * np.exp(ratios)) - control
     return change
 
 
@@ -70,4 +69,14 @@ def covariance(training: TrainingMeans, context: Context) -> np.ndarray | None:
     columns = (of_targets.T @ (context.control - training.control_of(context))) / len(of_targets)  # (T, G)
     force = np.linalg.lstsq(columns[:, targets], change, rcond=1e-10)[0]  # targets may vary as one
     shift: np.ndarray = force @ columns
+    return shift
+
+
+def _with_targets(training: TrainingMeans, context: Context, parts: Parts, shift: np.ndarray) -> np.ndarray:
+    targets = training.targets(parts)
+    change = target_shift(training, context, targets)
+    if change is None:
+        return shift
+    shift = shift.copy()
+    shift[targets] = change
     return shift

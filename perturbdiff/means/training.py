@@ -141,29 +141,30 @@ class TrainingMeans:
         symbols = {symbol: i for i, symbol in enumerate(self.genes.symbols or ()) if symbol}
         return symbols | {name: i for i, name in enumerate(self.genes.names)}
 
-    def target_log_ratio(self, cell_type: str) -> float | None:
-        """Mean log-ratio of perturbed to control expression that targets have in their own gene.
+    def target_log_ratio(self, gene: int, cell_type: str) -> float | None:
+        """Log-ratio of perturbed to control expression that the perturbation of a gene, by its column, has in it.
 
-        Of expm1 of means; first over the conditions of a target, then over targets: those of the cell type, where it
-        has any, since a screen may lower genes in one and raise them in another; else all. None where no training
-        perturbation is named after a gene that its controls express.
+        Of expm1 of means, in the mean over the conditions of a target. In the cell type the gene's own, else the mean
+        over its targets, since a screen may lower genes in one cell type and raise them in another; where it has none,
+        the same of all cell types. None where no training perturbation is named after a gene that its controls express.
         """
-        ratios = self._target_log_ratios
-        found = ratios.get(cell_type) or ratios.get(None)
-        return float(np.mean([np.mean(of_gene) for of_gene in found.values()])) if found else None
+        for ratios in (self._target_log_ratios.get(cell_type), self._target_log_ratios.get(None)):
+            if ratios:
+                return ratios.get(gene, float(np.mean(list(ratios.values()))))
+        return None
 
     @cached_property
-    def _target_log_ratios(self) -> dict[str | None, dict[int, list[float]]]:
+    def _target_log_ratios(self) -> dict[str | None, dict[int, float]]:
         """Of each target, by cell type; None is all of them."""
-        ratios: dict[str | None, dict[int, list[float]]] = {}
+        found: dict[str | None, dict[int, list[float]]] = {}
         for i, parts in enumerate(self.seen):
             for gene in self.targets(parts).tolist():
                 control, perturbed = self.control_mean[i, gene], self.perturbed_mean[i, gene]
                 if control >= EXPRESSED:
                     change = log_expression(perturbed, TARGET_EPS) - log_expression(control, TARGET_EPS)
                     for cell_type in (self.cell_type[i], None):
-                        ratios.setdefault(cell_type, {}).setdefault(gene, []).append(float(change))
-        return ratios
+                        found.setdefault(cell_type, {}).setdefault(gene, []).append(float(change))
+        return {c: {gene: float(np.mean(of_gene)) for gene, of_gene in of.items()} for c, of in found.items()}
 
     @cached_property
     def ridge_fit(self) -> RidgeFit:

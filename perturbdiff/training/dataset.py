@@ -304,13 +304,13 @@ class TrainingSet:
             except KeyError as error:
                 raise ValueError(f"split.validation cannot be scored: {error.args[0]} Validate known ones.") from error
         means = None
-        if config.diffusion.start == "mean":
+        if (start := config.diffusion.start) != "controls":
             trained = Starts(indexed.cells, indexed.index, indexed.pools)
             means = trained.means(vocabularies.notation)
-            indexed = replace(indexed, moves=trained.own_moves(means))
+            indexed = replace(indexed, moves=trained.trained_moves(means, start))
             if validated is not None:
                 others = Starts(validated.cells, validated.index, validated.pools)
-                validated = replace(validated, moves=others.told_moves(means))
+                validated = replace(validated, moves=others.told_moves(means, start))
         if sampler.left_out:
             description += f"\nleft out    {sampler.left_out:,} cells of conditions under data.min_set_size="
             description += str(config.data.min_set_size)

@@ -1,7 +1,11 @@
-"""What sets start from with diffusion.start=mean: control cells, moved to a mean response.
+"""What sets start from with diffusion.start=target or mean: control cells that are moved.
 
-Each training condition starts from its own measured mean, so that the network learns the shape of a response; what was
-not trained starts from the mean that simple methods tell (`means.predictors.start_shift`).
+With target, the genes that are perturbed are moved as knock-downs move their own (`means.targets.targets_alone`), in
+training as in predictions. The network learns what is left, which in the own genes of many perturbations is nothing in
+the mean: so it leaves that of an unseen one where it is.
+
+With mean, each training condition starts from its own measured mean, so that the network learns the shape of a
+response; what was not trained starts from the mean that simple methods tell (`means.predictors.start_shift`).
 
 n = conditions, G = genes.
 """
@@ -10,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 
@@ -61,14 +66,14 @@ class Starts:
             self.cells.genes,
         )
 
-    def own_moves(self, means: TrainingMeans) -> np.ndarray:
-        """(n, 2, G) float32 `shifts.moves` of each condition to its own mean; of controls, none."""
-        return self._moves(list(means.effect))
+    def trained_moves(self, means: TrainingMeans, start: Literal["target", "mean"]) -> np.ndarray:
+        """(n, 2, G) float32 `shifts.moves` of each condition, which are those of `means`; of controls, none."""
+        return self._moves(list(means.effect)) if start == "mean" else self.told_moves(means, start)
 
-    def told_moves(self, means: TrainingMeans) -> np.ndarray:
-        """(n, 2, G) float32 `shifts.moves` of conditions that were not trained, to the mean that others tell."""
+    def told_moves(self, means: TrainingMeans, start: Literal["target", "mean"]) -> np.ndarray:
+        """(n, 2, G) float32 `shifts.moves` of conditions that were not trained."""
         asked = [Context(*labels, mean[None]) for labels, mean in zip(self.labels, self.control_mean, strict=True)]
-        return self._moves([start_shift(means, context) for context in asked])
+        return self._moves([start_shift(means, context, start) for context in asked])
 
     def _moves(self, shifts: list[np.ndarray]) -> np.ndarray:
         every = np.zeros((len(self.index), 2, len(self.cells.genes)), dtype=np.float32)

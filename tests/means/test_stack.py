@@ -174,18 +174,18 @@ def test_effects_that_have_nothing_in_common_are_no_change_but_for_the_own_gene(
         list(genes[:6]), ["T"] * 6, ["b"] * 6, control, perturbed, np.full(6, 9), genes=GeneVocab(genes)
     )
     asked = Context("P7", "T", "b", cells)
-    ratio = training.target_log_ratio("T")
+    ratio = training.target_log_ratio(7, "T")
     assert ratio == pytest.approx(np.log(1 / 4), abs=0.01)
     before = np.expm1(asked.control_mean[7])
     expected = np.zeros(12)
     expected[7] = np.log1p(before * np.exp(ratio)) - np.log1p(before)
     np.testing.assert_allclose(stacked(training, asked), expected, atol=1e-9)
-    np.testing.assert_allclose(start_shift(training, asked), expected, atol=1e-9)
+    np.testing.assert_allclose(start_shift(training, asked, "mean"), expected, atol=1e-9)
     # Alone, a training perturbation leaves nothing to learn weights from: its effect stands, and its own gene's change.
     first = stack._rows(training, np.array([0]))
     expected = first.effect[0].copy()
     expected[7] = (
-        np.log1p(np.expm1(asked.control_mean[7]) * np.exp(first.target_log_ratio("T"))) - asked.control_mean[7]
+        np.log1p(np.expm1(asked.control_mean[7]) * np.exp(first.target_log_ratio(7, "T"))) - asked.control_mean[7]
     )
     assert stacked(first, asked) is None
-    np.testing.assert_allclose(start_shift(first, asked), expected, atol=1e-9)
+    np.testing.assert_allclose(start_shift(first, asked, "mean"), expected, atol=1e-9)

@@ -7,7 +7,7 @@ import pytest
 
 from perturbdiff.data.vocab import GeneVocab
 from perturbdiff.means.shifts import context_mean
-from perturbdiff.means.targets import covariance, own_target, with_unseen_targets
+from perturbdiff.means.targets import covariance, own_target, targets_alone, with_unseen_targets
 from perturbdiff.means.training import TrainingMeans
 from tests.means.examples import asked
 
@@ -62,21 +62,28 @@ def test_activation_raises_the_target_but_not_from_nothing():
     assert own_target(training, asked("i", "T", "1", np.log1p([1, 1, 0.0, 1, 1])))[2] == 0
 
 
-def test_a_cell_type_has_a_ratio_of_its_own_where_it_has_targets():
+def test_a_gene_has_its_own_ratio_and_a_cell_type_one_of_its_own_where_it_has_targets():
     down, up = knock_downs("g", "h"), knock_downs("i", "h", left=3.0)
     both = TrainingMeans(
         [*down.perturbation, *up.perturbation], ["down"] * 2 + ["up"] * 2, ["1"] * 4,
         np.concatenate([down.control_mean, up.control_mean]), np.concatenate([down.perturbed_mean, up.perturbed_mean]),
         np.ones(4), genes=GeneVocab(GENES),
     )  # fmt: skip
-    logs = {name: own_target(both, asked("y", name, "1", np.log1p(np.full(5, 2.0))))[4] for name in ("down", "up")}
-    assert logs["down"] == pytest.approx(np.log1p(0.5) - np.log1p(2))
-    assert logs["up"] == pytest.approx(np.log1p(6) - np.log1p(2))
-    # Elsewhere, the mean over targets: h is both, in the mean of logs.
-    of_h = (np.log(0.25) + np.log(3)) / 2
-    mean = np.exp((np.log(0.25) + of_h + np.log(3)) / 3)
-    new = own_target(both, asked("y", "new", "1", np.log1p(np.full(5, 2.0))))[4]
-    assert new == pytest.approx(np.log1p(2 * mean) - np.log1p(2))
+    both.perturbed_mean[0, 0] = np.log1p(4 * 0.5 - 0.01)  # g keeps half
+    of_h = np.sqrt(0.25 * 3)  # elsewhere it is both, in the mean of logs
+    everywhere = (0.5 * of_h * 3) ** (1 / 3)
+    ratios = {
+        "down": {"g": 0.5, "h": 0.25, "i": np.sqrt(0.5 * 0.25), "y": np.sqrt(0.5 * 0.25)},
+        "up": {"g": 3, "h": 3, "i": 3, "y": 3},
+        "new": {"g": 0.5, "h": of_h, "i": 3, "y": everywhere},
+    }
+    for cell_type, of_genes in ratios.items():
+        for name, ratio in of_genes.items():
+            alone = targets_alone(both, asked(name, cell_type, "1", np.log1p(np.full(5, 2.0))))
+            expected = np.zeros(5)
+            expected[GENES.index(name)] = np.log1p(2 * ratio) - np.log1p(2)
+            np.testing.assert_allclose(alone, expected, atol=1e-12, err_msg=f"{name} {cell_type}")
+    assert (targets_alone(both, asked("drug", "up", "1", np.ones(5))) == 0).all()
 
 
 def test_only_parts_that_were_never_seen_get_the_change_of_others():
@@ -84,7 +91,7 @@ def test_only_parts_that_were_never_seen_get_the_change_of_others():
     shift = np.random.default_rng().normal(size=5)
     changed = with_unseen_targets(training, asked("h+x+drug", "T", "1", control), shift)
     expected = shift.copy()
-    expected[1] = np.log1p(4 * np.exp(training.target_log_ratio("T"))) - np.log1p(4)
+    expected[1] = np.log1p(4 * np.exp(training.target_log_ratio(1, "T"))) - np.log1p(4)
     np.testing.assert_allclose(changed, expected)
     for seen in ("g", "i", "x", "g+i", "drug"):
         np.testing.assert_array_equal(with_unseen_targets(training, asked(seen, "T", "1", control), shift), shift)

@@ -73,6 +73,15 @@ def test_the_log_ratio_of_targets_counts_each_target_once_and_only_what_controls
     training = TrainingMeans(labels, ["T"] * 5, list("12345"), control, perturbed, np.ones(5), genes=GeneVocab(names))
     of_g = (np.log(1.01 / 4.01) + np.log(1.01 / 2.01)) / 2
     of_h = np.log(4.01 / 8.01)
-    assert training.target_log_ratio("T") == pytest.approx((of_g + of_h) / 2)
+    for gene, expected in enumerate((of_g, of_h, (of_g + of_h) / 2, (of_g + of_h) / 2)):
+        assert training.target_log_ratio(gene, "T") == pytest.approx(expected)
+        assert training.target_log_ratio(gene, "new") == pytest.approx(expected)
     none = TrainingMeans(["drug"], ["T"], ["1"], control[:1], perturbed[:1], np.ones(1), genes=GeneVocab(names))
-    assert none.target_log_ratio("T") is None
+    assert none.target_log_ratio(0, "T") is None
+
+
+def test_unseen_parts_are_those_that_no_condition_has_at_any_dose() -> None:
+    notation = Notation(frozenset("ABCD"), "+", "@", ("ctrl",))
+    training = training_means([("A@1", "T", "1"), ("B@2+C", "T", "1")], notation=notation)
+    for label, names in {"A@7": "", "B+A@1": "", "C": "", "D": "D", "A@1+D@3": "D"}.items():
+        assert "".join(name for name, _ in training.unseen(training.parts(label))) == names, label

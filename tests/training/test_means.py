@@ -1,14 +1,16 @@
-"""Sets that start from a mean response: what they start from, what a model folder keeps of it, what is refused."""
+"""Sets that start from moved controls: what they start from, what a model folder keeps of it, what is refused."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import anndata
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from scipy import sparse
 
 from perturbdiff.config import load_config
 from perturbdiff.data.screen import Screen
@@ -85,7 +87,7 @@ def test_a_network_that_changes_nothing_predicts_the_mean_that_simple_methods_te
     predicted = model.predict(controls.copy(), perturbation="pert_0", seed=1)
     started = model.control_rows(controls.copy(), predicted).X.toarray().astype(float)
     asked = Context("pert_0", "type_0", "batch_0", started.mean(axis=0)[None])
-    expected = shift_cells(started, start_shift(model.means, asked)).mean(axis=0)
+    expected = shift_cells(started, start_shift(model.means, asked, "mean")).mean(axis=0)
     np.testing.assert_allclose(predicted.X.toarray().mean(axis=0), expected, atol=1e-3)
 
 
@@ -141,7 +143,9 @@ def test_means_that_cannot_be_are_refused(trained, tmp_path):
     config["diffusion"]["start"] = "controls"
     (tmp_path / "model/config.json").write_text(json.dumps(config))
     rehashed(tmp_path / "model", "means.json")
-    with pytest.raises(ValueError, match=r"means\.json must be there where diffusion\.start is mean, and only there"):
+    with pytest.raises(
+        ValueError, match=r"means\.json must be there where diffusion\.start is target or mean, and only there"
+    ):
         PerturbDiff.from_pretrained(tmp_path / "model")
 
 
@@ -160,7 +164,91 @@ def test_a_checkpoint_that_starts_from_means_is_tuned_on_those_of_the_new_screen
         finetune(tmp_path / "new.h5ad", base, tmp_path / "lora", overrides=["adapt.method=lora"])
 
 
-def test_atlases_start_from_controls():
+@pytest.fixture(scope="module")
+def knock_downs(folder):
+    """The screen with its perturbations called after genes, whose counts are thinned to a share of its own."""
+    adata = anndata.read_h5ad(folder / "screen.h5ad")
+    rng = np.random.default_rng(0)
+    genes = [str(adata.var_names[i]) for i in np.argsort(-np.asarray(adata.X.mean(axis=0)).ravel())[:3]]
+    label = adata.obs["perturbation"].astype(str)
+    counts = adata.X.toarray()
+    for number, gene in enumerate(genes):
+        cells, column = np.flatnonzero(label == f"pert_{number}"), adata.var_names.get_loc(gene)
+        counts[cells, column] = rng.binomial(counts[cells, column].astype(int), (0.2, 0.4, 0.3)[number])
+    adata.obs["perturbation"] = label.replace({f"pert_{i}": gene for i, gene in enumerate(genes)}).to_numpy()
+    adata.X = sparse.csr_matrix(counts)
+    adata.write_h5ad(folder / "knock_downs.h5ad")
+    return folder / "knock_downs.h5ad", genes
+
+
+def target_config(screen, out, *words, **more):
+    words = ("diffusion.start=target", "denoiser.output=control_residual", "split.validation_fraction=0", *words)
+    words = ("training.n_steps=2", "data.perturbation_features=[coexpression]", *words)
+    return tiny_config(screen, out, *words, **more)
+
+
+def test_with_target_the_genes_that_are_perturbed_are_moved_and_nothing_else(knock_downs, folder):
+    path, genes = knock_downs
+    config = target_config(path, folder / "unused", hold_out=())
+    screen = Screen.read(path, config.data)
+    train = TrainingSet.from_screen(screen, config).train
+    sampler = train.sampler(config)
+    log1p, obs = screen.expression.log1p().toarray().astype(float), screen.obs
+    names = list(screen.expression.genes.names)
+    seen = set()
+    for step in range(sampler.steps_per_epoch):
+        batch = train.batch(sampler, 0, step, 0, 1)
+        plain = replace(batch, moves=None).dense()[1].numpy()
+        moved = batch.dense()[1].numpy()
+        for row, own in enumerate(train.sets(sampler, 0, step, 0, 1)):
+            label, cell_type, _ = train.index.labels(own.condition)
+            column = names.index(label)
+            rest = np.arange(len(names)) != column
+            np.testing.assert_array_equal(moved[row][:, rest], plain[row][:, rest])
+            logs = []
+            for of in np.unique(obs["batch"]):
+                here = (obs["cell_type"] == cell_type) & (obs["batch"] == of)
+                means = [log1p[here & (obs["perturbation"] == name), column].mean() for name in (label, "control")]
+                logs.append(np.log((np.expm1(means[0]) + 0.01) / (np.expm1(means[1]) + 0.01)))
+            here = (obs["cell_type"] == cell_type) & (obs["batch"] == train.index.labels(own.condition)[2])
+            mean = log1p[here & (obs["perturbation"] == "control"), column].mean()
+            kept = np.log1p(np.expm1(mean) * np.exp(np.mean(logs))) / mean
+            assert 0 < kept < 0.9
+            np.testing.assert_allclose(moved[row][:, column], plain[row][:, column] * kept, rtol=1e-4)
+            seen.add(label)
+    assert seen == set(genes)
+
+
+def test_with_target_an_unseen_knock_down_lowers_its_own_gene_as_the_others_do(knock_downs, folder):
+    path, genes = knock_downs
+    words = ("training.n_steps=1", "optim.lr=1e-12", "sampling.whole_counts=false")  # the head is zero
+    config = target_config(path, folder / "target", *words, hold_out=(genes[0],))
+    model = fit(config, Screen.read(path, config.data)).model
+    adata = anndata.read_h5ad(path)
+    controls = adata[(adata.obs["perturbation"] == "control") & (adata.obs["cell_type"] == "type_0")].copy()
+    again = PerturbDiff.from_pretrained(config.out)
+    assert again.config.diffusion.start == "target"
+    made = {}
+    for of in (model, again):
+        for wanted in (genes[0], f"{genes[0]}+{genes[1]}"):
+            predicted = of.generate(controls, wanted)
+            start = of.control_rows(controls, predicted).to_df().mean()
+            left = np.expm1(predicted.to_df().mean()) / np.expm1(start)
+            ratio = {
+                gene: np.exp(of.means.target_log_ratio(list(of.gene_names).index(gene), "type_0")) for gene in genes
+            }
+            for gene in left.index:
+                expected = ratio[gene] if gene in wanted.split("+") else 1.0
+                assert left[gene] == pytest.approx(expected, rel=0.02), (wanted, gene)
+            made.setdefault(wanted, []).append(predicted.X.toarray())
+        assert ratio[genes[0]] == pytest.approx(np.sqrt(ratio[genes[1]] * ratio[genes[2]]), rel=1e-4)
+        assert 0.15 < ratio[genes[0]] < 0.5
+    for one, other in made.values():
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("start", ["target", "mean"])
+def test_atlases_start_from_controls(start):
     given = {"out": "x", "data": {"atlases": [{"path": "a"}]}}
-    with pytest.raises(ValueError, match=r"diffusion\.start=mean is of screens"):
-        load_config(None, ["diffusion.start=mean"], given)
+    with pytest.raises(ValueError, match=rf"diffusion\.start={start} is of screens"):
+        load_config(None, [f"diffusion.start={start}"], given)
