@@ -20,6 +20,7 @@ from torch import Tensor
 
 from perturbdiff._version import __version__
 from perturbdiff.config import ModelConfig, Preprocessing, SamplingConfig, as_dict, check_sampling, from_dict
+from perturbdiff.data.batch import Moves
 from perturbdiff.data.expression import gene_means
 from perturbdiff.data.h5ad import values_of
 from perturbdiff.data.labels import ALL
@@ -61,7 +62,7 @@ from perturbdiff.hub.tensors import (
     with_means,
     write_model_folder,
 )
-from perturbdiff.means.predictors import start_shift
+from perturbdiff.means.predictors import response_kept, start_shift
 from perturbdiff.means.shifts import moves
 from perturbdiff.means.training import Context as Asked
 from perturbdiff.means.training import TrainingMeans
@@ -598,8 +599,8 @@ class PerturbDiff:
 
     def _moves(
         self, expression: Expression, perturbation: str, contexts: Sequence[Context], conditions: Sequence[Context]
-    ) -> np.ndarray | None:
-        """(conditions, 2, G) what sets start from, of controls with their `contexts`; None where as they are."""
+    ) -> Moves | None:
+        """Where sets of the conditions start, of controls with their `contexts`; None where from these as they are."""
         start = self.config.diffusion.start
         if self.means is None or start == "controls":
             return None
@@ -609,7 +610,8 @@ class PerturbDiff:
             control = gene_means(expression.log1p(np.flatnonzero(here)))
             asked = Asked(perturbation, cell_type or "unknown", batch or "unknown", control[None])
             found.append(moves(control, start_shift(self.means, asked, start)))
-        return np.stack(found).astype(np.float32)
+        kept = response_kept(self.means, perturbation) if start == "target" else 1.0
+        return Moves(np.stack(found).astype(np.float32), np.full(len(conditions), kept, dtype=np.float32))
 
     def _sampling(self, guidance_scale: float | None, steps: int | None, sampler: str | None) -> SamplingConfig:
         given = {"guidance_scale": guidance_scale, "sampler": sampler}

@@ -84,6 +84,20 @@ class SparseCells:
 
 
 @dataclass(frozen=True)
+class Moves:
+    """Where sets start, and how far they go from there, by condition.
+
+    controls
+        (n_conditions, 2, G) float32 what is kept of each control value, and what comes to it; log1p values.
+    response
+        (n_conditions,) float32 part of the way from there to the denoiser's estimate that predictions go.
+    """
+
+    controls: np.ndarray
+    response: np.ndarray
+
+
+@dataclass(frozen=True)
 class CellSetBatch:
     """B cell sets with their controls and conditions.
 
@@ -98,6 +112,8 @@ class CellSetBatch:
     moves
         (B, 2, G) what is kept of each control value, and what comes to it, model units; None where sets start from the
         controls as they are.
+    response
+        (B,) part of the way from there to the estimate that predictions go; None where they go all of it.
     """
 
     cells: SparseCells
@@ -110,6 +126,7 @@ class CellSetBatch:
     conditions: tuple[int, ...]
     measured: Tensor | None = None
     moves: Tensor | None = None
+    response: Tensor | None = None
 
     def to(self, device: torch.device | str) -> CellSetBatch:
         return replace(
@@ -120,6 +137,7 @@ class CellSetBatch:
             labels=self.labels.to(device),
             measured=None if self.measured is None else self.measured.to(device),
             moves=None if self.moves is None else self.moves.to(device),
+            response=None if self.response is None else self.response.to(device),
         )
 
     def dense(self) -> tuple[Tensor, Tensor]:
@@ -150,12 +168,12 @@ def make_batch(
     cells: Cells,
     labels: Labels,
     measured: MeasuredGenes | None = None,
-    moves: np.ndarray | None = None,
+    moves: Moves | None = None,
 ) -> CellSetBatch:
     """Gather the cells of some sets. `labels` are those of all conditions of the index, by condition.
 
-    `measured` tells the genes of the rows of `cells`; None: all. `moves` (n_conditions, 2, G) float32 are of all
-    conditions, log1p values, and None where controls stay. An empty list gives a batch without sets.
+    `measured` tells the genes of the rows of `cells`; None: all. `moves` are of all conditions, and None where
+    controls stay. An empty list gives a batch without sets.
     """
     mask = torch.zeros(len(sets), set_size, dtype=torch.bool)
     has_control = mask.clone()
@@ -173,12 +191,17 @@ def make_batch(
         keys=tuple(s.key for s in sets),
         conditions=tuple(s.condition for s in sets),
         measured=None if measured is None else _measured(sets, measured),
-        moves=None if moves is None else _in_model_units(moves[conditions.numpy()], cells.preprocessing),
+        moves=None if moves is None else _in_model_units(moves.controls[conditions.numpy()], cells.preprocessing),
+        response=None if moves is None else _response(moves.response[conditions.numpy()]),
     )
 
 
 def _in_model_units(moves: np.ndarray, preprocessing: Preprocessing) -> Tensor:
     return torch.from_numpy(moves * np.array([1, 1 / preprocessing.scale], dtype=np.float32)[:, None])
+
+
+def _response(response: np.ndarray) -> Tensor | None:
+    return None if (response == 1).all() else torch.from_numpy(response)
 
 
 def _measured(sets: Sequence[CellSet], measured: MeasuredGenes) -> Tensor | None:

@@ -14,7 +14,7 @@ from scipy import sparse
 from torch import Tensor
 
 from perturbdiff.config import DiffusionConfig, ModelConfig, SamplingConfig
-from perturbdiff.data.batch import CellSetBatch, make_batch
+from perturbdiff.data.batch import CellSetBatch, Moves, make_batch
 from perturbdiff.data.rng import numpy_generator, torch_generator
 from perturbdiff.data.samplers import CellSet, draw_controls
 from perturbdiff.data.screen import Expression
@@ -116,7 +116,7 @@ def denoise_sets(
     sampling: SamplingConfig,
     seed: int,
     bar: tqdm[Any],
-    moves: np.ndarray | None = None,
+    moves: Moves | None = None,
 ) -> sparse.csr_matrix:
     """Predicted cells of all sets in their order, (cells, G) log1p; `labels` and `moves` are by condition number."""
     device = next(denoiser.parameters()).device
@@ -151,7 +151,10 @@ def sample_batch(
         # A denoiser that never saw its own estimate in training would make nothing but noise of it.
         self_cond = None if self_cond is None or diffusion.p_self_cond == 0 else self_cond.to(dtype)
         x_t = batch.of_measured(x_t)  # as in training
-        return batch.of_measured(denoiser(x_t.to(dtype), t, control.to(dtype), cond, self_cond, batch.mask).float())
+        x0 = denoiser(x_t.to(dtype), t, control.to(dtype), cond, self_cond, batch.mask).float()
+        if batch.response is not None:
+            x0 = torch.lerp(control, x0, batch.response[:, None, None])
+        return batch.of_measured(x0)
 
     x0 = control
     if sampling.network_weight > 0:

@@ -78,6 +78,18 @@ def start_shift(training: TrainingMeans, context: Context, start: Literal["targe
     return with_unseen_targets(training, context, context_mean(training, context))
 
 
+def response_kept(training: TrainingMeans, perturbation: str) -> float:
+    """Which part of a predicted response to keep, 0 to 1.
+
+    Of a perturbation that no condition has, as much as the others' responses have in common: the sum of the weights of
+    `stacked` for such a one, own genes left out. 1 of what was seen, or in part, and where training has nothing to
+    leave out.
+    """
+    parts = training.parts(perturbation)
+    stack = _stack(training, "perturbation") if parts and training.unseen(parts) == parts else None
+    return 1.0 if stack is None else sum(stack.weights(stack.names).values())
+
+
 def _stack(training: TrainingMeans, kind: str) -> Stack | None:
     if kind not in training.learned:
         left_out: list[Hashable]

@@ -15,7 +15,7 @@ from perturbdiff.atlas.format import CONTROL_LABEL
 from perturbdiff.atlas.store import Atlas
 from perturbdiff.atlas.stream import StreamedCells
 from perturbdiff.config import Config, DataConfig, Preprocessing
-from perturbdiff.data.batch import CellSetBatch, make_batch
+from perturbdiff.data.batch import CellSetBatch, Moves, make_batch
 from perturbdiff.data.conditions import (
     ConditionIndex,
     ControlMatch,
@@ -58,7 +58,7 @@ class IndexedCells:
     measured
         The genes that were measured in which cells; None where all were in all.
     moves
-        (n_conditions, 2, G) what sets start from, as of `make_batch`.
+        Where sets start, where that is not the controls.
     """
 
     cells: Cells
@@ -67,7 +67,7 @@ class IndexedCells:
     labels: Labels
     sources: Sequence[SetSource]
     measured: MeasuredGenes | None = None
-    moves: np.ndarray | None = None
+    moves: Moves | None = None
 
     @classmethod
     def build(

@@ -2,7 +2,8 @@
 
 With target, the genes that are perturbed are moved as knock-downs move their own (`means.targets.targets_alone`), in
 training as in predictions. The network learns what is left, which in the own genes of many perturbations is nothing in
-the mean: so it leaves that of an unseen one where it is.
+the mean: so it leaves that of an unseen one where it is. Of an unseen one predictions go as far as training
+perturbations respond alike (`means.predictors.response_kept`).
 
 With mean, each training condition starts from its own measured mean, so that the network learns the shape of a
 response; what was not trained starts from the mean that simple methods tell (`means.predictors.start_shift`).
@@ -18,10 +19,11 @@ from typing import Literal
 
 import numpy as np
 
+from perturbdiff.data.batch import Moves
 from perturbdiff.data.conditions import ConditionIndex, ControlPools
 from perturbdiff.data.expression import Cells, gene_means, log1p_of
 from perturbdiff.data.notation import Notation
-from perturbdiff.means.predictors import start_shift
+from perturbdiff.means.predictors import response_kept, start_shift
 from perturbdiff.means.shifts import moves
 from perturbdiff.means.training import Context, TrainingMeans
 
@@ -66,18 +68,21 @@ class Starts:
             self.cells.genes,
         )
 
-    def trained_moves(self, means: TrainingMeans, start: Literal["target", "mean"]) -> np.ndarray:
-        """(n, 2, G) float32 `shifts.moves` of each condition, which are those of `means`; of controls, none."""
+    def trained_moves(self, means: TrainingMeans, start: Literal["target", "mean"]) -> Moves:
+        """Of each condition, which are those of `means`; of controls, none."""
         return self._moves(list(means.effect)) if start == "mean" else self.told_moves(means, start)
 
-    def told_moves(self, means: TrainingMeans, start: Literal["target", "mean"]) -> np.ndarray:
-        """(n, 2, G) float32 `shifts.moves` of conditions that were not trained."""
+    def told_moves(self, means: TrainingMeans, start: Literal["target", "mean"]) -> Moves:
+        """Of conditions that were not trained, or as if they were not."""
         asked = [Context(*labels, mean[None]) for labels, mean in zip(self.labels, self.control_mean, strict=True)]
-        return self._moves([start_shift(means, context, start) for context in asked])
+        told = self._moves([start_shift(means, context, start) for context in asked])
+        if start == "target":
+            told.response[self.numbers] = [response_kept(means, context.perturbation) for context in asked]
+        return told
 
-    def _moves(self, shifts: list[np.ndarray]) -> np.ndarray:
+    def _moves(self, shifts: list[np.ndarray]) -> Moves:
         every = np.zeros((len(self.index), 2, len(self.cells.genes)), dtype=np.float32)
         every[:, 0] = 1
         for condition, mean, shift in zip(self.numbers, self.control_mean, shifts, strict=True):
             every[condition] = moves(mean, shift)
-        return every
+        return Moves(every, np.ones(len(self.index), dtype=np.float32))

@@ -10,7 +10,7 @@ import pytest
 
 from perturbdiff.data.vocab import GeneVocab
 from perturbdiff.means import stack
-from perturbdiff.means.predictors import PREDICTORS, STACKED, stacked, start_shift
+from perturbdiff.means.predictors import PREDICTORS, STACKED, response_kept, stacked, start_shift
 from perturbdiff.means.stack import Stack
 from perturbdiff.means.training import Context, TrainingMeans
 
@@ -161,6 +161,12 @@ def test_stacked_is_a_mean_of_the_others():
     assert (found <= told.max(axis=0) + 1e-9).all()
 
 
+def stack_of(training):
+    """Weights for an unseen perturbation."""
+    stacked(training, Context("never", "T", "b", training.control_mean[:1]))
+    return training.learned["perturbation"].weights(list(STACKED)).values()
+
+
 def test_effects_that_have_nothing_in_common_are_no_change_but_for_the_own_gene():
     rng = np.random.default_rng()
     genes = tuple(f"P{i}" for i in range(12))
@@ -181,6 +187,9 @@ def test_effects_that_have_nothing_in_common_are_no_change_but_for_the_own_gene(
     expected[7] = np.log1p(before * np.exp(ratio)) - np.log1p(before)
     np.testing.assert_allclose(stacked(training, asked), expected, atol=1e-9)
     np.testing.assert_allclose(start_shift(training, asked, "mean"), expected, atol=1e-9)
+    assert response_kept(training, "P7") == response_kept(training, "P7+P8") == 0
+    for seen in ("P0", "P0+P7", "P0+P1"):
+        assert response_kept(training, seen) == 1
     # Alone, a training perturbation leaves nothing to learn weights from: its effect stands, and its own gene's change.
     first = stack._rows(training, np.array([0]))
     expected = first.effect[0].copy()
@@ -188,4 +197,9 @@ def test_effects_that_have_nothing_in_common_are_no_change_but_for_the_own_gene(
         np.log1p(np.expm1(asked.control_mean[7]) * np.exp(first.target_log_ratio(7, "T"))) - asked.control_mean[7]
     )
     assert stacked(first, asked) is None
+    assert response_kept(first, "P7") == 1
+    alike = replace(training, perturbed_mean=control + 0.3)
+    assert response_kept(alike, "P7") == pytest.approx(1, abs=1e-4)
+    half = replace(training, perturbed_mean=control + 0.3 * (rng.normal(size=(6, 12)) + 1))
+    assert response_kept(half, "P7") == pytest.approx(sum(stack_of(half)), abs=1e-6)
     np.testing.assert_allclose(start_shift(first, asked, "mean"), expected, atol=1e-9)

@@ -14,14 +14,16 @@ from scipy import sparse
 
 from perturbdiff.config import load_config
 from perturbdiff.data.screen import Screen
+from perturbdiff.diffusion.generate import sample_batch
 from perturbdiff.files import sha256
 from perturbdiff.hub.download import find_model
 from perturbdiff.hub.info import model_info
 from perturbdiff.hub.model_folder import config_hash
-from perturbdiff.means.predictors import start_shift
+from perturbdiff.means.predictors import response_kept, start_shift
 from perturbdiff.means.shifts import shift_cells
 from perturbdiff.means.training import Context
 from perturbdiff.model import PerturbDiff
+from perturbdiff.nn.denoiser import build_denoiser
 from perturbdiff.training.dataset import TrainingSet
 from perturbdiff.training.loop import fit
 from perturbdiff.training.run import finetune
@@ -245,6 +247,50 @@ def test_with_target_an_unseen_knock_down_lowers_its_own_gene_as_the_others_do(k
         assert 0.15 < ratio[genes[0]] < 0.5
     for one, other in made.values():
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_an_estimate_is_kept_in_part_from_where_its_set_starts(knock_downs, folder):
+    path, _ = knock_downs
+    config = target_config(path, folder / "unused", hold_out=())
+    screen = Screen.read(path, config.data)
+    train = TrainingSet.from_screen(screen, config).train
+    batch = train.batch(train.sampler(config), 0, 0, 0, 1)
+    assert batch.response is None  # all were trained
+    sampling = replace(config.sampling, n_steps=1, guidance_scale=0.5, whole_counts=False, cutoff=0.0)
+    denoiser = untrained(screen, config)
+    parts = torch.tensor([0.0, 0.3, 0.8, 1.0])[: len(batch.mask)]
+    whole, part = (
+        sample_batch(denoiser, of, sampling, config.diffusion, 0) for of in (batch, replace(batch, response=parts))
+    )
+    control = batch.dense()[1]
+    assert (whole - control)[batch.mask].abs().mean() > 0.01
+    torch.testing.assert_close(part, (control + parts[:, None, None] * (whole - control)).clamp_min(0))
+
+
+def untrained(screen, config):
+    vocabularies = TrainingSet.from_screen(screen, config).vocabularies
+    denoiser = build_denoiser(config.denoiser, len(screen.expression.genes), vocabularies).eval()
+    torch.nn.init.normal_(denoiser.head.weight, std=0.1)
+    return denoiser
+
+
+def test_predictions_of_an_unseen_knock_down_go_as_far_as_others_respond_alike(knock_downs, folder, monkeypatch):
+    path, genes = knock_downs
+    words = ("sampling.n_steps=1", "sampling.whole_counts=false", "sampling.cutoff=0.0")
+    config = target_config(path, folder / "part", *words, hold_out=(genes[0],))
+    model = fit(config, Screen.read(path, config.data)).model
+    torch.nn.init.normal_(model.denoiser.head.weight, std=0.1)
+    adata = anndata.read_h5ad(path)
+    controls = adata[(adata.obs["perturbation"] == "control") & (adata.obs["cell_type"] == "type_0")].copy()
+    kept = response_kept(model.means, genes[0])
+    assert 0 < kept < 1
+    made = {}
+    for part in (kept, 0.0, 1.0):
+        monkeypatch.setattr("perturbdiff.model.response_kept", lambda means, of, part=part: part)
+        made[part] = model.generate(controls, genes[0]).X.toarray()
+    np.testing.assert_allclose(made[kept], np.maximum(made[0.0] + kept * (made[1.0] - made[0.0]), 0), atol=1e-5)
+    monkeypatch.undo()
+    np.testing.assert_array_equal(model.generate(controls, genes[0]).X.toarray(), made[kept])
 
 
 @pytest.mark.parametrize("start", ["target", "mean"])
