@@ -7,11 +7,12 @@ import pytest
 import torch
 from scipy import stats
 
-from perturbdiff.config import DataConfig, ObsColumns
+from perturbdiff.config import DataConfig, ObsColumns, find_recipe, load_config
 from perturbdiff.data.screen import Screen, control_cells
 from perturbdiff.data.simulate import SimulationConfig, simulate
 from perturbdiff.inference.ranking import find_genes, rank_perturbations
-from tests.screens import counts_screen, log1p_cp10k, written
+from perturbdiff.training.loop import fit
+from tests.screens import counts_screen, log1p_cp10k, shared, written
 from tests.untrained import untrained
 
 NAMES = ("A", "B", "C", "D")
@@ -194,7 +195,6 @@ def test_no_varying_gene_is_refused(model, controls):
 @pytest.mark.slow
 def test_the_ranking_recovers_the_true_order_of_a_simulated_screen(tmp_path):
     from perturbdiff import PerturbDiff
-    from perturbdiff.training.loop import fit
     from tests.simulated import tiny_config
 
     # Six perturbations; the signature is of the genes that pert_2 moves most. Training does not see the second cell
@@ -237,3 +237,35 @@ def test_the_ranking_recovers_the_true_order_of_a_simulated_screen(tmp_path):
     towards = file[screen.obs.index[is_reference]].copy()
     table = rank_perturbations(model, controls, towards=towards, cell_type="type_1", n_populations=3)
     assert table["perturbation"][0] == "pert_4"
+
+
+@pytest.mark.slow
+def test_what_lowers_a_gene_is_its_own_knock_down_also_where_no_cell_received_it(tmp_path):
+    # A panel of 72 genes, each of which is a candidate; of 14 targets two are held out.
+    path, held_out = (
+        shared("PERTURBDIFF_REAL_DATA", "data", "schraivogel2020_k562_tapseq_crispri.h5ad"),
+        ("RIPK2", "DSCC1"),
+    )
+    words = [
+        "data.library_size_col=n_counts_panel", "data.target_sum=null", "training.n_steps=40", "training.trackers=[]",
+        "training.device=cpu",
+    ]  # fmt: skip
+    given = {"out": str(tmp_path / "run"), "data": {"screen": str(path)}, "split": {"hold_out": list(held_out)}}
+    config = load_config(find_recipe("unseen_perturbations", "train"), words, given)
+    screen = Screen.read(path, config.data)
+    model = fit(config, screen).model
+    obs = ObsColumns(perturbation="perturbation", cell_type="cell_type", batch="batch")
+    controls = control_cells(path, obs, None, "TAP1")[::20].copy()
+    measured = {name: screen.expression.log1p((screen.obs["perturbation"] == name).to_numpy()) for name in held_out}
+    control = screen.expression.log1p(screen.is_control)
+    for gene in (*held_out, "STK3"):
+        table = rank_perturbations(model, controls, down=gene, candidates="all", n_populations=2)
+        assert len(table) > 60
+        assert table["perturbation"][0] == gene
+        assert table["trained"][0] == (gene == "STK3")
+    for gene in held_out:  # by about as much as it was measured to fall
+        predicted = model.generate(controls, gene)
+        start = model.control_rows(controls, predicted).to_df()[gene].mean()
+        column = list(screen.expression.genes.names).index(gene)
+        true = measured[gene][:, column].mean() - control[:, column].mean()
+        assert 0.5 < (predicted.to_df()[gene].mean() - start) / true < 2
