@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from typing import Literal
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from perturbdiff.data.notation import Parts
 from perturbdiff.means.shifts import additive, context_mean, no_change, perturbation_mean, perturbed_mean
-from perturbdiff.means.stack import Stack
+from perturbdiff.means.stack import MOST_FOLDS, MOST_PERTURBATIONS, Stack
 from perturbdiff.means.targets import covariance, own_target, targets_alone, with_unseen_targets
 from perturbdiff.means.training import Context, Predictor, TrainingMeans
 
@@ -81,13 +82,14 @@ def start_shift(training: TrainingMeans, context: Context, start: Literal["targe
 def response_kept(training: TrainingMeans, perturbation: str) -> float:
     """Which part of a predicted response to keep, 0 to 1.
 
-    Of a perturbation that no condition has, as much as the others' responses have in common: the sum of the weights of
-    `stacked` for such a one, own genes left out. 1 of what was seen, or in part, and where training has nothing to
-    leave out.
+    Of a perturbation that no condition has, the less the fewer the others' responses have in common: the square root of
+    the sum of the weights of `stacked` for such a one, own genes left out. The sum itself gives the least squared
+    error, and responses that are too small together; its root keeps their size (Louis 1984, JASA 79:393). 1 of what was
+    seen, or in part, and where training has nothing to leave out.
     """
     parts = training.parts(perturbation)
     stack = _stack(training, "perturbation") if parts and training.unseen(parts) == parts else None
-    return 1.0 if stack is None else sum(stack.weights(stack.names).values())
+    return 1.0 if stack is None else math.sqrt(sum(stack.weights(stack.names).values()))
 
 
 def _stack(training: TrainingMeans, kind: str) -> Stack | None:
@@ -104,6 +106,7 @@ def _stack(training: TrainingMeans, kind: str) -> Stack | None:
             STACKED,
             left_out,
             lambda rest, *asked: _new_is(rest, *asked) == kind,
+            most_folds=MOST_PERTURBATIONS if kind == "perturbation" else MOST_FOLDS,
             shrinks=kind == "perturbation",
         )
     stack: Stack | None = training.learned[kind]

@@ -14,7 +14,8 @@ from perturbdiff.data.notation import Parts
 from perturbdiff.data.rng import numpy_generator
 from perturbdiff.means.training import Context, Predictor, TrainingMeans
 
-MOST_FOLDS = 8
+MOST_FOLDS = 8  # of contexts
+MOST_PERTURBATIONS = 32  # left out one by one: they differ more than contexts do
 MOST_CONDITIONS = 200  # that weights are learned from: those of some perturbations, drawn by a fixed seed
 RIDGE = 1e-6  # of the mean square of a prediction: predictors that say the same share their weight
 
@@ -42,6 +43,7 @@ class Stack:
         predictors: Mapping[str, Predictor],
         left_out: Sequence[Hashable],
         asked: Callable[[TrainingMeans, Parts, str], bool],
+        most_folds: int = MOST_FOLDS,
         shrinks: bool = False,
     ) -> Stack | None:
         """Leave out conditions of the same `left_out` (n,) together, and predict those of them that are `asked`.
@@ -59,7 +61,7 @@ class Stack:
         """
         training, left_out = _some(training, left_out)
         groups = sorted(set(left_out), key=str)
-        chosen = [groups[i] for i in np.unique(np.linspace(0, len(groups) - 1, MOST_FOLDS).astype(int))]
+        chosen = [groups[i] for i in np.unique(np.linspace(0, len(groups) - 1, most_folds).astype(int))]
         names = tuple(predictors)
         products: dict[frozenset[str], tuple[np.ndarray, np.ndarray]] = {}
         for fold in chosen if len(groups) > 1 else ():
