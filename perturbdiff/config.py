@@ -24,6 +24,7 @@ T = TypeVar("T")
 # Within the package where it was installed from a wheel, beside it in a checkout.
 _SHIPPED = (Path(__file__).parent / "recipes", Path(__file__).parents[1] / "recipes")
 RECIPES = next((folder for folder in _SHIPPED if folder.is_dir()), _SHIPPED[0])
+COEXPRESSION = "coexpression"  # in place of a table: features from the training cells themselves
 MAX_FEATURES = 1 << 20  # columns of a frozen table, or covariates: more is a mistake or an attack
 
 

@@ -68,6 +68,7 @@ from perturbdiff.means.training import Context as Asked
 from perturbdiff.means.training import TrainingMeans
 from perturbdiff.nn.conditioning import FeatureEmbedding, LabelConditioning, VocabSizes
 from perturbdiff.nn.denoiser import Denoiser
+from perturbdiff.nn.transfer import tables_of
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -119,7 +120,7 @@ class PerturbDiff:
         self.training = training
         self.evaluation = evaluation
         self.split = split
-        self.means = means
+        self.means = self._told(means)
         self.name = name
 
     def __repr__(self) -> str:
@@ -516,6 +517,22 @@ class PerturbDiff:
         both.uns["perturbdiff"] |= {"control_label": self.config.obs.control_label, "n_controls": controls.n_obs}
         return both
 
+    def _told(self, means: TrainingMeans | None) -> TrainingMeans | None:
+        """Means with what is known of perturbations, where predictions start from what it says."""
+        if means is None or self.config.diffusion.start != "mean":
+            return means
+        return replace(means, tables=self.feature_tables())
+
+    def feature_tables(self) -> list[FeatureTable]:
+        """What it knows of perturbations besides their names, as the tables that it was trained with."""
+        names, made = np.array(self.vocabularies.perturbations.names, dtype=object), []
+        for (name, _), embedding in zip(self.vocabularies.tables, tables_of(self.denoiser), strict=True):
+            has = embedding.features.any(1)
+            values = (embedding.features[has] / embedding.scale + embedding.centre).float().cpu().numpy()
+            if len(values):
+                made.append(FeatureTable(name, tuple(names[has.cpu().numpy()]), values))
+        return made
+
     def add_features(self, tables: Sequence[FeatureTable]) -> list[str]:
         """Make perturbations known that were never trained, by features as those that the model was trained with.
 
@@ -552,6 +569,7 @@ class PerturbDiff:
         perturbations = LabelVocab("perturbation", (*self.vocabularies.perturbations.names, *new))
         n_by_features = self.vocabularies.n_by_features + len(new)
         self.vocabularies = replace(self.vocabularies, perturbations=perturbations, n_by_features=n_by_features)
+        self.means = self._told(self.means)
         return new
 
     @property

@@ -251,7 +251,7 @@ def test_what_has_no_default_must_be_given():
         ("5", "recipe.yaml' is not yaml"),
         (b"\xff\xfe\x00", "recipe.yaml' is not yaml"),
         ("training: {n_stps: 5}", "'n_stps' not in 'TrainingConfig'"),
-        ("training: {n_steps: 0}", r"training.n_steps \(0\) must be greater than 0"),
+        ("training: {n_steps: -1}", r"training.n_steps \(-1\) must not be negative"),
     ],
 )
 def test_a_recipe_that_is_none_is_an_error_of_one_line(recipe, text, message):

@@ -15,6 +15,7 @@ from typing import TextIO
 from perturbdiff._version import __version__
 from perturbdiff.cli.app import add_app_command
 from perturbdiff.cli.atlas import add_atlas_commands
+from perturbdiff.cli.features import add_features_commands
 from perturbdiff.cli.hub import add_hub_commands
 from perturbdiff.cli.report import add_report_command
 from perturbdiff.cli.runs import add_run_commands, rank
@@ -89,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     add_run_commands(commands)
+    add_features_commands(commands)
     add_report_command(commands)
     add_atlas_commands(commands)
     add_hub_commands(commands)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from perturbdiff.cli.check import add_check_command
 from perturbdiff.cli.command import SETTINGS, add_command, add_settings
-from perturbdiff.cli.loadings import add_loadings_command
 from perturbdiff.cli.predict import add_predict_commands
 from perturbdiff.cli.rank import add_rank_command
 
@@ -62,7 +61,6 @@ def add_run_commands(commands: Any) -> None:
     )  # fmt: skip
     info.add_argument("file", metavar="FILE.h5ad", help="X raw counts or log1p")
     add_settings(info)
-    add_loadings_command(screen_commands)
     add_rank_command(screen_commands)
 
     train = add_command(

@@ -5,7 +5,7 @@ G = genes of the screen. Rows are those of the screen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,6 +22,7 @@ from perturbdiff.data.splits import Split, control_halves
 from perturbdiff.data.vocab import GeneVocab
 from perturbdiff.diffusion.counts import with_whole_counts
 from perturbdiff.diffusion.generate import choose_controls
+from perturbdiff.features.tables import FeatureTable
 from perturbdiff.files import few
 from perturbdiff.means.predictors import PREDICTORS
 from perturbdiff.means.shifts import shift_cells
@@ -172,9 +173,11 @@ class SimpleMethods:
     ----------
     split
         Whose training cells they know.
+    tables
+        What the model knows of perturbations besides their names.
     """
 
-    def __init__(self, screen: Screen, split: Split, match: ControlMatch) -> None:
+    def __init__(self, screen: Screen, split: Split, match: ControlMatch, tables: Sequence[FeatureTable] = ()) -> None:
         expression = screen.expression
         trained, controls = held_out_rows(screen, split.train, match)
         of_training = {context: rows[split.train[rows]] for context, rows in controls.items()}
@@ -189,6 +192,7 @@ class SimpleMethods:
             n_cells=np.array([len(rows) for rows in self._rows]),
             notation=screen.notation,
             genes=expression.genes,
+            tables=tables,
         )
         self._others: dict[tuple[str, str], tuple[np.ndarray, np.ndarray] | None] = {}
 

@@ -66,7 +66,7 @@ def score_held_out(config: Config, screen: Screen) -> Scored:
     assert match is not None, "the model of a run says whose controls it had"
     predicted = predict_held_out(model, screen, split, match, config.training.seed)
     write_predicted(predicted, out / "predicted.h5ad")
-    scores = score_conditions(predicted, screen, match, split)
+    scores = score_conditions(predicted, screen, match, split, tables=model.feature_tables())
     if len(ConditionIndex.build(screen, split.validation)) >= 2:
         calibrate(model, screen, split.validation, match, seed=config.training.seed)
     model.evaluation, model.split = scores.record(), _travelling(out / "split.json")
@@ -145,7 +145,7 @@ def evaluate_model(
     match = model.training.control_match or match
     seed = (model.training.settings.get("training") or {}).get("seed", 0)
     predicted = predict_held_out(model, measured, chosen, match, seed if isinstance(seed, int) else 0)
-    return score_conditions(predicted, measured, match, chosen, field=field)
+    return score_conditions(predicted, measured, match, chosen, field=field, tables=model.feature_tables())
 
 
 def evaluate_run(
@@ -162,10 +162,13 @@ def evaluate_run(
     run = Path(run)
     if missing := [name for name in RUN_FILES if not (run / name).is_file()]:
         raise FileNotFoundError(f"{run} lacks {few(missing)}: no run that held out anything finished there.")
-    screen = screen if screen is not None else load_config(run / "config.yaml").data.screen
+    data = load_config(run / "config.yaml").data
+    screen = screen if screen is not None else data.screen
     if screen is None:
         raise ValueError(f"{run} was trained on atlases; give the screen whose cells were held out (--screen).")
-    return evaluate(run / "predicted.h5ad", screen, run / "split.json", field=field, overrides=overrides)
+    known = data.perturbation_features and (run / "model").is_dir()  # the files may have moved
+    tables = PerturbDiff.from_pretrained(run / "model").feature_tables() if known else []
+    return evaluate(run / "predicted.h5ad", screen, run / "split.json", field=field, tables=tables, overrides=overrides)
 
 
 def reproduce(

@@ -64,6 +64,7 @@ from perturbdiff.evaluation.metrics import (
     score_condition,
     split_half_ceiling,
 )
+from perturbdiff.features.tables import FeatureTable
 from perturbdiff.files import progress, write_json, written
 from perturbdiff.hub.records import EvaluationRecord, SplitRecord, loss
 from perturbdiff.inference.output import read_predicted
@@ -249,6 +250,7 @@ def score_conditions(
     seed: int = 0,
     *,
     field: bool = False,
+    tables: Sequence[FeatureTable] = (),
 ) -> Scores:
     """Score predicted cells against the measured ones of the same conditions, over all genes of the screen.
 
@@ -267,6 +269,8 @@ def score_conditions(
         cells are measured ones, and only `no change` stands beside the model.
     field
         Also ask cell-eval (extra `eval`), on the same cells, genes and controls.
+    tables
+        What the model was told of perturbations besides their names, for the simple predictors too.
 
     Raises
     ------
@@ -293,7 +297,7 @@ def score_conditions(
             "Perturbation, cell type and batch must be the same words in both."
         )
     starts, log1p = start_rows(predicted.obs, screen), screen.expression.log1p
-    simple = None if split is None else SimpleMethods(screen, split, match)
+    simple = None if split is None else SimpleMethods(screen, split, match, tables)
     choices = ControlChoices(screen.expression, seed)
     rows: list[dict[str, object]] = []
     responses: dict[tuple[str, str], list[Response]] = {}
@@ -437,6 +441,7 @@ def evaluate(
     split: str | Path | None = None,
     *,
     field: bool = False,
+    tables: Sequence[FeatureTable] = (),
     overrides: Sequence[str] = (),
     **settings: Any,
 ) -> Scores:
@@ -456,6 +461,9 @@ def evaluate(
         Without, all perturbed cells are measured ones, and only `no change` stands beside the model.
     field
         Also ask cell-eval (extra `eval`): all metrics of the field, by its own library.
+    tables
+        What the model was told of perturbations besides their names (`PerturbDiff.feature_tables`), for the simple
+        methods too.
     overrides, **settings
         Words and values as of `train`, which win over the predictions' own: data={"batch_col": "donor"}.
 
@@ -493,7 +501,7 @@ def evaluate(
     var = pd.DataFrame({"measured": [*measured(var), *[False] * len(left_out)]}, index=[*genes.names, *left_out])
     values = sparse.csr_matrix((values.data, values.indices, values.indptr), (len(obs), len(var)))
     predicted = AnnData(X=values, obs=obs.set_axis(unique_names(obs.index)), var=var)
-    return score_conditions(predicted, screened, match, chosen, field=field)
+    return score_conditions(predicted, screened, match, chosen, field=field, tables=tables)
 
 
 def _refuse_other_space(

@@ -70,17 +70,14 @@ def coexpression_table(
 
     n_components = min(n_components, min(X.shape) - 1)
     if n_genes <= n_cells:
-        roots, vectors = _largest(lambda v: by_gene(by_cell(v)), n_genes, n_components)
+        roots, vectors = largest_eigenvectors(lambda v: by_gene(by_cell(v)), n_genes, n_components)
         loadings = vectors * np.sqrt(roots)
     else:
-        roots, vectors = _largest(lambda u: by_cell(by_gene(u)), n_cells, n_components)
+        roots, vectors = largest_eigenvectors(lambda u: by_cell(by_gene(u)), n_cells, n_components)
         loadings = by_gene(vectors)
     loadings[:, roots <= NOISE * max(roots[0], NOISE)] = 0.0
     loadings[~varies] = 0.0
-    size = np.abs(loadings)
-    first = np.argmax(size >= (1 - 1e-6) * size.max(axis=0), axis=0)  # of entries that are equal but for rounding
-    loadings *= np.where(np.take_along_axis(loadings, first[None], axis=0) < 0, -1.0, 1.0)
-    return FeatureTable(name, tuple(genes), loadings.astype(np.float32))
+    return FeatureTable(name, tuple(genes), (loadings * signs(loadings)).astype(np.float32))
 
 
 def loadings_of_file(path: str | Path, n_components: int = 64, min_cells: int = 10) -> FeatureTable:
@@ -103,7 +100,14 @@ def loadings_of_file(path: str | Path, n_components: int = 64, min_cells: int = 
     return coexpression_table(X, genes.names, n_components, Path(path).stem).directions()
 
 
-def _largest(apply: Callable[[np.ndarray], np.ndarray], n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+def signs(loadings: np.ndarray) -> np.ndarray:
+    """(F,) 1 or -1: with these, the largest entry of each column is positive."""
+    size = np.abs(loadings)
+    first = np.argmax(size >= (1 - 1e-6) * size.max(axis=0), axis=0)  # of entries that are equal but for rounding
+    return np.where(np.take_along_axis(loadings, first[None], axis=0)[0] < 0, -1.0, 1.0)
+
+
+def largest_eigenvectors(apply: Callable[[np.ndarray], np.ndarray], n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k largest eigenvalues, from the largest down, and eigenvectors (n, k) of a positive operator."""
     if n <= DENSE:
         roots, vectors = np.linalg.eigh(apply(np.eye(n)))

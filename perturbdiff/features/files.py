@@ -33,6 +33,8 @@ MAX_HEADER_BYTES = 1 << 25  # of what a file says of itself: takes up to twenty 
 MAX_NAMES = 1 << 22
 MAX_VALUES = 1 << 29  # 2 GB in float32: 100,000 genes with 5,000 features
 MAX_LETTERS = 5000  # of one name or one SMILES
+ABOUT = b"perturbdiff.features"  # key of what a .parquet file says of itself
+MAX_ABOUT = 1 << 16  # bytes of it
 CSV_BLOCK = 1 << 24  # bytes read at a time; a line is never longer
 NUMBERS = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8"}  # of safetensors
 
@@ -70,6 +72,21 @@ def read_titles(path: Path) -> list[str]:
     """The titles of the columns of a .csv or .parquet file. Raises as `read_vectors`."""
     with _reading(path, (".csv", ".parquet")):
         return _titles(path)[0]
+
+
+def read_about(path: Path) -> dict[str, str]:
+    """What a .parquet file of `write_table` says of where it comes from; of other files nothing. Raises as
+    `read_vectors`."""
+    with _reading(path, SUFFIXES):
+        if path.suffix != ".parquet":
+            return {}
+        with _open_parquet(path, []) as file:
+            text = (file.schema_arrow.metadata or {}).get(ABOUT, b"{}")
+        _check_bytes(len(text), MAX_ABOUT)
+        said = json.loads(text) if text.count(b"[") + text.count(b"{") <= MAX_BRACKETS else None
+        if not isinstance(said, dict) or not all(isinstance(value, str) for value in said.values()):
+            raise Unfit(f"its metadata {ABOUT.decode()!r} must be a JSON object of texts.")
+        return said
 
 
 @contextmanager

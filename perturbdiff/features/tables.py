@@ -5,9 +5,10 @@ n = names of a table, F = features.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from perturbdiff.data.vocab import LabelVocab, Vocabularies
-from perturbdiff.features.files import MAX_LETTERS, read_vectors
+from perturbdiff.features.files import ABOUT, MAX_LETTERS, read_about, read_vectors
 from perturbdiff.files import few, written
 
 
@@ -30,6 +31,8 @@ class FeatureTable:
         (n,) unique.
     values
         (n, F) float32, finite.
+    about
+        Where it comes from, for people: kind, source, date, license, ...
 
     Raises ValueError where they are not such.
     """
@@ -37,6 +40,7 @@ class FeatureTable:
     name: str
     names: tuple[str, ...]
     values: np.ndarray
+    about: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         title, shape = f"feature table {self.name!r}", self.values.shape
@@ -114,23 +118,25 @@ def read_table(path: str | Path, name: str | None = None) -> FeatureTable:
         finite.
     """
     names, values = read_vectors(Path(path))
-    return table_of_file(Path(path), name, names, values)
+    return table_of_file(Path(path), name, names, values, read_about(Path(path)))
 
 
-def table_of_file(path: Path, name: str | None, names: Sequence[str], values: np.ndarray) -> FeatureTable:
+def table_of_file(
+    path: Path, name: str | None, names: Sequence[str], values: np.ndarray, about: Mapping[str, str] | None = None
+) -> FeatureTable:
     """The table of what is in a file. Raises ValueError, which names the file."""
     try:
-        return FeatureTable(path.stem if name is None else name, tuple(names), values)
+        return FeatureTable(path.stem if name is None else name, tuple(names), values, about or {})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 def write_table(table: FeatureTable, path: Path) -> None:
-    """Write a .parquet that `read_table` reads, whole or not at all."""
+    """Write a .parquet that `read_table` reads, whole or not at all; `about` is in the metadata of its schema."""
     columns = {"name": pa.array(table.names)}
     columns |= {f"f{i}": pa.array(values) for i, values in enumerate(np.ascontiguousarray(table.values.T))}
     with written(path) as temporary:
-        pq.write_table(pa.table(columns), temporary)
+        pq.write_table(pa.table(columns, metadata={ABOUT: json.dumps(dict(table.about))}), temporary)
 
 
 def with_tables(vocabularies: Vocabularies, tables: Sequence[FeatureTable]) -> Vocabularies:

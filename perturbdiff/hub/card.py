@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_res
 from huggingface_hub.utils import yaml_dump
 
 from perturbdiff.cards import CITATION, MAX_LISTED, escaped, front_text, license_fields, listed
-from perturbdiff.config import ModelConfig, ObsColumns, Preprocessing
+from perturbdiff.config import COEXPRESSION, ModelConfig, ObsColumns, Preprocessing
 from perturbdiff.data.vocab import Vocabularies
 from perturbdiff.hub.metadata import ModelMetadata
 from perturbdiff.hub.records import EvaluationRecord, TrainingRecord
@@ -265,6 +265,7 @@ def _training_data(training: TrainingRecord) -> str:
         rows.append(("converted from", escaped(_base_name(conversion.file), 200)))
         rest = {key: value for key, value in asdict(conversion).items() if key != "file" and value is not None}
         rows += [(key.replace("_", " "), escaped(value)) for key, value in rest.items()]
+    rows += [("features", f"{escaped(name)}: {text}") for name, text in _origins(settings)]
     for what, number in (("steps", training.steps), ("cells seen", training.cells_seen)):
         if number is not None:
             rows.append((what, f"{number:,}"))
@@ -350,6 +351,12 @@ def _limits(model: ModelMetadata) -> str:
     if known.combination_separator:
         first += " Combinations of them are predicted also where training saw no combination: judge these with care."
     lines = [first]
+    if known.tables:
+        lines.append(
+            "- What its tables of features know of a perturbation may come from later than the screens that it is "
+            "measured on: a table that is newer than a screen may hold what that screen found, and scores of "
+            'perturbations that nobody trained on flatter then. Dates and licenses: "Training data".'
+        )
     if model.config.denoiser.conditioning == "labels":
         alike = "" if known.tables else ": each label is one perturbation, with no notion of a similar one"
         if known.dose_separator:
@@ -370,6 +377,22 @@ def _limits(model: ModelMetadata) -> str:
             f"- The scores are means over {_conditions(model.evaluation)} of one screen; other screens may differ."
         )
     return "\n".join(lines)
+
+
+def _origins(settings: Any) -> list[tuple[str, str]]:
+    """Name of each table of features, and what it says of where it comes from, escaped."""
+    tables = _setting(settings, "features")
+    found = []
+    for name, about in list(tables.items())[:MAX_LISTED] if isinstance(tables, dict) else []:
+        said = about if isinstance(about, dict) else {}
+        if not said:
+            text = "of the training cells" if name == COEXPRESSION else "origin, date and license are not stated"
+        else:
+            text = "; ".join(
+                f"{escaped(key, 40)} {escaped(value, 120)}" for key, value in list(said.items())[:MAX_LISTED]
+            )
+        found.append((name, text))
+    return found
 
 
 def _atlas(atlas: Any) -> tuple[str, bool]:

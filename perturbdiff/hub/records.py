@@ -135,7 +135,8 @@ class TrainingRecord:
     measured_genes
         How many genes the training data had, over which library sizes are sums where no column gives them.
     settings
-        Every setting of the run, as its own version of the library calls them: for people, and read by nothing.
+        Every setting of the run, as its own version of the library calls them, and what its tables of features say of
+        their origin (`features`): for people and the card, and read by nothing else.
     """
 
     library_version: str | None = None

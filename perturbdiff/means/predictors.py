@@ -42,6 +42,19 @@ def log_space(training: TrainingMeans, context: Context) -> np.ndarray | None:
     return fit.predict([fit.log_change(rows, control) for rows in found], control) - control
 
 
+def features(training: TrainingMeans, context: Context) -> np.ndarray | None:
+    """(G,) the `context_mean`, and what perturbations with such features do beyond it.
+
+    `FeatureFit` has the model. Of a perturbation that no table describes, and where the tables say nothing of training
+    perturbations, the `context_mean` alone. None without tables.
+    """
+    if not training.tables:
+        return None
+    shift = context_mean(training, context)
+    beyond = training.feature_fit.predict(training.parts(context.perturbation))
+    return shift if beyond is None else shift + beyond
+
+
 def stacked(training: TrainingMeans, context: Context) -> np.ndarray | None:
     """(G,) the others weighted by how well they predict training conditions that are as new as this one.
 
@@ -130,9 +143,13 @@ PREDICTORS: dict[str, Predictor] = {
     "log space": log_space,
     "own target": own_target,
     "covariance": covariance,
+    "features": features,
     "stacked": stacked,
 }
 """By the names they are printed with."""
 
-STACKED = {name: PREDICTORS[name] for name in ("context mean", "perturbation mean", "additive", "ridge", "log space")}
+STACKED = {
+    name: PREDICTORS[name]
+    for name in ("context mean", "perturbation mean", "additive", "ridge", "log space", "features")
+}
 """Those that `stacked` weighs."""

@@ -6,7 +6,7 @@ n = training conditions, G = genes, k = control cells.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -15,6 +15,8 @@ import numpy as np
 
 from perturbdiff.data.notation import Notation, Parts
 from perturbdiff.data.vocab import GeneVocab
+from perturbdiff.features.tables import FeatureTable
+from perturbdiff.means.described import FeatureFit
 from perturbdiff.means.log_space import LogSpaceFit, log_expression
 from perturbdiff.means.ridge import RidgeFit
 
@@ -28,6 +30,8 @@ class TrainingMeans:
 
     genes
         Names of the G columns, where perturbations may be named after genes; None where nobody knows.
+    tables
+        What is known of perturbations besides their names.
     notation
         What labels mean; by default "A+B" is A and B.
 
@@ -42,6 +46,7 @@ class TrainingMeans:
     n_cells: np.ndarray  # (n,) perturbed cells
     notation: Notation = field(default_factory=lambda: Notation(()))
     genes: GeneVocab | None = None
+    tables: Sequence[FeatureTable] = ()
 
     def __post_init__(self) -> None:
         n = len(self.perturbation)
@@ -170,6 +175,13 @@ class TrainingMeans:
     def ridge_fit(self) -> RidgeFit:
         """The model behind `ridge`, fitted once for all contexts."""
         return RidgeFit(self.seen, self.control_mean, self.effect)
+
+    @cached_property
+    def feature_fit(self) -> FeatureFit:
+        """The model behind `features`, fitted once for all contexts."""
+        contexts = zip(self.cell_type, self.batch, strict=True)
+        of_contexts = np.stack([self.context_means(*context)[0] for context in contexts])
+        return FeatureFit(self.tables, self.seen, self.effect - of_contexts)
 
     @cached_property
     def fit_across_batches(self) -> LogSpaceFit:

@@ -14,7 +14,7 @@ from scipy import sparse
 from perturbdiff.atlas.format import CONTROL_LABEL
 from perturbdiff.atlas.store import Atlas
 from perturbdiff.atlas.stream import StreamedCells
-from perturbdiff.config import Config, DataConfig, Preprocessing
+from perturbdiff.config import COEXPRESSION, Config, DataConfig, Preprocessing
 from perturbdiff.data.batch import CellSetBatch, Moves, make_batch
 from perturbdiff.data.conditions import (
     ConditionIndex,
@@ -46,7 +46,6 @@ from perturbdiff.means.training import TrainingMeans
 from perturbdiff.training.means import Starts
 
 ROWS_AT_ONCE = 8192
-COEXPRESSION = "coexpression"  # in place of a path: features from the training cells themselves
 CELLS_OF_LOADINGS = 20_000  # at most
 CELLS_OF_SUMS = 2_000
 
@@ -307,6 +306,9 @@ class TrainingSet:
         if (start := config.diffusion.start) != "controls":
             trained = Starts(indexed.cells, indexed.index, indexed.pools)
             means = trained.means(vocabularies.notation)
+            if start == "mean" and tables:
+                means = replace(means, tables=tables)
+                description += f"\nweights     {means.feature_fit.summary()}"
             indexed = replace(indexed, moves=trained.trained_moves(means, start))
             if validated is not None:
                 others = Starts(validated.cells, validated.index, validated.pools)

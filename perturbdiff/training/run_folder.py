@@ -18,13 +18,13 @@ import yaml  # type: ignore[import-untyped]
 from filelock import FileLock, Timeout
 
 from perturbdiff._version import __version__
-from perturbdiff.config import Config, ModelConfig, ObsColumns, as_dict, load_config, save_config
+from perturbdiff.config import COEXPRESSION, Config, ModelConfig, ObsColumns, as_dict, load_config, save_config
 from perturbdiff.data.identity import screen_identity
 from perturbdiff.data.screen import Screen
 from perturbdiff.features.tables import FeatureTable
 from perturbdiff.files import json_sha256, write_json
 from perturbdiff.hub.records import AtlasRecord, TrainingRecord
-from perturbdiff.training.dataset import COEXPRESSION, TrainingSet
+from perturbdiff.training.dataset import TrainingSet
 from perturbdiff.training.start import Start
 from perturbdiff.training.state import saved_states
 
@@ -237,6 +237,10 @@ def training_record(config: Config, start: Start, steps: int, cells_seen: int) -
     del settings["out"]
     if config.split.file is not None:
         settings["split"]["file"] = Path(config.split.file).name
+    given = settings["data"]["perturbation_features"]
+    settings["data"]["perturbation_features"] = [Path(path).name for path in given]
+    if data.tables:  # where they come from
+        settings["features"] = {table.name: dict(table.about) for table in data.tables}
     if config.data.screen is not None:
         settings["data"]["screen"] = Path(config.data.screen).name
     for atlas in settings["data"]["atlases"]:

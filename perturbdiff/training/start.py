@@ -17,7 +17,6 @@ from perturbdiff.config import Config, PublishedEncoding, as_dict, load_config
 from perturbdiff.data.conditions import encode_conditions
 from perturbdiff.data.screen import Screen
 from perturbdiff.data.vocab import NULL
-from perturbdiff.features.tables import FeatureTable
 from perturbdiff.files import few, write_json
 from perturbdiff.hub.adapter import Base, save_adapter
 from perturbdiff.hub.download import find_model
@@ -55,17 +54,6 @@ class Checkpoint:
     @property
     def names(self) -> Names:
         return Names(self.model.genes, self.model.vocabularies)
-
-    def tables(self) -> list[FeatureTable]:
-        """Its tables of features, with the vectors that they were made of."""
-        labels = self.model.vocabularies
-        made = []
-        for (name, _), embedding in zip(labels.tables, tables_of(self.model.denoiser), strict=True):
-            has = embedding.features.any(1)
-            values = embedding.features[has] / embedding.scale + embedding.centre
-            described = tuple(np.array(labels.perturbations.names, dtype=object)[has.numpy()])
-            made.append(FeatureTable(name, described, values.numpy()))
-        return made
 
 
 @dataclass(frozen=True)
@@ -212,7 +200,7 @@ def prepare(config: Config, screen: Screen | None, out: Path, resuming: bool) ->
     Raises as `TrainingSet.from_screen`, `find_checkpoint`, `make_start`.
     """
     checkpoint = find_checkpoint(config, out, resuming)
-    known = ([], None) if checkpoint is None else (checkpoint.tables(), checkpoint.model.genes)
+    known = ([], None) if checkpoint is None else (checkpoint.model.feature_tables(), checkpoint.model.genes)
     if config.data.screen is None:
         data = TrainingSet.from_atlases(config, *known)
     else:

@@ -242,7 +242,7 @@ def train(bench: Bench, folder: Path, settings: list[str], choose: bool) -> str 
     program, words = [sys.executable, "-m", "perturbdiff"], bench.words()
     if task.loadings is not None:
         features = bench.out / task.name / "loadings.parquet"
-        command = [*program, "screen", "loadings", bench.path(task.loadings), "--out", features]
+        command = [*program, "features", "build", bench.path(task.loadings), "--out", features]
         if not features.is_file() and call(command, log):
             return f"no loadings, see {log}"
         words.append(f"data.perturbation_features={json.dumps([str(features)])}")

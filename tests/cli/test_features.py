@@ -8,6 +8,7 @@ import pytest
 from perturbdiff.cli.main import main
 from perturbdiff.features.tables import read_table
 from tests.cli.test_main import assert_says, here, refused  # noqa: F401 (fixtures)
+from tests.features.sources import gaf
 from tests.screens import counts_screen, written
 from tests.simulated import TINY, write_screen
 
@@ -66,10 +67,32 @@ def test_a_held_out_perturbation_without_features_is_refused_before_training(fol
 
 def test_loadings_of_a_file_become_a_table(here, capsys, refused):
     written(counts_screen(n_genes=30), here / "ref.h5ad")
-    main(["screen", "loadings", "ref.h5ad", "--out", "ref.parquet", "--n-components", "5"])
+    main(["features", "build", "ref.h5ad", "--out", "ref.parquet", "--n-components", "5"])
     table = read_table(here / "ref.parquet")
     assert table.values.shape[1] == 5
-    assert f"{len(table.names)} genes, 5 features" in capsys.readouterr().out
-    assert_says(refused("screen", "loadings", "ref.h5ad", "--out", "ref.parquet"), "exists")
-    assert_says(refused("screen", "loadings", "ref.h5ad", "--out", "ref.csv"), "must end in .parquet")
-    assert_says(refused("screen", "loadings", "no.h5ad", "--out", "no.parquet"), "does not exist")
+    assert f"{len(table.names)} names, 5 features" in capsys.readouterr().out
+    assert_says(refused("features", "build", "ref.h5ad", "--out", "ref.parquet"), "exists")
+    assert_says(refused("features", "build", "ref.h5ad", "--out", "ref.csv"), "must end in .parquet")
+    assert_says(refused("features", "build", "no.h5ad", "--out", "no.parquet"), "does not exist")
+
+
+def test_a_table_of_annotations_says_where_it_comes_from_and_what_it_knows(here, capsys, refused):
+    written(counts_screen(n_genes=30), here / "s.h5ad")  # perturbations A and B
+    rows = [("A", "GO:1", "IDA"), ("B", "GO:1", "IEA"), ("C", "GO:1", "IDA"), ("D", "GO:2", "IC"), ("E", "GO:2", "IC")]
+    (here / "go.gaf").write_text(gaf(rows))
+    words = ["features", "build", "go.gaf", "--out", "go.parquet", "--max-share", "1", "--license", "CC BY 4.0"]
+    main(words)
+    said = capsys.readouterr().out
+    assert "license     CC BY 4.0" in said
+    assert "date        2024-01-17" in said
+    assert read_table(here / "go.parquet").names == ("A", "C", "D", "E")
+    main(["features", "info", "go.parquet", "--screen", "s.h5ad", "data.control_label=control"])
+    said = capsys.readouterr().out
+    assert "license     CC BY 4.0" in said
+    assert "features    go: 1 of 2; lacks B" in said
+    main([*words, "--overwrite", "--screen", "s.h5ad", "--without-evidence", "none"])
+    assert read_table(here / "go.parquet").names == ("A", "B", "C")
+    again = [*words, "--overwrite"]
+    assert_says(refused(*again, "data.control_label=x"), "'data.control_label=x' is a setting of --screen")
+    assert_says(refused(*again, "--pairs", "a"), "--pairs 'a' must be 2 words with commas between them")
+    assert_says(refused(*again, "--min-genes", "9"), "go.gaf: of 2 terms none is that of 9 genes or more")

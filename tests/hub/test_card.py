@@ -276,6 +276,23 @@ def test_features_and_doses_are_told():
     assert "that no features describe" not in card()
 
 
+def test_tables_of_features_are_named_with_date_and_license_and_what_newer_ones_may_hold():
+    about = {"kind": "GO", "date": "2022-Sep12", "license": "Artistic-2.0", "x|<b>": "<script>"}
+    settings = {"features": {"go": about, "esm2": {}, "coexpression": {}, "odd": 7}}
+    labels = {"tables": tuple((name, 3) for name in settings["features"])}
+    text = card(training={"settings": settings}, labels=labels)
+    rows = [row[1] for row in rows_of(text.replace("|<b>", ""), "Training data") if row[0] == "features"]
+    assert rows[0].startswith("go: kind GO; date 2022-Sep12; license Artistic-2.0;")
+    assert rows[1:] == [
+        "esm2: origin, date and license are not stated", "coexpression: of the training cells",
+        "odd: origin, date and license are not stated",
+    ]  # fmt: skip
+    assert "a table that is newer than a screen may hold what that screen found" in text
+    check_card(text)
+    assert "newer than a screen" not in card()
+    assert "features" not in dict(rows_of(card(training={"settings": {"features": [1]}}), "Training data"))
+
+
 @pytest.mark.parametrize(
     ("start", "on_hub"),
     [(START, True), (replace(START, revision=None), False), (replace(START, name="/home/x"), False)],
