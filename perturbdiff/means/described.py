@@ -16,7 +16,7 @@ from perturbdiff.features.tables import FeatureTable
 FEWEST = 4  # training perturbations that say what features mean
 MOST_WEIGHING = 300  # of them that weights are learned from, drawn by a fixed seed
 LOG_WEIGHTS = (-9.0, 3.0)  # bounds of ln weight, of a table whose rows vary by 1: 20 times what cannot be told at most
-STARTS = (-4.0, -2.0, 0.0, 2.0)  # ln weights, of all tables at once, from which the best is sought
+STARTS = (-4.0, -2.0, 0.0, 2.0)  # ln weights, of all tables at once: the best of them begins the search
 LEAST_WEIGHT = 0.01  # of the largest one; what is less is 0
 LEAST_GAIN = 0.01  # of the error of "as the others", that features must take away to count at all
 
@@ -115,31 +115,28 @@ def _learned(vectors: Sequence[np.ndarray], target: np.ndarray) -> tuple[np.ndar
     if n > MOST_WEIGHING:
         some = np.sort(numpy_generator(0, "weights of features").permutation(n)[:MOST_WEIGHING])
         vectors, target = [v[some] for v in vectors], target[some]
-    kernels = [_centred(v @ v.T) for v in vectors]
+    kernels = np.stack([_centred(v @ v.T) for v in vectors])  # (T, n, n)
     products = target @ target.T
     of_mean, _ = left_out_error(np.full(len(kernels), -np.inf), kernels, products)
     if of_mean <= 0:
         return np.zeros(len(kernels)), 1.0
     from scipy.optimize import minimize  # a sixth of a second that other predictions do without
 
-    best, error = np.zeros(len(kernels)), of_mean
-    for start in STARTS:
-        found = minimize(
-            lambda logs: left_out_error(logs, kernels, products, of_mean), np.full(len(kernels), start),
-            jac=True, method="L-BFGS-B", bounds=[LOG_WEIGHTS] * len(kernels),
-        )  # fmt: skip
-        weights = np.exp(found.x)
-        weights[weights < LEAST_WEIGHT * weights.max()] = 0.0
-        with np.errstate(divide="ignore"):
-            now, _ = left_out_error(np.log(weights), kernels, products)
-        if now < error * (1 - 1e-6):
-            best, error = weights, now
+    start = min(STARTS, key=lambda log: left_out_error(np.full(len(kernels), log), kernels, products)[0])
+    found = minimize(
+        lambda logs: left_out_error(logs, kernels, products, of_mean), np.full(len(kernels), start),
+        jac=True, method="L-BFGS-B", bounds=[LOG_WEIGHTS] * len(kernels), options={"ftol": 1e-5, "maxiter": 50},
+    )  # fmt: skip
+    best = np.exp(found.x)
+    best[best < LEAST_WEIGHT * best.max()] = 0.0
+    with np.errstate(divide="ignore"):
+        error, _ = left_out_error(np.log(best), kernels, products)
     ratio = float(error / of_mean)
     return (best, ratio) if ratio < 1 - LEAST_GAIN else (np.zeros(len(kernels)), 1.0)
 
 
 def left_out_error(
-    log_weights: np.ndarray, kernels: Sequence[np.ndarray], products: np.ndarray, unit: float | None = None
+    log_weights: np.ndarray, kernels: np.ndarray, products: np.ndarray, unit: float | None = None
 ) -> tuple[float, np.ndarray]:
     """Squared error of left-out perturbations, summed over genes, and its gradient (T,).
 
@@ -148,7 +145,7 @@ def left_out_error(
     log_weights
         (T,) natural logarithms; -inf is no weight.
     kernels
-        (n, n) each, centred.
+        (T, n, n) centred.
     products
         (n, n) of the targets with each other.
     unit
@@ -161,8 +158,7 @@ def left_out_error(
     """
     weights = np.exp(log_weights)
     n = len(products)
-    total = np.tensordot(weights, np.stack(kernels), 1) if len(kernels) else np.zeros((n, n))
-    inverse = np.linalg.inv(total + np.eye(n))
+    inverse = np.linalg.inv(np.tensordot(weights, kernels, 1) + np.eye(n))
     residual = inverse - 1 / n
     leverage = np.diag(residual)
     of_targets = residual @ products  # (n, n)
@@ -171,7 +167,7 @@ def left_out_error(
     # d error = tr(dB X), and dB = -inverse dK inverse.
     X = 2 * of_targets.T / leverage**2 - np.diag(2 * squares / leverage**3)
     back = inverse @ X @ inverse
-    gradient = np.array([-w * (back * kernel.T).sum() for w, kernel in zip(weights, kernels, strict=True)])
+    gradient = -weights * np.tensordot(kernels, back, 2)
     return (error, gradient) if unit is None else (float(np.log(error / unit)), gradient / error)
 
 

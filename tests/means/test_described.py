@@ -44,7 +44,7 @@ def refitted(kernels, weights, target):
 def test_the_left_out_error_is_that_of_refits_and_its_gradient_that_of_differences():
     rng = np.random.default_rng()
     for n, n_tables in ((4, 1), (9, 3), (15, 2)):
-        kernels = [centred_kernel(rng.normal(size=(n, rng.integers(1, 20)))) for _ in range(n_tables)]
+        kernels = np.stack([centred_kernel(rng.normal(size=(n, rng.integers(1, 20)))) for _ in range(n_tables)])
         target, logs = rng.normal(size=(n, 6)), rng.normal(size=n_tables)
         error, gradient = left_out_error(logs, kernels, target @ target.T)
         np.testing.assert_allclose(error, refitted(kernels, np.exp(logs), target), rtol=1e-8)
