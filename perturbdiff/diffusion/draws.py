@@ -79,7 +79,19 @@ def validation_draws(batch: CellSetBatch, config: DiffusionConfig, seed: int, n_
     t = torch.tensor([grid[number % n_t] for _, number in batch.keys], dtype=torch.int64, device=device)
     noise = _keyed(torch.randn, batch, (batch.mask.shape[1], batch.n_genes), seed, "validation noise")
     never = torch.zeros(len(t), dtype=torch.bool, device=device)
-    return Draws(t, noise, never, batch.labels, _rounding(batch, config, seed))
+    return Draws(t, noise, never, shown(batch.labels, config), _rounding(batch, config, seed))
+
+
+def shown(labels: Labels, config: DiffusionConfig) -> Labels:
+    """The labels of a batch that training showed, to validate and predict with.
+
+    With p_drop_label=1 the rows of cell types and batches keep their random start. A denoiser gives such a row the more
+    weight the longer it was trained, and what it says is noise.
+    """
+    if config.p_drop_label < 1:
+        return labels
+    hidden = torch.full_like(labels.cell_type, NULL)
+    return replace(labels, cell_type=hidden, batch=hidden)
 
 
 def uniform_draws(batch: CellSetBatch, seed: int, purpose: str) -> Tensor:

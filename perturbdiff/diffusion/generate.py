@@ -20,7 +20,7 @@ from perturbdiff.data.samplers import CellSet, draw_controls
 from perturbdiff.data.screen import Expression
 from perturbdiff.data.vocab import Labels
 from perturbdiff.diffusion.counts import with_whole_counts
-from perturbdiff.diffusion.draws import uniform_draws
+from perturbdiff.diffusion.draws import shown, uniform_draws
 from perturbdiff.diffusion.sampling import sample
 from perturbdiff.diffusion.schedule import Schedule
 from perturbdiff.nn.denoiser import Denoiser
@@ -158,7 +158,7 @@ def sample_batch(
 
     x0 = control
     if sampling.network_weight > 0:
-        x0 = sample(denoise, draw(), control, batch.labels, sampling, schedule, draw)
+        x0 = sample(denoise, draw(), control, shown(batch.labels, diffusion), sampling, schedule, draw)
     if 0 < sampling.network_weight < 1:
         x0 = torch.lerp(control, x0, sampling.network_weight)
     if sampling.whole_counts:

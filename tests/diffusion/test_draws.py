@@ -103,3 +103,11 @@ def test_validation_draws_hide_nothing_and_spread_t_over_the_schedule():
     assert counts.tolist() == [3] * 8
     assert values.diff().tolist() == [125] * 7
     assert values[0] == 999 - values[-1]
+
+
+def test_validation_shows_no_context_that_training_always_hid():
+    batch = keyed_batch([(0, n) for n in range(9)])
+    labels = validation_draws(batch, DiffusionConfig(p_drop_label=1.0), 3).labels
+    assert labels.cell_type.tolist() == labels.batch.tolist() == [NULL] * 9
+    assert torch.equal(labels.perturbation, batch.labels.perturbation)
+    assert torch.equal(batch.labels.cell_type, torch.arange(9))

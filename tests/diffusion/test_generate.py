@@ -10,6 +10,7 @@ import torch
 from scipy import sparse
 
 from perturbdiff.config import DiffusionConfig, SamplingConfig
+from perturbdiff.data.vocab import NULL
 from perturbdiff.diffusion.generate import choose_controls, sample_batch
 from tests.cell_sets import batch_of, cells, numbered_labels
 from tests.screens import read
@@ -89,3 +90,20 @@ def test_what_is_predicted_lies_between_what_it_starts_from_and_the_network():
     calls.clear()
     assert torch.equal(at(0.0), control)
     assert not calls  # nobody waits for a network whose word does not count
+
+
+@pytest.mark.parametrize(("p_drop_label", "told"), [(0.9, [0, 1, 2]), (1.0, [NULL] * 3)])
+def test_a_denoiser_is_not_told_contexts_that_training_always_hid(p_drop_label, told):
+    batch = batch_of(cells(3, 6, 5), cells(3, 6, 5, seed=1), numbered_labels(3))
+    seen = []
+
+    class Recorded(torch.nn.Module):
+        def forward(self, x_t, t, control, cond, self_cond, mask):
+            seen.append(cond)
+            return control
+
+    sample_batch(Recorded(), batch, SamplingConfig(n_steps=2), DiffusionConfig(p_drop_label=p_drop_label), 0)
+    for labels in seen:
+        assert labels.perturbation[:, 0].tolist() == [0, 1, 2]
+        assert labels.cell_type.tolist() == labels.batch.tolist() == told
+    assert len(seen) == 2
