@@ -134,7 +134,7 @@ def choose(
     config: Config,
     screen: Screen,
     made: Made,
-    check: Callable[[TrainingSet], None],
+    check: Callable[[TrainingSet], None] | None = None,
     budget: float | None = None,
 ) -> Choice | TrainingResult:
     """Score the candidates and take the best of those that beat the first one in every fold, or else that.
@@ -182,7 +182,8 @@ def choose(
     tried = _different(kinds(new, len({perturbation for perturbation, _, _ in trained})), made)
     own = made(tried[0].recipe, tried[0].words)
     start = prepare(own, replace(screen, config=as_read(screen, own.data)), out, resuming=False)
-    check(start.data)
+    if check is not None:
+        check(start.data)
     described = {name for table in start.data.tables for name in table.names}
     if own.adapt.init_from is not None:
         described |= {*checkpoint_metadata(own.adapt.init_from)[2].vocabularies.labelled}

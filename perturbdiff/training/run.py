@@ -258,7 +258,8 @@ def _chosen(config: Config, made: Made, adata: AnnData | None, score: bool, budg
             "cross_cell_type, new_batch, across_patients or unseen_perturbations, by what is held out."
         )
     screen, cpu = Screen.read(adata if adata is not None else config.data.screen, config.data), time.process_time()
-    chosen = choose(config, screen, made, _refuse_unpredictable, None if budget is None else 60 * budget)
+    check = _refuse_unpredictable if score else None
+    chosen = choose(config, screen, made, check, None if budget is None else 60 * budget)
     if isinstance(chosen, TrainingResult):
         return Run(chosen.model, Path(config.out), 0, None, (), chosen.stopped_by)
     print(chosen.text(), flush=True)
