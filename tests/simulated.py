@@ -29,6 +29,8 @@ TINY = [
     "denoiser.n_heads=2",
     "sampling.n_steps=3",
 ]
+DEFAULTS = str(Path(__file__).with_name("defaults.yaml"))
+"""A recipe of nothing: no other one is chosen."""
 
 
 def write_screen(folder: Path) -> Path:

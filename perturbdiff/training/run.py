@@ -254,8 +254,9 @@ def _chosen(config: Config, made: Made, adata: AnnData | None, score: bool, budg
     """Choose a recipe for what is held out of the screen, and `run` it."""
     if config.data.screen is None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
-            "without a recipe one is chosen, for one screen on one process; give --recipe: of `perturbdiff recipes`, "
-            "cross_cell_type, new_batch, across_patients or unseen_perturbations, by what is held out."
+            "a recipe is chosen for one screen on one process; give --recipe: cross_cell_type, new_batch, "
+            "across_patients or unseen_perturbations, by what is held out (with an atlas and "
+            "diffusion.start=controls), or another of `perturbdiff recipes`."
         )
     screen, cpu = Screen.read(adata if adata is not None else config.data.screen, config.data), time.process_time()
     check = _refuse_unpredictable if score else None

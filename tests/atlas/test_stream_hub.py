@@ -15,7 +15,7 @@ from perturbdiff.data.screen import Screen
 from tests.atlases import atlas_of_screen, write_atlas
 from tests.localhub.server import SIGNATURE, Fault, LocalHub, Repo
 from tests.processes import PATIENCE
-from tests.simulated import TINY, tiny_config, write_screen
+from tests.simulated import DEFAULTS, TINY, tiny_config, write_screen
 
 pytestmark = pytest.mark.slow
 
@@ -284,7 +284,7 @@ main(sys.argv[1:])
 
 def settings(path, out, *words):
     """Words of `perturbdiff train` on an atlas; with a validation, whose stream is another."""
-    atlas = ["--hold-out", "pert_0:type_0", "data.n_hvg=null", "split.validation=[pert_1:type_1]"]
+    atlas = ["--hold-out", "pert_0:type_0", "--recipe", DEFAULTS, "data.n_hvg=null", "split.validation=[pert_1:type_1]"]
     return ["train", "--atlas", str(path), "--out", str(out), *atlas, *TINY, "data.n_streams=2", *words]
 
 

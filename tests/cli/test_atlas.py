@@ -11,6 +11,7 @@ import pytest
 from perturbdiff.cli.main import main
 from tests.cli.test_main import TINY, assert_says, contents, here, only_line, refused  # noqa: F401 (fixtures)
 from tests.screens import counts_screen, log1p_cp10k, written
+from tests.simulated import DEFAULTS
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +39,20 @@ def test_build_info_verify_load_and_train_follow_one_another(atlas, tmp_path, ca
     assert "1 shards, 280 cells" in capsys.readouterr().out
     cells = datasets.load_dataset(str(atlas), split="train", cache_dir=str(tmp_path / "plain"))
     assert len(cells) == 280
-    main(["train", "--atlas", str(atlas), "--hold-out", "A:NK", "--out", str(tmp_path / "run"), *TINY])
+    main(
+        [
+            "train",
+            "--atlas",
+            str(atlas),
+            "--hold-out",
+            "A:NK",
+            "--out",
+            str(tmp_path / "run"),
+            "--recipe",
+            DEFAULTS,
+            *TINY,
+        ]
+    )
     assert (tmp_path / "run" / "model" / "config.json").is_file()
     assert "192 perturbed" in capsys.readouterr().out
 

@@ -16,6 +16,7 @@ from perturbdiff.cli.main import main
 from perturbdiff.hub.model_folder import config_hash
 from tests.processes import PATIENCE
 from tests.screens import counts_screen, log1p_cp10k, written
+from tests.simulated import DEFAULTS
 
 TINY = [
     "training.device=cpu", "training.n_steps=2", "training.log_every=1", "data.set_size=8", "data.sets_per_batch=4",
@@ -32,7 +33,7 @@ def screen(tmp_path_factory):
 def run(screen, tmp_path_factory):
     """The folder of a run with A:NK held out."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    main(["train", "--screen", str(screen), "--hold-out", "A:NK", "--out", str(folder), *TINY])
+    main(["train", "--screen", str(screen), "--hold-out", "A:NK", "--out", str(folder), "--recipe", DEFAULTS, *TINY])
     return folder
 
 
@@ -215,7 +216,7 @@ def test_a_message_of_several_lines_becomes_one(refused):
 BAD_SETTINGS = {
     "unknown key": (["training.n_stps=5"], ["'n_stps'", "Did you mean: 'n_steps'", "training.n_stps"]),
     "bad value": (["training.n_steps=many"], ["'many'", "Integer", "training.n_steps"]),
-    "out of range": (["training.n_steps=0"], ["training.n_steps (0)", "greater than 0"]),
+    "out of range": (["training.n_steps=-1"], ["training.n_steps (-1)", "not be negative"]),
     "not a choice": (["data.input_kind=raw"], ["'raw'", "['auto', 'counts', 'log1p']", "data.input_kind"]),
     "not a pair": (["training.n_steps"], ["'training.n_steps'", "key=value"]),
     "bad yaml": (["split.hold_out=[@x]"], ["'[@x]'", "quote it"]),
@@ -280,7 +281,8 @@ def test_words_that_no_command_knows_end_with_code_2(here, capsys, argv):
 
 def test_a_run_folder_of_other_settings_is_refused_and_left_as_it_is(refused, here, screen, run):
     shutil.copytree(run, here / "run")
-    line = refused("train", "--screen", screen, "--hold-out", "A:NK", "--out", "run", *TINY, "optim.lr=0.1")
+    words = ["--recipe", DEFAULTS, *TINY, "optim.lr=0.1"]
+    line = refused("train", "--screen", screen, "--hold-out", "A:NK", "--out", "run", *words)
     assert_says(line, "run folder run was made with other settings", "optim.lr was 0.0005, is 0.1", "another --out")
 
 

@@ -20,7 +20,7 @@ from perturbdiff.model import PerturbDiff
 from perturbdiff.training import loop
 from perturbdiff.training.loop import fit
 from tests.processes import PATIENCE
-from tests.simulated import TINY, tiny_config, write_screen
+from tests.simulated import DEFAULTS, TINY, tiny_config, write_screen
 
 pytestmark = pytest.mark.slow
 
@@ -406,7 +406,7 @@ def straight(screen, tmp_path_factory):
 def test_a_signal_saves_and_the_same_command_goes_on_bit_identically(screen, straight, tmp_path, number):
     command = [
         sys.executable, "-m", "perturbdiff", "train", "--screen", str(screen), "--hold-out", "pert_0:type_0",
-        "--out", str(tmp_path / "stopped"), *TINY, *LONG,
+        "--out", str(tmp_path / "stopped"), "--recipe", DEFAULTS, *TINY, *LONG,
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
     metrics = tmp_path / "stopped" / "metrics.jsonl"
