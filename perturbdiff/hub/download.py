@@ -136,7 +136,8 @@ def find_model(
         entry = find_entry(name)
         if revision is None:
             revision, sha256 = entry.revision, entry.sha256
-        name = entry.repo
+        name, folder = entry.repo, Path(entry.repo)
+        is_folder = folder.is_dir()
     if is_folder:
         if revision is not None:
             raise ValueError(f"{name} is a folder and has no revision {revision!r}; leave the revision out.")
