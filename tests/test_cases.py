@@ -13,6 +13,7 @@ import pytest
 from perturbdiff.atlas.store import Atlas
 from perturbdiff.cli.main import main
 from tests.screens import shared
+from tests.simulated import DEFAULTS
 
 TINY = (
     "denoiser.width=48", "denoiser.depth=1", "denoiser.n_heads=2", "training.n_steps=20", "data.set_size=16",
@@ -250,7 +251,19 @@ def test_library_sizes_of_a_source(case, run, refused):
 def test_the_same_cells_under_two_labels(case, run, refused):
     case("atlas", "a02")
     assert "repeats" in run("atlas", "build", "study.h5ad", "integrated.h5ad", "--out", "atlas")
-    words = ("train", "--atlas", "atlas", "--out", "run", "data.n_hvg=null", *TINY, "--hold-out", "A:T1")
+    words = (
+        "train",
+        "--atlas",
+        "atlas",
+        "--out",
+        "run",
+        "data.n_hvg=null",
+        "--recipe",
+        DEFAULTS,
+        *TINY,
+        "--hold-out",
+        "A:T1",
+    )
     assert "hold out A:T cell, type 1:b too" in refused(*words)
     run(*words, "--hold-out", "A:T cell, type 1")
     assert "study_v2" in refused("atlas", "build", "study.h5ad", "study_v2.h5ad", "--out", "twice")

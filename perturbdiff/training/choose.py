@@ -97,7 +97,7 @@ class Choice:
     left_out
         How training conditions that were left out are new.
     scores
-        One row a candidate, number of steps and sampling: `energy_distance`, `pearson_delta` and the `sum` of losses,
+        One row a `candidate`, number of steps and sampling: `energy_distance`, `pearson_delta` and the `sum` of losses,
         means over folds, and `sums` of each fold; none where nothing could be left out.
     cpu_s
         CPU-seconds of all candidates, those of an earlier call too.
@@ -118,7 +118,7 @@ class Choice:
             lines += [
                 f"choosing    on training conditions of a new {self.left_out}, left out {times} times,",
                 "            by energy_distance over that of no change, plus 1 - pearson_delta;",
-                "            another than the usual recipe must be better each time",
+                "            another candidate than the usual one must be better each time",
                 "     sum  energy  pearson  candidate",
             ]
             for row in sorted(self.scores, key=lambda row: float(row["sum"])):
@@ -137,7 +137,7 @@ def choose(
     check: Callable[[TrainingSet], None] | None = None,
     budget: float | None = None,
 ) -> Choice | TrainingResult:
-    """Score the candidates and take the best of those that beat the first one in every fold, or else that.
+    """Score the candidates; take the best of those that beat the first in every fold, or else that one at its best.
 
     Of a run that was begun it is the one that was taken then.
 
@@ -200,8 +200,7 @@ def choose(
     scores = _over_folds(tried, records) if records else []
     recipe, words = tried[0].recipe, list(tried[0].words)
     if scores:
-        usual = _words(tried[0], [f"training.n_steps={own.training.n_steps}"])
-        first = next(row for row in scores if (row["recipe"], row["words"]) == (recipe, usual))
+        first = min((row for row in scores if row["candidate"] == 0), key=lambda row: float(row["sum"]))
         better = [row for row in scores if all(np.less(row["sums"], first["sums"]))]
         best = min(better, key=lambda row: float(row["sum"]), default=first)
         recipe, words = best["recipe"], best["words"]
@@ -341,10 +340,7 @@ def _over_folds(tried: Sequence[Candidate], records: Sequence[Sequence[Mapping[s
         for j, first in enumerate(records[0][i]["scores"]):
             of_folds = [record[i]["scores"][j] for record in records]
             means = {key: float(np.mean([of[key] for of in of_folds])) for key in first if key != "words"}
-            named = {"recipe": candidate.recipe, "words": _words(candidate, first["words"])}
+            words = list(dict.fromkeys([*candidate.words, *first["words"]]))
+            named = {"candidate": i, "recipe": candidate.recipe, "words": words}
             rows.append({**named, **means, "sums": [of["sum"] for of in of_folds]})
     return rows
-
-
-def _words(candidate: Candidate, more: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys([*candidate.words, *more]))

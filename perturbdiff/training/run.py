@@ -258,16 +258,17 @@ def _chosen(config: Config, made: Made, adata: AnnData | None, score: bool, budg
             "across_patients or unseen_perturbations, by what is held out (with an atlas and "
             "diffusion.start=controls), or another of `perturbdiff recipes`."
         )
-    screen, cpu = Screen.read(adata if adata is not None else config.data.screen, config.data), time.process_time()
+    screen = Screen.read(adata if adata is not None else config.data.screen, config.data)
     check = _refuse_unpredictable if score else None
     chosen = choose(config, screen, made, check, None if budget is None else 60 * budget)
     if isinstance(chosen, TrainingResult):
         return Run(chosen.model, Path(config.out), 0, None, (), chosen.stopped_by)
     print(chosen.text(), flush=True)
+    cpu = time.process_time()
     config = made(chosen.recipe, chosen.words)
     done = run(config, replace(screen, config=as_read(screen, config.data)), score)
     if done.stopped_by is None:
-        print(f"cost        {chosen.cpu_s:,.0f} CPU-s to choose, {time.process_time() - cpu - chosen.cpu_s:,.0f} after")
+        print(f"cost        {chosen.cpu_s:,.0f} CPU-s to choose, {time.process_time() - cpu:,.0f} to train and score")
     return done
 
 
