@@ -236,7 +236,10 @@ def test_every_quality_task_can_be_read_and_its_settings_fit_its_recipe():
 
 def test_the_few_shot_benchmark_pretrains_and_compares():
     data = real_screen("stoeckius2018_pbmc_hto_unperturbed.h5ad").parent
-    lines = run("few_shot", "--data", data, "--percent", 10, "--pretrain-steps", 2, "training.n_steps=2", lines=True)
-    assert [line["start"] for line in lines] == ["pretrained", "random weights", "pretrained"]
-    assert lines[1]["treated_cells"] == lines[2]["treated_cells"] == 141
-    assert all(np.isfinite(line["energy_distance"]) for line in lines[1:])
+    asked = ("training.n_steps=2", "--percent", 10, "--hold-out", "NK", "--pretrain-steps", 1, 2)
+    lines = run("few_shot", "--data", data, *asked, lines=True)
+    starts = ["pretraining", "pretraining", "random weights", "pretrained", "pretrained"]
+    assert [line["start"] for line in lines] == starts
+    assert [line["pretrain_steps"] for line in lines] == [1, 2, 0, 1, 2]
+    assert {line["treated_cells"] for line in lines[2:]} == {211}
+    assert all(np.isfinite(line["energy_distance"]) for line in lines[2:])

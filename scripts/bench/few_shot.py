@@ -1,11 +1,12 @@
 """What pretraining gives where few treated cells were measured: scores on a held-out cell type, fine-tuned or not.
 
-    python scripts/bench/few_shot.py --data FOLDER          # minutes on one core; FOLDER has the two real screens
+    python scripts/bench/few_shot.py --data FOLDER          # minutes on one core; FOLDER has the three real files
+    python scripts/bench/few_shot.py --data FOLDER --pretrain-steps 100 400 1500 --hold-out NK      # a learning curve
 
-Pretrains on unperturbed cells (stoeckius2018, and the controls of kang2018), then trains on 1, 10 and 100 % of the
-IFN-beta treated cells of kang2018 without CD4T, once from random weights and once from the pretrained ones, and scores
-the predicted CD4T. Everything goes through atlases, recipes and calls that users have. Prints JSON lines; CPU-seconds
-are those of training and scoring.
+Pretrains on unperturbed cells (stoeckius2018, scp1884, and the controls of kang2018), then trains on 1, 10 and 100 % of
+the IFN-beta treated cells of kang2018 without those of one cell type, once from random weights and once from those of
+each pretraining, and scores the predicted cells of that type. Everything goes through atlases, recipes and calls that
+users have. Prints JSON lines; CPU-seconds are those of training and scoring.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from perturbdiff.training.run import train as train_and_score
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 FROM_SCRATCH, FINE_TUNING = RECIPES / "train" / "cross_cell_type.yaml", RECIPES / "finetune" / "few_shot.yaml"
-UNPERTURBED, SCREEN = "stoeckius2018_pbmc_hto_unperturbed.h5ad", "kang2018_pbmc_ifnb.h5ad"
-HELD_OUT = "IFN-beta:CD4T"
+UNPERTURBED = ("stoeckius2018_pbmc_hto_unperturbed.h5ad", "scp1884_crohn_gut_unperturbed_1k.h5ad")
+SCREEN = "kang2018_pbmc_ifnb.h5ad"
 N_GENES = 2000
 SHOWN = ("pearson_delta", "energy_distance", "variance_ratio", "mse_of_means")
 
@@ -42,8 +43,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--percent", type=float, nargs="+", default=[1, 10, 100])
-    parser.add_argument("--pretrained", type=Path, metavar="FOLDER", help="model folder: kept there, and used again")
-    parser.add_argument("--pretrain-steps", type=int, default=2000)
+    parser.add_argument("--hold-out", default="CD4T", metavar="CELL_TYPE")
+    parser.add_argument("--pretrained", type=Path, metavar="FOLDER", help="models are kept there, and used again")
+    parser.add_argument("--pretrain-steps", type=int, nargs="+", default=[2000], help="of one pretraining each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("settings", nargs="*", metavar="key=value", help="of fine-tuning and training from scratch")
     options = parser.parse_intermixed_args()
@@ -53,33 +55,35 @@ def main() -> None:
         kang.obs["batch"] = "kang"  # its two runs are its two conditions
         kang.obs["n_counts"] = np.asarray(kang.X.sum(1)).ravel()
         treated = (kang.obs["perturbation"] != "control").to_numpy()
-        trained = ~(treated & (kang.obs["cell_type"] == "CD4T").to_numpy())
+        trained = ~(treated & (kang.obs["cell_type"] == options.hold_out).to_numpy())
         kang = kang[:, genes_of(kang[trained])].copy()
-        started = time.process_time()
-        pretrained = options.pretrained or folder / "model"
-        if not pretrained.is_dir():
-            pretrain(folder, options.data / UNPERTURBED, kang[~treated], options).save_pretrained(pretrained)
-            report("pretrained", options, time.process_time() - started)
+        held_out, models = f"IFN-beta:{options.hold_out}", options.pretrained or folder / "models"
+        for steps in options.pretrain_steps:
+            started = time.process_time()
+            if not (models / str(steps)).is_dir():
+                pretrain(folder, kang[~treated], steps, options).save_pretrained(models / str(steps))
+                report("pretraining", options, time.process_time() - started, pretrain_steps=steps)
         for percent in options.percent:
             screen = folder / f"kang_{percent:g}.h5ad"
             kept = fraction_of(treated & trained, percent / 100, options.seed)
             kang[~treated | ~trained | kept].write_h5ad(screen)
             words = ["data.library_size_col=n_counts", f"training.seed={options.seed}", *options.settings]
-            for start in ("random weights", "pretrained"):
-                out, started = folder / f"{start.split()[0]}_{percent:g}", time.process_time()
-                if start == "pretrained":
-                    scores = finetune(
-                        screen, pretrained, out, hold_out=[HELD_OUT], recipe=FINE_TUNING, overrides=words
-                    ).scores
+            for steps in (0, *options.pretrain_steps):
+                out, started = folder / f"{steps}_{percent:g}", time.process_time()
+                if steps:
+                    run = finetune(
+                        screen, models / str(steps), out, hold_out=held_out, recipe=FINE_TUNING, overrides=words
+                    )
                 else:
-                    scores = train_and_score(
-                        screen, out, hold_out=[HELD_OUT], recipe=FROM_SCRATCH, overrides=words
-                    ).scores
+                    run = train_and_score(screen, out, hold_out=held_out, recipe=FROM_SCRATCH, overrides=words)
+                scores = run.scores
+                start = "pretrained" if steps else "random weights"
                 assert scores is not None, "no signal stops a benchmark"
                 mean = scores.means().loc["PerturbDiff"]
                 said = {name: round(float(mean[name]), 4) for name in SHOWN}
                 seconds = time.process_time() - started
-                report(start, options, seconds, percent=percent, treated_cells=int(kept.sum()), **said)
+                cells = int(kept.sum())
+                report(start, options, seconds, pretrain_steps=steps, percent=percent, treated_cells=cells, **said)
 
 
 def genes_of(cells: anndata.AnnData) -> np.ndarray:
@@ -91,19 +95,20 @@ def genes_of(cells: anndata.AnnData) -> np.ndarray:
     return best_genes(N_GENES, moments.variance())
 
 
-def pretrain(folder: Path, unperturbed: Path, controls: anndata.AnnData, options: argparse.Namespace) -> PerturbDiff:
-    """A model of marginal sets of both sources."""
-    controls.write_h5ad(folder / "controls.h5ad")
-    (folder / "genes.txt").write_text("\n".join(controls.var_names))
-    sources = [
-        {"path": str(unperturbed), "perturbation_col": None, "cells": "all"},
-        {"path": str(folder / "controls.h5ad"), "library_size_col": "n_counts"},
-    ]
-    given = {"out": str(folder / "atlas"), "genes": str(folder / "genes.txt"), "sources": sources}
-    build(load_build_config([], given=given), 4 << 30, 1, None)
+def pretrain(folder: Path, controls: anndata.AnnData, steps: int, options: argparse.Namespace) -> PerturbDiff:
+    """A model of marginal sets of all sources."""
+    if not (folder / "atlas").is_dir():
+        controls.write_h5ad(folder / "controls.h5ad")
+        (folder / "genes.txt").write_text("\n".join(controls.var_names))
+        sources = [
+            *({"path": str(options.data / name), "perturbation_col": None, "cells": "all"} for name in UNPERTURBED),
+            {"path": str(folder / "controls.h5ad"), "library_size_col": "n_counts"},
+        ]
+        given = {"out": str(folder / "atlas"), "genes": str(folder / "genes.txt"), "sources": sources}
+        build(load_build_config([], given=given), 4 << 30, 1, None)
     atlases = [{"path": str(folder / "atlas"), "sets": "marginal"}]
-    given = {"out": str(folder / "pretrained"), "data": {"atlases": atlases, "n_hvg": None}}
-    words = [f"training.n_steps={options.pretrain_steps}", f"training.seed={options.seed}"]
+    given = {"out": str(folder / f"pretrained_{steps}"), "data": {"atlases": atlases, "n_hvg": None}}
+    words = [f"training.n_steps={steps}", f"training.seed={options.seed}"]
     return fit(load_config(FROM_SCRATCH, words, given)).model
 
 
