@@ -159,6 +159,7 @@ class SplitConfig:
     validation: list[str] = field(default_factory=list)  # the same words; scored during training
     # Of training conditions, when `validation` is empty and there are >= 10.
     validation_fraction: float = bounded(0.1, least=0, most=1)
+    validation_cells: float = bounded(0.0, least=0, below=1)  # of each training condition of a screen, beside the above
     train: list[str] = field(default_factory=list)  # trained on, though hold_out or validation names them
     # More to hold out and to validate on: a .toml of cell-load, a .yaml of the reference, or a split.json.
     file: Optional[str] = None
@@ -266,7 +267,8 @@ class TrainingConfig:
     log_every: int = bounded(10, above=0)  # steps
     validate_every: int = bounded(50, above=0)
     validate_sets: int = bounded(32, above=0)  # sets validated at most, always the same
-    # Validations without a lower energy distance before the end; null: never.
+    # Validations without a lower energy distance before the end; null: never. The best weights are kept, which may be
+    # those of the checkpoint as it is.
     early_stop_patience: Optional[int] = bounded(None, least=1)
     save_every: int = bounded(200, above=0)
     keep_states: int = bounded(2, above=0)

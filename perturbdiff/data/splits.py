@@ -100,7 +100,7 @@ def make_split(
     known: Sequence[str] = LABELS,
 ) -> Split:
     """Apply the selectors of `config`, those for training last; with none for validation, take a fraction of whole
-    training conditions.
+    training conditions. Then validate on a part of the cells of those that train, where that is asked for.
 
     Rows where `marginal` (n_rows,) train without labels: they may be held out but are never taken for validation.
     `known` are the labels that a model will know: cells that agree in these are validated together, as one that
@@ -110,7 +110,7 @@ def make_split(
     ------
     ValueError
         A selector matches no perturbed cell (the message lists the nearest), all of `validation` is held out, or
-        nothing is left to train on.
+        nothing is left to train on; cells are to be taken of atlases.
     """
     if screen.is_control.all() and marginal is None:
         raise ValueError("there are control cells only; give a screen that has perturbed cells too, or an atlas.")
@@ -131,6 +131,7 @@ def make_split(
         candidates = ~test & ~kept_in & ~screen.is_control & (True if marginal is None else ~marginal)
         validation = _random_conditions(screen, candidates, config.validation_fraction, seed, known)
     train = ~test & ~validation
+    apart = _random_cells(screen, train & ~kept_in & ~screen.is_control, config.validation_cells, seed, known)
     if isinstance(screen, Screen):
         train &= ~truth_controls(screen, test, known)
     if not (train & (~screen.is_control if marginal is None else ~screen.is_control | marginal)).any():
@@ -139,6 +140,7 @@ def make_split(
         )
     for cells, what in ((test, "held out"), (validation, "for validation")):
         notes += _trained_in_part(screen, cells, train, what, known)
+    train, validation = train & ~apart, validation | apart
     return Split(config, train, validation, test, notes=(*notes, *_left_combinations(screen, test, train)))
 
 
@@ -359,6 +361,22 @@ def _random_conditions(
             left[perturbation[condition]] -= 1
             chosen.append(condition)
     return candidates & np.isin(groups, chosen)
+
+
+def _random_cells(screen: Labelled, candidates: np.ndarray, part: float, seed: int, known: Sequence[str]) -> np.ndarray:
+    # Of each condition, of which some always train: what a few cells say of others like them, where no condition can be
+    # spared.
+    chosen = np.zeros(len(screen.obs), dtype=bool)
+    if part == 0:
+        return chosen
+    if not isinstance(screen, Screen):
+        raise ValueError(f"split.validation_cells ({part}) is of a screen; validate on conditions of atlases.")
+    groups = screen.obs.groupby(list(known), observed=True).ngroup().to_numpy()
+    generator = numpy_generator(seed, "validation cells")
+    for group in np.unique(groups[candidates]):
+        rows = generator.permutation(np.flatnonzero(candidates & (groups == group)))
+        chosen[rows[: min(round(part * len(rows)), len(rows) - 1)]] = True
+    return chosen
 
 
 def _conditions(screen: Labelled, cells: np.ndarray) -> list[dict[str, Any]]:

@@ -198,6 +198,8 @@ class _Run:
             progress(training.n_steps, "train", "step", initial=done.step, shown=main) as bar,
             Trace(self.out / "profile", self.rank, training.profile_steps) as profiler,
         ):
+            if done.step == 0 and self.start.said is not None and training.early_stop_patience is not None:
+                self._validated(metrics)  # fine-tuning may do worse than the checkpoint as it is
             while done.step < training.n_steps and not self._converged():
                 self.watchdog.doing(f"waiting for the data of step {done.step + 1}")
                 with self.pace.waiting():
@@ -216,10 +218,8 @@ class _Run:
                     if metrics is not None:
                         metrics.write(step=done.step, cells=done.cells_seen, **speed, **means)
                     bar.set_postfix_str(_shown(means, speed), refresh=False)
-                if self.validation is not None and done.step % training.validate_every == 0:
-                    scores = self._validate()
-                    if metrics is not None:
-                        metrics.write(step=done.step, **scores)
+                if done.step % training.validate_every == 0:
+                    self._validated(metrics)
                 if stopped_by is None and stop_at is not None and stop_at <= done.step < training.n_steps:
                     stopped_by = f"stop_at={stop_at}"
                 if stopped_by is not None:
@@ -329,9 +329,10 @@ class _Run:
         )
 
     @torch.no_grad()
-    def _validate(self) -> dict[str, float]:
-        """Scores of the averaged weights on the validation conditions; keeps the best ones for early stopping."""
-        assert self.validation is not None, "asked by the caller"
+    def _validated(self, metrics: Metrics | None) -> None:
+        """Score the averaged weights on the validation conditions, if any; keeps the best ones for early stopping."""
+        if self.validation is None:
+            return
         cells, sampler = self.validation
         self.watchdog.doing(f"validating after step {self.progress.step}")
         weights = self.ema.full()
@@ -352,7 +353,8 @@ class _Run:
             done.best_energy_distance, done.best_step = energy, done.step
             if self.config.training.early_stop_patience is not None:
                 self.best = {name: weight.clone() for name, weight in weights.items()}
-        return scores
+        if metrics is not None:
+            metrics.write(step=done.step, **scores)
 
     def _sum(self, values: Tensor) -> Tensor:
         self.watchdog.doing(WAITING)

@@ -17,7 +17,7 @@ from perturbdiff.data.splits import (
     write_split,
 )
 from perturbdiff.files import json_sha256
-from perturbdiff.training.dataset import TrainingSet
+from perturbdiff.training.dataset import AtlasConditions, TrainingSet
 from tests.screens import config_for, counts_screen, read, screen_with_cells
 
 LABELS = ["perturbation", "cell_type", "batch"]
@@ -178,6 +178,30 @@ def test_random_validation_depends_on_the_seed_alone():
     chosen = [split_of(screen, fraction=0.3, seed=seed).validation for seed in (0, 0, 1, 2, 3)]
     np.testing.assert_array_equal(chosen[0], chosen[1])
     assert len({c.tobytes() for c in chosen}) > 2
+
+
+@pytest.mark.parametrize("part", [0.2, 0.5, 0.99])
+def test_cells_for_validation_are_a_part_of_each_condition_that_trains(part):
+    screen = read(
+        screen_with_cells([("control", "T", "b", 9), ("A", "T", "b", 10), ("B", "T", "b", 7), ("C", "T", "b", 1)])
+    )
+    config = SplitConfig(hold_out=["B"], validation_fraction=0.0, validation_cells=part)
+    split = make_split(screen, config, 3)
+    of = {name: (screen.obs["perturbation"] == name).to_numpy() for name in "ABC"}
+    n = {name: int(split.validation[rows].sum()) for name, rows in of.items()}
+    assert n == {"A": min(round(10 * part), 9), "B": 0, "C": 0}
+    assert (split.train ^ split.validation)[of["A"] | of["C"]].all()
+    assert not split.validation[screen.is_control].any()
+    assert split.test[of["B"]].all()
+    assert (make_split(screen, config, 3).validation == split.validation).all()
+    assert (make_split(screen, config, 4).validation != split.validation).any()
+
+
+def test_cells_of_atlases_are_not_validated():
+    screen = many_conditions()
+    conditions = AtlasConditions("atlas", screen.obs, screen.is_control, screen.n_cells, screen.notation)
+    with pytest.raises(ValueError, match=r"split.validation_cells \(0.5\) is of a screen; validate on conditions"):
+        make_split(conditions, SplitConfig(validation_cells=0.5), 0)
 
 
 def test_few_conditions_or_chosen_ones_are_not_validated_at_random():

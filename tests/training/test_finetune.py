@@ -115,6 +115,24 @@ def test_without_steps_known_labels_are_predicted_as_the_checkpoint_does(checkpo
     assert all(torch.allclose(before[name], after[name], atol=1e-9, rtol=0) for name in before)
 
 
+@pytest.mark.parametrize("lr", [0.3, 1e-12])
+def test_where_tuning_does_harm_the_checkpoint_as_it_is_wins(lr, checkpoint, tmp_path):
+    """A learning rate that ruins the weights, and cells of trained conditions that say so."""
+    source = checkpoint.parents[1] / "screen.h5ad"
+    words = ("split.validation_cells=0.4", "training.early_stop_patience=2", "training.validate_every=1")
+    words = (*words, "training.n_steps=6", f"optim.lr={lr}", "optim.warmup_steps=0", "optim.ema_decay=0.0")
+    result = fit(tuned(source, checkpoint, tmp_path / "run", *words))
+    validated = [line for line in losses(tmp_path / "run") if "validation_energy_distance" in line]
+    energy = {line["step"]: line["validation_energy_distance"] for line in validated}
+    assert min(energy) == 0
+    assert result.model.training.steps == min(energy, key=energy.get)
+    before, after = weights(checkpoint), weights(tmp_path / "run" / "model")
+    if lr == 0.3:
+        assert result.step == 2
+        assert same(before, after)
+    assert all(torch.allclose(before[name], after[name], atol=1e-9, rtol=0) for name in before)
+
+
 @pytest.mark.parametrize("method", ["frozen", "lora"])
 def test_the_backbone_stays_bit_for_bit_and_the_rest_moves(method, checkpoint, screen, tmp_path):
     config = tuned(screen, checkpoint, tmp_path / "run", f"adapt.method={method}", "optim.lr=0.01")
