@@ -18,7 +18,6 @@ MOST_WEIGHING = 300  # of them that weights are learned from, drawn by a fixed s
 LOG_WEIGHTS = (-9.0, 3.0)  # bounds of ln weight, of a table whose rows vary by 1: 20 times what cannot be told at most
 STARTS = (-4.0, -2.0, 0.0, 2.0)  # ln weights, of all tables at once: the best of them begins the search
 LEAST_WEIGHT = 0.01  # of the largest one; what is less is 0
-LEAST_GAIN = 0.01  # of the error of "as the others", that features must take away to count at all
 
 
 class FeatureFit:
@@ -29,7 +28,8 @@ class FeatureFit:
     ridge penalty is 1, and each table has a weight w_t on its squared length in place of a penalty of its own: kernel
     ridge on sum of w_t K_t. The weights have the least squared error of perturbations that are left out one at a time,
     which is exact without refitting (Allen 1974). A table that says nothing of the left-out ones gets none: weights
-    under LEAST_WEIGHT of the largest are 0, and all are where the error is not LEAST_GAIN under that of the mean.
+    under LEAST_WEIGHT of the largest are 0, and all are where the error is less than that of the mean of the others by
+    no more than the standard error of this difference over perturbations (as of one in Breiman et al. 1984).
 
     Parameters
     ----------
@@ -39,16 +39,24 @@ class FeatureFit:
         What each condition received.
     effect
         (conditions, G) less the mean effect of their contexts.
+    weights
+        Those of the tables, where others learned them.
 
     Attributes
     ----------
     weights
         (T,) as above.
     error
-        Squared left-out error with these weights, over that of the mean of the others; 1 where no weight is.
+        Squared left-out error with weights that were learned here, over that of the mean of the others; else 1.
     """
 
-    def __init__(self, tables: Sequence[FeatureTable], perturbation: Sequence[Parts], effect: np.ndarray) -> None:
+    def __init__(
+        self,
+        tables: Sequence[FeatureTable],
+        perturbation: Sequence[Parts],
+        effect: np.ndarray,
+        weights: np.ndarray | None = None,
+    ) -> None:
         rows: dict[tuple[str, ...], list[int]] = {}
         for i, parts in enumerate(perturbation):
             rows.setdefault(tuple(name for name, _ in parts), []).append(i)
@@ -67,7 +75,9 @@ class FeatureFit:
         squares = np.array([np.square(v).sum(axis=1).mean() for v in vectors])
         self._scales = np.divide(1.0, np.sqrt(squares), out=np.zeros(len(squares)), where=squares > 0)
         vectors = [v * scale for v, scale in zip(vectors, self._scales, strict=True)]
-        self.weights, self.error = _learned(vectors, target)
+        self.weights, self.error = _learned(vectors, target) if weights is None else (weights, 1.0)
+        if not self.weights.any():
+            return
         design = np.concatenate([v * np.sqrt(w) for v, w in zip(vectors, self.weights, strict=True)], axis=1)  # (n, F)
         self._mean = target.mean(axis=0)
         if design.shape[1] <= len(design):
@@ -117,28 +127,34 @@ def _learned(vectors: Sequence[np.ndarray], target: np.ndarray) -> tuple[np.ndar
         vectors, target = [v[some] for v in vectors], target[some]
     kernels = np.stack([_centred(v @ v.T) for v in vectors])  # (T, n, n)
     products = target @ target.T
-    of_mean, _ = left_out_error(np.full(len(kernels), -np.inf), kernels, products)
-    if of_mean <= 0:
+    of_mean, _ = left_out_errors(np.full(len(kernels), -np.inf), kernels, products)
+    if of_mean.sum() <= 0:
         return np.zeros(len(kernels)), 1.0
     from scipy.optimize import minimize  # a sixth of a second that other predictions do without
 
-    start = min(STARTS, key=lambda log: left_out_error(np.full(len(kernels), log), kernels, products)[0])
+    def log_error(logs: np.ndarray) -> tuple[float, np.ndarray]:
+        errors, gradient = left_out_errors(logs, kernels, products)
+        return float(np.log(errors.sum() / of_mean.sum())), gradient / errors.sum()
+
+    start = min(STARTS, key=lambda log: log_error(np.full(len(kernels), log))[0])
     found = minimize(
-        lambda logs: left_out_error(logs, kernels, products, of_mean), np.full(len(kernels), start),
-        jac=True, method="L-BFGS-B", bounds=[LOG_WEIGHTS] * len(kernels), options={"ftol": 1e-5, "maxiter": 50},
+        log_error, np.full(len(kernels), start), jac=True, method="L-BFGS-B", bounds=[LOG_WEIGHTS] * len(kernels),
+        options={"ftol": 1e-5, "maxiter": 50},
     )  # fmt: skip
     best = np.exp(found.x)
     best[best < LEAST_WEIGHT * best.max()] = 0.0
     with np.errstate(divide="ignore"):
-        error, _ = left_out_error(np.log(best), kernels, products)
-    ratio = float(error / of_mean)
-    return (best, ratio) if ratio < 1 - LEAST_GAIN else (np.zeros(len(kernels)), 1.0)
+        errors, _ = left_out_errors(np.log(best), kernels, products)
+    gain = of_mean - errors
+    if gain.mean() <= gain.std(ddof=1) / np.sqrt(len(gain)):
+        return np.zeros(len(kernels)), 1.0
+    return best, float(errors.sum() / of_mean.sum())
 
 
-def left_out_error(
-    log_weights: np.ndarray, kernels: np.ndarray, products: np.ndarray, unit: float | None = None
-) -> tuple[float, np.ndarray]:
-    """Squared error of left-out perturbations, summed over genes, and its gradient (T,).
+def left_out_errors(
+    log_weights: np.ndarray, kernels: np.ndarray, products: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) squared error of each perturbation, left out, summed over genes; (T,) the gradient of their sum.
 
     Parameters
     ----------
@@ -148,8 +164,6 @@ def left_out_error(
         (T, n, n) centred.
     products
         (n, n) of the targets with each other.
-    unit
-        If given, the logarithm of error / unit instead.
 
     Notes
     -----
@@ -163,12 +177,10 @@ def left_out_error(
     leverage = np.diag(residual)
     of_targets = residual @ products  # (n, n)
     squares = np.einsum("ij,ji->i", of_targets, residual)  # (B C B)_ii
-    error = float((squares / leverage**2).sum())
-    # d error = tr(dB X), and dB = -inverse dK inverse.
+    # d sum = tr(dB X), and dB = -inverse dK inverse.
     X = 2 * of_targets.T / leverage**2 - np.diag(2 * squares / leverage**3)
-    back = inverse @ X @ inverse
-    gradient = -weights * np.tensordot(kernels, back, 2)
-    return (error, gradient) if unit is None else (float(np.log(error / unit)), gradient / error)
+    gradient: np.ndarray = -weights * np.tensordot(kernels, inverse @ X @ inverse, 2)
+    return squares / leverage**2, gradient
 
 
 def _centred(kernel: np.ndarray) -> np.ndarray:

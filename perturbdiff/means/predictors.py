@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -114,8 +115,10 @@ def _stack(training: TrainingMeans, kind: str) -> Stack | None:
             left_out = list(training.cell_type)
         else:
             left_out = [tuple(name for name, _ in seen) for seen in training.seen]
+        # What tables count is learned of all conditions: with one left out, two that are alike leave nothing to see.
+        weighed = replace(training, table_weights=training.feature_fit.weights)
         training.learned[kind] = Stack.fit(
-            training,
+            weighed,
             STACKED,
             left_out,
             lambda rest, *asked: _new_is(rest, *asked) == kind,

@@ -32,6 +32,8 @@ class TrainingMeans:
         Names of the G columns, where perturbations may be named after genes; None where nobody knows.
     tables
         What is known of perturbations besides their names.
+    table_weights
+        What each table counts (`FeatureFit`), where other conditions taught that; None: these do.
     notation
         What labels mean; by default "A+B" is A and B.
 
@@ -47,6 +49,7 @@ class TrainingMeans:
     notation: Notation = field(default_factory=lambda: Notation(()))
     genes: GeneVocab | None = None
     tables: Sequence[FeatureTable] = ()
+    table_weights: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         n = len(self.perturbation)
@@ -181,7 +184,7 @@ class TrainingMeans:
         """The model behind `features`, fitted once for all contexts."""
         contexts = zip(self.cell_type, self.batch, strict=True)
         of_contexts = np.stack([self.context_means(*context)[0] for context in contexts])
-        return FeatureFit(self.tables, self.seen, self.effect - of_contexts)
+        return FeatureFit(self.tables, self.seen, self.effect - of_contexts, self.table_weights)
 
     @cached_property
     def fit_across_batches(self) -> LogSpaceFit:

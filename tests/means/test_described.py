@@ -9,7 +9,7 @@ import pytest
 
 from perturbdiff.features.tables import FeatureTable
 from perturbdiff.means import described
-from perturbdiff.means.described import FEWEST, FeatureFit, left_out_error
+from perturbdiff.means.described import FEWEST, FeatureFit, left_out_errors
 from perturbdiff.means.predictors import features, stacked
 from perturbdiff.means.shifts import context_mean
 from perturbdiff.means.training import Context, TrainingMeans
@@ -30,27 +30,27 @@ def centred_kernel(vectors):
 
 
 def refitted(kernels, weights, target):
-    """Squared error of each target predicted from a fit of the others alone, with an intercept that is free."""
-    n, error = len(target), 0.0
+    """(n,) squared error of each target predicted from a fit of the others alone, with an intercept that is free."""
+    n, errors = len(target), []
     total = sum(w * kernel for w, kernel in zip(weights, kernels, strict=True))
     for i in range(n):
         rest = np.delete(np.arange(n), i)
         system = np.block([[total[np.ix_(rest, rest)] + np.eye(n - 1), np.ones((n - 1, 1))], [np.ones((1, n - 1)), 0]])
         solved = np.linalg.solve(system, np.vstack([target[rest], np.zeros((1, target.shape[1]))]))
-        error += np.square(target[i] - total[i, rest] @ solved[:-1] - solved[-1]).sum()
-    return error
+        errors.append(np.square(target[i] - total[i, rest] @ solved[:-1] - solved[-1]).sum())
+    return errors
 
 
-def test_the_left_out_error_is_that_of_refits_and_its_gradient_that_of_differences():
+def test_left_out_errors_are_those_of_refits_and_their_gradient_that_of_differences():
     rng = np.random.default_rng()
     for n, n_tables in ((4, 1), (9, 3), (15, 2)):
         kernels = np.stack([centred_kernel(rng.normal(size=(n, rng.integers(1, 20)))) for _ in range(n_tables)])
         target, logs = rng.normal(size=(n, 6)), rng.normal(size=n_tables)
-        error, gradient = left_out_error(logs, kernels, target @ target.T)
-        np.testing.assert_allclose(error, refitted(kernels, np.exp(logs), target), rtol=1e-8)
+        errors, gradient = left_out_errors(logs, kernels, target @ target.T)
+        np.testing.assert_allclose(errors, refitted(kernels, np.exp(logs), target), rtol=1e-8)
         for t in range(n_tables):
             step = 1e-5 * np.eye(n_tables)[t]
-            up, down = (left_out_error(logs + s, kernels, target @ target.T)[0] for s in (step, -step))
+            up, down = (left_out_errors(logs + s, kernels, target @ target.T)[0].sum() for s in (step, -step))
             np.testing.assert_allclose(gradient[t], (up - down) / 2e-5, rtol=1e-4, atol=1e-6)
 
 
@@ -87,6 +87,30 @@ def test_a_table_that_says_something_counts_and_noise_does_not():
     alone = FeatureFit([nothing], received, target)
     assert (alone.error, alone.weights.tolist()) == (1.0, [0.0])
     assert alone.predict(parts("p1")) is None
+
+
+def test_what_helps_by_no_more_than_chance_does_not_count():
+    """Of random tables few count, and what they take off the error is more than its standard error."""
+    rng = np.random.default_rng(5)
+    names = [f"p{i}" for i in range(20)]
+    received = [parts(name) for name in names]
+    counted = 0
+    for _ in range(60):
+        fit = FeatureFit([table("noise", names, rng.normal(size=(20, 8)))], received, rng.normal(size=(20, 4)))
+        counted += bool(fit.weights.any())
+    assert counted <= 15  # a quarter, as one standard error leaves a sixth
+
+
+def test_weights_that_others_learned_are_taken():
+    rng = np.random.default_rng()
+    names = [f"p{i}" for i in range(12)]
+    tables = [table(name, names, rng.normal(size=(12, 4))) for name in "ab"]
+    target = tables[0].values @ rng.normal(size=(4, 5))
+    received = [parts(name) for name in names]
+    own = FeatureFit(tables, received, target)
+    again = FeatureFit(tables, received, target, own.weights)
+    np.testing.assert_array_equal(again.predict(received[2]), own.predict(received[2]))
+    assert FeatureFit(tables, received, target, np.zeros(2)).predict(received[2]) is None
 
 
 def test_the_scale_and_the_place_of_a_table_do_not_matter():
