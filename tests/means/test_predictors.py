@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import tracemalloc
 from dataclasses import replace
 
@@ -58,7 +57,7 @@ def test_one_condition_one_cell_one_gene(name):
 
 
 @pytest.mark.slow
-def test_many_conditions_cost_seconds_and_no_square_of_genes():
+def test_many_conditions_cost_no_square_of_genes():
     rng = np.random.default_rng(0)
     n, n_genes, perturbations = 1000, 2000, 10
     control = rng.gamma(1.0, size=(n, n_genes))
@@ -68,13 +67,11 @@ def test_many_conditions_cost_seconds_and_no_square_of_genes():
         labels, [f"t{i // perturbations}" for i in range(n)], ["1"] * n, control, rng.gamma(1.0, size=(n, n_genes)),
         np.ones(n, int), genes=GeneVocab(tuple(f"p{i}" for i in range(n_genes))),
     )  # fmt: skip
-    started = time.process_time()
     tracemalloc.start()
     for predictor in PREDICTORS.values():
         predictor(training, context)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert time.process_time() - started < 40  # about 10 on an idle core
     assert peak < 1e9
 
 
