@@ -71,7 +71,9 @@ class AtlasConfig:
     path: str = MISSING  # folder, or repo id of a data set on the Hub
     revision: Optional[str] = None  # branch, tag or commit of a repo
     weight: Optional[float] = bounded(None, above=0)  # share of the sets beside the others'; null: by their number
-    sets: Literal["perturbed", "marginal"] = "perturbed"  # marginal: all cells, no label of perturbation, no controls
+    # marginal: all cells, no label of perturbation, no controls; self_controlled: the same with cells of their own
+    # condition as controls, from which nothing changes.
+    sets: Literal["perturbed", "marginal", "self_controlled"] = "perturbed"
     expected: Optional[AtlasSize] = None
 
 

@@ -45,7 +45,7 @@ def shuffled_positions(n: int, start: int, stop: int, run: int, seed: int, purpo
 
 @dataclass(frozen=True)
 class CellSet:
-    """At most S cells of one condition, and as many controls, or none for a marginal set.
+    """At most S cells of one condition, and as many controls, or none.
 
     key
         (epoch, set number) for keyed randomness; the same on any world size.
@@ -70,10 +70,14 @@ class SetSource:
         condition. Otherwise the perturbed ones, each set with controls.
     weight
         Share of an epoch's sets relative to the other sources; None in all of them: as many as each has.
+    self_controlled
+        Of a marginal one: sets have controls all the same, cells of their own kind drawn at random. To leave them as
+        they are is right then, as it is nearly in a screen; without, the denoiser learns to make whole cells of noise.
     """
 
     marginal: bool = False
     weight: float | None = None
+    self_controlled: bool = False
 
 
 PERTURBED = SetSource()
@@ -134,8 +138,12 @@ class _Sets:
         condition, n = int(groups.in_group(group)[0]), int(groups.n_cells[group])
         positions = shuffled_positions(n, start, stop, run, self.seed, "cells of a condition", epoch, group)
         rows = groups.rows(group, positions)
-        if self.sources[groups.index.source[condition]].marginal:
+        source = self.sources[groups.index.source[condition]]
+        if source.marginal and not source.self_controlled:
             return CellSet(key, condition, rows, np.zeros(0, np.int64))
+        if source.self_controlled:
+            drawn = draw_controls(n, len(rows), self.seed, *key, run=run)
+            return CellSet(key, condition, rows, groups.rows(group, drawn))
         pool = self.pools.of[condition]
         drawn = draw_controls(int(self.pools.groups.n_cells[pool]), len(rows), self.seed, *key, run=run)
         return CellSet(key, condition, rows, self.pools.groups.rows(pool, drawn))

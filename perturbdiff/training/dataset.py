@@ -228,7 +228,10 @@ class TrainingSet:
         """
         atlases = [Atlas.open(atlas.path, atlas.revision) for atlas in config.data.atlases]
         _refuse_twice(atlases, config)
-        sources = tuple(SetSource(atlas.sets == "marginal", atlas.weight) for atlas in config.data.atlases)
+        sources = tuple(
+            SetSource(atlas.sets != "perturbed", atlas.weight, atlas.sets == "self_controlled")
+            for atlas in config.data.atlases
+        )
         preprocessing = _common_preprocessing(atlases, config)
         first_rows = np.cumsum([0, *map(len, atlases)])
         index = ConditionIndex.concat([_index(atlas) for atlas in atlases], first_rows[:-1].tolist())

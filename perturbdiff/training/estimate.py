@@ -149,7 +149,8 @@ def _counted(config: Config) -> DataSize:
     marginal = marginal_conditions(index, made.train.sources)
     trained = marginal | ~index.is_control
     n_cells = int(index.n_cells[trained].sum())
-    with_controls = float(index.n_cells[trained & ~marginal].sum() / n_cells)
+    without = np.array([source.marginal and not source.self_controlled for source in made.train.sources])[index.source]
+    with_controls = float(index.n_cells[trained & ~without].sum() / n_cells)
     source, n_genes = f"counted in {data.screen or 'the atlas'}", len(made.cells.genes)
     return DataSize(source, n_cells, n_genes, per_cell, with_controls, VocabSizes.from_vocabularies(made.vocabularies))
 

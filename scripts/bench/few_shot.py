@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--hold-out", default="CD4T", metavar="CELL_TYPE")
     parser.add_argument("--pretrained", type=Path, metavar="FOLDER", help="models are kept there, and used again")
     parser.add_argument("--pretrain-steps", type=int, nargs="+", default=[2000], help="of one pretraining each")
+    parser.add_argument("--sets", choices=["marginal", "self_controlled"], default="self_controlled")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("settings", nargs="*", metavar="key=value", help="of fine-tuning and training from scratch")
     options = parser.parse_intermixed_args()
@@ -96,7 +97,7 @@ def genes_of(cells: anndata.AnnData) -> np.ndarray:
 
 
 def pretrain(folder: Path, controls: anndata.AnnData, steps: int, options: argparse.Namespace) -> PerturbDiff:
-    """A model of marginal sets of all sources."""
+    """A model of all sources, without labels of perturbations."""
     if not (folder / "atlas").is_dir():
         controls.write_h5ad(folder / "controls.h5ad")
         (folder / "genes.txt").write_text("\n".join(controls.var_names))
@@ -106,7 +107,7 @@ def pretrain(folder: Path, controls: anndata.AnnData, steps: int, options: argpa
         ]
         given = {"out": str(folder / "atlas"), "genes": str(folder / "genes.txt"), "sources": sources}
         build(load_build_config([], given=given), 4 << 30, 1, None)
-    atlases = [{"path": str(folder / "atlas"), "sets": "marginal"}]
+    atlases = [{"path": str(folder / "atlas"), "sets": options.sets}]
     given = {"out": str(folder / f"pretrained_{steps}"), "data": {"atlases": atlases, "n_hvg": None}}
     words = [f"training.n_steps={steps}", f"training.seed={options.seed}"]
     return fit(load_config(FROM_SCRATCH, words, given)).model

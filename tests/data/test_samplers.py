@@ -401,6 +401,29 @@ def test_unperturbed_cells_of_a_marginal_source_are_pooled_by_cell_type_over_bat
     assert mixed_batches > 12  # of the 16 sets of T; a set of one batch alone has a chance of 1 in 1000
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_self_controlled_sets_are_marginal_ones_with_controls_of_their_own_group(streamed):
+    cells = [("control", "T", "b1", 40), ("control", "NK", "b1", 6), ("A", "T", "b1", 9), ("control", "T", "b2", 40)]
+    laid = Laid.of(cells)
+    given = {"set_size": 10, "sets_per_batch": 4, "seed": 0}
+    epochs = []
+    for source in (SetSource(True), SetSource(True, self_controlled=True)):
+        if streamed:
+            pools = match_controls(laid.index, "batch", np.zeros(len(laid.index), dtype=bool))
+            sampler = StreamedSampler(laid.index, pools, np.zeros(1, np.int64), 1, 10, 4, 0, sources=[source])
+        else:
+            sampler = sampler_of(laid, {**given, "sources": [source]})
+        epochs.append(flat(epoch_of(sampler, 0)))
+    same_as_rows = 0
+    for without, s in zip(*epochs, strict=True):
+        assert (s.rows == without.rows).all()
+        assert len(without.control_rows) == 0
+        assert len(set(s.control_rows.tolist())) == len(s.rows)
+        assert {laid.cells[row][:3] for row in s.control_rows} == {laid.cells[row][:3] for row in s.rows}
+        same_as_rows += int((s.control_rows == s.rows).sum())
+    assert same_as_rows < 30  # of 95: drawn on their own
+
+
 # ---------------------------------------------------------------- mixtures by weight
 
 
