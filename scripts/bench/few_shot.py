@@ -110,7 +110,10 @@ def pretrain(folder: Path, controls: anndata.AnnData, steps: int, options: argpa
     atlases = [{"path": str(folder / "atlas"), "sets": options.sets}]
     given = {"out": str(folder / f"pretrained_{steps}"), "data": {"atlases": atlases, "n_hvg": None}}
     words = [f"training.n_steps={steps}", f"training.seed={options.seed}"]
-    return fit(load_config(FROM_SCRATCH, words, given)).model
+    result = fit(load_config(FROM_SCRATCH, words, given))
+    if result.stopped_by is not None:
+        raise SystemExit(f"pretraining was stopped by {result.stopped_by} after step {result.step}")
+    return result.model
 
 
 def fraction_of(cells: np.ndarray, part: float, seed: int) -> np.ndarray:
