@@ -319,28 +319,27 @@ def _score(
 def _scores(
     model: PerturbDiff, sampling: SamplingConfig, screen: Screen, config: Config, match: ControlMatch
 ) -> dict[str, float]:
-    """Means over the held-out conditions, and the sum that candidates are compared by."""
+    """Means over the held-out conditions, and the energy distance of no change."""
     model.config = replace(model.config, sampling=sampling)
     split = read_split(Path(config.out) / "split.json", screen)
     predicted = predict_held_out(model, screen, split, match, config.training.seed)
     means = score_conditions(predicted, screen, match).means()
     energy, pearson = (float(means[metric][MODEL]) for metric in ("energy_distance", "pearson_delta"))
     nothing = float(means["energy_distance"][NO_CHANGE])
-    lacking = 1.0 if np.isnan(pearson) else 1.0 - pearson
-    return {
-        "sum": energy / (nothing if nothing > 0 else 1.0) + lacking,
-        "energy_distance": energy,
-        "pearson_delta": pearson,
-    }
+    return {"energy_distance": energy, "pearson_delta": 0.0 if np.isnan(pearson) else pearson, "no_change": nothing}
 
 
 def _over_folds(tried: Sequence[Candidate], records: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    # One scale for all folds: where hardly anything answers, a ratio of distances is noise.
+    scale = float(np.mean([of_fold[0]["scores"][0]["no_change"] for of_fold in records]))
     rows = []
     for i, candidate in enumerate(tried):
         for j, first in enumerate(records[0][i]["scores"]):
             of_folds = [record[i]["scores"][j] for record in records]
-            means = {key: float(np.mean([of[key] for of in of_folds])) for key in first if key != "words"}
+            energy, pearson = (np.array([of[key] for of in of_folds]) for key in ("energy_distance", "pearson_delta"))
+            sums = energy / (scale if scale > 0 else 1.0) + 1 - pearson
             words = list(dict.fromkeys([*candidate.words, *first["words"]]))
-            named = {"candidate": i, "recipe": candidate.recipe, "words": words}
-            rows.append({**named, **means, "sums": [of["sum"] for of in of_folds]})
+            row = {"candidate": i, "recipe": candidate.recipe, "words": words, "sums": sums.tolist()}
+            means = {"sum": sums.mean(), "energy_distance": energy.mean(), "pearson_delta": pearson.mean()}
+            rows.append({**row, **{name: float(mean) for name, mean in means.items()}})
     return rows
