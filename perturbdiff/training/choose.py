@@ -114,17 +114,18 @@ class Choice:
         """For a person, several lines."""
         lines = ["held out    " + ", ".join(f"{n:,} of a new {kind}" for kind, n in self.n_new.items())]
         if self.scores:
-            times = len(self.scores[0]["sums"])
+            times, recipes = len(self.scores[0]["sums"]), {row["recipe"] for row in self.scores}
+            of_one = f" of {recipes.pop()}" if len(recipes) == 1 else ""
             lines += [
                 f"choosing    on training conditions of a new {self.left_out}, left out {times} times,",
                 "            by energy_distance over that of no change, plus 1 - pearson_delta;",
                 "            another candidate than the usual one must be better each time",
-                "     sum  energy  pearson  candidate",
+                f"     sum  energy  pearson  candidate{of_one}",
             ]
             for row in sorted(self.scores, key=lambda row: float(row["sum"])):
                 words = " ".join(word.partition(".")[2] for word in row["words"])
                 columns = f"{row['sum']:8.3f}{row['energy_distance']:8.3f}{row['pearson_delta']:9.3f}"
-                lines.append(f"{columns}  {row['recipe']} {words}")
+                lines.append(f"{columns}  {words if of_one else row['recipe'] + ' ' + words}")
         else:
             lines.append("choosing    by what is new alone: no training condition can be left out to be as new")
         return "\n".join([*lines, f"chosen      {' '.join(['--recipe', self.recipe, *self.words])}"])
