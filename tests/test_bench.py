@@ -212,7 +212,7 @@ def test_a_fold_of_a_quality_task_leaves_its_test_cells_out(quality, tmp_path):
         ("drop: pert_1", (), "drop ('pert_1') must be a list of texts"),
         ("loadings: other.h5ad", (), "needs other.h5ad, which is not in --data"),
         ("", ("--tasks", "kang"), "no task 'kang'; there are datlinger_unseen,"),
-        ("", ("--set", "optim.lr=1"), "--set needs --label"),
+        ("", ("--set", "optim.lr=1"), "--set and --choose need --label"),
         ("", ("--predictions", "scgen"), "'scgen': give NAME"),
     ],
 )
