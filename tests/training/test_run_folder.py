@@ -20,7 +20,7 @@ from perturbdiff.training.run_folder import leave_marker
 from tests.atlases import atlas_of_screen
 from tests.localhub.client import led_to
 from tests.localhub.server import LocalHub, Repo
-from tests.simulated import TINY, tiny_config, write_screen
+from tests.simulated import DEFAULTS, TINY, tiny_config, write_screen
 
 HOLD_OUT = ("pert_0:type_0",)
 
@@ -86,7 +86,7 @@ def test_a_screen_goes_on_under_another_name_in_another_order_and_from_memory(sc
     moved.write_h5ad(tmp_path / "moved.h5ad")
     words = ["data.layer=counts", "data.input_kind=counts"]
     fit(tiny_config(tmp_path / "moved.h5ad", stopped, *words), stop_at=4)
-    result = perturbdiff.train(adata, stopped, hold_out=HOLD_OUT, overrides=TINY, score=False)
+    result = perturbdiff.train(adata, stopped, hold_out=HOLD_OUT, recipe=DEFAULTS, overrides=TINY, score=False)
     assert (result.step, result.stopped_by) == (6, None)
     assert losses(stopped) == losses(straight)
     assert same_weights(stopped, straight)
@@ -126,7 +126,7 @@ def test_a_screen_of_other_content_is_refused_with_what_differs(screen, stopped,
     adata.write_h5ad(tmp_path / "changed.h5ad")
     origin = adata if in_memory else tmp_path / "changed.h5ad"
     with pytest.raises(ValueError, match=rf"are not those it was started with \({said}\); give those .* another --out"):
-        perturbdiff.train(origin, stopped, hold_out=HOLD_OUT, overrides=TINY, score=False)
+        perturbdiff.train(origin, stopped, hold_out=HOLD_OUT, recipe=DEFAULTS, overrides=TINY, score=False)
     assert {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()} == before
 
 
