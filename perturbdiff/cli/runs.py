@@ -66,7 +66,8 @@ def add_run_commands(commands: Any) -> None:
     train = add_command(
         commands, "train", _train, "train on a screen or on atlases from scratch",
         "Trains on an .h5ad and writes a run folder: config.yaml, split.json, metrics.jsonl, states/ and model/.\n"
-        "What is held out is predicted and scored beside baselines.\n"
+        "What is held out is predicted and scored beside baselines. Without --recipe one is chosen for it first, by\n"
+        "training conditions that are left out (--budget); not with an atlas or on several processes.\n"
         "Ctrl-C, SIGTERM and SIGUSR1 save and stop; the same command goes on where it stopped.",
         "examples:\n  perturbdiff train --screen kang.h5ad --hold-out IFN-beta:CD4T --out runs/kang\n"
         "  perturbdiff train --screen kang.h5ad --out runs/ref --recipe reference\n"
@@ -140,8 +141,8 @@ def _finetune_command(commands: Any) -> None:
         commands, "finetune", _finetune, "adapt a checkpoint to a new screen, train it on, score what is held out",
         "Matches genes and labels of a checkpoint and of the data by name, says what is shared, new and left out, and\n"
         "trains from there. Architecture, preprocessing, diffusion, sampling are the checkpoint's. What is held out\n"
-        "is predicted and scored beside baselines. The model folder needs nothing else. Signals and several processes\n"
-        "as with train and pretrain.",
+        "is predicted and scored beside baselines. The model folder needs nothing else. Signals, several processes\n"
+        "and the choice of a recipe as with train: the checkpoint as it is and training from scratch are tried too.",
         "examples:\n  perturbdiff finetune --screen kang.h5ad --init-from owner/name@v1 --out runs/kang --dry-run\n"
         "  perturbdiff finetune --screen kang.h5ad --init-from models/pbmc --hold-out IFN-beta:CD4T --out runs/kang\n"
         "  perturbdiff finetune --screen kang.h5ad --init-from models/pbmc --recipe lora\n"

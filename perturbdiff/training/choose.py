@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from perturbdiff.config import Config, DataConfig, SamplingConfig, SplitConfig
+from perturbdiff.config import Config, DataConfig, SplitConfig
 from perturbdiff.data.conditions import ConditionIndex, ControlMatch, resolve_control_match
 from perturbdiff.data.identity import screen_identity
 from perturbdiff.data.rng import cell_order_key
 from perturbdiff.data.screen import READ_BY, Screen
 from perturbdiff.data.selectors import LABELS
-from perturbdiff.data.splits import make_split, read_split
+from perturbdiff.data.splits import Split, make_split, read_split
 from perturbdiff.evaluation.fair import NO_CHANGE, Condition, group
 from perturbdiff.evaluation.held_out import predict_held_out
 from perturbdiff.evaluation.scores import MODEL, score_conditions
@@ -177,10 +177,10 @@ def choose(
     match = resolve_control_match(everything, config.data.control_match)
     known = LABELS if match == "batch" else LABELS[:2]
     split = make_split(screen, config.split, config.training.seed, known=known)
-    asked, trained = (group(screen.obs, cells & ~screen.is_control, match) for cells in (split.test, ~split.test))
-    new = most(newness(asked, trained, screen.notation).values())
+    asked, others = (_sizes(screen, cells, match) for cells in (split.test, ~split.test))
+    new = most(newness(asked, others, screen.notation).values())
     kinds = candidates if config.adapt.init_from is None else tuned
-    tried = _different(kinds(new, len({perturbation for perturbation, _, _ in trained})), made)
+    tried = _different(kinds(new, len({perturbation for perturbation, _, _ in others})), made)
     own = made(tried[0].recipe, tried[0].words)
     start = prepare(own, replace(screen, config=as_read(screen, own.data)), out, resuming=False)
     if check is not None:
@@ -189,11 +189,7 @@ def choose(
     if own.adapt.init_from is not None:
         described |= {*checkpoint_metadata(own.adapt.init_from)[2].vocabularies.labelled}
     train = start.data.split.train
-    n_asked, n_trained = (
-        {condition: len(rows) for condition, rows in group(screen.obs, of & ~screen.is_control, match).items()}
-        for of in (split.test, train)
-    )
-    design = Design.of(n_asked, n_trained, screen.notation, own.training.seed, described)
+    design = Design.of(asked, _sizes(screen, train, match), screen.notation, own.training.seed, described)
     n_new: dict[str, int] = {str(kind): n for kind, n in design.n_new.items()}
     records = _tried(tried, design, screen, train, match, made, out, budget)
     if isinstance(records, TrainingResult):
@@ -209,6 +205,11 @@ def choose(
     choice = Choice(recipe, words, n_new, design.left_out, scores, cpu_s)
     write_json(out / CHOICE, asdict(choice))
     return choice
+
+
+def _sizes(screen: Screen, cells: np.ndarray, match: ControlMatch) -> dict[Condition, int]:
+    """Cells of each perturbed condition."""
+    return {condition: len(rows) for condition, rows in group(screen.obs, cells & ~screen.is_control, match).items()}
 
 
 def _different(tried: Sequence[Candidate], made: Made) -> list[Candidate]:
@@ -229,11 +230,11 @@ def _tried(
         for number, fold in enumerate(folds):
             if budget is not None and number and spent + longest * len(tried) > budget:
                 break
-            here = _without(screen, train, fold, match)
+            here, scored = _without(screen, train, fold, match)
             records.append([])
             for candidate in tried:
                 folder = out / CANDIDATES / re.sub(r"\W+", "_", candidate.name) / str(number)
-                record = _score(candidate, here, fold, match, made, folder)
+                record = _score(candidate, here, scored, match, made, folder)
                 if isinstance(record, TrainingResult):
                     leave_marker(out, str(record.stopped_by), 0)
                     print(f"stopped     by {record.stopped_by} while choosing; the same command goes on", flush=True)
@@ -249,15 +250,18 @@ def as_read(screen: Screen, data: DataConfig) -> DataConfig:
     return replace(data, **{name: getattr(screen.config, name) for name in READ_BY})
 
 
-def _without(screen: Screen, train: np.ndarray, fold: Sequence[Condition], match: ControlMatch) -> Screen:
-    """The training cells; of the conditions of a fold as many conditions and cells as are scored, by a hash."""
+def _without(
+    screen: Screen, train: np.ndarray, fold: Sequence[Condition], match: ControlMatch
+) -> tuple[Screen, list[Condition]]:
+    """The training cells, of a fold those that are scored, by a hash; and which of its conditions are scored."""
     rows = group(screen.obs, train & ~screen.is_control, match)
-    kept, scored = train.copy(), {fold[i] for i in np.linspace(0, len(fold) - 1, MOST_CONDITIONS).astype(int)}
+    scored = [fold[i] for i in np.unique(np.linspace(0, len(fold) - 1, MOST_CONDITIONS).astype(int))]
+    kept = train.copy()
     for condition in fold:
         cells = rows[condition]
         order = cells[np.argsort(cell_order_key(screen.obs.index[cells].to_numpy(), seed=1), kind="stable")]
         kept[order[MOST_CELLS if condition in scored else 0 :]] = False
-    return screen.with_cells(np.flatnonzero(kept))
+    return screen.with_cells(np.flatnonzero(kept)), scored
 
 
 def _score(
@@ -268,8 +272,7 @@ def _score(
     n_steps = config.training.n_steps
     least = min(1, n_steps)  # none of a checkpoint as it is
     part, fewer = max(least, round(n_steps * PART_OF_STEPS)), max(least, n_steps // 2)
-    there = group(screen.obs, ~screen.is_control, match)
-    names = [":".join(condition if match == "batch" else condition[:2]) for condition in fold if condition in there]
+    names = [":".join(condition if match == "batch" else condition[:2]) for condition in fold]
     data = as_read(screen, config.data)
     config = replace(
         config,
@@ -308,7 +311,10 @@ def _score(
             result = fit(config, screen, stop_at=steps)
         if result.stopped_by is not None and result.step < steps:
             return result
-        scores += [{"words": words, **_scores(result.model, of, screen, config, match)} for words, of in variants]
+        split = read_split(folder / "split.json", screen)
+        for words, of_variant in variants:
+            result.model.config = replace(result.model.config, sampling=of_variant)
+            scores.append({"words": words, **_scores(result.model, screen, split, match, config.training.seed)})
     cost = {"cpu_s": time.process_time() - cpu, "wall_s": time.monotonic() - wall}
     record = {"made_of": made_of, "scores": scores, **cost}
     write_json(folder / SCORED, record)
@@ -317,13 +323,9 @@ def _score(
     return record
 
 
-def _scores(
-    model: PerturbDiff, sampling: SamplingConfig, screen: Screen, config: Config, match: ControlMatch
-) -> dict[str, float]:
+def _scores(model: PerturbDiff, screen: Screen, split: Split, match: ControlMatch, seed: int) -> dict[str, float]:
     """Means over the held-out conditions, and the energy distance of no change."""
-    model.config = replace(model.config, sampling=sampling)
-    split = read_split(Path(config.out) / "split.json", screen)
-    predicted = predict_held_out(model, screen, split, match, config.training.seed)
+    predicted = predict_held_out(model, screen, split, match, seed)
     means = score_conditions(predicted, screen, match).means()
     energy, pearson = (float(means[metric][MODEL]) for metric in ("energy_distance", "pearson_delta"))
     nothing = float(means["energy_distance"][NO_CHANGE])

@@ -116,7 +116,7 @@ def test_the_same_command_takes_what_was_chosen_and_trains_no_candidate_again(ru
 
 
 def test_other_settings_are_refused_by_name(run, screen, tmp_path):
-    with pytest.raises(ValueError, match=r"optim.lr was 0.0007, is 0.5; *|optim.lr"):
+    with pytest.raises(ValueError, match=r"optim\.lr was 0\.0007, is 0\.5"):
         train(screen, run.folder, hold_out=HELD_OUT, overrides=[*TINY, "optim.lr=0.5"])
     half = tmp_path / "half"
     done = next((run.folder / CANDIDATES).glob("new_batch/0"))
