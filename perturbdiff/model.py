@@ -62,7 +62,7 @@ from perturbdiff.hub.tensors import (
     with_means,
     write_model_folder,
 )
-from perturbdiff.means.predictors import response_kept, start_shift
+from perturbdiff.means.predictors import Start, response_kept, start_shift
 from perturbdiff.means.shifts import moves
 from perturbdiff.means.training import Context as Asked
 from perturbdiff.means.training import TrainingMeans
@@ -96,7 +96,7 @@ class PerturbDiff:
     evaluation
         Scores on held-out conditions, as `Scores.record` gives them; None if nobody measured any.
     means
-        Of the training conditions, where predictions start from controls that are moved; else None.
+        Of the training conditions of a screen; None of atlases and of models of earlier versions.
     """
 
     def __init__(
@@ -442,7 +442,7 @@ class PerturbDiff:
         source = np.concatenate([s.rows for s in sets])  # the control each predicted cell starts from
         population = np.concatenate([np.full(len(s.rows), s.key[0]) for s in sets])
         labels = self.vocabularies.encode([(perturbation, *context) for context in conditions])
-        moved = self._moves(expression, perturbation, known, conditions)
+        moved = self._moves(expression, perturbation, known, conditions, sampling.network_weight)
         with nullcontext(bar) if bar is not None else progress(len(source), "predict", "cell") as bar:
             X = denoise_sets(self.denoiser, sets, expression, labels, self.config, sampling, seed, bar, moved)
         context = [contexts[i] for i in source]
@@ -518,10 +518,8 @@ class PerturbDiff:
         return both
 
     def _told(self, means: TrainingMeans | None) -> TrainingMeans | None:
-        """Means with what is known of perturbations, where predictions start from what it says."""
-        if means is None or self.config.diffusion.start != "mean":
-            return means
-        return replace(means, tables=self.feature_tables())
+        """Means with what is known of perturbations."""
+        return None if means is None else replace(means, tables=self.feature_tables())
 
     def feature_tables(self) -> list[FeatureTable]:
         """What it knows of perturbations besides their names, as the tables that it was trained with."""
@@ -616,20 +614,28 @@ class PerturbDiff:
         )
 
     def _moves(
-        self, expression: Expression, perturbation: str, contexts: Sequence[Context], conditions: Sequence[Context]
+        self,
+        expression: Expression,
+        perturbation: str,
+        contexts: Sequence[Context],
+        conditions: Sequence[Context],
+        network_weight: float,
     ) -> Moves | None:
         """Where sets of the conditions start, of controls with their `contexts`; None where from these as they are."""
         start = self.config.diffusion.start
-        if self.means is None or start == "controls":
+        if self.means is None or (start == "controls" and network_weight == 1):
             return None
-        found = []
+        starts: list[Start] = [start] if start == "mean" or network_weight == 1 else [start, "mean"]
+        found: list[list[np.ndarray]] = [[] for _ in starts]
         for cell_type, batch in conditions:
             here = np.array([context == (cell_type, batch) for context in contexts])
             control = gene_means(expression.log1p(np.flatnonzero(here)))
             asked = Asked(perturbation, cell_type or "unknown", batch or "unknown", control[None])
-            found.append(moves(control, start_shift(self.means, asked, start)))
+            for of_start, name in zip(found, starts, strict=True):
+                of_start.append(moves(control, start_shift(self.means, asked, name)))
         kept = response_kept(self.means, perturbation) if start == "target" else 1.0
-        return Moves(np.stack(found).astype(np.float32), np.full(len(conditions), kept, dtype=np.float32))
+        controls, *rest = (np.stack(of_start).astype(np.float32) for of_start in found)
+        return Moves(controls, np.full(len(conditions), kept, dtype=np.float32), *rest)
 
     def _sampling(self, guidance_scale: float | None, steps: int | None, sampler: str | None) -> SamplingConfig:
         given = {"guidance_scale": guidance_scale, "sampler": sampler}

@@ -91,10 +91,13 @@ class Moves:
         (n_conditions, 2, G) float32 what is kept of each control value, and what comes to it; log1p values.
     response
         (n_conditions,) float32 part of the way from there to the denoiser's estimate that predictions go.
+    rest
+        As `controls`, of what predictions are besides the network's part; None: what they start from.
     """
 
     controls: np.ndarray
     response: np.ndarray
+    rest: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,8 @@ class CellSetBatch:
         controls as they are.
     response
         (B,) part of the way from there to the estimate that predictions go; None where they go all of it.
+    rest
+        As `moves`, of what predictions are besides the network's part; None: what they start from.
     """
 
     cells: SparseCells
@@ -127,6 +132,7 @@ class CellSetBatch:
     measured: Tensor | None = None
     moves: Tensor | None = None
     response: Tensor | None = None
+    rest: Tensor | None = None
 
     def to(self, device: torch.device | str) -> CellSetBatch:
         return replace(
@@ -138,6 +144,7 @@ class CellSetBatch:
             measured=None if self.measured is None else self.measured.to(device),
             moves=None if self.moves is None else self.moves.to(device),
             response=None if self.response is None else self.response.to(device),
+            rest=None if self.rest is None else self.rest.to(device),
         )
 
     def dense(self) -> tuple[Tensor, Tensor]:
@@ -147,10 +154,18 @@ class CellSetBatch:
         """
         n_sets, set_size = self.mask.shape
         x0 = self.cells.dense(n_sets, set_size, self.n_genes, self.preprocessing)
+        return self.of_measured(x0), self._moved_controls(self.moves)
+
+    def besides(self, control: Tensor) -> Tensor:
+        """(B, S, G) what predictions are besides the network's part, of sets that start from `control`."""
+        return control if self.rest is None else self._moved_controls(self.rest)
+
+    def _moved_controls(self, moves: Tensor | None) -> Tensor:
+        n_sets, set_size = self.mask.shape
         control = self.controls.dense(n_sets, set_size, self.n_genes, self.preprocessing)
-        if self.moves is not None:
-            control = (control * self.moves[:, :1] + self.moves[:, 1:]) * self.mask[..., None]
-        return self.of_measured(x0), self.of_measured(control)
+        if moves is not None:
+            control = (control * moves[:, :1] + moves[:, 1:]) * self.mask[..., None]
+        return self.of_measured(control)
 
     def of_measured(self, x: Tensor) -> Tensor:
         """x (B, S, G) with 0 for genes that were not measured, to which no gradient goes."""
@@ -181,6 +196,7 @@ def make_batch(
         mask[b, : len(cell_set.rows)] = True
         has_control[b, : len(cell_set.control_rows)] = True
     conditions = torch.tensor([s.condition for s in sets], dtype=torch.int64)
+    of_sets = conditions.numpy()
     return CellSetBatch(
         cells=_gather(cells, [s.rows for s in sets], mask),
         controls=_gather(cells, [s.control_rows for s in sets], has_control),
@@ -191,8 +207,9 @@ def make_batch(
         keys=tuple(s.key for s in sets),
         conditions=tuple(s.condition for s in sets),
         measured=None if measured is None else _measured(sets, measured),
-        moves=None if moves is None else _in_model_units(moves.controls[conditions.numpy()], cells.preprocessing),
-        response=None if moves is None else _response(moves.response[conditions.numpy()]),
+        moves=None if moves is None else _in_model_units(moves.controls[of_sets], cells.preprocessing),
+        response=None if moves is None else _response(moves.response[of_sets]),
+        rest=None if moves is None or moves.rest is None else _in_model_units(moves.rest[of_sets], cells.preprocessing),
     )
 
 

@@ -156,11 +156,11 @@ def sample_batch(
             x0 = torch.lerp(control, x0, batch.response[:, None, None])
         return batch.of_measured(x0)
 
-    x0 = control
-    if sampling.network_weight > 0:
-        x0 = sample(denoise, draw(), control, shown(batch.labels, diffusion), sampling, schedule, draw)
-    if 0 < sampling.network_weight < 1:
-        x0 = torch.lerp(control, x0, sampling.network_weight)
+    weight = sampling.network_weight
+    x0 = batch.besides(control) if weight < 1 else control
+    if weight > 0:
+        made = sample(denoise, draw(), control, shown(batch.labels, diffusion), sampling, schedule, draw)
+        x0 = torch.lerp(x0, made, weight)
     if sampling.whole_counts:
         return with_whole_counts(x0, batch.one_count(), uniform_draws(batch, seed, "prediction counts"))
     return x0

@@ -50,7 +50,7 @@ def model_info(source: ModelSource) -> str:
         "denoiser": f"{_size(source, folder)}; width {config.denoiser.width}, depth "
         f"{config.denoiser.depth}, {config.denoiser.conditioning} conditioning",
         "sets": f"{config.set_size} cells"
-        + ("" if said.trained is None else f", from means of {len(said.trained.n_cells):,} trained conditions"),
+        + ("" if said.trained is None else f", means of {len(said.trained.n_cells):,} trained conditions"),
         "sampling": f"{config.sampling.sampler}, {config.sampling.n_calls} steps, guidance "
         f"{config.sampling.guidance_scale:g}",
         "trained on": _origin(training),

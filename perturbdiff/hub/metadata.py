@@ -124,10 +124,8 @@ def parse_metadata(folder: ModelFolder) -> ModelMetadata:
     training = typed(TrainingRecord, files["training.json"], f"{where}: training.json")
     scores = read_evaluation(files[EVALUATION], f"{where}: {EVALUATION}") if EVALUATION in files else None
     trained = typed(MeansRecord, files[MEANS], f"{where}: {MEANS}") if MEANS in files else None
-    if (trained is None) != (model.diffusion.start == "controls"):
-        raise ValueError(
-            f"{where}: {MEANS} must be there where diffusion.start is target or mean, and only there; get it again."
-        )
+    if trained is None and model.diffusion.start != "controls":
+        raise ValueError(f"{where}: {MEANS} must be there where diffusion.start is target or mean; get it again.")
     return ModelMetadata(genes, vocabularies, preprocessing, model, training, scores, files.get(SPLIT), trained)
 
 

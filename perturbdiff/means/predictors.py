@@ -15,6 +15,9 @@ from perturbdiff.means.stack import MOST_FOLDS, MOST_PERTURBATIONS, Stack
 from perturbdiff.means.targets import covariance, own_target, targets_alone, with_unseen_targets
 from perturbdiff.means.training import Context, Predictor, TrainingMeans
 
+Start = Literal["controls", "target", "mean"]
+"""Of diffusion.start."""
+
 
 def ridge(training: TrainingMeans, context: Context) -> np.ndarray:
     """(G,) effect regressed on the control mean of the context, on the perturbation and on its dose.
@@ -79,12 +82,14 @@ def stacked(training: TrainingMeans, context: Context) -> np.ndarray | None:
     return with_unseen_targets(training, context, total)
 
 
-def start_shift(training: TrainingMeans, context: Context, start: Literal["target", "mean"]) -> np.ndarray:
-    """(G,) what a set can start from, as a shift of the controls: `targets_alone`, or a mean response.
+def start_shift(training: TrainingMeans, context: Context, start: Start) -> np.ndarray:
+    """(G,) what a set can start from, as a shift of the controls: none, `targets_alone`, or a mean response.
 
-    That is `stacked`, or the next that says something of the context, but for the own genes of parts that no condition
-    has, which change as those of others do (`target_shift`).
+    The last is `stacked`, or the next that says something of the context, but for the own genes of parts that no
+    condition has, which change as those of others do (`target_shift`).
     """
+    if start == "controls":
+        return no_change(training, context)
     if start == "target":
         return targets_alone(training, context)
     for predict in (stacked, log_space, additive):

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from perturbdiff.data.splits import Split, make_split, read_split
 from perturbdiff.evaluation.fair import NO_CHANGE, Condition, group
 from perturbdiff.evaluation.held_out import predict_held_out
 from perturbdiff.evaluation.scores import MODEL, score_conditions
-from perturbdiff.files import few, progress, write_json
+from perturbdiff.files import few, progress, short, write_json
 from perturbdiff.model import PerturbDiff
 from perturbdiff.training.dataset import TrainingSet
 from perturbdiff.training.design import Design, New, most, newness
@@ -62,27 +62,27 @@ class Candidate:
         return " ".join([self.recipe, *self.words])
 
 
-ON_MEANS = ((), ("sampling.network_weight=0.5",), ("sampling.network_weight=0",))
-GUIDED = ((), ("sampling.guidance_scale=0.5",))
+HALF, NONE = ("sampling.network_weight=0.5",), ("sampling.network_weight=0",)  # the rest is of simple methods
+GUIDED = ("sampling.guidance_scale=0.5",)
 FROM_CONTROLS, FROM_MEANS = ("diffusion.start=controls",), ("diffusion.start=mean",)
 
 
 def candidates(new: New, n_perturbations: int) -> tuple[Candidate, ...]:
     """What may be best for conditions that are new in this way, of a screen of so many perturbations."""
     if new == "cell type":
-        return Candidate("cross_cell_type"), Candidate("cross_cell_type", FROM_MEANS, ON_MEANS)
+        return Candidate("cross_cell_type", (), ((), HALF)), Candidate("cross_cell_type", FROM_MEANS, ((), HALF, NONE))
     if new == "perturbation":
         recipe = "unseen_perturbations"
-        return Candidate(recipe, (), GUIDED), Candidate(recipe, FROM_MEANS, ON_MEANS)
+        return Candidate(recipe, (), ((), GUIDED, HALF)), Candidate(recipe, FROM_MEANS, ((), HALF, NONE))
     recipe = "across_patients" if n_perturbations <= FEW else "new_batch"
-    return Candidate(recipe, (), ON_MEANS), Candidate(recipe, FROM_CONTROLS)
+    return Candidate(recipe, (), ((), HALF, NONE)), Candidate(recipe, FROM_CONTROLS, ((), HALF))
 
 
 def tuned(new: New, n_perturbations: int) -> tuple[Candidate, ...]:
     """What may be best with a checkpoint: as it is, tuned, or its screen alone, which knows no other perturbation."""
     named: dict[New, str] = {"cell type": "cross_cell_type", "perturbation": "unseen_perturbations"}
     recipe, alone = f"finetune/{named.get(new, 'new_screen')}", candidates(new, n_perturbations)[0]
-    with_it = Candidate(recipe, ("training.n_steps=0",)), Candidate(recipe)
+    with_it = Candidate(recipe, ("training.n_steps=0",), ((), HALF)), Candidate(recipe, (), ((), HALF))
     if new in ("perturbation", "combination"):
         return with_it
     return *with_it, replace(alone, recipe=f"train/{alone.recipe}")
@@ -101,6 +101,8 @@ class Choice:
         means over folds, and `sums` of each fold; none where nothing could be left out.
     cpu_s
         CPU-seconds of all candidates, those of an earlier call too.
+    failed
+        Why candidates that could not be trained to the end were not scored, by name.
     """
 
     recipe: str
@@ -109,6 +111,7 @@ class Choice:
     left_out: str
     scores: list[dict[str, Any]]
     cpu_s: float
+    failed: dict[str, str] = field(default_factory=dict)
 
     def text(self) -> str:
         """For a person, several lines."""
@@ -128,6 +131,7 @@ class Choice:
                 lines.append(f"{columns}  {words if of_one else row['recipe'] + ' ' + words}")
         else:
             lines.append("choosing    by what is new alone: no training condition can be left out to be as new")
+        lines += [f"failed      {name}: {why}" for name, why in self.failed.items()]
         return "\n".join([*lines, f"chosen      {' '.join(['--recipe', self.recipe, *self.words])}"])
 
 
@@ -163,6 +167,8 @@ def choose(
     ------
     ValueError
         The folder has candidates of other settings or data, or a run that had a recipe; as `fit`.
+    FloatingPointError
+        No candidate could be trained.
     """
     out = Path(config.out)
     if saved_states(out / "states"):
@@ -194,15 +200,21 @@ def choose(
     records = _tried(tried, design, screen, train, match, made, out, budget)
     if isinstance(records, TrainingResult):
         return records
+    failed = {
+        tried[i].name: of["failed"] for records_of in records for i, of in enumerate(records_of) if "failed" in of
+    }
+    if records and len(failed) == len(tried):
+        raise FloatingPointError(f"no candidate could be trained: {next(iter(failed.values()))}")
     scores = _over_folds(tried, records) if records else []
     recipe, words = tried[0].recipe, list(tried[0].words)
     if scores:
-        first = min((row for row in scores if row["candidate"] == 0), key=lambda row: float(row["sum"]))
+        usual = scores[0]["candidate"]
+        first = min((row for row in scores if row["candidate"] == usual), key=lambda row: float(row["sum"]))
         better = [row for row in scores if all(np.less(row["sums"], first["sums"]))]
         best = min(better, key=lambda row: float(row["sum"]), default=first)
         recipe, words = best["recipe"], best["words"]
     cpu_s = sum(float(record["cpu_s"]) for of_fold in records for record in of_fold)
-    choice = Choice(recipe, words, n_new, design.left_out, scores, cpu_s)
+    choice = Choice(recipe, words, n_new, design.left_out, scores, cpu_s, failed)
     write_json(out / CHOICE, asdict(choice))
     return choice
 
@@ -293,7 +305,7 @@ def _score(
             )
         return record
     cpu, wall = time.process_time(), time.monotonic()
-    scores, seen = [], list[Config]()
+    scores, seen, failed = [], list[Config](), dict[str, str]()
     # A model of half the steps stands for one of all, and what it was halfway for one of half as many, if it trained.
     halfway = (part // 2, fewer) if part // 2 > config.optim.warmup_steps else (part, n_steps)
     for steps, stands_for in (halfway, (part, n_steps)):
@@ -307,8 +319,12 @@ def _score(
                 seen.append(variant)
         if not variants:
             continue
-        with redirect_stdout(StringIO()):  # what it says of data and settings, the run says
-            result = fit(config, screen, stop_at=steps)
+        try:
+            with redirect_stdout(StringIO()):  # what it says of data and settings, the run says
+                result = fit(config, screen, stop_at=steps)
+        except FloatingPointError as error:  # the others may do
+            failed = {"failed": short(error)}
+            break
         if result.stopped_by is not None and result.step < steps:
             return result
         split = read_split(folder / "split.json", screen)
@@ -316,7 +332,7 @@ def _score(
             result.model.config = replace(result.model.config, sampling=of_variant)
             scores.append({"words": words, **_scores(result.model, screen, split, match, config.training.seed)})
     cost = {"cpu_s": time.process_time() - cpu, "wall_s": time.monotonic() - wall}
-    record = {"made_of": made_of, "scores": scores, **cost}
+    record = {"made_of": made_of, "scores": scores, **cost, **failed}
     write_json(folder / SCORED, record)
     for name in ("states", "model"):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -334,9 +350,11 @@ def _scores(model: PerturbDiff, screen: Screen, split: Split, match: ControlMatc
 
 def _over_folds(tried: Sequence[Candidate], records: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
     # One scale for all folds: where hardly anything answers, a ratio of distances is noise.
-    scale = float(np.mean([of_fold[0]["scores"][0]["no_change"] for of_fold in records]))
+    trained = [i for i in range(len(tried)) if not any("failed" in of_fold[i] for of_fold in records)]
+    scale = float(np.mean([of_fold[trained[0]]["scores"][0]["no_change"] for of_fold in records]))
     rows = []
-    for i, candidate in enumerate(tried):
+    for i in trained:
+        candidate = tried[i]
         for j, first in enumerate(records[0][i]["scores"]):
             of_folds = [record[i]["scores"][j] for record in records]
             energy, pearson = (np.array([of[key] for of in of_folds]) for key in ("energy_distance", "pearson_delta"))

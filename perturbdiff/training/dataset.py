@@ -48,6 +48,7 @@ from perturbdiff.training.means import Starts
 ROWS_AT_ONCE = 8192
 CELLS_OF_LOADINGS = 20_000  # at most
 CELLS_OF_SUMS = 2_000
+MOST_MEANS = 1 << 23  # conditions x genes: 67 MB in a model folder
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class AtlasConditions:
 class TrainingSet:
     """Everything training reads. `origin` is what `split` speaks of, with all genes of the file; `atlases` are those of
     the settings, in order; `tables` are what is known of perturbations besides their names; `means` are of the training
-    conditions, where sets start from a mean.
+    conditions of a screen.
     """
 
     origin: Labelled
@@ -306,16 +307,20 @@ class TrainingSet:
             except KeyError as error:
                 raise ValueError(f"split.validation cannot be scored: {error.args[0]} Validate known ones.") from error
         means = None
-        if (start := config.diffusion.start) != "controls":
-            trained = Starts(indexed.cells, indexed.index, indexed.pools)
-            means = trained.means(vocabularies.notation)
-            if start == "mean" and tables:
-                means = replace(means, tables=tables)
-                description += f"\nweights     {means.feature_fit.summary()}"
-            indexed = replace(indexed, moves=trained.trained_moves(means, start))
-            if validated is not None:
-                others = Starts(validated.cells, validated.index, validated.pools)
-                validated = replace(validated, moves=others.told_moves(means, start))
+        start, network_weight = config.diffusion.start, config.sampling.network_weight
+        trained = Starts(indexed.cells, indexed.index, indexed.pools)
+        # Where predictions do without, they are kept of screens as far as they are small, and not in adapters.
+        wanted = config.denoiser.conditioning == "labels" and config.adapt.method != "lora" and not atlases
+        small = len(trained.numbers) * len(cells[0].genes) <= MOST_MEANS
+        if start != "controls" or (wanted and small):
+            means = replace(trained.means(vocabularies.notation), tables=tables)
+            if start != "controls" or network_weight < 1:
+                if tables and (start == "mean" or network_weight < 1):
+                    description += f"\nweights     {means.feature_fit.summary()}"
+                indexed = replace(indexed, moves=trained.trained_moves(means, start))
+                if validated is not None:
+                    others = Starts(validated.cells, validated.index, validated.pools)
+                    validated = replace(validated, moves=others.told_moves(means, start, network_weight))
         if sampler.left_out:
             description += f"\nleft out    {sampler.left_out:,} cells of conditions under data.min_set_size="
             description += str(config.data.min_set_size)

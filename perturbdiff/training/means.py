@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 
@@ -23,7 +22,7 @@ from perturbdiff.data.batch import Moves
 from perturbdiff.data.conditions import ConditionIndex, ControlPools
 from perturbdiff.data.expression import Cells, gene_means, log1p_of
 from perturbdiff.data.notation import Notation
-from perturbdiff.means.predictors import response_kept, start_shift
+from perturbdiff.means.predictors import Start, response_kept, start_shift
 from perturbdiff.means.shifts import moves
 from perturbdiff.means.training import Context, TrainingMeans
 
@@ -68,21 +67,28 @@ class Starts:
             self.cells.genes,
         )
 
-    def trained_moves(self, means: TrainingMeans, start: Literal["target", "mean"]) -> Moves:
+    def trained_moves(self, means: TrainingMeans, start: Start) -> Moves:
         """Of each condition, which are those of `means`; of controls, none."""
-        return self._moves(list(means.effect)) if start == "mean" else self.told_moves(means, start)
+        if start == "mean":
+            return Moves(self._moved(list(means.effect)), np.ones(len(self.index), dtype=np.float32))
+        return self.told_moves(means, start, network_weight=1.0)
 
-    def told_moves(self, means: TrainingMeans, start: Literal["target", "mean"]) -> Moves:
+    def told_moves(self, means: TrainingMeans, start: Start, network_weight: float) -> Moves:
         """Of conditions that were not trained, or as if they were not."""
-        asked = [Context(*labels, mean[None]) for labels, mean in zip(self.labels, self.control_mean, strict=True)]
-        told = self._moves([start_shift(means, context, start) for context in asked])
+        response = np.ones(len(self.index), dtype=np.float32)
         if start == "target":
-            told.response[self.numbers] = [response_kept(means, context.perturbation) for context in asked]
-        return told
+            response[self.numbers] = [response_kept(means, perturbation) for perturbation, _, _ in self.labels]
+        told = self._moved(self._shifts(means, start))
+        rest = self._moved(self._shifts(means, "mean")) if network_weight < 1 and start != "mean" else None
+        return Moves(told, response, rest)
 
-    def _moves(self, shifts: list[np.ndarray]) -> Moves:
+    def _shifts(self, means: TrainingMeans, start: Start) -> list[np.ndarray]:
+        asked = [Context(*labels, mean[None]) for labels, mean in zip(self.labels, self.control_mean, strict=True)]
+        return [start_shift(means, context, start) for context in asked]
+
+    def _moved(self, shifts: list[np.ndarray]) -> np.ndarray:
         every = np.zeros((len(self.index), 2, len(self.cells.genes)), dtype=np.float32)
         every[:, 0] = 1
         for condition, mean, shift in zip(self.numbers, self.control_mean, shifts, strict=True):
             every[condition] = moves(mean, shift)
-        return Moves(every, np.ones(len(self.index), dtype=np.float32))
+        return every

@@ -63,7 +63,7 @@ def test_a_model_says_what_it_expects_and_where_it_comes_from(model):
     assert said["combinations"] == "A+B"
     n_values = sum(t.numel() for t in PerturbDiff.from_pretrained(model, device="cpu").denoiser.state_dict().values())
     assert said["denoiser"].startswith(f"{n_values:,} parameters; width 16, depth 2, labels conditioning")
-    assert said["sets"] == "8 cells"
+    assert said["sets"] == "8 cells, means of 9 trained conditions"
     assert said["trained on"] == f"screen.h5ad; 6 steps, {training['cells_seen']} cells seen"
     assert said["held out"] == "pert_0:type_0"
     assert said["scores"] == "not evaluated"

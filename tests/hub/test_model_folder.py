@@ -13,14 +13,14 @@ from anndata import AnnData
 from safetensors.torch import load_file, save_file
 
 from perturbdiff.data.screen import control_cells
-from perturbdiff.hub.model_folder import CONFIG, GOLDEN, JSON_FILES, SHARD, WEIGHTS, WEIGHTS_INDEX, config_hash
+from perturbdiff.hub.model_folder import CONFIG, GOLDEN, JSON_FILES, MEANS, SHARD, WEIGHTS, WEIGHTS_INDEX, config_hash
 from perturbdiff.hub.records import ConversionRecord, TrainingRecord
 from perturbdiff.model import PerturbDiff
 from perturbdiff.training.loop import fit
 from tests.simulated import tiny_config, write_screen
 from tests.trust import attacks
 
-HASHED_FILES = (*JSON_FILES, WEIGHTS, GOLDEN)
+HASHED_FILES = (*JSON_FILES, MEANS, WEIGHTS, GOLDEN)
 FORMAT_1 = Path(__file__).parent / "format_1"  # written by the version that wrote format 1
 
 
@@ -39,7 +39,8 @@ def rehash(folder, **changes):
     """Make config.json agree with changed files, as a careful forger would."""
     config = json.loads((folder / CONFIG).read_text())
     config.update(changes)
-    hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in HASHED_FILES}
+    there = [name for name in HASHED_FILES if (folder / name).exists()]
+    hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in there}
     config["sha256"] = {CONFIG: config_hash(config), **hashes}
     (folder / CONFIG).write_text(json.dumps(config))
 

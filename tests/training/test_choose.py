@@ -20,6 +20,7 @@ from perturbdiff.config import load_config
 from perturbdiff.data.simulate import simulate
 from perturbdiff.model import PerturbDiff
 from perturbdiff.training.choose import CANDIDATES, CHOICE, SCORED, candidates
+from perturbdiff.training.loop import fit
 from perturbdiff.training.run import finetune, train
 from tests.processes import PATIENCE
 from tests.simulated import SIMULATION, TINY
@@ -59,8 +60,8 @@ def test_the_best_by_left_out_conditions_is_trained(run):
     assert choice["n_new"] == {"batch": 6}
     assert choice["left_out"] == "batch"
     assert {len(row["sums"]) for row in choice["scores"]} == {2}
-    # from the ladder's mean with three weights of the network, and from controls
-    assert len(choice["scores"]) == 4
+    # from the ladder's mean with three weights of the network, and from controls with two
+    assert len(choice["scores"]) == 5
     usual = min((row for row in choice["scores"] if row["candidate"] == 0), key=lambda row: row["sum"])
     better = [row for row in choice["scores"] if all(a < b for a, b in zip(row["sums"], usual["sums"], strict=True))]
     best = min(better, key=lambda row: row["sum"]) if better else usual
@@ -142,6 +143,24 @@ def test_what_a_user_gives_wins_and_leaves_fewer_candidates(screen, tmp_path):
     assert run.step == 4
 
 
+def test_a_candidate_that_cannot_be_trained_is_left_out_and_named(screen, tmp_path, monkeypatch, capsys):
+    def diverges(config, *args, **kwargs):
+        if config.diffusion.start == broken and CANDIDATES in Path(config.out).parts:
+            raise FloatingPointError("the loss is not finite at step 3")
+        return fit(config, *args, **kwargs)
+
+    monkeypatch.setattr("perturbdiff.training.choose.fit", diverges)
+    for broken, kept in (("controls", "mean"), ("mean", "controls")):
+        run = train(screen, tmp_path / broken, hold_out=HELD_OUT, overrides=TINY, score=False)
+        assert run.model.config.diffusion.start == kept
+        assert "the loss is not finite at step 3" in capsys.readouterr().out
+        (why,) = choice_of(run.folder)["failed"].values()
+        assert why == "the loss is not finite at step 3"
+    broken = "mean"
+    with pytest.raises(FloatingPointError, match="no candidate could be trained: the loss is not finite"):
+        train(screen, tmp_path / "none", hold_out=HELD_OUT, overrides=[*TINY, "diffusion.start=mean"], score=False)
+
+
 def test_a_budget_buys_folds(screen, tmp_path):
     run = train(screen, tmp_path / "little", hold_out="pert_0:type_0", overrides=TINY, score=False, budget=1e-9)
     assert {len(row["sums"]) for row in choice_of(run.folder)["scores"]} == {1}
@@ -204,7 +223,7 @@ def test_a_checkpoint_that_tuning_spoils_stays_as_it_is(screen, run, tmp_path):
     scores = {tuple(row["words"]): row for row in choice_of(tuned.folder)["scores"]}
     assert {row["recipe"].split("/")[0] for row in scores.values()} == {"finetune", "train"}
     choice = choice_of(tuned.folder)
-    assert (choice["recipe"], choice["words"]) == ("finetune/new_screen", ["training.n_steps=0"])
+    assert (choice["recipe"], choice["words"][0]) == ("finetune/new_screen", "training.n_steps=0")
     assert tuned.step == 0
     assert tuned.scores is not None
     for name, weights in tuned.model.denoiser.state_dict().items():

@@ -93,6 +93,31 @@ def test_a_network_that_changes_nothing_predicts_the_mean_that_simple_methods_te
     np.testing.assert_allclose(predicted.X.toarray().mean(axis=0), expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("start", ["controls", "target"])
+def test_what_is_not_of_the_network_is_at_the_mean_that_simple_methods_tell(folder, tmp_path, start):
+    words = (f"diffusion.start={start}", "sampling.whole_counts=false", "optim.lr=0.05")
+    config = config_of(folder, tmp_path / "run", *words)
+    model = fit(config, Screen.read(config.data.screen, config.data)).model
+    adata = anndata.read_h5ad(folder / "screen.h5ad")
+    controls = adata[(adata.obs["perturbation"] == "control") & (adata.obs["cell_type"] == "type_1")].copy()
+    cells = {}
+    for weight in (1.0, 0.5, 0.0):
+        model.config = replace(model.config, sampling=replace(model.config.sampling, network_weight=weight))
+        made = model.predict(controls, perturbation="pert_0", cell_type="type_1", seed=1)
+        cells[weight] = made.X.toarray().astype(float)
+    np.testing.assert_allclose(cells[0.5], (cells[0.0] + cells[1.0]) / 2, atol=1e-3)
+    assert np.abs(cells[0.0] - cells[1.0]).max() > 0.1
+    rows = model.control_rows(controls, made)
+    started = rows.X.toarray().astype(float)
+    for batch in ("batch_0", "batch_1"):
+        assert len(rows) == len(made)
+        here = (rows.obs["batch"] == batch).to_numpy()
+        asked = Context("pert_0", "type_1", batch, started[here].mean(axis=0)[None])
+        expected = shift_cells(started[here], start_shift(model.means, asked, "mean")).mean(axis=0)
+        predicted = cells[0.0][(made.obs["batch"] == batch).to_numpy()]
+        np.testing.assert_allclose(predicted.mean(axis=0), expected, atol=1e-3)
+
+
 def test_a_saved_model_predicts_the_same_cells(trained, folder):
     config, model = trained
     again = PerturbDiff.from_pretrained(config.out)
@@ -104,7 +129,7 @@ def test_a_saved_model_predicts_the_same_cells(trained, folder):
     np.testing.assert_allclose(cells[0], cells[1], atol=1e-5)
     text = model_info(find_model(config.out))
     assert f"{again.n_parameters:,} parameters" in text
-    assert "8 cells, from means of" in text
+    assert "8 cells, means of" in text
     assert not [name for name in again.denoiser.state_dict() if name.startswith("means")]
     again.save_pretrained(folder / "copy")
     third = PerturbDiff.from_pretrained(folder / "copy")
@@ -142,12 +167,10 @@ def test_means_that_cannot_be_are_refused(trained, tmp_path):
         PerturbDiff.from_pretrained(tmp_path / "model")
     model.save_pretrained(tmp_path / "model")
     config = json.loads((tmp_path / "model/config.json").read_text())
-    config["diffusion"]["start"] = "controls"
+    del config["sha256"]["means.json"]
     (tmp_path / "model/config.json").write_text(json.dumps(config))
-    rehashed(tmp_path / "model", "means.json")
-    with pytest.raises(
-        ValueError, match=r"means\.json must be there where diffusion\.start is target or mean, and only there"
-    ):
+    rehashed(tmp_path / "model", "genes.json")
+    with pytest.raises(ValueError, match=r"means\.json must be there where diffusion\.start is target or mean"):
         PerturbDiff.from_pretrained(tmp_path / "model")
 
 

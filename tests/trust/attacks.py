@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
-from perturbdiff.hub.model_folder import CONFIG, config_hash
+from perturbdiff.hub.model_folder import CONFIG, MEANS, MEANS_TENSORS, WEIGHTS, config_hash
 
 MEMORY = 600 << 20  # bytes beyond those of a process that has imported the library
 SECONDS = 20  # of CPU for one folder
@@ -204,7 +205,12 @@ def as_format_3(folder: Path) -> None:
     del genes["symbols"]
     (folder / "genes.json").write_text(json.dumps(genes))
 
+    weights = load_file(folder / WEIGHTS)
+    save_file({name: weights[name] for name in weights.keys() - {*MEANS_TENSORS}}, folder / WEIGHTS)
+    (folder / MEANS).unlink(missing_ok=True)
+
     def change(config: dict[str, Any]) -> None:
+        config["sha256"].pop(MEANS, None)
         del config["obs"]["other_control_labels"], config["obs"]["dose"], config["obs"]["drop"]
         config["denoiser"]["attention"] = "paired"
         del config["diffusion"]["start"], config["sampling"]["network_weight"]
