@@ -21,7 +21,7 @@ from torch import Tensor
 from perturbdiff._version import __version__
 from perturbdiff.config import ModelConfig, Preprocessing, SamplingConfig, as_dict, check_sampling, from_dict
 from perturbdiff.data.batch import Moves
-from perturbdiff.data.expression import gene_means
+from perturbdiff.data.expression import ONE_COUNT, counts_of, gene_means
 from perturbdiff.data.h5ad import values_of
 from perturbdiff.data.labels import ALL
 from perturbdiff.data.rng import torch_generator
@@ -353,9 +353,10 @@ class PerturbDiff:
 
         Returns
         -------
-        AnnData with X (cells, genes) log1p values as CSR, the model's gene names, var `measured` (whether the controls
-        had the gene), obs `perturbation`, `cell_type`, `batch`, `source_control` (the control cell it was started
-        from), `population`, and uns["perturbdiff"] with model, sampler, steps, guidance, seed, what was unseen and
+        AnnData with X (cells, genes) log1p values as CSR, layers["counts"] whole counts (of models that draw them), the
+        model's gene names, var `measured` (whether the controls had the gene), obs `perturbation`, `cell_type`,
+        `batch`, `source_control` (the control cell it was started from), `population`, `one_count` (the log1p value of
+        a single count in it), and uns["perturbdiff"] with model, sampler, steps, guidance, seed, what was unseen and
         `genes_absent`, the genes that the controls lacked.
 
         Raises
@@ -444,7 +445,8 @@ class PerturbDiff:
         labels = self.vocabularies.encode([(perturbation, *context) for context in conditions])
         moved = self._moves(expression, perturbation, known, conditions, sampling.network_weight)
         with nullcontext(bar) if bar is not None else progress(len(source), "predict", "cell") as bar:
-            X = denoise_sets(self.denoiser, sets, expression, labels, self.config, sampling, seed, bar, moved)
+            phi = None if self.means is None else self.means.overdispersion
+            X, one = denoise_sets(self.denoiser, sets, expression, labels, self.config, sampling, seed, bar, moved, phi)
         context = [contexts[i] for i in source]
         obs = pd.DataFrame(
             {
@@ -456,6 +458,8 @@ class PerturbDiff:
             },
             index=pd.Index([f"predicted_{i}" for i in range(len(source))]),
         )
+        if one is not None:
+            obs[ONE_COUNT] = one
         var = pd.DataFrame(index=pd.Index(self.genes.names))
         if self.genes.ensembl is not None:
             var["ensembl_id"] = self.genes.ensembl
@@ -481,12 +485,13 @@ class PerturbDiff:
             "genes_absent": absent,
             "unseen": self._unseen(perturbation, sorted(set(contexts), key=str)),
         }
-        return AnnData(X=X, obs=obs, var=var, uns={"perturbdiff": uns})
+        layers = {} if one is None else {"counts": counts_of(X, one)}
+        return AnnData(X=X, obs=obs, var=var, layers=layers, uns={"perturbdiff": uns})
 
     def control_rows(
         self, controls: AnnData, predicted: AnnData, cell_type: str | None = None, batch: str | None = None
     ) -> AnnData:
-        """Control cells as rows beside predicted ones: X log1p of the same genes in the same order.
+        """Control cells as rows beside predicted ones: X log1p of the same genes in the same order, and their counts.
 
         obs has the columns of `predicted`: perturbation is the model's control label, source_control the cell's own
         name, population (and request) -1. `controls` are cells as `generate` takes them.
@@ -503,9 +508,12 @@ class PerturbDiff:
             "batch": pd.Categorical([b if b is not None else "unknown" for _, b in contexts]),
             "source_control": controls.obs_names.to_numpy(),
         }
+        one = expression.one_count(np.arange(len(expression)))
+        values |= {ONE_COUNT: one}
         obs = pd.DataFrame({name: values.get(name, -1) for name in predicted.obs}, index=range(len(contexts)))
         obs.index = pd.Index([f"control-{cell}" for cell in range(len(obs))])
-        return AnnData(X=X, obs=obs, var=predicted.var, uns=predicted.uns)
+        layers = {"counts": counts_of(X, one)} if ONE_COUNT in obs else {}
+        return AnnData(X=X, obs=obs, var=predicted.var, layers=layers, uns=predicted.uns)
 
     def add_controls(
         self, predicted: AnnData, controls: AnnData, cell_type: str | None = None, batch: str | None = None

@@ -12,6 +12,8 @@ from scipy import sparse
 from perturbdiff.config import Preprocessing
 from perturbdiff.data.vocab import GeneVocab
 
+ONE_COUNT = "one_count"  # obs column: the log1p value of a single count in a predicted cell
+
 
 @dataclass(frozen=True)
 class CellRows:
@@ -136,6 +138,56 @@ def log1p_normalised(X: sparse.csr_matrix, library_size: np.ndarray, preprocessi
     )
     values = np.log1p(X.data * np.repeat(per_cell, np.diff(X.indptr))).astype(np.float32)
     return sparse.csr_matrix((values, X.indices, X.indptr), shape=X.shape)
+
+
+def one_count(cells: CellRows, preprocessing: Preprocessing) -> np.ndarray:
+    """(n,) float64 log1p value of a single count in some cells; 0 in empty ones.
+
+    Of log1p values, whose library sizes nobody knows, the smallest one that a cell has.
+    """
+    if preprocessing.input_kind == "counts":
+        size = cells.library_size.astype(np.float64)
+        return np.log1p(np.divide(preprocessing.target_sum or 0.0, size, out=np.zeros(len(size)), where=size > 0))
+    filled, least = np.diff(cells.indptr) > 0, np.zeros(len(cells.indptr) - 1)
+    least[filled] = np.minimum.reduceat(cells.values, cells.indptr[:-1][filled]) if filled.any() else 0.0
+    return least
+
+
+def counts_of(log1p: sparse.csr_matrix, one: np.ndarray) -> sparse.csr_matrix:
+    """(n, G) float32 whole counts of log1p values, of which (n,) `one` is a single count; 0 in cells where it is 0."""
+    unit = np.repeat(np.expm1(np.asarray(one, dtype=np.float64)), np.diff(log1p.indptr))
+    counts = np.divide(np.expm1(log1p.data.astype(np.float64)), unit, out=np.zeros(len(unit)), where=unit > 0)
+    made = sparse.csr_matrix((np.rint(counts).astype(np.float32), log1p.indices, log1p.indptr), log1p.shape)
+    return made
+
+
+def overdispersion(parts: Sequence[tuple[sparse.csr_matrix, np.ndarray]]) -> np.ndarray:
+    """(G,) variance of counts beyond that of Poisson, as a part of the squared mean; at least 0.
+
+    Parameters
+    ----------
+    parts
+        Cells whose means differ from part to part: (n, G) log1p values and the (n,) value of `one_count` in each.
+
+    Notes
+    -----
+    By moments, phi = sum((c - m)^2 - m) / sum(m^2) over all cells, m = a part's rate times a cell's depth: the parts
+    with the most expression count most. Depths are known but for a factor a part, which is all that is needed.
+    """
+    excess = square = np.zeros(parts[0][0].shape[1])
+    for log1p, one in parts:
+        unit = np.expm1(one)
+        depth = np.divide(1.0, unit, out=np.zeros(len(unit)), where=unit > 0)
+        if not depth.any():
+            continue
+        counts = sparse.csr_matrix((np.expm1(log1p.data.astype(np.float64)), log1p.indices, log1p.indptr), log1p.shape)
+        counts = sparse.diags_array(depth) @ counts
+        total, of_depth = (np.asarray(counts.T @ weights) for weights in (np.ones(len(depth)), depth))
+        rate, squares = total / depth.sum(), np.asarray(counts.multiply(counts).sum(axis=0)).ravel()
+        expected = rate**2 * (depth**2).sum()
+        excess = excess + squares - 2 * rate * of_depth + expected - total
+        square = square + expected
+    return np.maximum(np.divide(excess, square, out=np.zeros(len(square)), where=square > 0), 0.0)
 
 
 def log1p_of(cells: Cells, rows: np.ndarray) -> sparse.csr_matrix:

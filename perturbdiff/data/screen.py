@@ -18,7 +18,7 @@ from scipy import sparse
 
 from perturbdiff.config import DataConfig, ObsColumns, Preprocessing
 from perturbdiff.data.dialects import CONTROL_WORDS, PERTURBATION_COLUMNS
-from perturbdiff.data.expression import CellRows, as_csr, library_sizes, log1p_normalised
+from perturbdiff.data.expression import CellRows, as_csr, library_sizes, log1p_normalised, one_count
 from perturbdiff.data.guides import Guides, gene_rows
 from perturbdiff.data.h5ad import read_h5ad_parts, values_of
 from perturbdiff.data.labels import ALL, obs_column, odd_labels, read_labels
@@ -87,18 +87,8 @@ class Expression:
         return CellRows(X.indptr.astype(np.int64), X.indices, X.data, self.library_size[rows])
 
     def one_count(self, rows: np.ndarray) -> np.ndarray:
-        """(n,) float64 log1p value of a single count in some cells; 0 in empty ones.
-
-        Of log1p values, whose library sizes nobody knows, the smallest one that a cell has.
-        """
-        if self.preprocessing.input_kind == "counts":
-            size = self.library_size[rows].astype(np.float64)
-            target = self.preprocessing.target_sum or 0.0
-            return np.log1p(np.divide(target, size, out=np.zeros(len(size)), where=size > 0))
-        X = self.X[rows]
-        filled, least = np.diff(X.indptr) > 0, np.zeros(X.shape[0])
-        least[filled] = np.minimum.reduceat(X.data, X.indptr[:-1][filled]) if filled.any() else 0.0
-        return least
+        """As `expression.one_count`, of some cells."""
+        return one_count(self.take(rows), self.preprocessing)
 
     def log1p(self, rows: np.ndarray | slice = slice(None)) -> sparse.csr_matrix:
         """log1p values of some cells, (n, G) float32: the space scores and predictions live in."""

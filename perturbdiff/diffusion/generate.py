@@ -6,6 +6,7 @@ B = sets, S = cells per set, G = genes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from perturbdiff.data.rng import numpy_generator, torch_generator
 from perturbdiff.data.samplers import CellSet, draw_controls
 from perturbdiff.data.screen import Expression
 from perturbdiff.data.vocab import Labels
-from perturbdiff.diffusion.counts import with_whole_counts
+from perturbdiff.diffusion.counts import draw_counts, with_whole_counts
 from perturbdiff.diffusion.draws import shown, uniform_draws
 from perturbdiff.diffusion.sampling import sample
 from perturbdiff.diffusion.schedule import Schedule
@@ -28,6 +29,7 @@ from perturbdiff.nn.denoiser import Denoiser
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+WHOLE_LIBRARY = 1e-3  # what sums may be off by
 EXCHANGES_PER_CELL = 4  # tried, of a part of the controls
 MAX_EXCHANGE_WORK = 1 << 30  # stored values looked at: large pools need few exchanges
 MAX_VALUES_PER_CHUNK = 1 << 22  # cells x genes denoised at once: memory does not grow with the number of cells
@@ -117,19 +119,55 @@ def denoise_sets(
     seed: int,
     bar: tqdm[Any],
     moves: Moves | None = None,
-) -> sparse.csr_matrix:
-    """Predicted cells of all sets in their order, (cells, G) log1p; `labels` and `moves` are by condition number."""
+    overdispersion: np.ndarray | None = None,
+) -> tuple[sparse.csr_matrix, np.ndarray | None]:
+    """Predicted cells of all sets in their order, (cells, G) log1p; `labels` and `moves` are by condition number.
+
+    Where they hold whole counts alone (sampling.draw_counts), also the (cells,) log1p value of one in each, else None.
+    `overdispersion` as of `draw_counts`.
+    """
     device = next(denoiser.parameters()).device
     sets_per_chunk = max(1, MAX_VALUES_PER_CHUNK // (config.set_size * len(expression.genes)))
-    blocks = []
+    one = _one_count(expression) if sampling.whole_counts and sampling.draw_counts else None
+    if one is not None:
+        sampling = replace(sampling, whole_counts=False)  # which is in the draw
+        total = _total(expression)
+    blocks, ones = [], []
     for start in range(0, len(sets), sets_per_chunk):
         chunk = sets[start : start + sets_per_chunk]
         batch = make_batch(chunk, config.set_size, expression, labels, moves=moves).to(device)
         x0 = sample_batch(denoiser, batch, sampling, config.diffusion, seed)
         cells = x0[batch.mask].mul_(expression.preprocessing.scale).cpu().numpy()
+        if one is not None:
+            ends = np.cumsum([len(of.rows) for of in chunk])
+            for estimate, of in zip(np.split(cells, ends[:-1]), chunk, strict=True):
+                control = expression.log1p(of.control_rows).toarray()
+                generator = numpy_generator(seed, "prediction counts", *of.key)
+                unit = one[of.control_rows]
+                counts = draw_counts(estimate.astype(np.float64), control, unit, overdispersion, total, generator)
+                sums = counts.sum(axis=1)
+                if total is not None:
+                    unit = np.where(sums > 0, np.log1p(total / np.maximum(sums, 1)), unit)
+                estimate[:] = np.log1p(counts * np.expm1(unit)[:, None])
+                ones.append(unit)
         blocks.append(sparse.csr_matrix(cells))
         bar.update(len(cells))
-    return sparse.vstack(blocks, format="csr")
+    return sparse.vstack(blocks, format="csr"), np.concatenate(ones) if ones else None
+
+
+def _one_count(expression: Expression) -> np.ndarray | None:
+    """(n,) of each control, log1p; of an empty one that of the others. None where all are empty."""
+    one = expression.one_count(np.arange(len(expression)))
+    return np.where(one > 0, one, np.median(one[one > 0])) if one.any() else None
+
+
+def _total(expression: Expression) -> float | None:
+    """What the expm1 of each control adds up to, where its genes are all that a library size counts."""
+    target, X = expression.preprocessing.target_sum, expression.log1p().astype(np.float64)
+    sums = np.asarray(X.expm1().sum(axis=1)).ravel()
+    filled = sums > 0
+    whole = target is not None and np.allclose(sums[filled], target, rtol=WHOLE_LIBRARY)
+    return target if whole else None
 
 
 def sample_batch(

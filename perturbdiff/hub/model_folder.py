@@ -31,6 +31,7 @@ JSON_FILES = (
 )
 MEANS = "means.json"  # conditions whose means say where predictions start; the means are tensors
 MEANS_TENSORS = ("means_control", "means_perturbed")  # (conditions, genes)
+OVERDISPERSION = "overdispersion"  # (genes,), with them
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"  # which shard has which tensor, for readers other than this one
 SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
@@ -267,7 +268,7 @@ def _from_version_4(config: dict[str, Any], files: JsonFiles) -> tuple[dict[str,
         **config,
         "format_version": 5,
         "diffusion": _with_new(config["diffusion"], {"start": "controls"}),
-        "sampling": _with_new(config["sampling"], {"network_weight": 1.0}),
+        "sampling": _with_new(config["sampling"], {"network_weight": 1.0, "draw_counts": False}),
         "obs": _with_new(config["obs"], {"other_control_labels": [], "dose": None, "drop": []}),
     }
     genes = _with_new(files["genes.json"], {"symbols": []})

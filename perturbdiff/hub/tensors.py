@@ -30,6 +30,7 @@ from perturbdiff.hub.model_folder import (
     GOLDEN,
     JSON_FILES,
     MEANS_TENSORS,
+    OVERDISPERSION,
     WEIGHTS_INDEX,
     ModelFolder,
     config_hash,
@@ -129,6 +130,7 @@ def denoiser_of(metadata: ModelMetadata) -> Denoiser:
         if metadata.trained is not None:
             for name in MEANS_TENSORS:
                 denoiser.register_buffer(name, torch.empty(len(metadata.trained.n_cells), len(metadata.genes)))
+            denoiser.register_buffer(OVERDISPERSION, torch.empty(len(metadata.genes)))
     return denoiser
 
 
@@ -136,22 +138,24 @@ def take_means(denoiser: Denoiser, metadata: ModelMetadata) -> TrainingMeans | N
     """The means that lie among the weights, out of them. Raises ValueError where they are not finite."""
     if metadata.trained is None:
         return None
-    control, perturbed = (denoiser.get_buffer(name).double().numpy() for name in MEANS_TENSORS)
-    for name in MEANS_TENSORS:
+    names = (*MEANS_TENSORS, OVERDISPERSION)
+    control, perturbed, overdispersion = (denoiser.get_buffer(name).double().numpy() for name in names)
+    for name in names:
         delattr(denoiser, name)
     known = metadata.trained
     labels = list(known.perturbation), list(known.cell_type), list(known.batch)
-    return TrainingMeans(
-        *labels, control, perturbed, np.array(known.n_cells), metadata.vocabularies.notation, metadata.genes
-    )
+    notation, n_cells = metadata.vocabularies.notation, np.array(known.n_cells)
+    return TrainingMeans(*labels, control, perturbed, n_cells, notation, metadata.genes, overdispersion=overdispersion)
 
 
 def with_means(weights: dict[str, Tensor], means: TrainingMeans | None) -> dict[str, Tensor]:
     """Weights as they are saved: the means among them."""
     if means is None:
         return weights
-    arrays = zip(MEANS_TENSORS, (means.control_mean, means.perturbed_mean), strict=True)
-    return {**weights, **{name: torch.from_numpy(values).float() for name, values in arrays}}
+    assert means.overdispersion is not None, "the means of a model have it"
+    arrays = means.control_mean, means.perturbed_mean, means.overdispersion
+    named = zip((*MEANS_TENSORS, OVERDISPERSION), arrays, strict=True)
+    return {**weights, **{name: torch.from_numpy(values).float() for name, values in named}}
 
 
 def max_tensor_bytes(denoiser: nn.Module) -> int:

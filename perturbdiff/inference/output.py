@@ -1,9 +1,10 @@
 """Predicted cells on disk, .h5ad or .parquet, and one file made of many without holding them in memory.
 
 A Parquet file of predicted cells has one row a cell: `cell` (name), the columns of obs as text or numbers, `genes`
-(positions in the gene list) and `log1p` (the values there; the others are zero). The gene list and how the cells were
-made are JSON in the schema's metadata under b"perturbdiff": `genes`, `ensembl` (or null), `uns`. `read_predicted` turns
-it into an AnnData; with pyarrow alone
+(positions in the gene list) and `log1p` (the values there; the others are zero). Counts are expm1 of these over expm1
+of the column `one_count`, where there is one. The gene list and how the cells were made are JSON in the schema's
+metadata under b"perturbdiff": `genes`, `ensembl` (or null), `uns`. `read_predicted` turns it into an AnnData; with
+pyarrow alone
 
     table = pyarrow.parquet.read_table(path)
     genes = json.loads(table.schema.metadata[b"perturbdiff"])["genes"]
@@ -26,6 +27,7 @@ from anndata import AnnData
 from anndata.io import sparse_dataset, write_elem
 from scipy import sparse
 
+from perturbdiff.data.expression import ONE_COUNT, counts_of
 from perturbdiff.files import short, written
 
 FORMATS = (".h5ad", ".parquet")
@@ -50,13 +52,15 @@ def write_predicted(predicted: AnnData, path: Path) -> None:
 
 
 def read_predicted(path: str | Path) -> AnnData:
-    """A Parquet file of predicted cells as an AnnData: X CSR, obs, var, uns["perturbdiff"].
+    """A Parquet file of predicted cells as an AnnData: X CSR, layers["counts"], obs, var, uns["perturbdiff"].
 
     Raises ValueError where it is something else.
     """
     metadata = read_metadata(path)
     X = sparse.vstack([_csr(table, metadata) for table in _chunks([path], VALUES)], format="csr")
-    return AnnData(X=X, obs=_obs([path]), var=_var(metadata), uns={"perturbdiff": metadata["uns"]})
+    obs = _obs([path])
+    layers = {"counts": counts_of(X, obs[ONE_COUNT].to_numpy())} if ONE_COUNT in obs else {}
+    return AnnData(X=X, obs=obs, var=_var(metadata), layers=layers, uns={"perturbdiff": metadata["uns"]})
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -84,13 +88,21 @@ def join_predicted(parts: Sequence[Path], uns: dict[str, Any], path: Path) -> No
 def _join_h5ad(parts: Sequence[Path], metadata: dict[str, Any], path: Path) -> None:
     # anndata.experimental.concat_on_disk opens all parts at once, and leaves uns and the compression out.
     with h5py.File(path, "w") as file:
-        write_elem(file, "/", AnnData(obs=_obs(parts), var=_var(metadata), uns={"perturbdiff": metadata["uns"]}))
+        obs = _obs(parts)
+        write_elem(file, "/", AnnData(obs=obs, var=_var(metadata), uns={"perturbdiff": metadata["uns"]}))
         no_cells = sparse.csr_matrix((0, len(metadata["genes"])), dtype=np.float32)
         storage = {"compression": "gzip", "chunks": (HDF5_CHUNK,), "indptr_dtype": np.int64}
-        write_elem(file, "X", no_cells, dataset_kwargs=storage)
-        X = sparse_dataset(file["X"])
+        matrices, n_written = {}, 0
+        for name in ("X", "layers/counts") if ONE_COUNT in obs else ("X",):
+            write_elem(file, name, no_cells, dataset_kwargs=storage)
+            matrices[name] = sparse_dataset(file[name])
         for table in _chunks(parts, VALUES):
-            X.append(_csr(table, metadata))
+            X = _csr(table, metadata)
+            matrices["X"].append(X)
+            if ONE_COUNT in obs:
+                one = obs[ONE_COUNT].to_numpy()[n_written : n_written + X.shape[0]]
+                matrices["layers/counts"].append(counts_of(X, one))
+            n_written += X.shape[0]
 
 
 def _write_tables(tables: Iterable[pa.Table], metadata: dict[str, Any], path: Path) -> None:

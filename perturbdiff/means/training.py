@@ -34,6 +34,8 @@ class TrainingMeans:
         What is known of perturbations besides their names.
     table_weights
         What each table counts (`FeatureFit`), where other conditions taught that; None: these do.
+    overdispersion
+        (G,) of the perturbed cells, as of `expression.overdispersion`; None where nobody knows.
     notation
         What labels mean; by default "A+B" is A and B.
 
@@ -50,6 +52,7 @@ class TrainingMeans:
     genes: GeneVocab | None = None
     tables: Sequence[FeatureTable] = ()
     table_weights: np.ndarray | None = None
+    overdispersion: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         n = len(self.perturbation)
@@ -69,6 +72,9 @@ class TrainingMeans:
         for name in ("control_mean", "perturbed_mean"):
             if not np.isfinite(getattr(self, name)).all():
                 raise ValueError(f"{name} (NaN or infinite) must be finite; drop conditions without matched controls.")
+        phi = self.overdispersion
+        if phi is not None and not (phi.shape == shape[1:] and np.isfinite(phi).all() and (phi >= 0).all()):
+            raise ValueError(f"overdispersion ({phi.shape}) must be (genes,), finite and at least 0; pass {shape[1:]}.")
         if not (self.n_cells >= 1).all():
             raise ValueError(f"n_cells ({self.n_cells.min()}) must be at least 1; drop conditions without cells.")
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from perturbdiff.data.batch import Moves
 from perturbdiff.data.conditions import ConditionIndex, ControlPools
-from perturbdiff.data.expression import Cells, gene_means, log1p_of
+from perturbdiff.data.expression import Cells, gene_means, log1p_of, one_count, overdispersion
 from perturbdiff.data.notation import Notation
 from perturbdiff.means.predictors import Start, response_kept, start_shift
 from perturbdiff.means.shifts import moves
@@ -55,7 +55,12 @@ class Starts:
 
     def means(self, notation: Notation) -> TrainingMeans:
         """Raises ValueError where there is no condition."""
-        perturbed = [gene_means(log1p_of(self.cells, self.index.cells(condition))) for condition in self.numbers]
+        perturbed, parts = [], []
+        for condition in self.numbers:
+            rows = self.index.cells(condition)
+            log1p = log1p_of(self.cells, rows)
+            perturbed.append(gene_means(log1p))
+            parts.append((log1p, one_count(self.cells.take(rows), self.cells.preprocessing)))
         return TrainingMeans(
             [perturbation for perturbation, _, _ in self.labels],
             [cell_type for _, cell_type, _ in self.labels],
@@ -65,6 +70,7 @@ class Starts:
             self.index.n_cells[self.numbers],
             notation,
             self.cells.genes,
+            overdispersion=overdispersion(parts),
         )
 
     def trained_moves(self, means: TrainingMeans, start: Start) -> Moves:

@@ -356,7 +356,7 @@ def test_an_existing_output_is_refused_before_the_work_and_replaced_only_on_requ
 # ---------------------------------------------------------------- model folders
 
 HASHED = [
-    "batches.json", "cell_types.json", "checks/golden.safetensors", "genes.json", "model.safetensors",
+    "batches.json", "cell_types.json", "checks/golden.safetensors", "genes.json", "means.json", "model.safetensors",
     "perturbations.json", "evaluation.json", "preprocessing.json", "split.json", "training.json",
 ]  # fmt: skip
 
@@ -476,7 +476,10 @@ BAD_EVALUATIONS = {
         with_obs("perturbation", "Z"),
         ["no predicted condition was measured", "Z:NK:b1", "A:NK:b1", "same words in both"],
     ),
-    "no batch column": (without_batch, ["['batch']", "['cell_type', 'perturbation', 'population', 'source_control']"]),
+    "no batch column": (
+        without_batch,
+        ["['batch']", "['cell_type', 'one_count', 'perturbation', 'population', 'source_control']"],
+    ),
     "other genes": (with_other_genes, ["30 of the 30 predicted genes are not in", "other_0"]),
 }
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy import sparse
 
 from perturbdiff.data.batch import make_batch
+from perturbdiff.data.expression import overdispersion
 from perturbdiff.data.samplers import CellSet
 from perturbdiff.data.vocab import NULL, Labels
-from perturbdiff.diffusion.counts import with_whole_counts
+from perturbdiff.diffusion.counts import draw_counts, with_whole_counts
 from perturbdiff.diffusion.draws import uniform_draws
 from tests.screens import counts_screen, log1p_cp10k, read
 
@@ -85,3 +87,96 @@ def test_a_sets_counts_do_not_depend_on_its_neighbours():
     x0 = torch.rand(2, 6, 50, generator=torch.Generator().manual_seed(0)) * 0.1
     assert torch.equal(rounded(x0, both, 3)[:1], rounded(x0[:1], alone, 3))
     assert not torch.equal(rounded(x0, both, 3), rounded(x0, both, 4))
+
+
+def drawn(estimate, control, one, phi=None, total=None, seed=0):
+    return draw_counts(estimate, control, one, phi, total, np.random.default_rng(seed))
+
+
+def depths(n, seed=0):
+    return np.random.default_rng(seed).integers(500, 5000, n)
+
+
+def log1p_of(counts, depth):
+    return np.log1p(counts * (1e4 / depth)[:, None])
+
+
+def test_cells_that_hold_whole_counts_stay_as_they_are():
+    depth = depths(40)
+    counts = np.random.default_rng(1).poisson(np.linspace(0, 400, 30), (40, 30))
+    cells = log1p_of(counts, depth).astype(np.float32).astype(float)
+    one = np.log1p(1e4 / depth)
+    np.testing.assert_array_equal(drawn(cells, cells, one, np.ones(30)), counts)
+
+
+def test_values_between_counts_become_one_of_them_and_keep_their_mean():
+    depth, rng = depths(400), np.random.default_rng(2)
+    estimate = rng.uniform(0, 4, (400, 20)) * (rng.random((400, 20)) < 0.8)
+    counts = np.stack([drawn(estimate, estimate, np.log1p(1e4 / depth), seed=seed) for seed in range(100, 120)])
+    assert (counts == np.rint(counts)).all()
+    assert (counts >= 0).all()
+    below = np.floor(np.expm1(estimate) * depth[:, None] / 1e4 + 1e-6)
+    assert np.isin(counts - below, [0, 1]).all()
+    np.testing.assert_allclose(
+        np.mean([log1p_of(of, depth).mean(axis=0) for of in counts], axis=0), estimate.mean(axis=0), atol=0.02
+    )
+
+
+@pytest.mark.parametrize("phi", [0.0, 0.3, 2.0])
+def test_a_gene_that_responds_has_the_spread_of_counts_and_the_mean_of_the_estimates(phi):
+    n, rate = 256, np.array([1e-3, 3e-3, 3e-2])
+    rng, depth = np.random.default_rng(3), np.full(256, 2000)
+    control = log1p_of(rng.poisson(0.02 * 2000 * rate, (n, 3)), depth)
+    goal = np.mean([log1p_of(rng.negative_binomial(1 / max(phi, 1e-6), 1 / (1 + 2000 * rate * max(phi, 1e-6)), (n, 3)),
+                             depth).mean(axis=0) for _ in range(20)], axis=0)  # fmt: skip
+    estimate = control + goal - control.mean(axis=0)  # two humps
+    one, counts = np.log1p(1e4 / depth), []
+    for seed in range(8):
+        counts.append(drawn(estimate, control, one, np.full(3, phi), seed=seed))
+        np.testing.assert_allclose(log1p_of(counts[-1], depth).mean(axis=0), goal, atol=0.08)
+    mean, variance = np.mean(counts, axis=(0, 1)), np.mean([of.var(axis=0) for of in counts], axis=0)
+    np.testing.assert_allclose(mean, 2000 * rate, rtol=0.15)
+    np.testing.assert_allclose(variance, mean + phi * mean**2, rtol=0.35)
+
+
+def test_cells_that_are_far_along_are_so_in_all_genes():
+    rng, depth = np.random.default_rng(4), np.full(200, 3000)
+    far = rng.uniform(0, 3, 200)
+    control = np.zeros((200, 5))
+    estimate = 2 + far[:, None] + rng.normal(0, 0.1, (200, 5))
+    counts = drawn(estimate, control, np.log1p(1e4 / depth), np.full(5, 0.8))
+    assert (np.corrcoef(counts.T)[np.triu_indices(5, 1)] > 0.7).all()
+
+
+def test_whole_libraries_add_up_and_other_cells_do_not_matter():
+    depth, rng = depths(10), np.random.default_rng(5)
+    estimate = rng.uniform(0, 5, (10, 2000))
+    one = np.log1p(1e4 / depth)
+    counts = drawn(estimate, estimate, one, np.zeros(2000), total=1e4)
+    np.testing.assert_allclose(counts.sum(axis=1), depth, rtol=0.15)
+    np.testing.assert_array_equal(counts, drawn(estimate, estimate, one, np.zeros(2000), total=1e4))
+    assert (counts != drawn(estimate, estimate, one, np.zeros(2000), total=1e4, seed=1)).any()
+
+
+@pytest.mark.parametrize(("n", "genes"), [(1, 1), (1, 5), (3, 1), (5, 0)])
+@pytest.mark.parametrize("level", [0.0, 3.0])
+def test_small_sets_are_drawn(n, genes, level):
+    counts = drawn(np.full((n, genes), level), np.zeros((n, genes)), np.ones(n), np.ones(genes), total=100.0)
+    assert counts.shape == (n, genes)
+    assert np.isfinite(counts).all()
+    assert level > 0 or not counts.any()
+
+
+def test_overdispersion_is_that_of_the_counts():
+    rng, n = np.random.default_rng(6), 4000
+    rate, phi = np.array([2e-3, 1e-2, 5e-2, 0.0]), np.array([0.0, 0.5, 2.0, 1.0])
+    parts = []
+    for fold in (1.0, 3.0):  # the mean of a part is its own
+        depth = rng.integers(1000, 6000, n)
+        level = rng.gamma(1 / np.maximum(phi, 1e-9), np.maximum(phi, 1e-9), (n, 4)) * fold * rate * depth[:, None]
+        parts.append((sparse.csr_matrix(log1p_of(rng.poisson(level), depth)), np.log1p(1e4 / depth)))
+    np.testing.assert_allclose(overdispersion(parts), [0, 0.5, 2.0, 0], atol=0.05, rtol=0.15)
+    nothing = sparse.csr_matrix((3, 4))
+    assert not overdispersion([(nothing, np.zeros(3))]).any()
+    assert overdispersion([(nothing, np.zeros(3)), *parts]) == pytest.approx(overdispersion(parts))
+    assert not overdispersion([(sparse.csr_matrix(np.ones((1, 4))), np.ones(1))]).any()  # of one cell
