@@ -31,6 +31,7 @@ from perturbdiff.data.vocab import GeneVocab
 from perturbdiff.evaluation.doubt import (
     ALIKE,
     COMPARED,
+    ENOUGH_CONDITIONS,
     compare,
     folds_of,
     interval,
@@ -149,16 +150,30 @@ class Scores:
     def compared(self, metric: str) -> tuple[str, dict[str, int]] | None:
         """The best simple method, and on how many conditions the model is better or worse (`doubt.compare`)."""
         best = self.best_simple(metric)
+        return None if best is None else (best, compare(*self._beside(best, metric), loss(METRICS[metric])))
+
+    def difference(self, metric: str) -> tuple[float, tuple[float, float]] | None:
+        """How much better the model is than the best simple method, mean over conditions, and its 95 % interval; None
+        without such a method or with too few conditions (`doubt.interval`)."""
+        best = self.best_simple(metric)
         if best is None:
             return None
-        own, other = (self.conditions[self.conditions["method"] == method] for method in (MODEL, best))
+        own, other, errors = self._beside(best, metric)
+        gain = loss(METRICS[metric])(other) - loss(METRICS[metric])(own)
+        known = np.isfinite(gain)
+        # Differences over many conditions spread by the noise of their cells too: it counts once.
+        found = interval(gain[known], None if known.sum() >= ENOUGH_CONDITIONS else errors[known])
+        return None if found is None else (float(gain[known].mean()), found)
+
+    def _beside(self, method: str, metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(C,) scores of the model, of another method, and standard errors of their difference."""
+        own, other = (self.conditions[self.conditions["method"] == name] for name in (MODEL, method))
         paired = own.merge(other, on=CONDITION, suffixes=("", " of other"))
-        errors = paired[f"difference error {metric} of other"].to_numpy()
-        values = paired[metric].to_numpy(), paired[f"{metric} of other"].to_numpy()
-        return best, compare(*values, errors, loss(METRICS[metric]))
+        columns = metric, f"{metric} of other", f"difference error {metric} of other"
+        return tuple(paired[column].to_numpy() for column in columns)  # type: ignore[return-value]
 
     def verdict(self) -> str:
-        """Whether the model is better than the best simple method, condition by condition, in a sentence a metric."""
+        """Whether the model is better than the best simple method, condition by condition and over all of them."""
         said = []
         for metric in ("energy_distance", "pearson_delta"):
             found = self.compared(metric)
@@ -169,7 +184,12 @@ class Scores:
             rest = [f"{word} on {of}" for word, of in counts.items() if of and word != "better"]
             better = f"better than the best simple method ({best}) on {counts['better']} of {n}"
             conditions = f"condition{'s' if n > 1 else ''}"
-            said.append(f"By {metric}, {MODEL} is {', '.join([f'{better} {conditions}', *rest])}.")
+            over_all = ""
+            if n > 1 and (difference := self.difference(metric)) is not None:
+                gain, (low, high) = difference
+                word = "better" if low > 0 else "worse" if high < 0 else "not distinguishable"
+                over_all = f"; over all it is {word} (by {gain:.3f}, 95 % {low:.3f} to {high:.3f})"
+            said.append(f"By {metric}, {MODEL} is {', '.join([f'{better} {conditions}', *rest])}{over_all}.")
         return " ".join(said)
 
     def _by_method(self, column: str) -> pd.DataFrame:

@@ -314,7 +314,9 @@ def record(task: Task, name: str, settings: list[str], runs: list[tuple[int, Pat
         column = {method: rounded(mean) for method, mean in means[metric].items()}
         own, ceiling = column.pop(MODEL), column.pop(CEILING)
         found[metric] = {"mean": own, "interval": scores.interval(MODEL, metric), "ceiling": ceiling}
-        found[metric] |= {"best_simple": best, "verdict": verdict, "simple": column}
+        gain, (low, high) = scores.difference(metric) or (None, (None, None))
+        over_all = [None if number is None else round(number, 4) for number in (gain, low, high)]
+        found[metric] |= {"best_simple": best, "verdict": verdict, "gain": over_all, "simple": column}
     spent = [attempts(folder / "cost.json") for _, folder in runs]
     known = [[attempt for attempt in of if attempt] for of in spent]
     found["variance_ratio"] = rounded(means["variance_ratio"][MODEL])
@@ -355,7 +357,9 @@ def table(records: list[dict[str, Any]]) -> str:
             best = of["best_simple"]
             counts = {word: f" on {n}" * (found["n_conditions"] > 1) for word, n in of["verdict"].items() if n}
             row += [f"{text(of['mean'])}{interval}", f"{text(of['simple'][best])} {best}" if best else "none"]
-            row += [text(of["ceiling"]), ", ".join(word + on for word, on in counts.items())]
+            gain, low, high = of["gain"]
+            over_all = "" if gain is None else f"; gain {gain:+.3f} [{low:+.3f}, {high:+.3f}]"
+            row += [text(of["ceiling"]), ", ".join(word + on for word, on in counts.items()) + over_all]
         row += [text(found["variance_ratio"], 2), "at least " * found["cpu_s_at_least"] + text(found["cpu_s"], 0)]
         row += [text(found["peak_gb"], 2), str(found["looks"])]
         lines.append(row)

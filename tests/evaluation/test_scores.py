@@ -6,11 +6,13 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from perturbdiff.config import DataConfig, SplitConfig
 from perturbdiff.data.screen import Screen
 from perturbdiff.data.splits import control_halves, make_split, write_split
 from perturbdiff.diffusion.generate import choose_controls
+from perturbdiff.evaluation.doubt import COMPARED
 from perturbdiff.evaluation.fair import CONDITION, ControlChoices, SimpleMethods
 from perturbdiff.evaluation.held_out import predict_held_out
 from perturbdiff.evaluation.metrics import METRICS, score_condition
@@ -421,3 +423,22 @@ def test_doses_in_another_unit_are_refused(run, truth):
     truth.uns["perturbdiff"] = {"dose_unit": "uM"}
     with pytest.raises(ValueError, match="doses are in nM, uM"):
         evaluate(truth, adata, data={"dose_col": "dose"})
+
+
+def test_the_difference_over_all_conditions_is_that_of_pairs():
+    """Its interval is the t interval of the paired differences, whatever the conditions differ by."""
+    rng = np.random.default_rng(0)
+    n, level, shift = 40, rng.normal(0, 5, 40), rng.normal(0.3, 0.5, 40)
+    labels = {"perturbation": [f"p{i}" for i in range(n)], "cell_type": "T", "batch": "b"}
+    rows = []
+    for method, values in ((MODEL, level - shift), ("ridge", level), ("no change", level + 9)):
+        of = pd.DataFrame({"method": method, **labels, **dict.fromkeys(METRICS, 0.0), "energy_distance": values})
+        for metric in COMPARED:
+            of[f"error {metric}"] = of[f"difference error {metric}"] = 3.0
+        rows.append(of)
+    scores = Scores(pd.concat(rows, ignore_index=True))
+    gain, (low, high) = scores.difference("energy_distance")
+    expected = stats.t.interval(0.95, n - 1, shift.mean(), stats.sem(shift))
+    assert gain == pytest.approx(shift.mean())
+    np.testing.assert_allclose([low, high], expected, atol=0.03)
+    assert "on 0 of 40 conditions, not distinguishable on 40; over all it is better" in scores.verdict()
