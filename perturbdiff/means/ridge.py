@@ -14,6 +14,7 @@ from perturbdiff.data.notation import Parts
 
 PENALTIES = np.logspace(-3, 5, 17)
 """Candidates for the ridge penalty. Features have unit scale: the last one is as good as the plain mean."""
+SAME = 1e-9  # of their length, that control means differ by from rounding alone
 
 
 class RidgeFit:
@@ -58,7 +59,9 @@ class RidgeFit:
         self._dose_scale = {name: (np.mean(doses[name]), np.std(doses[name])) for name in scaled}
         self._centre = control.mean(axis=0)
         distance = np.sqrt(((control - self._centre) ** 2).sum(axis=1).mean())
-        self._scale = distance if distance > 0 else 1.0  # all in one context: the control mean says nothing
+        # All in one context, but for rounding: the control mean says nothing.
+        one_context = distance <= SAME * np.sqrt((control**2).sum(axis=1).mean())
+        self._scale = 1.0 if one_context else distance
         self.design = np.stack(
             [self._features(parts, c) for parts, c in zip(perturbation, control, strict=True)]
         )  # (n, G + single perturbations + those at several doses)

@@ -135,3 +135,13 @@ def test_ridge_is_fitted_once_and_refuses_other_genes(monkeypatch: pytest.Monkey
     ridge(training, asked("B", "NK", "1"))
     with pytest.raises(ValueError, match="control cells of 3 genes"):
         ridge(training, asked("A", "T", "1", np.zeros(3)))
+
+
+@pytest.mark.parametrize("n", [3, 7, 36, 45])
+def test_of_one_context_no_other_control_changes_the_effect(n):
+    rng = np.random.default_rng()
+    control = np.tile(rng.random(12) + 2.0, (n, 1))  # whose mean is another by rounding
+    effect = rng.normal(size=(n, 12))
+    fit = RidgeFit([((f"P{i}", None),) for i in range(n)], control, effect)
+    found = [fit.predict((("P1", None),), mean) for mean in (control[0], rng.random(12) + 2.0)]
+    np.testing.assert_allclose(found[0], found[1], atol=1e-6)
