@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from perturbdiff.data.notation import Parts
+from perturbdiff.means.newness import New, axes
 from perturbdiff.means.shifts import additive, context_mean, no_change, perturbation_mean, perturbed_mean
 from perturbdiff.means.stack import MOST_FOLDS, MOST_PERTURBATIONS, Stack
 from perturbdiff.means.targets import covariance, own_target, targets_alone, with_unseen_targets
@@ -62,24 +62,25 @@ def features(training: TrainingMeans, context: Context) -> np.ndarray | None:
 def stacked(training: TrainingMeans, context: Context) -> np.ndarray | None:
     """(G,) the others weighted by how well they predict training conditions that are as new as this one.
 
-    `Stack` has the model. As new: in a batch without the perturbation, in a cell type without it, a perturbation or a
-    combination without any condition. The own genes of parts that no condition has change as those of others do
+    `Stack` has the model. As new: in the same way (`means.newness`), or in the next that training can leave out: one
+    axis of two, a cell type for a batch. The own genes of parts that no condition has change as those of others do
     (`target_shift`), and say nothing of the weights. None where training has nothing to leave out so.
     """
-    parts = training.parts(context.perturbation)
-    kind = _new_is(training, parts, context.cell_type)
-    stack = _stack(training, kind)
-    if stack is None and kind == "batch":  # of cell types that were seen in one batch each
-        stack = _stack(training, "cell type")
+    stack = stack_for(training, newness_of(training, context))
     if stack is None:
         return None
+    total = weighed(training, context, stack)
+    return None if total is None else with_unseen_targets(training, context, total)
+
+
+def weighed(training: TrainingMeans, context: Context, stack: Stack) -> np.ndarray | None:
+    """(G,) what a stack makes of the others, own genes too; None where it has no weights and does not shrink."""
     shifts = {name: STACKED[name](training, context) for name in stack.names}
     told = {name: shift for name, shift in shifts.items() if shift is not None}
     weights = stack.weights(list(told))
     if not weights and not stack.shrinks:
         return None
-    total = sum((weight * told[name] for name, weight in weights.items()), start=no_change(training, context))
-    return with_unseen_targets(training, context, total)
+    return sum((weight * told[name] for name, weight in weights.items()), start=no_change(training, context))
 
 
 def start_shift(training: TrainingMeans, context: Context, start: Start) -> np.ndarray:
@@ -107,38 +108,54 @@ def response_kept(training: TrainingMeans, perturbation: str) -> float:
     seen, or in part, and where training has nothing to leave out.
     """
     parts = training.parts(perturbation)
-    stack = _stack(training, "perturbation") if parts and training.unseen(parts) == parts else None
+    stack = stack_for(training, "perturbation") if parts and training.unseen(parts) == parts else None
     return 1.0 if stack is None else math.sqrt(sum(stack.weights(stack.names).values()))
 
 
-def _stack(training: TrainingMeans, kind: str) -> Stack | None:
-    if kind not in training.learned:
-        left_out: list[Hashable]
-        if kind == "batch":
-            left_out = list(zip(training.cell_type, training.batch, strict=True))
-        elif kind == "cell type":
-            left_out = list(training.cell_type)
-        else:
-            left_out = [tuple(name for name, _ in seen) for seen in training.seen]
+def newness_of(training: TrainingMeans, context: Context) -> New:
+    """How what is asked for is new to training conditions."""
+    names = frozenset(name for name, _ in training.parts(context.perturbation))
+    return training.known.new(names, context.cell_type, context.batch)
+
+
+def stack_for(training: TrainingMeans, new: New) -> Stack | None:
+    """Of training conditions that are as new when they are left out, or the next that can be had; None without any."""
+    return next((stack for kind in AS_NEW[new] if (stack := _stack(training, kind)) is not None), None)
+
+
+def _stack(training: TrainingMeans, new: New) -> Stack | None:
+    if new not in training.learned:
+        unseen, both = axes(new)[0] in ("perturbation", "combination"), len(axes(new)) > 1
+        contexts = zip(training.cell_type, training.batch, strict=True)
+        places: list[Hashable] = [*training.cell_type] if axes(new)[-1] == "cell type" else [*contexts]
+        perturbations: list[Hashable] = [tuple(name for name, _ in seen) for seen in training.seen]
         # What tables count is learned of all conditions: with one left out, two that are alike leave nothing to see.
-        weighed = replace(training, table_weights=training.feature_fit.weights)
-        training.learned[kind] = Stack.fit(
-            weighed,
+        taught = replace(training, table_weights=training.feature_fit.weights)
+        training.learned[new] = Stack.fit(
+            taught,
             STACKED,
-            left_out,
-            lambda rest, *asked: _new_is(rest, *asked) == kind,
-            most_folds=MOST_PERTURBATIONS if kind == "perturbation" else MOST_FOLDS,
-            shrinks=kind == "perturbation",
+            perturbations if unseen else places,
+            lambda known, condition: known.new(*condition) == new,
+            most_folds=MOST_PERTURBATIONS if unseen else MOST_FOLDS,
+            shrinks=unseen,
+            place=places if both else None,
         )
-    stack: Stack | None = training.learned[kind]
+    stack: Stack | None = training.learned[new]
     return stack
 
 
-def _new_is(training: TrainingMeans, parts: Parts, cell_type: str) -> str:
-    rows = training.of_perturbation(parts)
-    if not len(rows):
-        return "combination" if len(parts) > 1 else "perturbation"
-    return "batch" if cell_type in {training.cell_type[i] for i in rows} else "cell type"
+AS_NEW: dict[New, tuple[New, ...]] = {
+    "perturbation": ("perturbation",),
+    "combination": ("combination",),
+    "cell type": ("cell type",),
+    "batch": ("batch", "cell type"),  # of cell types that were seen in one batch each
+    "dose": ("batch", "cell type"),
+    "perturbation and cell type": ("perturbation and cell type", "perturbation and batch", "perturbation"),
+    "perturbation and batch": ("perturbation and batch", "perturbation and cell type", "perturbation"),
+    "combination and cell type": ("combination and cell type", "combination and batch", "combination"),
+    "combination and batch": ("combination and batch", "combination and cell type", "combination"),
+}
+"""How training conditions that are left out may be new, to stand for what is asked for, the nearest first."""
 
 
 PREDICTORS: dict[str, Predictor] = {

@@ -26,6 +26,18 @@ def context_mean(training: TrainingMeans, context: Context) -> np.ndarray:
     return training.context_means(context.cell_type, context.batch)[0]
 
 
+def others_mean(training: TrainingMeans, context: Context) -> np.ndarray:
+    """(G,) the `context_mean` without this perturbation itself, at any dose; no change where there is no other."""
+    names = {name for name, _ in training.parts(context.perturbation)}
+    rows = [
+        i
+        for i in training.of_context(context.cell_type, context.batch).tolist()
+        if {name for name, _ in training.seen[i]} != names
+    ]
+    mean: np.ndarray = training.effect[rows].mean(axis=0) if rows else no_change(training, context)
+    return mean
+
+
 def perturbed_mean(training: TrainingMeans, context: Context) -> np.ndarray:
     """(G,) mean over all perturbed training cells of this (cell_type, batch), minus that of its controls.
 

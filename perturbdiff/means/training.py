@@ -18,6 +18,7 @@ from perturbdiff.data.vocab import GeneVocab
 from perturbdiff.features.tables import FeatureTable
 from perturbdiff.means.described import FeatureFit
 from perturbdiff.means.log_space import LogSpaceFit, log_expression
+from perturbdiff.means.newness import Condition, Known
 from perturbdiff.means.ridge import RidgeFit
 
 EXPRESSED = 0.05  # mean log1p value in controls from which on a target says what a knock-down leaves of it
@@ -93,6 +94,15 @@ class TrainingMeans:
         parsed = {label: self.parts(label) for label in set(self.perturbation)}
         return [parsed[label] for label in self.perturbation]
 
+    def condition(self, i: int) -> Condition:
+        """What condition i is, whatever its dose."""
+        return frozenset(_names(self.seen[i])), self.cell_type[i], self.batch[i]
+
+    @cached_property
+    def known(self) -> Known:
+        """What others may be new to."""
+        return Known(map(self.condition, range(len(self.perturbation))))
+
     @cached_property
     def _at_doses(self) -> dict[tuple[str, ...], dict[Parts, list[int]]]:
         """Conditions of each set of names, by doses."""
@@ -138,11 +148,7 @@ class TrainingMeans:
 
     def unseen(self, parts: Parts) -> Parts:
         """Those that no condition has, alone or in a combination."""
-        return tuple(part for part in parts if part[0] not in self._seen_names)
-
-    @cached_property
-    def _seen_names(self) -> set[str]:
-        return {name for parts in self.seen for name, _ in parts}
+        return tuple(part for part in parts if part[0] not in self.known.names)
 
     def targets(self, parts: Parts) -> np.ndarray:
         """Columns of the genes that parts are named after, by name or symbol, rising; none where none is."""

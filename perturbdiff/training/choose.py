@@ -30,9 +30,10 @@ from perturbdiff.evaluation.fair import NO_CHANGE, Condition, group
 from perturbdiff.evaluation.held_out import predict_held_out
 from perturbdiff.evaluation.scores import MODEL, score_conditions
 from perturbdiff.files import few, progress, short, write_json
+from perturbdiff.means.newness import New, axes
 from perturbdiff.model import PerturbDiff
 from perturbdiff.training.dataset import TrainingSet
-from perturbdiff.training.design import Design, New, most, newness
+from perturbdiff.training.design import Design, most, newness
 from perturbdiff.training.loop import TrainingResult, fit
 from perturbdiff.training.run_folder import check_resumable, lasting_settings, leave_marker
 from perturbdiff.training.start import checkpoint_metadata, prepare
@@ -65,25 +66,30 @@ class Candidate:
 HALF, NONE = ("sampling.network_weight=0.5",), ("sampling.network_weight=0",)  # the rest is of simple methods
 GUIDED = ("sampling.guidance_scale=0.5",)
 FROM_CONTROLS, FROM_MEANS = ("diffusion.start=controls",), ("diffusion.start=mean",)
+NEW_PLACE = ("diffusion.p_drop_label=1",)  # what a cell type or batch that was not trained is, its controls say
 
 
 def candidates(new: New, n_perturbations: int) -> tuple[Candidate, ...]:
     """What may be best for conditions that are new in this way, of a screen of so many perturbations."""
-    if new == "cell type":
+    what, *place = axes(new)
+    elsewhere = NEW_PLACE if place else ()
+    if what == "cell type":
         return Candidate("cross_cell_type", (), ((), HALF)), Candidate("cross_cell_type", FROM_MEANS, ((), HALF, NONE))
-    if new == "perturbation":
-        recipe = "unseen_perturbations"
-        return Candidate(recipe, (), ((), GUIDED, HALF)), Candidate(recipe, FROM_MEANS, ((), HALF, NONE))
-    recipe = "across_patients" if n_perturbations <= FEW else "new_batch"
+    if what == "perturbation":
+        recipe, on_means = "unseen_perturbations", (*elsewhere, *FROM_MEANS)
+        return Candidate(recipe, elsewhere, ((), GUIDED, HALF)), Candidate(recipe, on_means, ((), HALF, NONE))
+    # A combination starts from the mean that its parts tell, as what is new to a batch does from that of other batches.
+    recipe = "across_patients" if n_perturbations <= FEW and what != "combination" else "new_batch"
     return Candidate(recipe, (), ((), HALF, NONE)), Candidate(recipe, FROM_CONTROLS, ((), HALF))
 
 
 def tuned(new: New, n_perturbations: int) -> tuple[Candidate, ...]:
     """What may be best with a checkpoint: as it is, tuned, or its screen alone, which knows no other perturbation."""
-    named: dict[New, str] = {"cell type": "cross_cell_type", "perturbation": "unseen_perturbations"}
-    recipe, alone = f"finetune/{named.get(new, 'new_screen')}", candidates(new, n_perturbations)[0]
+    what = axes(new)[0]
+    named = {"cell type": "cross_cell_type", "perturbation": "unseen_perturbations"}
+    recipe, alone = f"finetune/{named.get(what, 'new_screen')}", candidates(new, n_perturbations)[0]
     with_it = Candidate(recipe, ("training.n_steps=0",), ((), HALF)), Candidate(recipe, (), ((), HALF))
-    if new in ("perturbation", "combination"):
+    if what in ("perturbation", "combination"):
         return with_it
     return *with_it, replace(alone, recipe=f"train/{alone.recipe}")
 

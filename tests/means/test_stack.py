@@ -152,6 +152,68 @@ def test_new_batches_new_cell_types_and_new_perturbations_have_weights_of_their_
     assert stacked(training, context("P0+P1", "T1")) is None  # no combination was trained: the additive mean stands
 
 
+def test_of_two_new_axes_what_shares_either_is_left_out():
+    training = grid(6, n_perturbations=4, n_contexts=3)
+    seen = []
+
+    def spy(rest, asked):
+        seen.append(({*rest.perturbation}, {*rest.cell_type}, asked.perturbation, asked.cell_type))
+        return rest.effect.mean(axis=0)
+
+    found = Stack.fit(
+        training, {"spy": spy}, training.perturbation, lambda known, of: known.new(*of) == "perturbation and cell type",
+        most_folds=99, place=training.cell_type,
+    )  # fmt: skip
+    assert len(found.left_out) == len(seen) == 12
+    for perturbations, cell_types, perturbation, cell_type in seen:
+        assert perturbations == {*training.perturbation} - {perturbation}
+        assert cell_types == {*training.cell_type} - {cell_type}
+
+
+def test_what_is_new_on_both_axes_is_weighed_by_what_is_as_new_or_the_next():
+    training = grid(7)
+    assert stacked(training, context("never", "new")) is not None
+    assert set(training.learned) == {"perturbation and cell type"}
+    one = grid(7, n_contexts=1)
+    np.testing.assert_allclose(stacked(one, context("never", "new")), stacked(one, context("never", "T0")))
+    assert one.learned["perturbation and cell type"] is one.learned["perturbation and batch"] is None
+
+
+def combinations(seed, scale):
+    """Six singles and their pairs, whose effects are a part of the sum, beside many more singles."""
+    rng = np.random.default_rng(seed)
+    singles = [f"S{i}" for i in range(30)]
+    effect = {name: rng.normal(0, 0.3, 12) for name in singles}
+    pairs = list(itertools.combinations(singles[:6], 2))
+    labels = singles + ["+".join(pair) for pair in pairs]
+    change = np.stack([*effect.values(), *(scale * (effect[a] + effect[b]) for a, b in pairs)])
+    control = np.tile(rng.random(12) + 2.0, (len(labels), 1))
+    n = len(labels)
+    return TrainingMeans(labels, ["T"] * n, ["b"] * n, control, control + change, np.full(n, 9))
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.4])
+def test_combinations_are_the_part_of_the_sum_that_others_are(scale):
+    training = combinations(np.random.default_rng().integers(1 << 30), scale)
+    asked = context("S6+S7", "T")
+    expected = scale * (training.effect[6] + training.effect[7])
+    found = stacked(training, asked)
+    # Combinations are less than a third of what could be left out: all of those that are drawn teach.
+    assert len(training.learned["combination"].left_out) == 15
+    np.testing.assert_allclose(found, expected, atol=0.12)
+
+
+def test_a_combination_that_is_learned_from_keeps_its_parts(monkeypatch):
+    monkeypatch.setattr(stack, "MOST_CONDITIONS", 12)
+    training = combinations(3, 1.0)
+    rows = stack._some(training)
+    assert len(rows) <= 12
+    kept = {training.perturbation[i] for i in rows}
+    pairs = [label for label in kept if "+" in label]
+    assert pairs
+    assert all({*label.split("+")} <= kept for label in pairs)
+
+
 def test_stacked_is_a_mean_of_the_others():
     training, asked = grid(5), context("P1", "new")
     told = [PREDICTORS[name](training, asked) for name in STACKED]

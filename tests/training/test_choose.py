@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import anndata
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 
 from perturbdiff.config import load_config
 from perturbdiff.data.simulate import simulate
+from perturbdiff.means.newness import New
 from perturbdiff.model import PerturbDiff
 from perturbdiff.training.choose import CANDIDATES, CHOICE, SCORED, candidates
 from perturbdiff.training.loop import fit
@@ -48,7 +50,7 @@ def choice_of(folder: Path) -> dict:
 
 
 def test_every_recipe_and_word_of_a_candidate_is_known(screen):
-    for new in ("perturbation", "combination", "cell type", "batch", "dose"):
+    for new in get_args(New):
         for n_perturbations in (1, 2, 3, 100):
             for of in candidates(new, n_perturbations):
                 for sampling in of.samplings:

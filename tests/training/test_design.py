@@ -27,7 +27,9 @@ def parted(conditions, held_out):
     ("condition", "new"),
     [
         (("C", "T", "b1"), "perturbation"), (("A+B", "T", "b1"), "combination"), (("A", "NK", "b1"), "cell type"),
-        (("A", "T", "b3"), "batch"), (("A@2", "T", "b1"), "dose"), (("B+A@9", "NK", "b9"), "combination"),
+        (("A", "T", "b3"), "batch"), (("A@2", "T", "b1"), "dose"), (("B+A@9", "NK", "b9"), "combination and cell type"),
+        (("A+C", "T", "b3"), "combination and batch"), (("C+D", "T", "b1"), "perturbation"),
+        (("C", "T", "b3"), "perturbation and batch"), (("C", "NK", "b1"), "perturbation and cell type"),
     ],
 )  # fmt: skip
 def test_what_is_new(condition, new):
@@ -91,6 +93,42 @@ def test_unseen_perturbations_are_left_out_in_every_context():
     assert Design.of(asked, trained, PLAIN, seed=1).folds == ()  # nothing would be known of it
 
 
+@pytest.mark.parametrize(("place", "new"), [(1, "perturbation and cell type"), (2, "perturbation and batch")])
+def test_where_both_axes_are_new_both_are_left_out(place, new):
+    where = "n1"
+    types, batches = (["n1", "n2", "n3"], ["x"]) if place == 1 else (["x"], ["n1", "n2", "n3"])
+    asked, trained = parted(every("ABCDEFGH", types, batches), lambda p, c, b: p in "AB" or where in (c, b))
+    asked = {of: n for of, n in asked.items() if of[0] in "AB" and of[place] == where}
+    design = Design.of(asked, trained, PLAIN, seed=0, described="ABCDEFGH")
+    assert (design.new, design.left_out, design.n_new) == (new, new, {new: 2})
+    assert design.folds
+    for fold in design.folds:
+        names, places = {of[0] for of in fold}, {of[place] for of in fold}
+        assert len(places) == 1
+        assert places < {"n2", "n3"}
+        # Nothing of these perturbations is left, and nothing of this place.
+        rest = [of for of in trained if of[0] not in names and of[place] not in places]
+        assert set(newness(fold, rest, PLAIN).values()) == {new}
+        assert sorted(fold) == sorted(of for of in trained if of[0] in names and of[place] in places)
+
+
+def test_where_both_axes_are_new_and_one_place_trains_perturbations_stand_for_it():
+    asked, trained = parted(every("ABCDEFGH", ["T", "NK"], ["x"]), lambda p, c, b: p == "A" or c == "NK")
+    asked = {("A", "NK", "x"): 50}
+    design = Design.of(asked, trained, PLAIN, seed=0, described="ABCDEFGH")
+    assert (design.new, design.left_out) == ("perturbation and cell type", "perturbation")
+
+
+def test_combinations_in_a_new_cell_type_are_left_out_with_one():
+    _, trained = parted(
+        every(["A", "B", "C", "A+B", "A+C", "B+C"], ["T", "NK", "B"], ["x"]), lambda p, c, b: p == "A+B" or c == "NK"
+    )
+    design = Design.of({("A+B", "NK", "x"): 50}, trained, PLAIN, seed=0)
+    assert design.left_out == "combination and cell type"
+    assert {of[0] for fold in design.folds for of in fold} == {"A+C", "B+C"}
+    assert all(len({of[1] for of in fold}) == 1 for fold in design.folds)
+
+
 def test_combinations_are_stood_for_by_combinations_alone():
     asked, trained = parted(every(["A", "B", "C", "A+B", "A+C"], ["T"], ["b"]), lambda p, c, b: p == "A+B")
     design = Design.of(asked, trained, PLAIN, seed=0)
@@ -113,7 +151,9 @@ def test_doses_are_left_out_where_there_are_several():
 def test_most_of_them_say_what_is_new():
     asked, trained = parted(every("ABC", ["T"], ["b1", "b2"]), lambda p, c, b: p == "A" or b == "b1")
     assert Design.of(asked, trained, PLAIN, seed=0).new in ("perturbation", "batch")
-    assert Design.of(asked, trained, PLAIN, seed=0).n_new == {"perturbation": 2, "batch": 2}
+    assert Design.of(asked, trained, PLAIN, seed=0).n_new == {
+        "perturbation": 1, "perturbation and batch": 1, "batch": 2,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", range(20))
