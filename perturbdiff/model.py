@@ -66,6 +66,7 @@ from perturbdiff.means.predictors import Start, response_kept, start_shift
 from perturbdiff.means.shifts import moves
 from perturbdiff.means.training import Context as Asked
 from perturbdiff.means.training import TrainingMeans
+from perturbdiff.means.trust import least, trust
 from perturbdiff.nn.conditioning import FeatureEmbedding, LabelConditioning, VocabSizes
 from perturbdiff.nn.denoiser import Denoiser
 from perturbdiff.nn.transfer import tables_of
@@ -356,8 +357,10 @@ class PerturbDiff:
         AnnData with X (cells, genes) log1p values as CSR, layers["counts"] whole counts (of models that draw them), the
         model's gene names, var `measured` (whether the controls had the gene), obs `perturbation`, `cell_type`,
         `batch`, `source_control` (the control cell it was started from), `population`, `one_count` (the log1p value of
-        a single count in it), and uns["perturbdiff"] with model, sampler, steps, guidance, seed, what was unseen and
-        `genes_absent`, the genes that the controls lacked.
+        a single count in it), and uns["perturbdiff"] with model, sampler, steps, guidance, seed, what was unseen,
+        `genes_absent`, the genes that the controls lacked, and `trust`, whether the response can be told at all, of the
+        context where it is known least (`means.trust.Trust`; its verdict is "" of models without training means;
+        of several perturbations a list each).
 
         Raises
         ------
@@ -384,6 +387,13 @@ class PerturbDiff:
         predicted = made[0] if len(made) == 1 else concat(made, merge="same", uns_merge="first")
         unseen = list(dict.fromkeys(label for part in made for label in part.uns["perturbdiff"]["unseen"]))
         predicted.uns["perturbdiff"]["unseen"] = unseen
+        if len(made) > 1:
+            of_each = [part.uns["perturbdiff"]["trust"] for part in made]
+            predicted.uns["perturbdiff"]["trust"] = {
+                "perturbation": wanted,
+                "verdict": [of["verdict"] for of in of_each],
+                "expected_pearson": [of.get("expected_pearson", np.nan) for of in of_each],
+            }
         if with_controls:
             predicted = self.add_controls(predicted, cells, cell_type, batch)
         if absent := predicted.uns["perturbdiff"]["genes_absent"]:
@@ -443,7 +453,8 @@ class PerturbDiff:
         source = np.concatenate([s.rows for s in sets])  # the control each predicted cell starts from
         population = np.concatenate([np.full(len(s.rows), s.key[0]) for s in sets])
         labels = self.vocabularies.encode([(perturbation, *context) for context in conditions])
-        moved = self._moves(expression, perturbation, known, conditions, sampling.network_weight)
+        asked = self._asked(expression, perturbation, known, conditions)
+        moved = self._moves(asked, sampling.network_weight)
         with nullcontext(bar) if bar is not None else progress(len(source), "predict", "cell") as bar:
             phi = None if self.means is None else self.means.overdispersion
             X, one = denoise_sets(self.denoiser, sets, expression, labels, self.config, sampling, seed, bar, moved, phi)
@@ -484,6 +495,7 @@ class PerturbDiff:
             "genes_matched_by": alignment.matched_by,
             "genes_absent": absent,
             "unseen": self._unseen(perturbation, sorted(set(contexts), key=str)),
+            "trust": {"verdict": ""} if self.means is None else least([trust(self.means, of) for of in asked]).as_uns(),
         }
         layers = {} if one is None else {"counts": counts_of(X, one)}
         return AnnData(X=X, obs=obs, var=var, layers=layers, uns={"perturbdiff": uns})
@@ -621,29 +633,29 @@ class PerturbDiff:
             None if self.means is None else MeansRecord.of(self.means),
         )
 
-    def _moves(
-        self,
-        expression: Expression,
-        perturbation: str,
-        contexts: Sequence[Context],
-        conditions: Sequence[Context],
-        network_weight: float,
-    ) -> Moves | None:
-        """Where sets of the conditions start, of controls with their `contexts`; None where from these as they are."""
+    def _asked(
+        self, expression: Expression, perturbation: str, contexts: Sequence[Context], conditions: Sequence[Context]
+    ) -> list[Asked]:
+        """The conditions to predict, of controls with their `contexts`; none where training left no means."""
+        if self.means is None:
+            return []
+        found = []
+        for cell_type, batch in conditions:
+            here = np.array([context == (cell_type, batch) for context in contexts])
+            control = gene_means(expression.log1p(np.flatnonzero(here)))
+            found.append(Asked(perturbation, cell_type or "unknown", batch or "unknown", control[None]))
+        return found
+
+    def _moves(self, asked: Sequence[Asked], network_weight: float) -> Moves | None:
+        """Where sets of the conditions start; None where from controls as they are."""
         start = self.config.diffusion.start
         if self.means is None or (start == "controls" and network_weight == 1):
             return None
         starts: list[Start] = [start] if start == "mean" or network_weight == 1 else [start, "mean"]
-        found: list[list[np.ndarray]] = [[] for _ in starts]
-        for cell_type, batch in conditions:
-            here = np.array([context == (cell_type, batch) for context in contexts])
-            control = gene_means(expression.log1p(np.flatnonzero(here)))
-            asked = Asked(perturbation, cell_type or "unknown", batch or "unknown", control[None])
-            for of_start, name in zip(found, starts, strict=True):
-                of_start.append(moves(control, start_shift(self.means, asked, name)))
-        kept = response_kept(self.means, perturbation) if start == "target" else 1.0
+        found = [[moves(of.control_mean, start_shift(self.means, of, name)) for of in asked] for name in starts]
+        kept = response_kept(self.means, asked[0].perturbation) if start == "target" else 1.0
         controls, *rest = (np.stack(of_start).astype(np.float32) for of_start in found)
-        return Moves(controls, np.full(len(conditions), kept, dtype=np.float32), *rest)
+        return Moves(controls, np.full(len(asked), kept, dtype=np.float32), *rest)
 
     def _sampling(self, guidance_scale: float | None, steps: int | None, sampler: str | None) -> SamplingConfig:
         given = {"guidance_scale": guidance_scale, "sampler": sampler}

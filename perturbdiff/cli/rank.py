@@ -22,7 +22,8 @@ def add_rank_command(screen_commands: Any) -> None:
         "Predicts every candidate perturbation from the same control cells, with the same random draws, and orders\n"
         "them by their score: the mean change, in standard deviations of the control cells, of the genes that should\n"
         "rise minus that of those that should fall; or with --towards, how much of the energy distance between the\n"
-        "controls and a reference population goes away. No change scores 0.",
+        "controls and a reference population goes away. No change scores 0. The column verdict says of which\n"
+        "candidates nobody can tell more than what all perturbations do, by training conditions left out.",
         "examples:\n  perturbdiff screen rank runs/kang/model --controls kang.h5ad --up ISG15,IFIT1,MX1 "
         "--out ranking.csv\n"
         "  perturbdiff screen rank owner/name --controls sick.h5ad --towards healthy.h5ad --out ranking.csv\n"
@@ -54,7 +55,7 @@ def add_rank_command(screen_commands: Any) -> None:
 
 
 def _rank(arguments: argparse.Namespace) -> None:
-    from perturbdiff.files import check_output, written
+    from perturbdiff.files import check_output, few, written
     from perturbdiff.inference.ranking import rank_perturbations
 
     out = check_output(arguments.out, ".csv", overwrite=arguments.overwrite)
@@ -81,6 +82,11 @@ def _rank(arguments: argparse.Namespace) -> None:
     with written(out) as temporary:
         table.to_csv(temporary, index=False)
     print(table.head(SHOWN).to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+    if untold := table["perturbation"][table["verdict"] == "cannot tell"].tolist():
+        print(
+            f"trust       of {len(untold):,} candidates nobody can tell more than what all perturbations do; their\n"
+            f"            places are a guess: {few(untold)}"
+        )
     print(f"written     {out}: {len(table):,} perturbations; no change scores 0")
 
 

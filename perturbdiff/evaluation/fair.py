@@ -28,6 +28,7 @@ from perturbdiff.means.predictors import PREDICTORS
 from perturbdiff.means.shifts import shift_cells
 from perturbdiff.means.training import Context, TrainingMeans
 from perturbdiff.means.transplant import transplant_rows
+from perturbdiff.means.trust import Trust, trust
 
 CONDITION = ["perturbation", "cell_type", "batch"]
 ALL_BATCHES = "all"  # the batch of every condition where controls match by cell type
@@ -221,6 +222,10 @@ class SimpleMethods:
             order = np.argsort(cell_order_key(self._screen.obs.index[donors].to_numpy(), seed=1), kind="stable")
             made[TRANSPLANT] = expression.log1p(donors[order[:n_cells]]).toarray().astype(np.float64)
         return made
+
+    def trust(self, condition: Condition, start: np.ndarray) -> Trust:
+        """What is expected of the prediction of a condition whose controls are the rows `start`."""
+        return trust(self.training, Context(*condition, gene_means(self._screen.expression.log1p(start))[None]))
 
     def others(self, cell_type: str, batch: str) -> tuple[np.ndarray, np.ndarray] | None:
         """(G,) means of two halves of the training cells of a context, of any perturbation; None where they are few or

@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -69,6 +69,7 @@ from perturbdiff.features.tables import FeatureTable
 from perturbdiff.files import progress, write_json, written
 from perturbdiff.hub.records import EvaluationRecord, SplitRecord, loss
 from perturbdiff.inference.output import read_predicted
+from perturbdiff.means.trust import Verdict
 
 MODEL = "PerturbDiff"
 CEILING = "ceiling (half predicts half)"
@@ -320,6 +321,7 @@ def score_conditions(
     simple = None if split is None else SimpleMethods(screen, split, match, tables)
     choices = ControlChoices(screen.expression, seed)
     rows: list[dict[str, object]] = []
+    told: dict[Verdict, list[float]] = {}  # Pearson delta of the model
     responses: dict[tuple[str, str], list[Response]] = {}
     squared = np.zeros(2)  # measured response, of the predicted genes and of all
     sides: list[tuple[Condition, np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
@@ -348,6 +350,8 @@ def score_conditions(
                 *_, within_real = distances = own_distances(of_method, true, within_real)
                 scores = score_condition(of_method, true, control, other, n_equal, reference, distances)
                 without = leave_out(of_method, true, control, other, distances, n_folds)
+                if own is None and simple is not None:
+                    told.setdefault(simple.trust(condition, start).verdict, []).append(scores["pearson_delta"])
                 own = without if own is None else own
                 rows.append({"method": name, **known, **scores, **_errors(without, own), **unknown})
             ceiling = split_half_ceiling(true, control, other, max(n_equal // 2, 1), reference)
@@ -374,6 +378,8 @@ def score_conditions(
         )
     if len(common) < len(real):
         notes.append(f"{len(real) - len(common)} of {len(real)} measured conditions were not predicted.")
+    if shown := [_of_verdict(verdict, told[verdict]) for verdict in get_args(Verdict) if verdict in told]:
+        notes.append(f"By training conditions left out, {', '.join(shown)}.")
     if n_left_out:
         lost = "" if share is None else f", which hold {1 - share:.0%} of the squared response"
         notes.append(f"{n_left_out:,} of {len(kept):,} genes are not predicted and scored as no change{lost}.")
@@ -382,6 +388,14 @@ def score_conditions(
     hold_out, sha256 = (None, None) if split is None else (tuple(split.config.hold_out), split.sha256)
     table, data = _complete(pd.DataFrame(rows)), Path(screen.path).name
     return Scores(table, data, hold_out, sha256, len(kept), n_left_out, share, spread, tuple(notes), asked)
+
+
+def _of_verdict(verdict: Verdict, pearson: Sequence[float]) -> str:
+    known = [r for r in pearson if np.isfinite(r)]
+    mean = f" (mean pearson_delta {np.mean(known):.2f})" if known else ""
+    if verdict == "cannot tell":
+        return f"of {len(pearson)} nobody can tell more than what all perturbations do{mean}"
+    return f"{len(pearson)} {'is' if len(pearson) == 1 else 'are'} {verdict}{mean}"
 
 
 def _ask_cell_eval(

@@ -63,6 +63,8 @@ class Predictions:
         Labels that training has not seen, and the numbers of the requests that have them.
     widths
         Of each request, the median interval width (log1p) over the expressed genes; NaN where it is not known.
+    trust
+        Of each request, what is known of `means.trust.Trust`.
     """
 
     out: Path
@@ -77,6 +79,7 @@ class Predictions:
     unseen: dict[str, list[int]]
     widths: np.ndarray
     calibration: Calibration | None
+    trust: tuple[dict[str, Any], ...]
     n_controls: int = 0
 
     def text(self) -> str:
@@ -96,6 +99,7 @@ class Predictions:
             first = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
             which = "" if self.n_requests is None else f", in {len(numbers):,} requests (number {first})"
             lines.append(f"unseen      {label}{which}: extrapolated from features, other doses or the control cells")
+        lines += _trust_lines(self.trust)
         lines.append(f"sampler     {uns['sampler']}, {uns['n_steps']} steps, guidance {uns['guidance_scale']:g}")
         lines.append(f"certainty   {certainty(self.calibration, self.widths)}")
         controls = f" and {self.n_controls:,} control cells" if self.n_controls else ""
@@ -139,8 +143,9 @@ def predict_request(
     widths = np.array([median_width(table)])
     n_genes, absent = len(model.genes), tuple(uns["genes_absent"])
     return Predictions(
-        out, summary, n_cells, n_genes, absent, all_genes, None, 0, uns, unseen, widths, calibration, n_controls
-    )
+        out, summary, n_cells, n_genes, absent, all_genes, None, 0, uns, unseen, widths, calibration, (uns["trust"],),
+        n_controls,
+    )  # fmt: skip
 
 
 def predict_requests(
@@ -172,7 +177,8 @@ def predict_requests(
     layer
         Of the controls, to read in place of X.
     summary
-        A csv to write: request and perturbation, then the columns of `intervals.population_summary`.
+        A csv to write: request, perturbation and verdict (`means.trust`), then the columns of
+        `intervals.population_summary`.
     overwrite
         Replace `out` and `summary`.
     guidance_scale, steps, sampler, min_gene_overlap, all_genes
@@ -254,7 +260,7 @@ def predict_requests(
     n_genes, absent = len(model.genes), tuple(made[0]["genes_absent"])
     return Predictions(
         out, summary, sum(n_cells), n_genes, absent, all_genes, len(parts), sum(done), made[0], unseen, widths,
-        calibration, n_controls,
+        calibration, tuple(uns["trust"] for uns in made), n_controls,
     )  # fmt: skip
 
 
@@ -294,7 +300,32 @@ def _common(made: Sequence[Mapping[str, Any]], requests: Sequence[Request]) -> d
     table = {name: [getattr(request, name) for request in requests] for name in COLUMNS}
     table = {name: ["" if v is None else str(v) for v in values] for name, values in table.items()}
     table["unseen"] = ["; ".join(uns["unseen"]) for uns in made]
+    for name in ("verdict", "expected_pearson"):
+        table[name] = [str(uns["trust"].get(name, "")) for uns in made]
     return {**common, "unseen": sorted({label for uns in made for label in uns["unseen"]}), "requests": table}
+
+
+def _trust_lines(trust: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Which responses can be told, for people; nothing where all were trained, or nobody can know."""
+    said = [of for of in trust if of["verdict"] in ("known", "cannot tell")]
+    if not said:
+        return []
+    if len(trust) == 1:
+        how = f"trust       {said[0]['verdict']}: new is the {said[0]['new']}"
+        if "low" not in said[0]:
+            return [f"{how}; no training conditions, left out, say how well such a response is told"]
+        r, low, high = (said[0][name] for name in ("expected_pearson", "low", "high"))
+        return [
+            f"{how}, as of {said[0]['n_left_out']} training conditions that were left out; they say that beyond",
+            f"            what all perturbations do, Pearson's r is {r:.2f}, 90 % range {low:.2f} to {high:.2f}",
+        ]
+    untold = [number for number, of in enumerate(trust) if of["verdict"] == "cannot tell"]
+    n = len(said) - len(untold)
+    line = f"trust       {n:,} new response{'' if n == 1 else 's'} can be told"
+    if not untold:
+        return [line]
+    shown = f"number {', '.join(map(str, untold[:5]))}{', ...' if len(untold) > 5 else ''}"
+    return [f"{line}; of {len(untold):,} ({shown}) nobody can tell more", "            than what all perturbations do"]
 
 
 def _write_summary(
@@ -306,9 +337,11 @@ def _write_summary(
 ) -> None:
     with written(path) as temporary:
         for number, (part, request, mean) in enumerate(zip(parts, requests, control_means, strict=True)):
-            table = population_summary(read_predicted(part), mean, calibration)
+            predicted = read_predicted(part)
+            table = population_summary(predicted, mean, calibration)
             table.insert(0, "request", number)
             table.insert(1, "perturbation", request.perturbation)
+            table.insert(2, "verdict", predicted.uns["perturbdiff"]["trust"]["verdict"])
             table.to_csv(temporary, mode="a" if number else "w", header=not number, index=False)
 
 

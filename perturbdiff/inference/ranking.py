@@ -15,8 +15,9 @@ K = populations, G = genes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -89,8 +90,9 @@ def rank_perturbations(
     One row a candidate, best first:
     `rank`; `perturbation`; `score`, the mean over populations; `sd` between populations; `p_above`, the probability
     that one more population scores above no change (Student's t of K - 1 degrees of freedom); `rank_low`, `rank_high`,
-    the best and the worst rank among the populations; `trained`, False where training saw only features of it. sd and
-    p_above are NaN for one population.
+    the best and the worst rank among the populations; `trained`, False where training saw only features of it;
+    `verdict` and `expected_pearson` of `means.trust.Trust`: the place of one that "cannot tell" is a guess, whatever
+    its p_above. sd and p_above are NaN for one population.
 
     Raises
     ------
@@ -125,7 +127,7 @@ def rank_perturbations(
         else _nearness(model, expression, present, _cells(towards, model), min_gene_overlap)
     )
     n_cells = min(controls.n_obs, MAX_CELLS) if n_cells is None else n_cells
-    scores = np.empty((len(labels), n_populations))
+    scores, expected = np.empty((len(labels), n_populations)), list[dict[str, Any]]()
     with progress(len(labels) * n_cells * n_populations, "rank", "cell") as bar:
         for row, label in enumerate(labels):
             predicted = model.generate(
@@ -133,7 +135,8 @@ def rank_perturbations(
                 min_gene_overlap, True, bar,
             )  # fmt: skip
             scores[row] = _population_scores(predicted, controls, score)
-    return _table(labels, scores, _trained(model, labels))
+            expected.append(predicted.uns["perturbdiff"]["trust"])
+    return _table(labels, scores, _trained(model, labels), expected)
 
 
 def find_genes(genes: GeneVocab, names: Iterable[str]) -> tuple[list[int], list[str]]:
@@ -252,7 +255,9 @@ def _trained(model: PerturbDiff, labels: Sequence[str]) -> list[bool]:
     return [all(name in known for name, _ in model.vocabularies.parts(label)) for label in labels]
 
 
-def _table(labels: Sequence[str], scores: np.ndarray, trained: Sequence[bool]) -> pd.DataFrame:
+def _table(
+    labels: Sequence[str], scores: np.ndarray, trained: Sequence[bool], expected: Sequence[Mapping[str, Any]]
+) -> pd.DataFrame:
     n = scores.shape[1]
     mean = scores.mean(axis=1)
     sd = scores.std(axis=1, ddof=1) if n > 1 else np.full(len(labels), np.nan)
@@ -269,6 +274,8 @@ def _table(labels: Sequence[str], scores: np.ndarray, trained: Sequence[bool]) -
             "rank_low": ranks.min(axis=1),
             "rank_high": ranks.max(axis=1),
             "trained": trained,
+            "verdict": [of["verdict"] for of in expected],
+            "expected_pearson": [of.get("expected_pearson", np.nan) for of in expected],
         }
     )
     table = table.sort_values(["score", "perturbation"], ascending=[False, True], ignore_index=True)

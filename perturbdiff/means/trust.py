@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
@@ -58,6 +58,10 @@ class Trust:
     low: float = math.nan
     high: float = math.nan
     n_left_out: int = 0
+
+    def as_uns(self) -> dict[str, str | float | int]:
+        """What is known of its fields, for files that know neither None nor NaN."""
+        return {name: of for name, of in asdict(self).items() if of is not None and of == of}
 
 
 def trust(training: TrainingMeans, context: Context) -> Trust:

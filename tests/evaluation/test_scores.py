@@ -89,6 +89,22 @@ def test_every_method_is_scored_on_every_held_out_condition(screen, split, repor
     ]  # fmt: skip
 
 
+def test_scores_say_how_many_conditions_could_be_told(screen, split, report):
+    simple = SimpleMethods(screen, split, "batch")
+    own = report.conditions[report.conditions["method"] == MODEL]
+    of_verdict = {}
+    for _, row in own.iterrows():
+        condition = row["perturbation"], row["cell_type"], row["batch"]
+        here = np.all(screen.obs[["cell_type", "batch"]].astype(str) == condition[1:], axis=1).to_numpy()
+        start, _ = control_halves(screen, np.flatnonzero(here & screen.is_control))
+        of_verdict.setdefault(simple.trust(condition, start).verdict, []).append(row["pearson_delta"])
+    note = next(note for note in report.notes if note.startswith("By training conditions"))
+    for verdict, pearson in of_verdict.items():
+        shown = f"of {len(pearson)} nobody can tell" if verdict == "cannot tell" else f"{len(pearson)} "
+        assert shown in note
+        assert f"{np.mean(pearson):.2f}" in note
+
+
 def test_the_truth_scores_perfectly_and_beats_every_baseline(report):
     means = report.means()
     assert means.loc[MODEL, "pearson_delta"] > means["pearson_delta"].drop(MODEL).max()

@@ -23,6 +23,9 @@ from perturbdiff.inference.intervals import mean_expression, population_summary
 from perturbdiff.inference.output import read_predicted
 from perturbdiff.inference.predictions import predict_request, predict_requests
 from perturbdiff.inference.requests import COLUMNS, Request
+from perturbdiff.means.training import Context, TrainingMeans
+from perturbdiff.means.trust import trust
+from perturbdiff.model import PerturbDiff
 from tests.processes import PATIENCE
 from tests.screens import ROOT, counts_screen, log1p_cp10k, written
 from tests.untrained import untrained
@@ -189,6 +192,8 @@ def test_the_file_says_what_was_asked_and_how_it_was_made(model, controls, tmp_p
         "n_populations": ["1", "3", "1"],
         "seed": ["0", "0", "4"],
         "unseen": ["", "cell_type B cell", "cell_type B cell"],
+        "verdict": ["", "", ""],  # nobody can know: it has no means of training conditions
+        "expected_pearson": ["", "", ""],
     }
     assert done.unseen == {"cell_type B cell": [1, 2]}
     assert np.isnan(done.widths).tolist() == [True, False, True]
@@ -436,3 +441,46 @@ def test_a_killed_command_goes_on(model, screen, tmp_path):
     assert f"requests    80, {n_done} of them done before" in done.stdout
     assert read_predicted(out).n_obs == 80 * 200
     assert [path.name for path in tmp_path.glob("all*")] == ["all.parquet"]
+
+
+def knowing(n_batches=4, noise=0.05):
+    """A model that remembers the mean responses of A and B in batches of NK cells; of A strong ones, of B noise."""
+    rng = np.random.default_rng()
+    names, batches = ["A"] * n_batches + ["B"] * n_batches, [f"old{i}" for i in range(n_batches)] * 2
+    control = np.tile(rng.random((n_batches, 12)) + 5.0, (2, 1))
+    of_a = np.repeat([rng.normal(0, 1, 12), np.zeros(12)], n_batches, axis=0)
+    perturbed = control + of_a + rng.normal(0, noise, control.shape)
+    n = len(names)
+    plain = untrained()
+    means = TrainingMeans(names, ["NK"] * n, batches, control, perturbed, np.full(n, 50), plain.vocabularies.notation)
+    return PerturbDiff(
+        plain.denoiser, plain.genes, plain.vocabularies, plain.preprocessing, plain.config, plain.training, means=means
+    )
+
+
+def test_what_can_be_told_is_said_with_a_prediction(controls, tmp_path):
+    model, own = knowing(), controls[controls.obs["cell_type"] == "NK"].copy()
+    done = predict_request(model, own, Request("A", "NK", "b1"), tmp_path / "one.h5ad", steps=1)
+    said = read(tmp_path / "one.h5ad").uns["perturbdiff"]["trust"]
+    expression = model.in_own_space(own)
+    control = log1p_cp10k(expression.X)[(own.obs["batch"] == "b1").to_numpy()].mean(axis=0)
+    expected = trust(model.means, Context("A", "NK", "unknown", control[None]))
+    assert (said["verdict"], said["new"], said["n_left_out"]) == ("known", "batch", 8)
+    assert said["expected_pearson"] == pytest.approx(expected.expected_pearson, abs=1e-3)
+    line = next(line for line in done.text().splitlines() if line.startswith("trust"))
+    assert line.startswith("trust       known: ")
+
+
+def test_of_many_requests_those_that_nobody_can_tell_are_named(controls, tmp_path):
+    model = knowing()
+    requests = [Request("A", "NK"), Request("A", "T"), Request("A+B", "T")]
+    summary = tmp_path / "summary.csv"
+    done = predict_requests(model, controls, requests, tmp_path / "all.h5ad", steps=1, summary=summary)
+    table = read(tmp_path / "all.h5ad").uns["perturbdiff"]["requests"]
+    # Nothing says how responses go to another cell type: training had one. No combination was trained.
+    assert list(table["verdict"]) == ["known", "cannot tell", "cannot tell"]
+    assert list(table["expected_pearson"])[1:] == ["", ""]
+    assert float(table["expected_pearson"][0]) > 0.5
+    verdicts = pd.read_csv(summary).groupby("request")["verdict"].unique()
+    assert [list(of) for of in verdicts] == [["known"], ["cannot tell"], ["cannot tell"]]
+    assert "1 new response can be told; of 2 (number 1, 2)" in done.text()

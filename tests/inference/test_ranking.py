@@ -13,6 +13,8 @@ from perturbdiff.config import DataConfig, ObsColumns, find_recipe, load_config
 from perturbdiff.data.screen import Screen, control_cells
 from perturbdiff.data.simulate import SimulationConfig, simulate
 from perturbdiff.inference.ranking import find_genes, rank_perturbations
+from perturbdiff.means.training import TrainingMeans
+from perturbdiff.model import PerturbDiff
 from perturbdiff.training.loop import fit
 from tests.screens import counts_screen, log1p_cp10k, shared, written
 from tests.untrained import untrained
@@ -154,6 +156,28 @@ def test_genes_that_the_controls_lack_do_not_count(model, controls, capsys):
         rank_perturbations(model, fewer, up=["gene_4", "gene_9"], down=["gene_2"], **options)
     with pytest.raises(ValueError, match="gene_4 must not be an up and a down gene"):
         rank_perturbations(model, fewer, up=UP, down=["gene_4", "gene_2"], **options)
+
+
+def test_candidates_of_which_nobody_can_tell_are_flagged(controls):
+    rng, plain = np.random.default_rng(), untrained(perturbations=NAMES, std=0.5)
+    n_batches, n = 5, 15
+    control = np.tile(rng.random((n_batches, 12)) + 5.0, (3, 1))
+    effect = np.repeat([rng.normal(0, 1, 12), np.zeros(12), np.zeros(12)], n_batches, axis=0)
+    means = TrainingMeans(
+        list(np.repeat(["A", "B", "C"], n_batches)), ["NK"] * n, [f"old{i}" for i in range(n_batches)] * 3, control,
+        control + effect + rng.normal(0, 0.1, control.shape), np.full(n, 50), plain.vocabularies.notation,
+    )  # fmt: skip
+    model = PerturbDiff(
+        plain.denoiser, plain.genes, plain.vocabularies, plain.preprocessing, plain.config, plain.training, means=means
+    )
+    table = rank_perturbations(model, controls, up=UP, cell_type="NK", n_cells=2, n_populations=2, steps=1)
+    said = table.set_index("perturbation")
+    assert said["verdict"]["A"] == "known"
+    assert said["expected_pearson"]["A"] > 0.5
+    assert said["verdict"]["D"] == "cannot tell"  # it was not among the training conditions
+    without = rank_perturbations(plain, controls, up=UP, cell_type="NK", n_cells=2, n_populations=2, steps=1)
+    assert set(without["verdict"]) == {""}
+    assert without["expected_pearson"].isna().all()
 
 
 def test_one_population_says_nothing_of_uncertainty(model, controls, monkeypatch):
