@@ -27,6 +27,7 @@ from perturbdiff.means.stack import LeftOut, Stack
 from perturbdiff.means.training import Context, TrainingMeans
 
 LEVEL = 0.9  # of the range of r
+LEAST_R = 0.1  # a hundredth of the variance: less is told by the noise of the others' mean, which predictors share
 LEAST_CELLS = 20  # fewer measure a left-out condition too badly to say how it was told
 FROM_SIZES = 8  # left-out conditions from which on the size of a response counts
 NOTHING = 1e-6  # of the size of a shift, that is left beyond the mean of the others by rounding
@@ -40,8 +41,8 @@ class Trust:
     """What is expected of the prediction of a condition.
 
     verdict
-        trained: this very condition was, at this dose. known: the lower end of the range of r is above 0. cannot tell:
-        it is not, or nothing as new can be left out.
+        trained: this very condition was, at this dose. known: the lower end of the range of r is above LEAST_R. cannot
+        tell: it is not, or nothing as new can be left out.
     new
         How it is new to the training conditions; None if it was trained.
     expected_pearson
@@ -87,7 +88,7 @@ def trust(training: TrainingMeans, context: Context) -> Trust:
     if size == 0:
         return Trust("cannot tell", new, 0.0, 0.0, 0.0, len(sizes))
     expected, low, high = expected_r(sizes, found, size)
-    return Trust("known" if low > 0 else "cannot tell", new, expected, low, high, len(sizes))
+    return Trust("known" if low > LEAST_R else "cannot tell", new, expected, low, high, len(sizes))
 
 
 def expected_r(sizes: np.ndarray, r: np.ndarray, size: float) -> tuple[float, float, float]:

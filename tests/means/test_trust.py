@@ -156,6 +156,14 @@ def test_nothing_is_told_of_perturbations_that_nobody_saw():
     assert (both.verdict, both.new) == ("cannot tell", "perturbation and cell type")
 
 
+def test_less_noise_than_the_mean_of_the_others_is_no_knowledge():
+    rng = np.random.default_rng()
+    training = screen(rng, n_perturbations=20, n_genes=2000, noise=0.2)
+    found = trust(training, Context("never", "T0", "b", training.control_mean[:1]))
+    assert found.verdict == "cannot tell"  # though r is above 0: of context and perturbation all conditions know more
+    assert found.high < 0.2
+
+
 def test_what_was_trained_is_said_to_be():
     training = screen(np.random.default_rng())
     assert trust(training, Context("P1", "T2", "b", training.control_mean[:1])) == Trust("trained", None)
