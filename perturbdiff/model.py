@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData, concat
+from scipy import sparse
 from torch import Tensor
 
 from perturbdiff._version import __version__
@@ -62,6 +63,7 @@ from perturbdiff.hub.tensors import (
     with_means,
     write_model_folder,
 )
+from perturbdiff.means.populations import NOT_ASKED, PopulationDraws, population_draws
 from perturbdiff.means.predictors import Start, response_kept, start_shift
 from perturbdiff.means.shifts import moves
 from perturbdiff.means.training import Context as Asked
@@ -74,6 +76,7 @@ from perturbdiff.nn.transfer import tables_of
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+MAX_PILOT_CELLS = 128  # predicted to know their mean
 MAX_PREDICTED_CELLS = 50_000_000  # of one call: the answer is held in memory
 MOST_GENES = 0.8  # of the genes of training; with fewer, library sizes are other sums
 READ_AGAIN = 5  # times, a folder that is replaced while it is read
@@ -316,6 +319,7 @@ class PerturbDiff:
         min_gene_overlap: float = 0.5,
         all_genes: bool = False,
         with_controls: bool = False,
+        varied: bool = True,
     ) -> AnnData:
         """Predict cells under a perturbation from control cells.
 
@@ -339,7 +343,8 @@ class PerturbDiff:
             Cells to predict in each population; one for each control cell by default. Fewer start from controls
             whose mean is that of all.
         n_populations
-            Independent draws of the response distribution.
+            Draws of the response distribution: each is of one batch, whose cells differ together from the mean over
+            batches, where training saw several (`means.populations`). A single one is a draw too.
         guidance_scale, steps, sampler
             w of (1 + w) cond - w uncond; denoiser calls; "ddim" or "ddpm". The model's own defaults if None.
         seed
@@ -351,6 +356,8 @@ class PerturbDiff:
             what they were: by default they are left out, with a warning.
         with_controls
             Add the control cells of the context behind the predicted ones, as `control_rows`.
+        varied
+            False: every population is of the mean over batches.
 
         Returns
         -------
@@ -381,7 +388,7 @@ class PerturbDiff:
         _refuse_too_many(total)
         settings = (cell_type, batch, n_cells, n_populations, guidance_scale, steps, sampler, seed, min_gene_overlap)
         with progress(total, "predict", "cell") as bar:
-            made = [self.generate(cells, name, *settings, all_genes, bar) for name in wanted]
+            made = [self.generate(cells, name, *settings, all_genes, bar, varied) for name in wanted]
         for i, part in enumerate(made):
             part.obs_names = [f"predicted_{i * part.n_obs + k}" for k in range(part.n_obs)]
         predicted = made[0] if len(made) == 1 else concat(made, merge="same", uns_merge="first")
@@ -428,6 +435,7 @@ class PerturbDiff:
         min_gene_overlap: float = 0.5,
         all_genes: bool = False,
         bar: tqdm[Any] | None = None,
+        varied: bool = True,
     ) -> AnnData:
         """`predict` from exactly these cells, whatever their labels say, without a warning; for those who chose them.
 
@@ -446,9 +454,12 @@ class PerturbDiff:
         alignment = self.genes.align(expression.genes, min_gene_overlap)
         expression = expression.with_genes(self.genes, alignment.columns)
         contexts = self._contexts(controls.obs, cell_type, batch)
-        sources = [choose_controls(expression, n_cells, seed, population) for population in range(n_populations)]
         cell_types, batches = self.vocabularies.cell_types.ids, self.vocabularies.batches.ids
         known = [(c if c in cell_types else None, b if b in batches else None) for c, b in contexts]
+        drawn = self._draws(perturbation, contexts, n_populations, seed, alignment.columns >= 0) if varied else {}
+        differs = any(draws.of_population is not None for draws in drawn.values())
+        # A population that is measured is not of cells that were chosen by their mean.
+        sources = [choose_controls(expression, n_cells, seed, k, not differs) for k in range(n_populations)]
         sets, conditions = assign_sets(known, sources, self.config.set_size)
         source = np.concatenate([s.rows for s in sets])  # the control each predicted cell starts from
         population = np.concatenate([np.full(len(s.rows), s.key[0]) for s in sets])
@@ -457,7 +468,19 @@ class PerturbDiff:
         moved = self._moves(asked, sampling.network_weight)
         with nullcontext(bar) if bar is not None else progress(len(source), "predict", "cell") as bar:
             phi = None if self.means is None else self.means.overdispersion
-            X, one = denoise_sets(self.denoiser, sets, expression, labels, self.config, sampling, seed, bar, moved, phi)
+            predict = partial(
+                denoise_sets, self.denoiser, expression=expression, labels=labels, config=self.config,
+                sampling=sampling, moves=moved, overdispersion=phi,
+            )  # fmt: skip
+            own = (
+                self._population_moves(drawn, known, conditions, expression, alignment.columns >= 0, predict)
+                if differs
+                else None
+            )
+            # Where training mixed batches, predicted cells do too, but those that start from the mean of their own.
+            mixed = differs and not len(self.vocabularies.batches) and self.config.diffusion.start != "mean"
+            within = [drawn[name].within for name, _ in conditions] if mixed and sampling.network_weight == 1 else None
+            X, one = predict(sets=sets, seed=seed, bar=bar, drawn=own, within=within)
         context = [contexts[i] for i in source]
         obs = pd.DataFrame(
             {
@@ -487,6 +510,7 @@ class PerturbDiff:
             **{name: getattr(sampling, name) for name in ("sampler", "spacing", "guidance_scale", "eta")},
             "n_steps": sampling.n_calls,
             "n_populations": n_populations,
+            "populations_differ": "; ".join(sorted({of.how for of in drawn.values()})) or NOT_ASKED,
             "x_kind": "log1p",
             "target_sum": self.preprocessing.target_sum or 0.0,  # 0: nobody knows
             "library_size_col": self.preprocessing.library_size_col or "",
@@ -656,6 +680,50 @@ class PerturbDiff:
         kept = response_kept(self.means, asked[0].perturbation) if start == "target" else 1.0
         controls, *rest = (np.stack(of_start).astype(np.float32) for of_start in found)
         return Moves(controls, np.full(len(asked), kept, dtype=np.float32), *rest)
+
+    def _draws(
+        self, perturbation: str, contexts: Sequence[Context], n_populations: int, seed: int, measured: np.ndarray
+    ) -> dict[str | None, PopulationDraws]:
+        """Of each cell type that the model tells apart; nothing of genes that were not `measured`, (G,) bool."""
+        known, batches = self.vocabularies.cell_types.ids, dict[str | None, set[str | None]]()
+        for cell_type, batch in contexts:
+            batches.setdefault(cell_type if cell_type in known else None, set()).add(batch)
+        parts, own = self.vocabularies.parts(perturbation), set(self.vocabularies.batches.names)
+        return {
+            cell_type: population_draws(
+                self.means, parts, cell_type or "unknown", of, own, n_populations, seed
+            ).of_genes(measured)
+            for cell_type, of in batches.items()
+        }
+
+    def _population_moves(
+        self,
+        drawn: Mapping[str | None, PopulationDraws],
+        known: Sequence[Context],
+        conditions: Sequence[Context],
+        expression: Expression,
+        measured: np.ndarray,
+        predict: Callable[..., tuple[sparse.csr_matrix, np.ndarray | None]],
+    ) -> list[np.ndarray | None]:
+        """(K, G) by condition: the draws, and what takes the mean of predicted cells to where these are drawn around.
+
+        That mean is of some cells that are predicted for it, always the same ones: of a population of any seed and
+        number the move is one.
+        """
+        moves: dict[str | None, np.ndarray | None] = {name: of.of_population for name, of in drawn.items()}
+        for cell_type, of in drawn.items():
+            if of.of_population is None or of.effect is None:
+                continue
+            here = np.flatnonzero([name == cell_type for name, _ in known])
+            X, library_size = expression.X[here], expression.library_size[here]
+            controls = replace(expression, X=X, library_size=library_size)
+            chosen = here[choose_controls(controls, min(MAX_PILOT_CELLS, len(here)), 0, 0)]
+            sets, _ = assign_sets(known, [chosen], self.config.set_size)
+            with progress(len(chosen), "predict", "cell", shown=False) as unseen:
+                predicted = gene_means(predict(sets=sets, seed=0, bar=unseen)[0])
+            wanted = np.maximum(gene_means(controls.log1p()) + of.effect, 0)
+            moves[cell_type] = of.of_population + np.where(measured, wanted - predicted, 0)
+        return [moves[cell_type] for cell_type, _ in conditions]
 
     def _sampling(self, guidance_scale: float | None, steps: int | None, sampler: str | None) -> SamplingConfig:
         given = {"guidance_scale": guidance_scale, "sampler": sampler}

@@ -43,6 +43,9 @@ def add_predict_commands(commands: Any) -> None:
     predict.add_argument("--overwrite", action="store_true", help="replace --out and --summary if they exist")
     predict.add_argument("--n-cells", type=int, metavar="N", help="cells to predict (default: one per control cell)")
     predict.add_argument("--n-populations", type=int, default=1, metavar="N", help="draws of the response distribution")
+    predict.add_argument(
+        "--average", action="store_true", help="of the mean over batches, not draws that differ as batches do"
+    )
     predict.add_argument("--all-genes", action="store_true", help="keep genes of the model that the controls lack")
     predict.add_argument(
         "--with-controls", action="store_true", help="add the control cells to the file, as cell-eval wants them"
@@ -134,7 +137,7 @@ def _predict(arguments: argparse.Namespace) -> None:
         arguments.seed,
     )  # fmt: skip
     where = {name: getattr(arguments, name) for name in ("layer", "summary", "overwrite", "all_genes", "with_controls")}
-    options = {**where, **sampling_of(arguments)}
+    options = {**where, **sampling_of(arguments), "varied": not arguments.average}
     requests = None if arguments.requests is None else read_requests(arguments.requests, one)
     model = load_model(arguments.model, arguments.features, arguments.settings, arguments.controls)
     done = (

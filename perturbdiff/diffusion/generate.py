@@ -37,18 +37,21 @@ MAX_VALUES_PER_CHUNK = 1 << 22  # cells x genes denoised at once: memory does no
 Context = tuple[str | None, str | None]  # cell type and batch; None where nobody says
 
 
-def choose_controls(expression: Expression, n_cells: int | None, seed: int, population: int) -> np.ndarray:
+def choose_controls(
+    expression: Expression, n_cells: int | None, seed: int, population: int, representative: bool = True
+) -> np.ndarray:
     """The control that each cell to predict starts from, (n_cells,): all once if None, repeated when they run out.
 
     A part of the controls is chosen so that its mean is that of all: at random, then by exchanging cells as long as
-    that brings the means together. By chance alone the means differ by more than weak perturbations do.
+    that brings the means together. By chance alone the means differ by more than weak perturbations do; where that
+    difference is wanted, as between cells that were measured, `representative` is False.
     """
     n = len(expression)
     if n_cells is None:
         return numpy_generator(seed, "prediction order", population).permutation(n)
     drawn = draw_controls(n, n_cells, seed, population)
     whole, rest = n_cells // n * n, n_cells % n
-    if rest == 0:
+    if rest == 0 or not representative:
         return drawn
     return np.concatenate([drawn[:whole], _representative(expression, drawn[whole:], seed, population)])
 
@@ -120,8 +123,13 @@ def denoise_sets(
     bar: tqdm[Any],
     moves: Moves | None = None,
     overdispersion: np.ndarray | None = None,
+    drawn: Sequence[np.ndarray | None] | None = None,
+    within: Sequence[np.ndarray | None] | None = None,
 ) -> tuple[sparse.csr_matrix, np.ndarray | None]:
     """Predicted cells of all sets in their order, (cells, G) log1p; `labels` and `moves` are by condition number.
+
+    So are `drawn`: of each population, (K, G) log1p, how its mean differs; and `within`: (G,) what is kept of the
+    differences of cells from the mean of their set. None where nothing does.
 
     Where they hold whole counts alone (sampling.draw_counts), also the (cells,) log1p value of one in each, else None.
     `overdispersion` as of `draw_counts`.
@@ -136,7 +144,8 @@ def denoise_sets(
     for start in range(0, len(sets), sets_per_chunk):
         chunk = sets[start : start + sets_per_chunk]
         batch = make_batch(chunk, config.set_size, expression, labels, moves=moves).to(device)
-        x0 = sample_batch(denoiser, batch, sampling, config.diffusion, seed)
+        change = None if drawn is None else _population_change(chunk, drawn, within, expression).to(device)
+        x0 = sample_batch(denoiser, batch, sampling, config.diffusion, seed, change)
         cells = x0[batch.mask].mul_(expression.preprocessing.scale).cpu().numpy()
         if one is not None:
             ends = np.cumsum([len(of.rows) for of in chunk])
@@ -170,10 +179,51 @@ def _total(expression: Expression) -> float | None:
     return target if whole else None
 
 
-def sample_batch(
-    denoiser: Denoiser, batch: CellSetBatch, sampling: SamplingConfig, diffusion: DiffusionConfig, seed: int
+def _population_change(
+    sets: Sequence[CellSet],
+    drawn: Sequence[np.ndarray | None],
+    within: Sequence[np.ndarray | None] | None,
+    expression: Expression,
 ) -> Tensor:
-    """Cells of the batch's conditions from its controls, (B, S, G) model units; random by seed and the sets' keys."""
+    # (B, 2, G) what is kept of differences within a set, and by what its mean moves, model units.
+    change = np.zeros((len(sets), 2, len(expression.genes)), dtype=np.float32)
+    change[:, 0] = 1
+    for row, own in zip(change, sets, strict=True):
+        if (of := drawn[own.condition]) is not None:
+            row[1] = of[own.key[0]] / expression.preprocessing.scale
+        if within is not None and (kept := within[own.condition]) is not None:
+            row[0] = kept
+    return torch.from_numpy(change)
+
+
+def changed_together(x: Tensor, mask: Tensor, change: Tensor) -> Tensor:
+    """Cells (B, S, G) of each set, with less difference between them and another mean; mask (B, S).
+
+    change
+        (B, 2, G) the part of their differences from the mean of the set that stays, and by what that mean moves. It
+        moves as `means.shifts.shift_cells` does: a gene that rises does so by as much in every cell, one that falls
+        loses the same part of its value in every cell, and no more than all.
+    """
+    kept, by = change[:, :1], change[:, 1:]
+    mean = ((x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp_min(1))[:, None]  # (B, 1, G)
+    x = torch.lerp(mean.expand_as(x), x, kept.expand_as(x))
+    left = torch.where((by < 0) & (mean > 0), 1 + by / mean.clamp_min(1e-30), 1.0).clamp_min(0)
+    return (x * left + by.clamp_min(0)) * mask[..., None]
+
+
+def sample_batch(
+    denoiser: Denoiser,
+    batch: CellSetBatch,
+    sampling: SamplingConfig,
+    diffusion: DiffusionConfig,
+    seed: int,
+    change: Tensor | None = None,
+) -> Tensor:
+    """Cells of the batch's conditions from its controls, (B, S, G) model units; random by seed and the sets' keys.
+
+    change
+        (B, 2, G) how each set's population differs, as `changed_together` takes it.
+    """
     schedule = Schedule(diffusion.schedule, diffusion.n_timesteps)
     # Noise comes from one generator a set, so that a set's cells do not depend on its neighbours.
     _, control = batch.dense()
@@ -199,6 +249,8 @@ def sample_batch(
     if weight > 0:
         made = sample(denoise, draw(), control, shown(batch.labels, diffusion), sampling, schedule, draw)
         x0 = torch.lerp(x0, made, weight)
+    if change is not None:
+        x0 = changed_together(x0, batch.mask, change)
     if sampling.whole_counts:
         return with_whole_counts(x0, batch.one_count(), uniform_draws(batch, seed, "prediction counts"))
     return x0

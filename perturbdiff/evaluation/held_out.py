@@ -93,7 +93,10 @@ def predict_held_out(model: PerturbDiff, screen: Screen, split: Split, match: Co
     with progress(sum(len(rows) for rows in real.values()), "predict", "cell") as bar:
         for (perturbation, cell_type, batch), rows in real.items():
             cells = screen.adata(control_halves(screen, controls[cell_type, batch])[0])
-            predicted = model.generate(cells, perturbation, cell_type, batch, n_cells=len(rows), seed=seed, bar=bar)
+            # Scores are of one prediction: of the mean over batches, from which a draw would differ at random.
+            predicted = model.generate(
+                cells, perturbation, cell_type, batch, n_cells=len(rows), seed=seed, bar=bar, varied=False
+            )
             predicted.obs_names = pd.Index([f"predicted_{n_cells + i}" for i in range(len(rows))])
             n_cells += len(rows)
             predictions.append(predicted)

@@ -1,4 +1,4 @@
-"""Whether predicted populations vary as measured ones do: a distance between distributions over distributions.
+"""Whether predicted populations vary as measured ones do: their means, and a distance between clouds of populations.
 
 A response is a random distribution, so that its populations (batches, donors, replicates of one nominal condition) are
 a cloud of distributions. G = genes.
@@ -7,6 +7,7 @@ a cloud of distributions. G = genes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -61,3 +62,57 @@ def two_level_distance(predicted: Sequence[np.ndarray], measured: Sequence[np.nd
     between = torch.from_numpy(np.sqrt(np.maximum(2 * mean - within[:, None] - within, 0)))
     n = len(predicted)
     return float(energy_of((between[:n, n:], between[:n, :n], between[n:, n:])))
+
+
+@dataclass(frozen=True)
+class PopulationScores:
+    """How predicted populations vary beside measured ones.
+
+    variance_ratio
+        Predicted over measured variance of population means, summed over genes, without what finitely many cells make
+        (the variance between cells over their number). 1 is right; not to be taken for that between cells.
+    pc1_ratio
+        The same along the first principal direction of the measured means, nothing taken off.
+    two_level
+        `two_level_distance`.
+    coverage
+        Part of measured (population, gene) means in the 5 to 95 % range of the predicted ones. K predicted populations
+        of the measured law cover .9 (K - 1) / (K + 1).
+    within
+        Predicted over measured variance between the cells of a population, means over genes.
+    mean_error
+        Mean over genes of the difference of the means of population means, without sign.
+    """
+
+    variance_ratio: float
+    pc1_ratio: float
+    two_level: float
+    coverage: float
+    within: float
+    mean_error: float
+
+
+def population_scores(predicted: Sequence[np.ndarray], measured: Sequence[np.ndarray]) -> PopulationScores:
+    """Scores of populations, (n_i, G) log1p cells each, two or more on a side and two cells in each.
+
+    Raises ValueError as `two_level_distance`, and for a population of one cell.
+    """
+    distance = two_level_distance(predicted, measured)
+    if min(map(len, [*predicted, *measured])) < 2:
+        raise ValueError("a population of one cell does not tell how its cells differ; give two or more of each.")
+    mine, theirs = (
+        np.stack([cells.mean(axis=0, dtype=np.float64) for cells in side]) for side in (predicted, measured)
+    )
+    noise = [
+        np.mean([c.var(axis=0, ddof=1, dtype=np.float64) / len(c) for c in s], axis=0) for s in (predicted, measured)
+    ]
+    between = [(means.var(axis=0, ddof=1) - own).sum() for means, own in zip((mine, theirs), noise, strict=True)]
+    direction = np.linalg.svd(theirs - theirs.mean(axis=0), full_matrices=False)[2][0]
+    along = [(means @ direction).var(ddof=1) for means in (mine, theirs)]
+    low, high = np.quantile(mine, [0.05, 0.95], axis=0)
+    within = [np.mean([cells.var(axis=0, dtype=np.float64) for cells in side]) for side in (predicted, measured)]
+    with np.errstate(divide="ignore", invalid="ignore"):  # nothing varies: no ratio
+        ratios = [float(np.float64(a) / b) for a, b in (between, along, within)]
+    covered = float(((theirs >= low) & (theirs <= high)).mean())
+    mean_error = float(np.abs(mine.mean(axis=0) - theirs.mean(axis=0)).mean())
+    return PopulationScores(ratios[0], ratios[1], distance, covered, ratios[2], mean_error)

@@ -203,7 +203,7 @@ def _how_to_load(perturbations: Sequence[str], name: str) -> str:
         lines.append(f"predicted = model.predict(controls, perturbation={first})")
         after = """
 
-`predicted` is an AnnData of log1p values with the model's gene names; `n_populations=3` draws the response three times,
+`predicted` is an AnnData of log1p values with the model's gene names; `n_populations=3` draws three populations,
 and `predicted.uns["perturbdiff"]` says how it was made and what was unseen."""
     return "```python\n" + "\n".join(lines) + "\n```" + after
 
@@ -367,6 +367,11 @@ def _limits(model: ModelMetadata) -> str:
         "- A cell type or batch that training saw with no perturbation is an unknown one to the model: the prediction "
         'then rests on the control cells, and `predicted.uns["perturbdiff"]["unseen"]` says so.'
     )
+    if model.trained is None or not model.trained.tells_batches_apart:
+        lines.append(
+            "- Its populations do not vary as batches of one condition do: it does not know how these differ. Several "
+            "are repeats of one mixture of cells."
+        )
     lines.append(
         "- Fewer than half of its genes in the control cells are an error; of the others nothing is predicted."
     )

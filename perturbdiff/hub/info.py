@@ -10,7 +10,14 @@ from perturbdiff.data.vocab import Vocabularies
 from perturbdiff.files import few, inside, printable
 from perturbdiff.hub.download import ModelSource
 from perturbdiff.hub.metadata import ModelMetadata
-from perturbdiff.hub.model_folder import GOLDEN, MEANS_TENSORS, OVERDISPERSION, ModelFolder, tensor_header
+from perturbdiff.hub.model_folder import (
+    GOLDEN,
+    MEANS_TENSORS,
+    NOISE_TENSORS,
+    OVERDISPERSION,
+    ModelFolder,
+    tensor_header,
+)
 from perturbdiff.hub.records import EvaluationRecord, TrainingRecord
 
 MAX_LINE = 1000  # characters
@@ -115,7 +122,7 @@ def _size(source: ModelSource, folder: ModelFolder) -> str:
     files = [name for name in folder.tensor_files if name != GOLDEN]
     if all((folder.path / name).is_file() for name in files):
         headers = [tensor_header(inside(folder.path, name)).items() for name in files]
-        not_weights = (*MEANS_TENSORS, OVERDISPERSION)
+        not_weights = (*MEANS_TENSORS, *NOISE_TENSORS, OVERDISPERSION)
         sizes = [math.prod(shape) for of in headers for name, (shape, _) in of if name not in not_weights]
         return f"{sum(sizes):,} parameters"
     return f"{size:,} bytes of weights" if (size := source.listed_bytes(files)) else "weights that are not here"

@@ -32,6 +32,7 @@ JSON_FILES = (
 MEANS = "means.json"  # conditions whose means say where predictions start; the means are tensors
 MEANS_TENSORS = ("means_control", "means_perturbed")  # (conditions, genes)
 OVERDISPERSION = "overdispersion"  # (genes,), with them
+NOISE_TENSORS = ("means_control_noise", "means_perturbed_noise")  # their variances, where means.json says so
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"  # which shard has which tensor, for readers other than this one
 SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")

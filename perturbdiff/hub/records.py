@@ -89,20 +89,29 @@ class StartRecord:
 @dataclass(frozen=True)
 class MeansRecord:
     """means.json: the training conditions whose means say where predictions start, one entry each; `means_control` and
-    `means_perturbed` (n, G) among the weights are theirs."""
+    `means_perturbed` (n, G) among the weights are theirs, and where `noise` is true `means_control_noise` and
+    `means_perturbed_noise`."""
 
     perturbation: tuple[str, ...]
     cell_type: tuple[str, ...]
     batch: tuple[str, ...]
     n_cells: tuple[int, ...]
+    noise: bool
 
     @classmethod
     def of(cls, means: TrainingMeans) -> MeansRecord:
         labels = tuple(means.perturbation), tuple(means.cell_type), tuple(means.batch)
-        return cls(*labels, tuple(means.n_cells.tolist()))
+        noise = means.control_noise is not None and means.perturbed_noise is not None
+        return cls(*labels, tuple(means.n_cells.tolist()), noise)
+
+    @property
+    def tells_batches_apart(self) -> bool:
+        """Whether a perturbation has two batches of a cell type, and the noise in their means is known."""
+        where = list(zip(self.perturbation, self.cell_type, strict=True))
+        return self.noise and len(set(where)) < len(where)
 
     def __post_init__(self) -> None:
-        lengths = {len(getattr(self, field.name)) for field in fields(self)}
+        lengths = {len(getattr(self, field.name)) for field in fields(self) if field.name != "noise"}
         if len(lengths) > 1 or 0 in lengths or min(self.n_cells) < 1:
             raise ValueError("means.json must name the same number of labels and of cells, at least one of each.")
 

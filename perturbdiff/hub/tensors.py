@@ -30,12 +30,14 @@ from perturbdiff.hub.model_folder import (
     GOLDEN,
     JSON_FILES,
     MEANS_TENSORS,
+    NOISE_TENSORS,
     OVERDISPERSION,
     WEIGHTS_INDEX,
     ModelFolder,
     config_hash,
     tensor_header,
 )
+from perturbdiff.hub.records import MeansRecord
 from perturbdiff.means.training import TrainingMeans
 from perturbdiff.nn.denoiser import Denoiser, build_denoiser
 
@@ -128,7 +130,7 @@ def denoiser_of(metadata: ModelMetadata) -> Denoiser:
     with torch.device("meta"):
         denoiser = build_denoiser(metadata.config.denoiser, len(metadata.genes), metadata.vocabularies)
         if metadata.trained is not None:
-            for name in MEANS_TENSORS:
+            for name in _names_of(metadata.trained):
                 denoiser.register_buffer(name, torch.empty(len(metadata.trained.n_cells), len(metadata.genes)))
             denoiser.register_buffer(OVERDISPERSION, torch.empty(len(metadata.genes)))
     return denoiser
@@ -138,14 +140,29 @@ def take_means(denoiser: Denoiser, metadata: ModelMetadata) -> TrainingMeans | N
     """The means that lie among the weights, out of them. Raises ValueError where they are not finite."""
     if metadata.trained is None:
         return None
-    names = (*MEANS_TENSORS, OVERDISPERSION)
-    control, perturbed, overdispersion = (denoiser.get_buffer(name).double().numpy() for name in names)
-    for name in names:
-        delattr(denoiser, name)
     known = metadata.trained
-    labels = list(known.perturbation), list(known.cell_type), list(known.batch)
-    notation, n_cells = metadata.vocabularies.notation, np.array(known.n_cells)
-    return TrainingMeans(*labels, control, perturbed, n_cells, notation, metadata.genes, overdispersion=overdispersion)
+    arrays = {name: denoiser.get_buffer(name).double().numpy() for name in (*_names_of(known), OVERDISPERSION)}
+    for name in arrays:
+        delattr(denoiser, name)
+    control, perturbed = (arrays[name] for name in MEANS_TENSORS)
+    control_noise, perturbed_noise = (arrays.get(name) for name in NOISE_TENSORS)
+    return TrainingMeans(
+        list(known.perturbation),
+        list(known.cell_type),
+        list(known.batch),
+        control,
+        perturbed,
+        np.array(known.n_cells),
+        metadata.vocabularies.notation,
+        metadata.genes,
+        overdispersion=arrays[OVERDISPERSION],
+        control_noise=control_noise,
+        perturbed_noise=perturbed_noise,
+    )
+
+
+def _names_of(means: MeansRecord) -> tuple[str, ...]:
+    return (*MEANS_TENSORS, *NOISE_TENSORS) if means.noise else MEANS_TENSORS
 
 
 def with_means(weights: dict[str, Tensor], means: TrainingMeans | None) -> dict[str, Tensor]:
@@ -153,9 +170,10 @@ def with_means(weights: dict[str, Tensor], means: TrainingMeans | None) -> dict[
     if means is None:
         return weights
     assert means.overdispersion is not None, "the means of a model have it"
-    arrays = means.control_mean, means.perturbed_mean, means.overdispersion
-    named = zip((*MEANS_TENSORS, OVERDISPERSION), arrays, strict=True)
-    return {**weights, **{name: torch.from_numpy(values).float() for name, values in named}}
+    values = means.control_mean, means.perturbed_mean, means.control_noise, means.perturbed_noise
+    arrays = dict(zip((*MEANS_TENSORS, *NOISE_TENSORS), values, strict=True)) | {OVERDISPERSION: means.overdispersion}
+    names = (*_names_of(MeansRecord.of(means)), OVERDISPERSION)
+    return {**weights, **{name: torch.from_numpy(np.asarray(arrays[name])).float() for name in names}}
 
 
 def max_tensor_bytes(denoiser: nn.Module) -> int:

@@ -1,11 +1,13 @@
 """How sure a prediction is: the spread between drawn populations, and intervals whose coverage was measured.
 
 A model draws several populations of one condition. Of each gene, `mean` is the mean over populations of the mean over
-cells, and `spread` the standard deviation between the populations' means. Intervals are
+cells, and `spread` the standard deviation between the populations' means, without what finitely many cells make of it:
+the root of their variance less the variance between cells over their number, and 0 where nothing is left. It does not
+vanish in large populations. Intervals are
 
     mean +- factor * sqrt(spread^2 + floor^2)                                                                  (1)
 
-with factor and floor of a calibration on conditions that were held out whole: `floor` is the median spread there, and
+with factor and floor of a calibration on conditions that were held out whole: `floor` is the median error there, and
 `factor` the smallest that covers the measured mean in `level` of all (condition, gene) pairs, with the correction for
 their number (split conformal prediction; Lei et al. 2018, JASA 113). Genes of one condition err together, so the
 coverage that is reported is that of conditions left out of the calibration in turn, never that of (1) on its own data.
@@ -33,7 +35,7 @@ from perturbdiff.hub.records import Calibration
 from perturbdiff.model import PerturbDiff
 
 LEVEL = 0.9
-SMALLEST_FLOOR = 1e-6  # log1p; where all populations agree to the last digit
+SMALLEST_FLOOR = 1e-6  # log1p; where most means are predicted to the last digit
 MAX_CELLS = 500  # of a population in a calibration
 
 
@@ -59,7 +61,7 @@ def population_summary(
     """
     means = population_means(predicted)  # (K, G)
     mean = means.mean(axis=0)
-    spread = means.std(axis=0, ddof=1) if len(means) > 1 else np.full_like(mean, np.nan)
+    spread = latent_spread(predicted, means) if len(means) > 1 else np.full_like(mean, np.nan)
     half = np.full_like(mean, np.nan) if calibration is None else calibration.half_width(spread)
     table = pd.DataFrame(
         {"mean": mean, "spread": spread, "lower": np.maximum(mean - half, 0.0), "upper": mean + half},
@@ -95,6 +97,21 @@ def population_means(predicted: AnnData) -> np.ndarray:
     """(K, G) float64 mean over the cells of each population."""
     X, populations = as_csr(predicted.X), predicted.obs["population"].to_numpy()
     return np.stack([gene_means(X[populations == k]) for k in np.unique(populations)])
+
+
+def latent_spread(predicted: AnnData, means: np.ndarray) -> np.ndarray:
+    """(G,) standard deviation between populations of these means, (K, G), finitely many cells' noise taken off.
+
+    Of populations with a single cell nobody knows that noise: nothing is taken off.
+    """
+    X, populations = as_csr(predicted.X).astype(np.float64), predicted.obs["population"].to_numpy()
+    noise = np.zeros(means.shape[1])
+    for own, k in zip(means, np.unique(populations), strict=True):
+        cells = X[populations == k]
+        variance = np.maximum(gene_means(cells.multiply(cells).tocsr()) - own**2, 0)
+        noise += variance / max(cells.shape[0] - 1, 1) / len(means)
+    spread: np.ndarray = np.sqrt(np.maximum(means.var(axis=0, ddof=1) - noise, 0))
+    return spread
 
 
 def mean_expression(model: PerturbDiff, cells: AnnData) -> pd.Series:
@@ -220,7 +237,7 @@ def _refuse_few(n_conditions: int) -> None:
 
 def _conformal(error: np.ndarray, spread: np.ndarray, level: float) -> tuple[float, float]:
     # The ceil((n + 1) level)-th smallest of n scores.
-    floor = max(float(np.median(spread)), SMALLEST_FLOOR)
+    floor = max(float(np.median(error)), SMALLEST_FLOOR)
     scores = error / np.hypot(spread, floor)
     position = math.ceil((len(scores) + 1) * level)
     if position > len(scores):

@@ -101,6 +101,7 @@ class Predictions:
             lines.append(f"unseen      {label}{which}: extrapolated from features, other doses or the control cells")
         lines += _trust_lines(self.trust)
         lines.append(f"sampler     {uns['sampler']}, {uns['n_steps']} steps, guidance {uns['guidance_scale']:g}")
+        lines.append(f"populations {uns['n_populations']:,}, differing {uns['populations_differ']}")
         lines.append(f"certainty   {certainty(self.calibration, self.widths)}")
         controls = f" and {self.n_controls:,} control cells" if self.n_controls else ""
         lines.append(f"written     {self.out}: {self.n_cells:,} cells{controls}, {n_written:,} genes")
@@ -163,6 +164,7 @@ def predict_requests(
     min_gene_overlap: float = 0.5,
     all_genes: bool = False,
     with_controls: bool = False,
+    varied: bool = True,
 ) -> Predictions | None:
     """Predict each request from the control cells of its cell type and batch, and write all cells into one file.
 
@@ -181,7 +183,7 @@ def predict_requests(
         `intervals.population_summary`.
     overwrite
         Replace `out` and `summary`.
-    guidance_scale, steps, sampler, min_gene_overlap, all_genes
+    guidance_scale, steps, sampler, min_gene_overlap, all_genes, varied
         As `PerturbDiff.predict`, for all requests.
     with_controls
         Write the control cells that any request starts from behind the predicted ones, each once, as
@@ -203,7 +205,7 @@ def predict_requests(
     out, summary = _check_outputs(out, summary, overwrite)
     sampling = {
         "guidance_scale": guidance_scale, "steps": steps, "sampler": sampler, "min_gene_overlap": min_gene_overlap,
-        "all_genes": all_genes,
+        "all_genes": all_genes, "varied": varied,
     }  # fmt: skip
     check_requests(model, requests)
     calibration = model.training.calibration

@@ -165,6 +165,8 @@ def _rows(training: TrainingMeans, rows: np.ndarray) -> TrainingMeans:
         control_mean=training.control_mean[rows],
         perturbed_mean=training.perturbed_mean[rows],
         n_cells=training.n_cells[rows],
+        control_noise=None,
+        perturbed_noise=None,
     )
 
 

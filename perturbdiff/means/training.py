@@ -20,6 +20,7 @@ from perturbdiff.means.described import FeatureFit
 from perturbdiff.means.log_space import LogSpaceFit, log_expression
 from perturbdiff.means.newness import Condition, Known
 from perturbdiff.means.ridge import RidgeFit
+from perturbdiff.means.variation import BatchVariation
 
 EXPRESSED = 0.05  # mean log1p value in controls from which on a target says what a knock-down leaves of it
 TARGET_EPS = 0.01  # added to expm1 of means before their logarithm: what is 0 in all cells is not infinitely less
@@ -37,6 +38,10 @@ class TrainingMeans:
         What each table counts (`FeatureFit`), where other conditions taught that; None: these do.
     overdispersion
         (G,) of the perturbed cells, as of `expression.overdispersion`; None where nobody knows.
+    control_noise, perturbed_noise
+        The variance of `control_mean` and `perturbed_mean` that finitely many cells make: that between cells over their
+        number. That of controls is 0 where all batches share them. None where nobody looked: then how batches differ is
+        not known.
     notation
         What labels mean; by default "A+B" is A and B.
 
@@ -54,6 +59,8 @@ class TrainingMeans:
     tables: Sequence[FeatureTable] = ()
     table_weights: np.ndarray | None = None
     overdispersion: np.ndarray | None = None
+    control_noise: np.ndarray | None = None  # (n, G)
+    perturbed_noise: np.ndarray | None = None  # (n, G)
 
     def __post_init__(self) -> None:
         n = len(self.perturbation)
@@ -70,6 +77,13 @@ class TrainingMeans:
             )
         if self.genes is not None and len(self.genes) != shape[1]:
             raise ValueError(f"genes ({len(self.genes)}) must be those of control_mean; pass {shape[1]}.")
+        for name in ("control_noise", "perturbed_noise"):
+            noise = getattr(self, name)
+            if noise is not None and not (noise.shape == shape and np.isfinite(noise).all() and (noise >= 0).all()):
+                raise ValueError(
+                    f"{name} ({noise.shape}) must be variances, finite and not negative, of the {shape} means; leave "
+                    "it out where nobody knows."
+                )
         for name in ("control_mean", "perturbed_mean"):
             if not np.isfinite(getattr(self, name)).all():
                 raise ValueError(f"{name} (NaN or infinite) must be finite; drop conditions without matched controls.")
@@ -208,6 +222,22 @@ class TrainingMeans:
     def fit_across_cell_types(self) -> LogSpaceFit:
         """The model behind `log_space`, for a cell type in which the perturbation was not seen."""
         return LogSpaceFit(self.seen, self.cell_type, self.control_mean, self.perturbed_mean)
+
+    @cached_property
+    def perturbed_variation(self) -> BatchVariation | None:
+        """How perturbed cells of batches differ, controls and response together; None where that is not known."""
+        return self._variation(self.perturbed_mean, self.perturbed_noise)
+
+    @cached_property
+    def effect_variation(self) -> BatchVariation | None:
+        """How responses of batches differ beyond what their controls do; None where that is not known."""
+        if self.control_noise is None or self.perturbed_noise is None:
+            return None
+        return self._variation(self.effect, self.control_noise + self.perturbed_noise)
+
+    def _variation(self, mean: np.ndarray, noise: np.ndarray | None) -> BatchVariation | None:
+        found = None if noise is None else BatchVariation(self.seen, self.cell_type, mean, noise)
+        return found if found is not None and found.known else None
 
     @cached_property
     def learned(self) -> dict[str, Any]:

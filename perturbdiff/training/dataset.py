@@ -48,7 +48,7 @@ from perturbdiff.training.means import Starts
 ROWS_AT_ONCE = 8192
 CELLS_OF_LOADINGS = 20_000  # at most
 CELLS_OF_SUMS = 2_000
-MOST_MEANS = 1 << 23  # conditions x genes: 67 MB in a model folder
+MOST_MEANS = 1 << 23  # conditions x genes: 134 MB in a model folder
 
 
 @dataclass(frozen=True)

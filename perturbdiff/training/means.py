@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from scipy import sparse
 
 from perturbdiff.data.batch import Moves
 from perturbdiff.data.conditions import ConditionIndex, ControlPools
@@ -45,32 +46,42 @@ class Starts:
         return [self.index.labels(condition) for condition in self.numbers]
 
     @cached_property
-    def control_mean(self) -> np.ndarray:
-        """(k, G) log1p means of their controls."""
-        of_pool: dict[int, np.ndarray] = {}
+    def control(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(k, G) log1p means of their controls, (k, G) variances between these, and (k,) how many they are."""
+        of_pool: dict[int, tuple[np.ndarray, np.ndarray, int]] = {}
         for condition in self.numbers:
             if (pool := int(self.pools.of[condition])) not in of_pool:
-                of_pool[pool] = gene_means(log1p_of(self.cells, self.pools.rows(condition)))
-        return np.stack([of_pool[int(self.pools.of[condition])] for condition in self.numbers])
+                of_pool[pool] = _moments(log1p_of(self.cells, self.pools.rows(condition)))
+        mean, variance, n = zip(*(of_pool[int(self.pools.of[condition])] for condition in self.numbers), strict=True)
+        return np.stack(mean), np.stack(variance), np.array(n)
 
     def means(self, notation: Notation) -> TrainingMeans:
         """Raises ValueError where there is no condition."""
-        perturbed, parts = [], []
+        moments, parts = [], []
         for condition in self.numbers:
             rows = self.index.cells(condition)
             log1p = log1p_of(self.cells, rows)
-            perturbed.append(gene_means(log1p))
+            moments.append(_moments(log1p))
             parts.append((log1p, one_count(self.cells.take(rows), self.cells.preprocessing)))
+        perturbed, variance, n_cells = (np.array(of_all) for of_all in zip(*moments, strict=True))
+        control_mean, control_variance, n_controls = self.control
+        batches: dict[int, set[str]] = {}
+        for condition, (_, _, batch) in zip(self.numbers, self.labels, strict=True):
+            batches.setdefault(int(self.pools.of[condition]), set()).add(batch)
+        shared = np.array([len(batches[int(self.pools.of[condition])]) > 1 for condition in self.numbers])
+        control_noise = _noise(control_variance, n_controls)
         return TrainingMeans(
             [perturbation for perturbation, _, _ in self.labels],
             [cell_type for _, cell_type, _ in self.labels],
             [batch for _, _, batch in self.labels],
-            self.control_mean,
-            np.stack(perturbed),
-            self.index.n_cells[self.numbers],
+            control_mean,
+            perturbed,
+            n_cells,
             notation,
             self.cells.genes,
             overdispersion=overdispersion(parts),
+            control_noise=None if control_noise is None else np.where(shared[:, None], 0.0, control_noise),
+            perturbed_noise=_noise(variance, n_cells),
         )
 
     def trained_moves(self, means: TrainingMeans, start: Start) -> Moves:
@@ -89,12 +100,29 @@ class Starts:
         return Moves(told, response, rest)
 
     def _shifts(self, means: TrainingMeans, start: Start) -> list[np.ndarray]:
-        asked = [Context(*labels, mean[None]) for labels, mean in zip(self.labels, self.control_mean, strict=True)]
+        asked = [Context(*labels, mean[None]) for labels, mean in zip(self.labels, self.control[0], strict=True)]
         return [start_shift(means, context, start) for context in asked]
 
     def _moved(self, shifts: list[np.ndarray]) -> np.ndarray:
         every = np.zeros((len(self.index), 2, len(self.cells.genes)), dtype=np.float32)
         every[:, 0] = 1
-        for condition, mean, shift in zip(self.numbers, self.control_mean, shifts, strict=True):
+        for condition, mean, shift in zip(self.numbers, self.control[0], shifts, strict=True):
             every[condition] = moves(mean, shift)
         return every
+
+
+def _moments(X: sparse.csr_matrix) -> tuple[np.ndarray, np.ndarray, int]:
+    """Mean of cells, the variance between them (unbiased; 0 of a single one), how many they are."""
+    n, mean, exact = X.shape[0], gene_means(X), X.astype(np.float64)
+    variance = np.maximum(gene_means(exact.multiply(exact)) - mean**2, 0.0) * (n / max(n - 1, 1))
+    return mean, variance, n
+
+
+def _noise(variance: np.ndarray, n_cells: np.ndarray) -> np.ndarray | None:
+    """(k, G) of means. The variance of a single cell is the mean of the others'; None if all are single."""
+    several = n_cells > 1
+    if not several.any():
+        return None
+    between = np.where(several[:, None], variance, variance[several].mean(axis=0))
+    noise: np.ndarray = between / n_cells[:, None]
+    return noise

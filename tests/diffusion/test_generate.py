@@ -11,7 +11,7 @@ from scipy import sparse
 
 from perturbdiff.config import DiffusionConfig, SamplingConfig
 from perturbdiff.data.vocab import NULL
-from perturbdiff.diffusion.generate import choose_controls, sample_batch
+from perturbdiff.diffusion.generate import changed_together, choose_controls, sample_batch
 from tests.cell_sets import batch_of, cells, numbered_labels
 from tests.screens import read
 
@@ -107,3 +107,37 @@ def test_a_denoiser_is_not_told_contexts_that_training_always_hid(p_drop_label, 
         assert labels.perturbation[:, 0].tolist() == [0, 1, 2]
         assert labels.cell_type.tolist() == labels.batch.tolist() == told
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("n_cells", [1, 5])
+def test_cells_of_a_set_change_together(n_cells):
+    rng = np.random.default_rng()
+    x = torch.from_numpy(rng.gamma(1.0, size=(2, 6, 4)).astype(np.float32))
+    mask = torch.arange(6)[None] < torch.tensor([[n_cells], [6]])
+    x = x * mask[..., None]
+    by = torch.tensor([[0.3, -0.1, 0.0, -99.0], [0.0, 0.2, -0.05, 0.0]])
+    kept = torch.tensor([[1.0, 0.5, 0.5, 1.0], [1.0, 1.0, 0.2, 0.0]])
+    found = changed_together(x, mask, torch.stack([kept, by], dim=1))
+    for b in range(2):
+        cells, new = (values[b][mask[b]].double() for values in (x, found))
+        expected = (cells.mean(0) + by[b]).clamp_min(0)
+        torch.testing.assert_close(new.mean(0), expected, atol=1e-5, rtol=1e-5)
+        assert (new >= 0).all()
+        scale = torch.where(by[b] < 0, (expected / cells.mean(0)), 1.0)
+        differences = (cells - cells.mean(0)) * kept[b] * scale
+        torch.testing.assert_close(new - new.mean(0), differences, atol=1e-5, rtol=1e-4)
+        assert (found[b][~mask[b]] == 0).all()
+    unchanged = torch.stack([torch.ones(2, 4), torch.zeros(2, 4)], dim=1)
+    torch.testing.assert_close(changed_together(x, mask, unchanged), x)
+
+
+def test_controls_of_a_draw_differ_in_their_mean_as_chance_has_it():
+    pool = random_pool()
+    X = pool.log1p().toarray()
+    means = [
+        np.array([X[choose_controls(pool, 20, 0, k, chosen)].mean(0) for k in range(40)]) for chosen in (True, False)
+    ]
+    by_mean, by_chance = (of.var(0).sum() for of in means)
+    assert by_chance > 5 * by_mean
+    expected = X.var(0, ddof=1).sum() / 20 * (1 - 20 / len(X))  # without replacement
+    assert by_chance == pytest.approx(expected, rel=0.35)

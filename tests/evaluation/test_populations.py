@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from dataclasses import asdict
 
 import anndata
 import numpy as np
 import pytest
 
 from perturbdiff.data.simulate import SimulationConfig, simulate
-from perturbdiff.evaluation.populations import two_level_distance
+from perturbdiff.evaluation.populations import population_scores, two_level_distance
 from tests.screens import log1p_cp10k, shared
 
 
@@ -114,5 +115,22 @@ def test_it_equals_the_scorer_of_the_protocol(measured):
     theirs = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(theirs)
     halves = measured[:20], measured[40:]
-    expected = theirs.score(*halves, np.arange(20))["two_level"]
-    assert two_level_distance(*halves) == pytest.approx(expected, abs=1e-6)
+    expected = theirs.score(*halves, np.arange(20))
+    assert two_level_distance(*halves) == pytest.approx(expected["two_level"], abs=1e-6)
+    names = {"variance_ratio": "var_ratio", "pc1_ratio": "pc1_ratio", "two_level": "two_level", "coverage": "cover90",
+             "within": "within", "mean_error": "mean_error"}  # fmt: skip
+    found = asdict(population_scores(*halves))
+    assert found == pytest.approx({ours: expected[name] for ours, name in names.items()}, abs=1e-6)
+
+
+def test_the_variance_of_means_is_without_that_of_finitely_many_cells():
+    rng = np.random.default_rng()
+    clouds = []
+    for n_cells in (8, 200):
+        centres = rng.normal(size=(300, 1, 5))
+        clouds.append(list(centres + 3 * rng.normal(size=(300, n_cells, 5))))
+    scores = population_scores(*clouds)
+    assert scores.variance_ratio == pytest.approx(1, abs=0.35)
+    assert scores.within == pytest.approx(1, abs=0.2)
+    with pytest.raises(ValueError, match="a population of one cell does not tell how its cells differ"):
+        population_scores([cells[:1] for cells in clouds[0]], clouds[1])

@@ -47,7 +47,11 @@ def test_the_summary_is_that_of_a_double_loop():
     for gene in range(4):
         means = [np.mean([float(values[c, gene]) for c in range(12) if populations[c] == k]) for k in range(3)]
         centre = sum(means) / 3
-        spread = math.sqrt(sum((m - centre) ** 2 for m in means) / 2)
+        noise = 0.0  # of four cells in each
+        for k in range(3):
+            own = [float(values[c, gene]) for c in range(12) if populations[c] == k]
+            noise += sum((value - means[k]) ** 2 for value in own) / 3 / 4 / 3
+        spread = math.sqrt(max(sum((m - centre) ** 2 for m in means) / 2 - noise, 0))
         half = 2.0 * math.sqrt(spread**2 + 0.3**2)
         row = table.iloc[gene]
         assert row["gene"] == f"g{gene}"
@@ -55,6 +59,19 @@ def test_the_summary_is_that_of_a_double_loop():
         own = control[f"g{gene}"]
         expected = [centre, own, centre - own, spread, max(centre - half, 0), centre + half]
         np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_the_spread_is_that_of_populations_and_not_of_finitely_many_cells():
+    rng = np.random.default_rng()
+    found = []
+    for n_cells in (20, 2000):
+        centres = np.repeat(rng.normal(5, [0.5] * 200, size=(40, 200)), n_cells, axis=0)
+        values = centres + rng.normal(0, 2.0, size=centres.shape)
+        table = population_summary(predicted_of(values, np.repeat(np.arange(40), n_cells)))
+        found.append(np.sqrt(np.square(table["spread"]).mean()))
+    np.testing.assert_allclose(found, 0.5, rtol=0.1)
+    one_cell = population_summary(predicted_of(np.array([[1.0], [3.0]]), [0, 1]))
+    assert one_cell["spread"].item() == pytest.approx(math.sqrt(2))
 
 
 def test_one_population_and_no_calibration_say_nothing_of_uncertainty():
@@ -120,15 +137,15 @@ def test_coverage_is_measured_on_conditions_left_out_not_on_its_own():
 def test_the_factor_is_the_conformal_quantile_with_its_correction():
     error = np.arange(1, 20, dtype=float).reshape(1, -1).repeat(2, axis=0)  # 38 pairs, each score twice
     found = fit_calibration(error, np.zeros((2, 19)), np.zeros((2, 19)), np.ones((2, 19), dtype=bool))
-    assert found.floor == 1e-6
+    assert found.floor == 10.0  # the median error
     assert found.factor * found.floor == pytest.approx(18.0)  # the ceil(39 * 0.9) = 36th smallest
 
 
-def test_the_floor_is_the_median_spread_of_the_used_genes():
+def test_the_floor_is_the_median_error_of_the_used_genes():
     rng = np.random.default_rng(4)
     measured, mean, spread = gaussian(rng, 3, 50, 3, 1.0)
     used = rng.random(mean.shape) < 0.5
-    pairs = sorted(spread[c, g] for c in range(3) for g in range(50) if used[c, g])
+    pairs = sorted(abs(measured[c, g] - mean[c, g]) for c in range(3) for g in range(50) if used[c, g])
     n = len(pairs)
     middle = (pairs[(n - 1) // 2] + pairs[n // 2]) / 2
     assert fit_calibration(measured, mean, spread, used).floor == pytest.approx(middle)

@@ -86,7 +86,7 @@ def test_a_network_that_changes_nothing_predicts_the_mean_that_simple_methods_te
     adata = anndata.read_h5ad(folder / "screen.h5ad")
     obs = adata.obs
     controls = adata[(obs["perturbation"] == "control") & (obs["cell_type"] == "type_0") & (obs["batch"] == "batch_0")]
-    predicted = model.predict(controls.copy(), perturbation="pert_0", seed=1)
+    predicted = model.predict(controls.copy(), perturbation="pert_0", seed=1, varied=False)
     started = model.control_rows(controls.copy(), predicted).X.toarray().astype(float)
     asked = Context("pert_0", "type_0", "batch_0", started.mean(axis=0)[None])
     expected = shift_cells(started, start_shift(model.means, asked, "mean")).mean(axis=0)
@@ -103,7 +103,7 @@ def test_what_is_not_of_the_network_is_at_the_mean_that_simple_methods_tell(fold
     cells = {}
     for weight in (1.0, 0.5, 0.0):
         model.config = replace(model.config, sampling=replace(model.config.sampling, network_weight=weight))
-        made = model.predict(controls, perturbation="pert_0", cell_type="type_1", seed=1)
+        made = model.predict(controls, perturbation="pert_0", cell_type="type_1", seed=1, varied=False)
         cells[weight] = made.X.toarray().astype(float)
     np.testing.assert_allclose(cells[0.5], (cells[0.0] + cells[1.0]) / 2, atol=1e-3)
     assert np.abs(cells[0.0] - cells[1.0]).max() > 0.1
@@ -121,7 +121,7 @@ def test_what_is_not_of_the_network_is_at_the_mean_that_simple_methods_tell(fold
 def test_a_saved_model_predicts_the_same_cells(trained, folder):
     config, model = trained
     again = PerturbDiff.from_pretrained(config.out)
-    for name in ("control_mean", "perturbed_mean", "n_cells"):
+    for name in ("control_mean", "perturbed_mean", "n_cells", "control_noise", "perturbed_noise"):
         np.testing.assert_allclose(getattr(again.means, name), getattr(model.means, name), rtol=1e-6)
     adata = anndata.read_h5ad(folder / "screen.h5ad")
     controls = adata[adata.obs["perturbation"] == "control"].copy()
@@ -148,7 +148,12 @@ def test_means_that_cannot_be_are_refused(trained, tmp_path):
     for change, error in (
         (lambda labels: labels["batch"].pop(), "same number of labels"),
         (lambda labels: labels["n_cells"].__setitem__(0, 0), "same number of labels"),
-        (lambda labels: [names.append(names[0]) for names in labels.values()], "does not fit its config.json"),
+        (
+            lambda labels: [of.append(of[0]) for of in labels.values() if isinstance(of, list)],
+            "does not fit its config",
+        ),
+        (lambda labels: labels.update(noise=False), "unexpected"),
+        (lambda labels: labels.update(noise=1), "noise"),
         (lambda labels: labels.clear(), "lacks"),
     ):
         model.save_pretrained(tmp_path / "model")
@@ -256,7 +261,7 @@ def test_with_target_an_unseen_knock_down_lowers_its_own_gene_as_the_others_do(k
     made = {}
     for of in (model, again):
         for wanted in (genes[0], f"{genes[0]}+{genes[1]}"):
-            predicted = of.generate(controls, wanted)
+            predicted = of.generate(controls, wanted, varied=False)
             start = of.control_rows(controls, predicted).to_df().mean()
             left = np.expm1(predicted.to_df().mean()) / np.expm1(start)
             ratio = {
@@ -310,10 +315,10 @@ def test_predictions_of_an_unseen_knock_down_go_as_far_as_others_respond_alike(k
     made = {}
     for part in (kept, 0.0, 1.0):
         monkeypatch.setattr("perturbdiff.model.response_kept", lambda means, of, part=part: part)
-        made[part] = model.generate(controls, genes[0]).X.toarray()
+        made[part] = model.generate(controls, genes[0], varied=False).X.toarray()
     np.testing.assert_allclose(made[kept], np.maximum(made[0.0] + kept * (made[1.0] - made[0.0]), 0), atol=1e-5)
     monkeypatch.undo()
-    np.testing.assert_array_equal(model.generate(controls, genes[0]).X.toarray(), made[kept])
+    np.testing.assert_array_equal(model.generate(controls, genes[0], varied=False).X.toarray(), made[kept])
 
 
 @pytest.mark.parametrize("start", ["target", "mean"])

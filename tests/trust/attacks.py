@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from perturbdiff.hub.model_folder import CONFIG, MEANS, MEANS_TENSORS, OVERDISPERSION, WEIGHTS, config_hash
+from perturbdiff.hub.model_folder import (
+    CONFIG,
+    MEANS,
+    MEANS_TENSORS,
+    NOISE_TENSORS,
+    OVERDISPERSION,
+    WEIGHTS,
+    config_hash,
+)
 
 MEMORY = 600 << 20  # bytes beyond those of a process that has imported the library
 SECONDS = 20  # of CPU for one folder
@@ -206,7 +214,10 @@ def as_format_3(folder: Path) -> None:
     (folder / "genes.json").write_text(json.dumps(genes))
 
     weights = load_file(folder / WEIGHTS)
-    save_file({name: weights[name] for name in weights.keys() - {*MEANS_TENSORS, OVERDISPERSION}}, folder / WEIGHTS)
+    save_file(
+        {name: weights[name] for name in weights.keys() - {*MEANS_TENSORS, *NOISE_TENSORS, OVERDISPERSION}},
+        folder / WEIGHTS,
+    )
     (folder / MEANS).unlink(missing_ok=True)
 
     def change(config: dict[str, Any]) -> None:
