@@ -139,7 +139,8 @@ def denoise_sets(
     one = _one_count(expression) if sampling.whole_counts and sampling.draw_counts else None
     if one is not None:
         sampling = replace(sampling, whole_counts=False)  # which is in the draw
-        total = _total(expression)
+        # A draw of log1p means that all cells share moves their sums; to undo that would undo a part of the draw.
+        total = None if drawn is not None and any(of is not None for of in drawn) else _total(expression)
     blocks, ones = [], []
     for start in range(0, len(sets), sets_per_chunk):
         chunk = sets[start : start + sets_per_chunk]
