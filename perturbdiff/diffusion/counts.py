@@ -5,12 +5,17 @@ B = sets, S = cells per set, G = genes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from scipy.special import gammaincinv
 from torch import Tensor
 
+from perturbdiff.data.rng import numpy_generator
+
 RESPONDS = 0.5  # log1p units: a gene whose mean moves by more is drawn anew
+DIGITS = 2  # of the mean that it gets: the last bits of a sum must not decide what is drawn
 LEAST_OVERDISPERSION = 1e-3  # under which counts are Poisson
 MOST_OVERDISPERSION = 50.0
 STEPS, DRAWS = 6, 128  # of finding a rate, and cells that it is found with
@@ -33,14 +38,17 @@ def with_whole_counts(x: Tensor, one: Tensor, uniform: Tensor) -> Tensor:
     return torch.where(x < one, torch.where(uniform * one < x, one, 0.0), x)
 
 
+def of_total(x: Tensor, total: float, scale: float) -> Tensor:
+    """Cells (B, S, G), model units of this scale, at the depth at which expm1 adds up to `total`; empty ones stay."""
+    level = torch.expm1(x * scale)
+    sums = level.sum(-1, keepdim=True)
+    return torch.log1p(level * torch.where(sums > 0, total / sums, 1.0)) / scale
+
+
 def draw_counts(
-    estimate: np.ndarray,
-    control: np.ndarray,
-    one: np.ndarray,
-    overdispersion: np.ndarray | None,
-    total: float | None,
-    generator: np.random.Generator,
-) -> np.ndarray:
+    estimate: np.ndarray, control: np.ndarray, one: np.ndarray, overdispersion: np.ndarray | None, seed: int,
+    key: Sequence[int],
+) -> np.ndarray:  # fmt: skip
     """(S, G) whole counts of the cells of a set, whose means of log1p values are those of the estimates.
 
     Parameters
@@ -51,8 +59,8 @@ def draw_counts(
         (S,) one count in each control, more than 0; log1p values.
     overdispersion
         (G,) of perturbed cells. None: no gene is drawn anew.
-    total
-        What the expm1 of a cell adds up to where the genes are all of a library; None: nobody knows.
+    seed, key
+        Of what is random; `key` is that of the set. Draws of a gene do not depend on the others.
 
     Notes
     -----
@@ -62,45 +70,40 @@ def draw_counts(
     the estimates, so that cells that are far along are so in all genes.
     """
     unit = np.expm1(one)[:, None]
-    if total is not None:
-        level = np.expm1(estimate)
-        sums = level.sum(axis=1, keepdims=True)
-        estimate = np.log1p(level * np.divide(total, sums, out=np.ones_like(sums), where=sums > 0))
     below = np.floor(np.expm1(estimate) / unit + 1e-6)  # what is a whole count to float32 stays one
     low, high = np.log1p(below * unit), np.log1p((below + 1) * unit)
-    counts = below + (generator.random(estimate.shape) * (high - low) < estimate - low)
+    uniform = numpy_generator(seed, "prediction counts", *key).random(estimate.shape)
+    counts = below + (uniform * (high - low) < estimate - low)
     if overdispersion is not None:
-        goal = estimate.mean(axis=0)
-        responds = np.flatnonzero(np.abs(goal - control.mean(axis=0)) > RESPONDS)
-        if len(responds):
-            drawn = estimate[:, responds], goal[responds], unit, overdispersion[responds]
-            counts[:, responds] = _gamma_poisson(*drawn, generator)
+        goal = estimate.mean(axis=0).round(DIGITS)
+        for gene in np.flatnonzero(np.abs(goal - control.mean(axis=0)) > RESPONDS).tolist():
+            generator = numpy_generator(seed, "prediction counts of a gene", *key, gene)
+            level = float(np.clip(overdispersion[gene], LEAST_OVERDISPERSION, MOST_OVERDISPERSION))
+            counts[:, gene] = _gamma_poisson(estimate[:, gene], float(goal[gene]), unit[:, 0], level, generator)
     return counts
 
 
 def _gamma_poisson(
-    estimate: np.ndarray, goal: np.ndarray, unit: np.ndarray, overdispersion: np.ndarray, generator: np.random.Generator
+    estimate: np.ndarray, goal: float, unit: np.ndarray, overdispersion: float, generator: np.random.Generator
 ) -> np.ndarray:
-    """(S, R) counts whose log1p values have the (R,) means `goal`, in the order of the estimates but for Poisson."""
+    """(S,) counts whose log1p values have the mean `goal`, in the order of the estimates but for what is Poisson."""
     n = len(estimate)
-    overdispersion = np.clip(overdispersion, LEAST_OVERDISPERSION, MOST_OVERDISPERSION)
     several = max(1, DRAWS // n)
-    depth = np.tile(1 / unit, (several, 1))
+    depth = np.tile(1 / unit, several)
 
     def gamma(n: int) -> np.ndarray:  # rising, mean 1
-        uniform = (np.arange(n)[:, None] + generator.random((n, len(goal)))) / n
-        return gammaincinv(1 / overdispersion, uniform) * overdispersion
+        rising: np.ndarray = gammaincinv(1 / overdispersion, (np.arange(n) + generator.random(n)) / n) * overdispersion
+        return rising
 
-    others = generator.permuted(gamma(len(depth)), axis=0) * depth
-    rate = np.expm1(goal)
+    others = generator.permutation(gamma(len(depth))) * depth
+    rate, least = np.expm1(goal), float(unit.min())
     for _ in range(STEPS):
-        found = np.log1p(generator.poisson(others * rate) / depth).mean(axis=0)
-        rate *= np.clip((np.expm1(goal) + unit.min()) / (np.expm1(found) + unit.min()), 0.5, 2.0)
-    order = np.lexsort((generator.random(estimate.shape), estimate), axis=0)
-    level = np.empty_like(estimate)
-    np.put_along_axis(level, order, gamma(n), axis=0)
+        found = np.log1p(generator.poisson(others * rate) / depth).mean()
+        rate *= np.clip((np.expm1(goal) + least) / (np.expm1(found) + least), 0.5, 2.0)
+    level = np.empty(n)
+    level[np.lexsort((generator.random(n), estimate))] = gamma(n)
     tries = max(1, min(CANDIDATES, n // CELLS_OF_ONE))
-    counts = generator.poisson(np.broadcast_to(level * rate / unit, (tries, *level.shape)))
-    off = np.abs(np.log1p(counts * unit).mean(axis=1) - goal)  # (tries, R)
-    best: np.ndarray = np.take_along_axis(counts, off.argmin(axis=0)[None, None], axis=0)[0]
-    return best.astype(np.float64)
+    counts = generator.poisson(level * rate / unit, (tries, n))
+    off = np.abs(np.log1p(counts * unit).mean(axis=1) - goal)
+    best: np.ndarray = counts[off.argmin()]
+    return best

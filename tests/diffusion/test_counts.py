@@ -11,7 +11,7 @@ from perturbdiff.data.batch import make_batch
 from perturbdiff.data.expression import overdispersion
 from perturbdiff.data.samplers import CellSet
 from perturbdiff.data.vocab import NULL, Labels
-from perturbdiff.diffusion.counts import draw_counts, with_whole_counts
+from perturbdiff.diffusion.counts import draw_counts, of_total, with_whole_counts
 from perturbdiff.diffusion.draws import uniform_draws
 from tests.screens import counts_screen, log1p_cp10k, read
 
@@ -89,8 +89,8 @@ def test_a_sets_counts_do_not_depend_on_its_neighbours():
     assert not torch.equal(rounded(x0, both, 3), rounded(x0, both, 4))
 
 
-def drawn(estimate, control, one, phi=None, total=None, seed=0):
-    return draw_counts(estimate, control, one, phi, total, np.random.default_rng(seed))
+def drawn(estimate, control, one, phi=None, seed=0):
+    return draw_counts(estimate, control, one, phi, seed, (0, 1))
 
 
 def depths(n, seed=0):
@@ -148,20 +148,22 @@ def test_cells_that_are_far_along_are_so_in_all_genes():
     assert (np.corrcoef(counts.T)[np.triu_indices(5, 1)] > 0.7).all()
 
 
-def test_whole_libraries_add_up_and_other_cells_do_not_matter():
-    depth, rng = depths(10), np.random.default_rng(5)
-    estimate = rng.uniform(0, 5, (10, 2000))
-    one = np.log1p(1e4 / depth)
-    counts = drawn(estimate, estimate, one, np.zeros(2000), total=1e4)
-    np.testing.assert_allclose(counts.sum(axis=1), depth, rtol=0.15)
-    np.testing.assert_array_equal(counts, drawn(estimate, estimate, one, np.zeros(2000), total=1e4))
-    assert (counts != drawn(estimate, estimate, one, np.zeros(2000), total=1e4, seed=1)).any()
+def test_whole_libraries_add_up():
+    x = torch.rand(2, 3, 50, generator=torch.Generator().manual_seed(5)) * (torch.arange(6) != 4).view(2, 3, 1)
+    x[0, 0] *= 3
+    moved = of_total(x, 1e4, 10.0)
+    sums = torch.expm1(10 * moved.double()).sum(-1)
+    assert sums[1, 1] == 0
+    torch.testing.assert_close(sums[x.any(-1)], torch.full((5,), 1e4, dtype=torch.float64), rtol=1e-4, atol=0)
+    torch.testing.assert_close(of_total(moved, 1e4, 10.0), moved)
+    ratio = torch.expm1(10 * moved.double()) / torch.expm1(10 * x.double())
+    torch.testing.assert_close(ratio[0, 0], ratio[0, 0, :1].expand(50), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(("n", "genes"), [(1, 1), (1, 5), (3, 1), (5, 0)])
 @pytest.mark.parametrize("level", [0.0, 3.0])
 def test_small_sets_are_drawn(n, genes, level):
-    counts = drawn(np.full((n, genes), level), np.zeros((n, genes)), np.ones(n), np.ones(genes), total=100.0)
+    counts = drawn(np.full((n, genes), level), np.zeros((n, genes)), np.ones(n), np.ones(genes))
     assert counts.shape == (n, genes)
     assert np.isfinite(counts).all()
     assert level > 0 or not counts.any()
