@@ -104,14 +104,27 @@ def latent_spread(predicted: AnnData, means: np.ndarray) -> np.ndarray:
 
     Of populations with a single cell nobody knows that noise: nothing is taken off.
     """
+    spread: np.ndarray = np.sqrt(np.maximum(means.var(axis=0, ddof=1) - _noise(predicted, means), 0))
+    return spread
+
+
+def latent_share(predicted: AnnData) -> float | None:
+    """Part of the variance between the means of populations that finitely many cells do not make, over all genes: 0 to
+    1; None of a single population, or where all have the same."""
+    means = population_means(predicted)
+    total = float(means.var(axis=0, ddof=1).sum()) if len(means) > 1 else 0.0
+    return min(max(1 - float(_noise(predicted, means).sum()) / total, 0.0), 1.0) if total > 0 else None
+
+
+def _noise(predicted: AnnData, means: np.ndarray) -> np.ndarray:
+    # (G,) variance of the (K, G) means as far as cells are finitely many; 0 of single cells.
     X, populations = as_csr(predicted.X).astype(np.float64), predicted.obs["population"].to_numpy()
     noise = np.zeros(means.shape[1])
     for own, k in zip(means, np.unique(populations), strict=True):
         cells = X[populations == k]
         variance = np.maximum(gene_means(cells.multiply(cells).tocsr()) - own**2, 0)
         noise += variance / max(cells.shape[0] - 1, 1) / len(means)
-    spread: np.ndarray = np.sqrt(np.maximum(means.var(axis=0, ddof=1) - noise, 0))
-    return spread
+    return noise
 
 
 def mean_expression(model: PerturbDiff, cells: AnnData) -> pd.Series:

@@ -35,6 +35,7 @@ from perturbdiff.files import check_output, few, json_sha256, progress, read_jso
 from perturbdiff.inference.intervals import (
     Calibration,
     certainty,
+    latent_share,
     mean_expression,
     median_width,
     population_summary,
@@ -65,6 +66,8 @@ class Predictions:
         Of each request, the median interval width (log1p) over the expressed genes; NaN where it is not known.
     trust
         Of each request, what is known of `means.trust.Trust`.
+    latent_share
+        As of `intervals.latent_share`, where one was predicted alone.
     """
 
     out: Path
@@ -81,6 +84,7 @@ class Predictions:
     calibration: Calibration | None
     trust: tuple[dict[str, Any], ...]
     n_controls: int = 0
+    latent_share: float | None = None
 
     def text(self) -> str:
         """For a person, several lines."""
@@ -102,6 +106,10 @@ class Predictions:
         lines += _trust_lines(self.trust)
         lines.append(f"sampler     {uns['sampler']}, {uns['n_steps']} steps, guidance {uns['guidance_scale']:g}")
         lines.append(f"populations {uns['n_populations']:,}, differing {uns['populations_differ']}")
+        if self.latent_share is not None:
+            lines.append(
+                f"            {self.latent_share:.0%} of the variance between their means is not that of so few cells"
+            )
         lines.append(f"certainty   {certainty(self.calibration, self.widths)}")
         controls = f" and {self.n_controls:,} control cells" if self.n_controls else ""
         lines.append(f"written     {self.out}: {self.n_cells:,} cells{controls}, {n_written:,} genes")
@@ -132,7 +140,7 @@ def predict_request(
     calibration = model.training.calibration
     controls = controls_for(model, controls, request.cell_type, request.batch, layer)
     predicted, table = _predict(model, controls, request, calibration, all_genes=all_genes, **sampling)
-    n_cells, n_controls = predicted.n_obs, controls.n_obs if with_controls else 0
+    n_cells, n_controls, share = predicted.n_obs, controls.n_obs if with_controls else 0, latent_share(predicted)
     if with_controls:
         predicted = model.add_controls(predicted, controls, request.cell_type, request.batch)
     write_predicted(predicted, out)
@@ -145,7 +153,7 @@ def predict_request(
     n_genes, absent = len(model.genes), tuple(uns["genes_absent"])
     return Predictions(
         out, summary, n_cells, n_genes, absent, all_genes, None, 0, uns, unseen, widths, calibration, (uns["trust"],),
-        n_controls,
+        n_controls, share,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from perturbdiff.hub.records import Calibration
 from perturbdiff.inference.intervals import (
     calibrate,
     fit_calibration,
+    latent_share,
     median_width,
     population_summary,
 )
@@ -232,3 +233,17 @@ def test_calibrating_needs_populations_and_conditions():
     with pytest.raises(ValueError, match="0 conditions are too few to calibrate on"):
         calibrate(model, screen, screen.is_control, "batch")
     assert model.training.calibration is None
+
+
+def test_how_much_of_the_variance_between_populations_is_not_of_finitely_many_cells():
+    rng = np.random.default_rng(3)
+
+    def cells(between: float, n: int) -> AnnData:
+        level = np.repeat(9 + between * rng.normal(size=(1000, 8)), n, axis=0)
+        return predicted_of(level + rng.normal(size=level.shape), np.repeat(np.arange(1000), n))
+
+    for between, n in ((0.5, 4), (0.5, 20), (0.1, 10)):
+        assert latent_share(cells(between, n)) == pytest.approx(between**2 / (between**2 + 1 / n), abs=0.05)
+    alone = cells(0.5, 4)
+    assert latent_share(alone[alone.obs["population"] == 0]) is None
+    assert latent_share(predicted_of(np.zeros((4, 2)), [0, 0, 1, 1])) is None
