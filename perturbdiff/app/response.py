@@ -78,8 +78,11 @@ class Response:
             f"Predicted {cells} under {self.predicted.obs['perturbation'].iloc[0]} from {self.control.shape[0]:,} "
             f"{context}control cells. {settings['n_genes_matched']:,} of {self.predicted.n_vars:,} genes matched by "
             f"{settings['genes_matched_by']}. {settings['sampler'].upper()}, {settings['n_steps']} steps, guidance "
-            f"{settings['guidance_scale']:g}, seed {settings['seed']}."
+            f"{settings['guidance_scale']:g}, seed {settings['seed']}. Populations differ "
+            f"{settings['populations_differ']}."
         )
+        if settings["trust"]["verdict"] == "cannot tell":
+            text += " Training conditions that are as new, left out, were not told well: do not rely on this response."
         if len(settings["unseen"]):
             text += f" Not seen in training: {', '.join(settings['unseen'])}; predicted from the control cells alone."
         return text
