@@ -252,6 +252,8 @@ def run(config: Config, origin: AnnData | Screen | None = None, score: bool = Tr
 
 def _chosen(config: Config, made: Made, adata: AnnData | None, score: bool, budget: float | None) -> Run:
     """Choose a recipe for what is held out of the screen, and `run` it."""
+    if budget is not None and not budget > 0:  # nor NaN, which no time is more than
+        raise ValueError(f"budget ({budget}) must be more than 0 minutes; leave it out for about two trainings.")
     if config.data.screen is None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
             "a recipe is chosen for one screen on one process; give --recipe: cross_cell_type, new_batch, "

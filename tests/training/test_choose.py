@@ -170,6 +170,13 @@ def test_a_budget_buys_folds(screen, tmp_path):
     assert {len(row["sums"]) for row in choice_of(run.folder)["scores"]} == {4}  # pert_1, pert_2, in two
 
 
+@pytest.mark.parametrize("budget", [0.0, -1.0, float("nan")])
+def test_a_budget_of_no_time_is_refused_before_anything_is_written(screen, tmp_path, budget):
+    with pytest.raises(ValueError, match=r"budget \(.+\) must be more than 0 minutes"):
+        train(screen, tmp_path / "run", hold_out="pert_0:type_0", overrides=TINY, score=False, budget=budget)
+    assert not (tmp_path / "run").exists()
+
+
 def test_nothing_to_leave_out_is_said(screen, tmp_path, capsys):
     adata = anndata.read_h5ad(screen)
     adata = adata[(adata.obs["cell_type"] == "type_0") & (adata.obs["batch"] != "batch_1")].copy()
