@@ -5,6 +5,7 @@ B = sets, S = cells per set, G = genes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from perturbdiff.data.rng import numpy_generator
 
+MOST = 30.0  # log1p units: more is in no cell, and overflows
 RESPONDS = 0.5  # log1p units: a gene whose mean moves by more is drawn anew
 DIGITS = 2  # of the mean that it gets: the last bits of a sum must not decide what is drawn
 LEAST_OVERDISPERSION = 1e-3  # under which counts are Poisson
@@ -40,7 +42,7 @@ def with_whole_counts(x: Tensor, one: Tensor, uniform: Tensor) -> Tensor:
 
 def of_total(x: Tensor, total: float, scale: float) -> Tensor:
     """Cells (B, S, G), model units of this scale, at the depth at which expm1 adds up to `total`; empty ones stay."""
-    level = torch.expm1(x * scale)
+    level = torch.expm1((x * scale).clamp_max(math.log1p(total)))  # more is in no cell
     sums = level.sum(-1, keepdim=True)
     return torch.log1p(level * torch.where(sums > 0, total / sums, 1.0)) / scale
 
@@ -69,7 +71,7 @@ def draw_counts(
     the controls without a count of the gene, and one of the others. The gamma draws, stratified, come in the order of
     the estimates, so that cells that are far along are so in all genes.
     """
-    unit = np.expm1(one)[:, None]
+    unit, estimate = np.expm1(one)[:, None], np.minimum(estimate, MOST)
     below = np.floor(np.expm1(estimate) / unit + 1e-6)  # what is a whole count to float32 stays one
     low, high = np.log1p(below * unit), np.log1p((below + 1) * unit)
     uniform = numpy_generator(seed, "prediction counts", *key).random(estimate.shape)

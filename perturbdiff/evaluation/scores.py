@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -77,6 +77,12 @@ SHOWN = 4  # metrics in the terminal
 WIDTH = 80  # of the terminal
 FAR = 1.5  # sums of predicted cells over those of measured ones, if they are of one kind
 MANY = 3.0  # times less, as those of mean profiles may be
+
+
+DRAWN = (
+    "The predicted populations are draws of how batches differ, and simple methods tell the mean over batches: predict "
+    "with --average (varied=False) to compare means."
+)
 
 
 @dataclass(frozen=True)
@@ -535,7 +541,10 @@ def evaluate(
     var = pd.DataFrame({"measured": [*measured(var), *[False] * len(left_out)]}, index=[*genes.names, *left_out])
     values = sparse.csr_matrix((values.data, values.indices, values.indptr), (len(obs), len(var)))
     predicted = AnnData(X=values, obs=obs.set_axis(unique_names(obs.index)), var=var)
-    return score_conditions(predicted, screened, match, chosen, field=field, tables=tables)
+    scores = score_conditions(predicted, screened, match, chosen, field=field, tables=tables)
+    if "one draw" in str(uns.get("populations_differ", "")):
+        scores = replace(scores, notes=(DRAWN, *scores.notes))
+    return scores
 
 
 def _refuse_other_space(

@@ -105,10 +105,13 @@ class Predictions:
             lines.append(f"unseen      {label}{which}: extrapolated from features, other doses or the control cells")
         lines += _trust_lines(self.trust)
         lines.append(f"sampler     {uns['sampler']}, {uns['n_steps']} steps, guidance {uns['guidance_scale']:g}")
-        lines.append(f"populations {uns['n_populations']:,}, differing {uns['populations_differ']}")
+        if uns["n_populations"] == 1 and "one draw" in uns["populations_differ"]:
+            lines.append("populations 1, one draw of how batches differ (--average: their mean)")
+        else:
+            lines.append(f"populations {uns['n_populations']:,}, differing {uns['populations_differ']}")
         if self.latent_share is not None:
             lines.append(
-                f"            {self.latent_share:.0%} of the variance between their means is not that of so few cells"
+                f"            {self.latent_share:.0%} of the variance of their means is not that of so few cells"
             )
         lines.append(f"certainty   {certainty(self.calibration, self.widths)}")
         controls = f" and {self.n_controls:,} control cells" if self.n_controls else ""
@@ -312,7 +315,9 @@ def _common(made: Sequence[Mapping[str, Any]], requests: Sequence[Request]) -> d
     table["unseen"] = ["; ".join(uns["unseen"]) for uns in made]
     for name in ("verdict", "expected_pearson"):
         table[name] = [str(uns["trust"].get(name, "")) for uns in made]
-    return {**common, "unseen": sorted({label for uns in made for label in uns["unseen"]}), "requests": table}
+    differ = "; ".join(sorted({str(uns["populations_differ"]) for uns in made}))
+    unseen = sorted({label for uns in made for label in uns["unseen"]})
+    return {**common, "unseen": unseen, "populations_differ": differ, "requests": table}
 
 
 def _trust_lines(trust: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -322,12 +327,13 @@ def _trust_lines(trust: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     if len(trust) == 1:
         how = f"trust       {said[0]['verdict']}: new is the {said[0]['new']}"
-        if "low" not in said[0]:
-            return [f"{how}; no training conditions, left out, say how well such a response is told"]
+        if "low" not in said[0] or not said[0]["n_left_out"]:
+            return [how, "            no training conditions, left out, say how well such a response is told"]
         r, low, high = (said[0][name] for name in ("expected_pearson", "low", "high"))
         return [
-            f"{how}, as of {said[0]['n_left_out']} training conditions that were left out; they say that beyond",
-            f"            what all perturbations do, Pearson's r is {r:.2f}, 90 % range {low:.2f} to {high:.2f}",
+            f"{how}; {said[0]['n_left_out']} such training conditions,",
+            "            left out, say that beyond what all perturbations do Pearson's r is",
+            f"            {r:.2f}, 90 % range {low:.2f} to {high:.2f}",
         ]
     untold = [number for number, of in enumerate(trust) if of["verdict"] == "cannot tell"]
     n = len(said) - len(untold)
@@ -367,6 +373,14 @@ def _identity(
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         weights.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
     settings = (as_dict(model.config.sampling), as_dict(model.config.diffusion), as_dict(model.preprocessing))
+    if model.means is not None:  # where predictions start, how populations differ, what counts are drawn
+        means = model.means
+        weights.update(json.dumps([means.perturbation, means.cell_type, means.batch]).encode())
+        for array in (
+            means.n_cells, means.control_mean, means.perturbed_mean, means.control_noise, means.perturbed_noise,
+            means.overdispersion,
+        ):  # fmt: skip
+            weights.update(b"none" if array is None else np.ascontiguousarray(array, dtype=np.float32).data)
     names = (model.genes.names, asdict(model.vocabularies), model.config.set_size)
     weights.update(json.dumps([*settings, *names]).encode())
     X = as_csr(controls.X)

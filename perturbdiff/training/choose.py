@@ -125,8 +125,9 @@ class Choice:
         if self.scores:
             times, recipes = len(self.scores[0]["sums"]), {row["recipe"] for row in self.scores}
             of_one = f" of {recipes.pop()}" if len(recipes) == 1 else ""
+            how_often = "once" if times == 1 else f"{times} times"
             lines += [
-                f"choosing    on training conditions of a new {self.left_out}, left out {times} times,",
+                f"choosing    on training conditions of a new {self.left_out}, left out {how_often},",
                 "            by energy_distance over that of no change, plus 1 - pearson_delta;",
                 "            another candidate than the usual one must be better each time",
                 f"     sum  energy  pearson  candidate{of_one}",
@@ -351,6 +352,11 @@ def _scores(model: PerturbDiff, screen: Screen, split: Split, match: ControlMatc
     means = score_conditions(predicted, screen, match).means()
     energy, pearson = (float(means[metric][MODEL]) for metric in ("energy_distance", "pearson_delta"))
     nothing = float(means["energy_distance"][NO_CHANGE])
+    if not np.isfinite([energy, nothing]).all():
+        raise ValueError(
+            "a recipe is chosen by training conditions that are left out, and those of this screen have too few cells "
+            "to be scored; give one (--recipe new_batch)."
+        )
     return {"energy_distance": energy, "pearson_delta": 0.0 if np.isnan(pearson) else pearson, "no_change": nothing}
 
 

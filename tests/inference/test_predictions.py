@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from copy import copy
 from dataclasses import replace
 
 import anndata
@@ -301,6 +302,17 @@ def other_controls(model, controls):
     return model, changed, REQUESTS, {}
 
 
+def other_means(model, controls):
+    genes = len(model.genes)
+    means = TrainingMeans(
+        ["A"], ["B"], ["b"], np.ones((1, genes)), np.ones((1, genes)), np.ones(1, dtype=int), genes=model.genes,
+        overdispersion=np.zeros(genes),
+    )  # fmt: skip
+    other = copy(model)
+    other.means = means
+    return other, controls, REQUESTS, {}
+
+
 def other_settings(model, controls):
     return model, controls, REQUESTS, {"guidance_scale": 0.5}
 
@@ -310,6 +322,7 @@ def other_settings(model, controls):
     [
         (other_requests, "requests"),
         (other_weights, "model"),
+        (other_means, "model"),
         (other_controls, "controls"),
         (other_settings, "settings"),
     ],
