@@ -29,6 +29,7 @@ from perturbdiff.nn.denoiser import Denoiser
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+FEW_COUNTS, OFF_GRID, MOST_OFF = 1e3, 0.02, 0.2  # a cell whose smallest value is two counts has some between them
 WHOLE_LIBRARY = 1e-3  # what sums may be off by
 EXCHANGES_PER_CELL = 4  # tried, of a part of the controls
 MAX_EXCHANGE_WORK = 1 << 30  # stored values looked at: large pools need few exchanges
@@ -162,8 +163,15 @@ def denoise_sets(
 
 
 def _one_count(expression: Expression) -> np.ndarray | None:
-    """(n,) of each control, log1p; of an empty one that of the others. None where all are empty."""
+    """(n,) of each control, log1p; of an empty one that of the others. None where all are empty, or where log1p values
+    are no multiples of the smallest one of their cell: noise or smoothing left no counts."""
     one = expression.one_count(np.arange(len(expression)))
+    if expression.preprocessing.input_kind == "log1p" and one.any():
+        X = expression.X
+        counts = np.expm1(X.data.astype(np.float64)) / np.repeat(np.expm1(one), np.diff(X.indptr))
+        few = counts < FEW_COUNTS  # of many, float32 holds no fractions
+        if few.any() and np.mean(np.abs(counts - np.rint(counts))[few] > OFF_GRID) > MOST_OFF:
+            return None
     return np.where(one > 0, one, np.median(one[one > 0])) if one.any() else None
 
 

@@ -11,9 +11,9 @@ from scipy import sparse
 
 from perturbdiff.config import DiffusionConfig, SamplingConfig
 from perturbdiff.data.vocab import NULL
-from perturbdiff.diffusion.generate import changed_together, choose_controls, sample_batch
+from perturbdiff.diffusion.generate import _one_count, changed_together, choose_controls, sample_batch
 from tests.cell_sets import batch_of, cells, numbered_labels
-from tests.screens import read
+from tests.screens import counts_screen, log1p_cp10k, read
 
 
 def random_pool(n_cells=120, n_genes=40, seed=0):
@@ -141,3 +141,11 @@ def test_controls_of_a_draw_differ_in_their_mean_as_chance_has_it():
     assert by_chance > 5 * by_mean
     expected = X.var(0, ddof=1).sum() / 20 * (1 - 20 / len(X))  # without replacement
     assert by_chance == pytest.approx(expected, rel=0.35)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+def test_log1p_values_that_are_no_counts_are_not_drawn_as_counts(noise):
+    adata = counts_screen()
+    X = np.asarray(log1p_cp10k(adata.X))
+    adata.X = (X + noise * (X > 0) * np.random.default_rng(0).random(X.shape)).astype(np.float32)
+    assert (_one_count(read(adata).expression) is None) == (noise > 0)
