@@ -18,7 +18,7 @@ from perturbdiff.evaluation.held_out import score_held_out
 from perturbdiff.evaluation.scores import Scores
 from perturbdiff.model import PerturbDiff
 from perturbdiff.training import loop
-from perturbdiff.training.choose import Made, as_read, choose
+from perturbdiff.training.choose import CHOICE, Made, as_read, choose
 from perturbdiff.training.dataset import TrainingSet
 from perturbdiff.training.loop import TrainingResult
 from perturbdiff.training.run_folder import with_commits
@@ -107,6 +107,7 @@ def train(
     config = load_config(recipe, overrides, given)
     adata = screen if isinstance(screen, AnnData) else None
     if recipe is not None or not (config.split.hold_out or config.split.file):
+        _refuse_budget(budget)
         return run(config, adata, score)
     return _chosen(config, lambda name, words: load_config(name, [*words, *overrides], given), adata, score, budget)
 
@@ -143,6 +144,7 @@ def finetune(
     config = finetune_config(init_from, recipe, overrides, given)
     adata = screen if isinstance(screen, AnnData) else None
     if recipe is not None or not (config.split.hold_out or config.split.file):
+        _refuse_budget(budget)
         return run(config, adata, score)
 
     def made(name: str, words: Sequence[str]) -> Config:
@@ -250,6 +252,14 @@ def run(config: Config, origin: AnnData | Screen | None = None, score: bool = Tr
     return Run(model, folder, result.step, scored.scores, tuple(scored.written), None)
 
 
+def _refuse_budget(budget: float | None) -> None:
+    if budget is not None:
+        raise ValueError(
+            f"budget ({budget:g}) is for choosing a recipe, and none is chosen where one is given or nothing is held "
+            "out; leave it out."
+        )
+
+
 def _chosen(config: Config, made: Made, adata: AnnData | None, score: bool, budget: float | None) -> Run:
     """Choose a recipe for what is held out of the screen, and `run` it."""
     if budget is not None and not budget > 0:  # nor NaN, which no time is more than
@@ -271,6 +281,7 @@ def _chosen(config: Config, made: Made, adata: AnnData | None, score: bool, budg
     done = run(config, replace(screen, config=as_read(screen, config.data)), score)
     if done.stopped_by is None:
         print(f"cost        {chosen.cpu_s:,.0f} CPU-s to choose, {time.process_time() - cpu:,.0f} to train and score")
+        done = replace(done, written=(*done.written, done.folder / CHOICE))
     return done
 
 

@@ -76,6 +76,7 @@ def test_the_best_by_left_out_conditions_is_trained(run):
     assert run.model.config.sampling == config.sampling
     assert run.scores is not None
     assert run.scores.n_conditions == 6
+    assert run.folder / CHOICE in run.written
 
 
 def test_each_candidate_left_out_a_training_batch_and_kept_no_weights(run):
@@ -174,6 +175,13 @@ def test_a_budget_buys_folds(screen, tmp_path):
 def test_a_budget_of_no_time_is_refused_before_anything_is_written(screen, tmp_path, budget):
     with pytest.raises(ValueError, match=r"budget \(.+\) must be more than 0 minutes"):
         train(screen, tmp_path / "run", hold_out="pert_0:type_0", overrides=TINY, score=False, budget=budget)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_budget_where_nothing_is_chosen_is_refused(screen, tmp_path):
+    for words in ({"recipe": "new_batch", "hold_out": HELD_OUT}, {}):
+        with pytest.raises(ValueError, match=r"budget \(3\) is for choosing a recipe, and none is chosen where"):
+            train(screen, tmp_path / "run", overrides=TINY, budget=3, **words)
     assert not (tmp_path / "run").exists()
 
 
