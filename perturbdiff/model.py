@@ -480,7 +480,8 @@ class PerturbDiff:
             # Where training mixed batches, predicted cells do too, but those that start from the mean of their own.
             mixed = differs and not len(self.vocabularies.batches) and self.config.diffusion.start != "mean"
             within = [drawn[name].within for name, _ in conditions] if mixed and sampling.network_weight == 1 else None
-            X, one = predict(sets=sets, seed=seed, bar=bar, drawn=own, within=within)
+            # A draw of log1p means that all cells share moves their sums; to undo that would undo a part of the draw.
+            X, one = predict(sets=sets, seed=seed, bar=bar, drawn=own, within=within, by_own_sum=own is None)
         context = [contexts[i] for i in source]
         obs = pd.DataFrame(
             {

@@ -161,7 +161,9 @@ def test_predicted_cells_hold_whole_counts_that_add_up_as_measured_ones(model, c
     np.testing.assert_array_equal(counts, np.rint(counts))
     made = np.log1p(counts * np.expm1(one)[:, None])
     np.testing.assert_allclose(dense(predicted)[own], made[own], atol=1e-5)
-    assert abs(np.expm1(dense(predicted)).sum(1)[own].mean() / model.preprocessing.target_sum - 1) < 0.1
+    np.testing.assert_allclose(np.expm1(dense(predicted)).sum(1), model.preprocessing.target_sum, rtol=1e-4)
+    drawn = model.predict(controls, perturbation="pert_1", n_cells=200)  # whose sums are part of the draw
+    assert abs(np.expm1(dense(drawn)).sum(1).mean() / model.preprocessing.target_sum - 1) < 0.3
     if kind == "counts":  # of log1p values a single count is the smallest one
         sums = pd.Series(counts.sum(1), predicted.obs["source_control"])
         np.testing.assert_array_equal(sums[~own.to_numpy()][controls.obs_names], depth)

@@ -126,6 +126,7 @@ def denoise_sets(
     overdispersion: np.ndarray | None = None,
     drawn: Sequence[np.ndarray | None] | None = None,
     within: Sequence[np.ndarray | None] | None = None,
+    by_own_sum: bool = False,
 ) -> tuple[sparse.csr_matrix, np.ndarray | None]:
     """Predicted cells of all sets in their order, (cells, G) log1p; `labels` and `moves` are by condition number.
 
@@ -133,7 +134,8 @@ def denoise_sets(
     differences of cells from the mean of their set. None where nothing does.
 
     Where they hold whole counts alone (sampling.draw_counts), also the (cells,) log1p value of one in each, else None.
-    `overdispersion` as of `draw_counts`.
+    `overdispersion` as of `draw_counts`. Log1p values are of the depth of the control, which keeps their means; with
+    `by_own_sum` of the sum of a cell's own counts, as measured cells are, where the genes are all of a library.
     """
     device = next(denoiser.parameters()).device
     sets_per_chunk = max(1, MAX_VALUES_PER_CHUNK // (config.set_size * len(expression.genes)))
@@ -155,6 +157,9 @@ def denoise_sets(
                 control = expression.log1p(of.control_rows).toarray()
                 unit = one[of.control_rows]
                 counts = draw_counts(estimate.astype(np.float64), control, unit, overdispersion, seed, of.key)
+                sums = counts.sum(axis=1)
+                if total is not None and by_own_sum:
+                    unit = np.where(sums > 0, np.log1p(total / np.maximum(sums, 1)), unit)
                 estimate[:] = np.log1p(counts * np.expm1(unit)[:, None])
                 ones.append(unit)
         blocks.append(sparse.csr_matrix(cells))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -310,17 +311,19 @@ class TrainingSet:
         start, network_weight = config.diffusion.start, config.sampling.network_weight
         trained = Starts(indexed.cells, indexed.index, indexed.pools)
         # Where predictions do without, they are kept of screens as far as they are small, and not in adapters.
-        wanted = config.denoiser.conditioning == "labels" and config.adapt.method != "lora" and not atlases
-        small = len(trained.numbers) * len(cells[0].genes) <= MOST_MEANS
-        if start != "controls" or (wanted and small):
+        kept = config.denoiser.conditioning == "labels" and config.adapt.method != "lora" and not atlases
+        kept = kept and len(trained.numbers) * len(cells[0].genes) <= MOST_MEANS
+        if start != "controls" or (kept and network_weight < 1):
             means = replace(trained.means(vocabularies.notation), tables=tables)
-            if start != "controls" or network_weight < 1:
-                if tables and (start == "mean" or network_weight < 1):
-                    description += f"\nweights     {means.feature_fit.summary()}"
-                indexed = replace(indexed, moves=trained.trained_moves(means, start))
-                if validated is not None:
-                    others = Starts(validated.cells, validated.index, validated.pools)
-                    validated = replace(validated, moves=others.told_moves(means, start, network_weight))
+            if tables and (start == "mean" or network_weight < 1):
+                description += f"\nweights     {means.feature_fit.summary()}"
+            indexed = replace(indexed, moves=trained.trained_moves(means, start))
+            if validated is not None:
+                others = Starts(validated.cells, validated.index, validated.pools)
+                validated = replace(validated, moves=others.told_moves(means, start, network_weight))
+        elif kept:
+            with suppress(ValueError), np.errstate(all="ignore"):  # of values that overflow the loss tells which
+                means = replace(trained.means(vocabularies.notation), tables=tables)
         if sampler.left_out:
             description += f"\nleft out    {sampler.left_out:,} cells of conditions under data.min_set_size="
             description += str(config.data.min_set_size)
