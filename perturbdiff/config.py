@@ -228,7 +228,7 @@ class SamplingConfig:
     eta: float = bounded(0.0, least=0, most=1)  # DDIM: 0 is deterministic given the first noise, 1 is ancestral
     cutoff: float = bounded(1e-4, least=0)  # smaller outputs become 0 (model units)
     whole_counts: bool = True  # values under one count of the control cell become one count or none, the mean kept
-    # With whole_counts, of predictions: all values are whole counts that sum as the control's, and genes that respond
+    # With whole_counts, of predictions: all values are whole counts at the depth of the control, and genes that respond
     # are drawn anew from the model's means of training conditions (gamma-Poisson).
     draw_counts: bool = True
     # Of the network's cells in what is predicted. The rest is their controls at the mean that simple methods tell, or

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -157,24 +157,23 @@ def counts_of(log1p: sparse.csr_matrix, one: np.ndarray) -> sparse.csr_matrix:
     """(n, G) float32 whole counts of log1p values, of which (n,) `one` is a single count; 0 in cells where it is 0."""
     unit = np.repeat(np.expm1(np.asarray(one, dtype=np.float64)), np.diff(log1p.indptr))
     counts = np.divide(np.expm1(log1p.data.astype(np.float64)), unit, out=np.zeros(len(unit)), where=unit > 0)
-    made = sparse.csr_matrix((np.rint(counts).astype(np.float32), log1p.indices, log1p.indptr), log1p.shape)
-    return made
+    return sparse.csr_matrix((np.rint(counts).astype(np.float32), log1p.indices, log1p.indptr), log1p.shape)
 
 
-def overdispersion(parts: Sequence[tuple[sparse.csr_matrix, np.ndarray]]) -> np.ndarray:
+def overdispersion(parts: Iterable[tuple[sparse.csr_matrix, np.ndarray]], n_genes: int) -> np.ndarray:
     """(G,) variance of counts beyond that of Poisson, as a part of the squared mean; at least 0.
 
     Parameters
     ----------
     parts
-        Cells whose means differ from part to part: (n, G) log1p values and the (n,) value of `one_count` in each.
+        Cells whose means differ from part to part, one part at a time: (n, G) log1p values and (n,) `one_count`.
 
     Notes
     -----
     By moments, phi = sum((c - m)^2 - m) / sum(m^2) over all cells, m = a part's rate times a cell's depth: the parts
     with the most expression count most. Depths are known but for a factor a part, which is all that is needed.
     """
-    excess = square = np.zeros(parts[0][0].shape[1])
+    excess = square = np.zeros(n_genes)
     for log1p, one in parts:
         unit = np.expm1(one)
         depth = np.divide(1.0, unit, out=np.zeros(len(unit)), where=unit > 0)
@@ -187,11 +186,15 @@ def overdispersion(parts: Sequence[tuple[sparse.csr_matrix, np.ndarray]]) -> np.
         expected = rate**2 * (depth**2).sum()
         excess = excess + squares - 2 * rate * of_depth + expected - total
         square = square + expected
-    return np.maximum(np.divide(excess, square, out=np.zeros(len(square)), where=square > 0), 0.0)
+    return np.maximum(np.divide(excess, square, out=np.zeros(n_genes), where=square > 0), 0.0)
 
 
 def log1p_of(cells: Cells, rows: np.ndarray) -> sparse.csr_matrix:
     """(n, G) log1p values of some cells."""
-    taken = cells.take(rows)
-    X = sparse.csr_matrix((taken.values, taken.genes, taken.indptr), (len(rows), len(cells.genes)))
-    return log1p_normalised(X, taken.library_size, cells.preprocessing)
+    return log1p_taken(cells.take(rows), len(cells.genes), cells.preprocessing)
+
+
+def log1p_taken(cells: CellRows, n_genes: int, preprocessing: Preprocessing) -> sparse.csr_matrix:
+    """As `log1p_of`, of cells that were taken."""
+    X = sparse.csr_matrix((cells.values, cells.genes, cells.indptr), (len(cells.indptr) - 1, n_genes))
+    return log1p_normalised(X, cells.library_size, preprocessing)

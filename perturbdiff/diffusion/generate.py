@@ -19,6 +19,7 @@ from perturbdiff.data.batch import CellSetBatch, Moves, make_batch
 from perturbdiff.data.rng import numpy_generator, torch_generator
 from perturbdiff.data.samplers import CellSet, draw_controls
 from perturbdiff.data.screen import Expression
+from perturbdiff.data.space import totals
 from perturbdiff.data.vocab import Labels
 from perturbdiff.diffusion.counts import draw_counts, of_total, with_whole_counts
 from perturbdiff.diffusion.draws import shown, uniform_draws
@@ -182,11 +183,14 @@ def _one_count(expression: Expression) -> np.ndarray | None:
 
 def _total(expression: Expression) -> float | None:
     """What the expm1 of each control adds up to, where its genes are all that a library size counts."""
-    target, X = expression.preprocessing.target_sum, expression.log1p().astype(np.float64)
-    sums = np.asarray(X.expm1().sum(axis=1)).ravel()
+    target, X = expression.preprocessing.target_sum, expression.X
+    if expression.preprocessing.input_kind == "counts":
+        sums, whole = np.asarray(X.sum(axis=1, dtype=np.float64)).ravel(), expression.library_size
+    else:
+        sums = totals(np.expm1(X.data.astype(np.float64)), X.indptr)
+        whole = np.full(len(sums), target or 0.0)
     filled = sums > 0
-    whole = target is not None and np.allclose(sums[filled], target, rtol=WHOLE_LIBRARY)
-    return target if whole else None
+    return target if np.allclose(sums[filled], whole[filled], rtol=WHOLE_LIBRARY) else None
 
 
 def _population_change(

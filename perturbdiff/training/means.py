@@ -13,6 +13,7 @@ n = conditions, G = genes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,7 +22,7 @@ from scipy import sparse
 
 from perturbdiff.data.batch import Moves
 from perturbdiff.data.conditions import ConditionIndex, ControlPools
-from perturbdiff.data.expression import Cells, gene_means, log1p_of, one_count, overdispersion
+from perturbdiff.data.expression import Cells, gene_means, log1p_of, log1p_taken, one_count, overdispersion
 from perturbdiff.data.notation import Notation
 from perturbdiff.means.predictors import Start, response_kept, start_shift
 from perturbdiff.means.shifts import moves
@@ -57,12 +58,16 @@ class Starts:
 
     def means(self, notation: Notation) -> TrainingMeans:
         """Raises ValueError where there is no condition."""
-        moments, parts = [], []
-        for condition in self.numbers:
-            rows = self.index.cells(condition)
-            log1p = log1p_of(self.cells, rows)
-            moments.append(_moments(log1p))
-            parts.append((log1p, one_count(self.cells.take(rows), self.cells.preprocessing)))
+        moments, preprocessing, n_genes = [], self.cells.preprocessing, len(self.cells.genes)
+
+        def parts() -> Iterator[tuple[sparse.csr_matrix, np.ndarray]]:  # one in memory at a time
+            for condition in self.numbers:
+                taken = self.cells.take(self.index.cells(condition))
+                log1p = log1p_taken(taken, n_genes, preprocessing)
+                moments.append(_moments(log1p))
+                yield log1p, one_count(taken, preprocessing)
+
+        of_counts = overdispersion(parts(), n_genes)
         perturbed, variance, n_cells = (np.array(of_all) for of_all in zip(*moments, strict=True))
         control_mean, control_variance, n_controls = self.control
         batches: dict[int, set[str]] = {}
@@ -79,7 +84,7 @@ class Starts:
             n_cells,
             notation,
             self.cells.genes,
-            overdispersion=overdispersion(parts),
+            overdispersion=of_counts,
             control_noise=None if control_noise is None else np.where(shared[:, None], 0.0, control_noise),
             perturbed_noise=_noise(variance, n_cells),
         )

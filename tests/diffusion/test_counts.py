@@ -177,8 +177,8 @@ def test_overdispersion_is_that_of_the_counts():
         depth = rng.integers(1000, 6000, n)
         level = rng.gamma(1 / np.maximum(phi, 1e-9), np.maximum(phi, 1e-9), (n, 4)) * fold * rate * depth[:, None]
         parts.append((sparse.csr_matrix(log1p_of(rng.poisson(level), depth)), np.log1p(1e4 / depth)))
-    np.testing.assert_allclose(overdispersion(parts), [0, 0.5, 2.0, 0], atol=0.05, rtol=0.15)
+    np.testing.assert_allclose(overdispersion(parts, 4), [0, 0.5, 2.0, 0], atol=0.05, rtol=0.15)
     nothing = sparse.csr_matrix((3, 4))
-    assert not overdispersion([(nothing, np.zeros(3))]).any()
-    assert overdispersion([(nothing, np.zeros(3)), *parts]) == pytest.approx(overdispersion(parts))
-    assert not overdispersion([(sparse.csr_matrix(np.ones((1, 4))), np.ones(1))]).any()  # of one cell
+    assert not overdispersion([(nothing, np.zeros(3))], 4).any()
+    assert overdispersion([(nothing, np.zeros(3)), *parts], 4) == pytest.approx(overdispersion(parts, 4))
+    assert not overdispersion([(sparse.csr_matrix(np.ones((1, 4))), np.ones(1))], 4).any()  # of one cell
