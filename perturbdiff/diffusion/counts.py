@@ -5,7 +5,6 @@ B = sets, S = cells per set, G = genes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -38,13 +37,6 @@ def with_whole_counts(x: Tensor, one: Tensor, uniform: Tensor) -> Tensor:
     """
     one = one[..., None]
     return torch.where(x < one, torch.where(uniform * one < x, one, 0.0), x)
-
-
-def of_total(x: Tensor, total: float, scale: float) -> Tensor:
-    """Cells (B, S, G), model units of this scale, at the depth at which expm1 adds up to `total`; empty ones stay."""
-    level = torch.expm1((x * scale).clamp_max(math.log1p(total)))  # more is in no cell
-    sums = level.sum(-1, keepdim=True)
-    return torch.log1p(level * torch.where(sums > 0, total / sums, 1.0)) / scale
 
 
 def draw_counts(

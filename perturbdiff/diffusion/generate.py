@@ -21,7 +21,7 @@ from perturbdiff.data.samplers import CellSet, draw_controls
 from perturbdiff.data.screen import Expression
 from perturbdiff.data.space import totals
 from perturbdiff.data.vocab import Labels
-from perturbdiff.diffusion.counts import draw_counts, of_total, with_whole_counts
+from perturbdiff.diffusion.counts import draw_counts, with_whole_counts
 from perturbdiff.diffusion.draws import shown, uniform_draws
 from perturbdiff.diffusion.sampling import sample
 from perturbdiff.diffusion.schedule import Schedule
@@ -141,16 +141,15 @@ def denoise_sets(
     device = next(denoiser.parameters()).device
     sets_per_chunk = max(1, MAX_VALUES_PER_CHUNK // (config.set_size * len(expression.genes)))
     one = _one_count(expression) if sampling.whole_counts and sampling.draw_counts else None
-    total = None
     if one is not None:
         sampling = replace(sampling, whole_counts=False)  # which is in the draw
-        total = _total(expression)
+    total = _total(expression) if one is not None and by_own_sum else None
     blocks, ones = [], []
     for start in range(0, len(sets), sets_per_chunk):
         chunk = sets[start : start + sets_per_chunk]
         batch = make_batch(chunk, config.set_size, expression, labels, moves=moves).to(device)
         change = None if drawn is None else _population_change(chunk, drawn, within, expression).to(device)
-        x0 = sample_batch(denoiser, batch, sampling, config.diffusion, seed, change, total)
+        x0 = sample_batch(denoiser, batch, sampling, config.diffusion, seed, change)
         cells = x0[batch.mask].mul_(expression.preprocessing.scale).cpu().numpy()
         if one is not None:
             ends = np.cumsum([len(of.rows) for of in chunk])
@@ -159,7 +158,7 @@ def denoise_sets(
                 unit = one[of.control_rows]
                 counts = draw_counts(estimate.astype(np.float64), control, unit, overdispersion, seed, of.key)
                 sums = counts.sum(axis=1)
-                if total is not None and by_own_sum:
+                if total is not None:
                     unit = np.where(sums > 0, np.log1p(total / np.maximum(sums, 1)), unit)
                 estimate[:] = np.log1p(counts * np.expm1(unit)[:, None])
                 ones.append(unit)
@@ -232,15 +231,11 @@ def sample_batch(
     diffusion: DiffusionConfig,
     seed: int,
     change: Tensor | None = None,
-    total: float | None = None,
 ) -> Tensor:
     """Cells of the batch's conditions from its controls, (B, S, G) model units; random by seed and the sets' keys.
 
     change
         (B, 2, G) how each set's population differs, as `changed_together` takes it.
-    total
-        What the expm1 of a cell adds up to, before that change, where the genes are all of a library; None: nobody
-        knows.
     """
     schedule = Schedule(diffusion.schedule, diffusion.n_timesteps)
     # Noise comes from one generator a set, so that a set's cells do not depend on its neighbours.
@@ -267,8 +262,6 @@ def sample_batch(
     if weight > 0:
         made = sample(denoise, draw(), control, shown(batch.labels, diffusion), sampling, schedule, draw)
         x0 = torch.lerp(x0, made, weight)
-    if total is not None:
-        x0 = of_total(x0, total, batch.preprocessing.scale)
     if change is not None:
         x0 = changed_together(x0, batch.mask, change)
     if sampling.whole_counts:

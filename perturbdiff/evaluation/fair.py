@@ -167,6 +167,16 @@ def some(names: pd.Index, rows: np.ndarray) -> np.ndarray:
     return np.sort(rows[np.argsort(cell_order_key(names[rows].to_numpy(), seed=1), kind="stable")[:MAX_CELLS]])
 
 
+def one_a_control(names: pd.Index, rows: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Of these rows of predicted cells one for each control, (n,) `starts`, by a hash of their `names`.
+
+    Cells from one control are alike, however many there are: distances between them are not those of independent cells,
+    and an energy distance that counts them is too large.
+    """
+    order = rows[np.argsort(cell_order_key(names[rows].to_numpy(), seed=2), kind="stable")]
+    return np.sort(order[np.unique(starts[order], return_index=True)[1]])
+
+
 class SimpleMethods:
     """Cells that simple predictors of means make of the control cells, with whole counts as the model's own have.
 

@@ -84,21 +84,24 @@ def _report(out: Path) -> list[Path]:
 
 
 def predict_held_out(model: PerturbDiff, screen: Screen, split: Split, match: ControlMatch, seed: int) -> AnnData:
-    """Predict each held-out condition from one half of its own control cells, as many cells as were measured.
+    """Predict each held-out condition from one half of its own control cells, each at most once (`one_a_control`), and
+    no more cells than were measured.
 
     `screen` has all genes of the file: library sizes are sums over them. Raises as `PerturbDiff.predict`.
     """
     real, controls = held_out_rows(screen, split.test, match)
-    predictions, n_cells = [], 0
-    with progress(sum(len(rows) for rows in real.values()), "predict", "cell") as bar:
-        for (perturbation, cell_type, batch), rows in real.items():
-            cells = screen.adata(control_halves(screen, controls[cell_type, batch])[0])
+    starts = {context: control_halves(screen, rows)[0] for context, rows in controls.items()}
+    n_cells = [min(len(rows), len(starts[condition[1:]])) for condition, rows in real.items()]
+    predictions, done = [], 0
+    with progress(sum(n_cells), "predict", "cell") as bar:
+        for (perturbation, cell_type, batch), n in zip(real, n_cells, strict=True):
+            cells = screen.adata(starts[cell_type, batch])
             # Scores are of one prediction: of the mean over batches, from which a draw would differ at random.
             predicted = model.generate(
-                cells, perturbation, cell_type, batch, n_cells=len(rows), seed=seed, bar=bar, varied=False
+                cells, perturbation, cell_type, batch, n_cells=n, seed=seed, bar=bar, varied=False
             )
-            predicted.obs_names = pd.Index([f"predicted_{n_cells + i}" for i in range(len(rows))])
-            n_cells += len(rows)
+            predicted.obs_names = pd.Index([f"predicted_{done + i}" for i in range(n)])
+            done += n
             predictions.append(predicted)
     return concat(predictions, merge="same", uns_merge="first")
 

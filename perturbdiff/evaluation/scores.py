@@ -51,6 +51,7 @@ from perturbdiff.evaluation.fair import (
     held_out_rows,
     in_genes_of,
     measured,
+    one_a_control,
     relative_spread,
     some,
     start_rows,
@@ -333,7 +334,10 @@ def score_conditions(
     sides: list[tuple[Condition, np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
     with progress(len(common), "evaluate", "condition") as bar:
         for condition in common:
-            context, chosen = condition[1:], some(predicted.obs_names, found[condition])
+            context, chosen = condition[1:], found[condition]
+            if starts is not None:
+                chosen = one_a_control(predicted.obs_names, chosen, starts)
+            chosen = some(predicted.obs_names, chosen)
             of_cells = None if starts is None else starts[chosen]
             start, truth, fair = halves_of(screen, controls[context], of_cells)
             chosen, of_cells = chosen[fair], None if of_cells is None else of_cells[fair]

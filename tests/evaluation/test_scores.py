@@ -66,12 +66,15 @@ def report(screen, split):
     return score_conditions(truth_as_prediction(screen, np.flatnonzero(split.test)), screen, "batch", split)
 
 
-def test_held_out_conditions_are_predicted_with_as_many_cells_as_measured(run, screen, split):
+def test_held_out_conditions_are_predicted_from_each_control_at_most_once(run, screen, split):
     model = PerturbDiff.from_pretrained(f"{run.out}/model", device="cpu")
     predicted = predict_held_out(model, screen, split, "batch", seed=0)
     labels = ["perturbation", "cell_type", "batch"]
     measured = screen.obs[split.test].groupby(labels).size()
-    assert predicted.obs.astype(str).groupby(labels).size().to_dict() == measured.to_dict()
+    start = screen.obs[screen.is_control].groupby(["cell_type", "batch"]).size() // 2
+    wanted = {condition: min(n, start[condition[1:]]) for condition, n in measured.items()}
+    assert predicted.obs.astype(str).groupby(labels).size().to_dict() == wanted
+    assert not predicted.obs.duplicated([*labels, "source_control"]).any()
     assert predicted.obs_names.is_unique
     source = screen.obs.loc[predicted.obs["source_control"]]
     assert set(source["perturbation"]) == {"control"}
@@ -458,3 +461,17 @@ def test_the_difference_over_all_conditions_is_that_of_pairs():
     assert gain == pytest.approx(shift.mean())
     np.testing.assert_allclose([low, high], expected, atol=0.03)
     assert "on 0 of 40 conditions, not distinguishable on 40; over all it is better" in scores.verdict()
+
+
+def test_cells_that_repeat_a_control_are_scored_once():
+    screen = null_screen(int(np.random.default_rng().integers(1 << 30)))
+    split = make_split(screen, SplitConfig(["A:T"], [], 0.0), 0)
+    start, _ = control_halves(screen, np.flatnonzero(screen.is_control & (screen.obs["cell_type"] == "T")))
+
+    def scores(rows):
+        obs = screen.obs.iloc[rows].assign(perturbation="A", source_control=screen.obs.index[rows])
+        obs.index = [f"predicted_{i}" for i in range(len(rows))]
+        predicted = anndata.AnnData(screen.expression.log1p(rows), obs, truth_as_prediction(screen, rows[:1]).var)
+        return score_conditions(predicted, screen, "batch", split).conditions
+
+    pd.testing.assert_frame_equal(scores(np.repeat(start, 3)), scores(start))
