@@ -55,8 +55,9 @@ def add_predict_commands(commands: Any) -> None:
 
     calibrate = add_command(
         commands, "calibrate", _calibrate, "make a model's spread between populations into intervals",
-        "Predicts the validation conditions of a split, compares their means with the measured ones, and puts the\n"
-        "factor that makes intervals of spreads into the model folder. Coverage is measured on conditions left out.",
+        "Predicts the validation conditions of a split, compares their means with the measured ones, and puts what\n"
+        "makes intervals of spreads into the model folder, for genes that respond apart. Coverage is measured on the\n"
+        "test conditions of the split, or else on validation conditions left out in turn.",
         "example:\n  perturbdiff calibrate runs/kang/model --screen kang.h5ad --split runs/kang/split.json\n"
         + SETTINGS,
     )  # fmt: skip
@@ -151,6 +152,7 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 def _calibrate(arguments: argparse.Namespace) -> None:
     from perturbdiff.evaluation.held_out import calibrate_model
+    from perturbdiff.inference.intervals import covered
 
     found = calibrate_model(
         arguments.model,
@@ -161,6 +163,8 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         overrides=arguments.settings,
     )
     print(f"conditions  {found.n_conditions}, held out for validation")
-    print(f"intervals   {found.factor:.3g} * sqrt(spread^2 + {found.floor:.3g}^2) around the mean, log1p")
-    print(f"coverage    {found.coverage:.1%} on conditions left out in turn, of {found.level:.0%} wanted")
+    for what, of in (("genes that respond", found.responding), ("other genes", found.others)):
+        print(f"intervals   {of.factor:.3g} * sqrt(spread^2 + {of.floor:.3g}^2) around the mean, log1p: {what}")
+    print(f"            a gene responds if its predicted mean changes by {found.change:.3g} or more")
+    print(f"coverage    {covered(found.coverage)}, of {found.level:.0%} wanted")
     print(f"written     {arguments.model}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from perturbdiff.evaluation.scores import MODEL, Scores, evaluate, read_measured
 from perturbdiff.files import few, progress, read_json, short
 from perturbdiff.hub.download import own_folder
 from perturbdiff.hub.model_folder import MAX_JSON_BYTES
-from perturbdiff.hub.records import EvaluationRecord
-from perturbdiff.inference.intervals import Calibration, calibrate
+from perturbdiff.hub.records import Calibration, EvaluationRecord
+from perturbdiff.inference.calibration import MEANS, calibrate, coverage_on_test, held_out_means, write_means
 from perturbdiff.inference.output import write_predicted
 from perturbdiff.model import PerturbDiff
 
@@ -69,10 +69,23 @@ def score_held_out(config: Config, screen: Screen) -> Scored:
     scores = score_conditions(predicted, screen, match, split, tables=model.feature_tables())
     if len(ConditionIndex.build(screen, split.validation)) >= 2:
         calibrate(model, screen, split.validation, match, seed=config.training.seed)
+    tested = _cover_test(model, screen, split, match, seed=config.training.seed)
+    write_means(tested, out / MEANS)
     model.evaluation, model.split = scores.record(), _travelling(out / "split.json")
     model.save_pretrained(out / "model")  # scores and card; the weights stay as they are
-    names = ("config.yaml", "split.json", "metrics.jsonl", "model", "predicted.h5ad")
+    names = ("config.yaml", "split.json", "metrics.jsonl", "model", "predicted.h5ad", MEANS)
     return Scored(scores, [*(out / name for name in names), *scores.save(out), *_report(out)])
+
+
+def _cover_test(
+    model: PerturbDiff, screen: Screen, split: Split, match: ControlMatch, n_populations: int = 5, seed: int = 0
+) -> pd.DataFrame:
+    """Populations of the test conditions beside what was measured; a calibrated model then knows its coverage there."""
+    tested = held_out_means(model, screen, split.test, match, n_populations, seed)
+    if (found := model.training.calibration) is not None and len(tested):
+        found = replace(found, coverage=coverage_on_test(found, tested))
+        model.training = replace(model.training, calibration=found)
+    return tested
 
 
 def _report(out: Path) -> list[Path]:
@@ -218,7 +231,8 @@ def calibrate_model(
     overrides: Sequence[str] = (),
     **settings: Any,
 ) -> Calibration:
-    """`calibrate` a model folder, which is replaced, on the validation conditions of a split.
+    """`calibrate` a model folder, which is replaced, on the validation conditions of a split; coverage is that of its
+    test conditions, where there are some.
 
     The screen is read as the model's own was, where overrides and settings (as of `train`) say nothing else. Raises as
     `calibrate`, `evaluate` and `PerturbDiff.from_pretrained`.
@@ -228,6 +242,8 @@ def calibrate_model(
     measured, match, chosen = read_measured(screen, split, _read_as(model), overrides, settings)
     assert chosen is not None, "there is a split"
     match = model.training.control_match or match
-    calibration = calibrate(model, measured, chosen.validation, match, n_populations, seed=seed)
+    calibrate(model, measured, chosen.validation, match, n_populations, seed=seed)
+    _cover_test(model, measured, chosen, match, n_populations, seed)
     model.save_pretrained(folder)
-    return calibration
+    assert model.training.calibration is not None, "it was calibrated"
+    return model.training.calibration

@@ -163,6 +163,54 @@ def delta(
     return ax
 
 
+def populations(means: pd.DataFrame, batches: pd.DataFrame | None = None, ax: Axes | None = None) -> Axes:
+    """Means of the genes that respond most, of one condition: each predicted population and measured batch is a mark.
+
+    Parameters
+    ----------
+    means
+        One row a gene, log1p: `gene`, `control_mean`, `population_0`, ... and perhaps `measured`, `lower` and `upper`,
+        as `inference.calibration.held_out_means` and the means.parquet of a run have them.
+    batches
+        (batches, genes) measured means of other batches of the condition; columns are genes.
+
+    Raises
+    ------
+    ValueError, KeyError
+        No rows; a column is missing.
+    """
+    own = [name for name in means if str(name).startswith("population_")]
+    if missing := [name for name in ("gene", "control_mean") if name not in means] or ["population_0"][: not own]:
+        raise KeyError(f"columns {missing} not in the means ({few(sorted(map(str, means)))}); give means.parquet.")
+    if not len(means):
+        raise ValueError("the means (0 rows) must be of at least one gene.")
+    predicted, control = means[own].to_numpy(dtype=float), means["control_mean"].to_numpy(dtype=float)
+    truth = means["measured"].to_numpy(dtype=float) if "measured" in means else predicted.mean(axis=1)
+    chosen = np.argsort(-np.abs(truth - control), kind="stable")[:N_GENES]
+    genes = means["gene"].astype(str).to_numpy()[chosen]
+    ax, x = _axes(ax, (max(3.6, 0.7 * len(chosen)), 2.9)), np.arange(len(chosen))
+    marks: dict[str, Any] = {"linestyle": "", "markersize": 4.5, "markeredgewidth": 0.9}
+    ax.hlines(control[chosen], x - 0.3, x + 0.3, color=CONTROL_COLOUR, linewidth=1.6, label="controls")
+    if {"lower", "upper"} <= {*means} and means[["lower", "upper"]].notna().all(axis=None):
+        low, high = (means[name].to_numpy(dtype=float)[chosen] for name in ("lower", "upper"))
+        ax.bar(x - 0.12, high - low, 0.2, low, color=PREDICTED_COLOUR, alpha=0.25, label="interval")
+    places = np.repeat(x[:, None] - 0.12, len(own), axis=1)
+    ax.plot(places.ravel(), predicted[chosen].ravel(), "o", color=PREDICTED_COLOUR, markerfacecolor="none", **marks,
+            label=f"predicted populations ({len(own)})")  # fmt: skip
+    if batches is not None and len(batches):
+        others = batches.reindex(columns=genes).to_numpy(dtype=float)
+        ax.plot(np.tile(x + 0.14, len(others)), others.ravel(), "o", color=MEASURED_COLOUR, markerfacecolor="none",
+                **marks, label=f"other measured batches ({len(others)})")  # fmt: skip
+    if "measured" in means:
+        ax.plot(x + 0.14, truth[chosen], "D", color=MEASURED_COLOUR, label="measured", **marks)
+    ax.set_xticks(x, [_name(gene, 16) for gene in genes], rotation=35, ha="right", rotation_mode="anchor",
+                  parse_math=False)  # fmt: skip
+    ax.set_ylabel("mean expression (log1p)")
+    ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
+    _legend(ax, 2)
+    return ax
+
+
 def ranking(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """The first perturbations of a table of `rank_perturbations`: score and its spread between populations.
 
@@ -401,8 +449,8 @@ def _legend(ax: Axes, n_columns: int) -> None:
     )  # fmt: skip
     of_legend: list[Any] = legend.legend_handles
     for handle in of_legend:
-        handle.set_alpha(1)
         if hasattr(handle, "set_sizes"):  # dots of a scatter, perhaps too small to see their colour
+            handle.set_alpha(1)
             handle.set_sizes([24])
 
 

@@ -10,10 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 
+from perturbdiff.data.expression import gene_means
+from perturbdiff.data.screen import Screen
 from perturbdiff.diffusion.distances import MAX_SCORED, cell_to_cell, energy_of
 from perturbdiff.evaluation.metrics import checked_arrays, in_own_order
+
+LEAST_CELLS = 10  # of a measured batch; the mean of fewer is mostly noise
 
 
 def two_level_distance(predicted: Sequence[np.ndarray], measured: Sequence[np.ndarray]) -> float:
@@ -116,3 +121,15 @@ def population_scores(predicted: Sequence[np.ndarray], measured: Sequence[np.nda
     covered = float(((theirs >= low) & (theirs <= high)).mean())
     mean_error = float(np.abs(mine.mean(axis=0) - theirs.mean(axis=0)).mean())
     return PopulationScores(ratios[0], ratios[1], distance, covered, ratios[2], mean_error)
+
+
+def batch_means(screen: Screen, perturbation: str, cell_type: str, but: str) -> pd.DataFrame:
+    """(batches, genes) log1p means of a measured condition in batches of LEAST_CELLS cells or more, `but` one."""
+    obs = screen.obs
+    here = ((obs["perturbation"] == perturbation) & (obs["cell_type"] == cell_type) & (obs["batch"] != but)).to_numpy()
+    found = {
+        batch: gene_means(screen.expression.log1p(rows))
+        for batch in sorted(obs["batch"][here].astype(str).unique())
+        if len(rows := np.flatnonzero(here & (obs["batch"] == batch).to_numpy())) >= LEAST_CELLS
+    }
+    return pd.DataFrame.from_dict(found, orient="index", columns=list(screen.expression.genes.names))

@@ -28,7 +28,11 @@ from perturbdiff.evaluation import plots
 from perturbdiff.evaluation.fair import Condition, group, halves_of, held_out_rows, start_rows
 from perturbdiff.evaluation.html import as_svg, bullets, drawing, facts, figure, number, page, section, table, text
 from perturbdiff.evaluation.metrics import METRICS
-from perturbdiff.files import read_json, sha256, short, write_text
+from perturbdiff.evaluation.populations import batch_means
+from perturbdiff.files import read_json, sha256, short, typed, write_text
+from perturbdiff.hub.records import Calibration
+from perturbdiff.inference.calibration import MEANS, read_means
+from perturbdiff.inference.intervals import covered
 
 PAPER = "https://arxiv.org/abs/2602.19685"
 FIRST = 4  # metrics that are shown first
@@ -393,11 +397,12 @@ def _pictures(results: Results, cells: Cells | None, svgs: dict[str, str], notes
             notes.append(f"There is no figure of {first}: {error}")
     if cells is None:
         return "".join(parts) + ("<p>Figures of cells are left out; see below why.</p>\n" if parts else "")
+    means = _predicted_means(results, notes)
     pictured = [c for c in order or cells.rows if c in cells.rows and c in cells.found]
     for n, (which, condition) in enumerate(_some(pictured, bool(order)), start=1):
         label = plots.condition_name(condition, 80)
         drawings = []
-        for kind, draw, alt in _of_condition(cells, condition):
+        for kind, draw, alt in (*_of_condition(cells, condition), *_of_populations(cells, condition, means)):
             try:
                 drawn, caption = draw(), f"{alt}, {label}"
             except ValueError as error:
@@ -440,6 +445,32 @@ def _of_condition(cells: Cells, condition: Condition) -> Iterator[tuple[str, Cal
         lambda: plots.delta(measured, predicted, true_control, predicted_control=control),
         "Predicted against measured mean change of each predicted gene, from different control cells",
     )
+
+
+def _of_populations(
+    cells: Cells, condition: Condition, means: pd.DataFrame
+) -> Iterator[tuple[str, Callable[[], Any], str]]:
+    perturbation, cell_type, batch = condition
+    own = means[(means["perturbation"] == perturbation) & (means["cell_type"] == cell_type)]
+    if batch == "all" and len(own):  # controls of all batches: each batch is predicted from the same cells
+        batch = own["batch"].iloc[0]
+    own = own[own["batch"] == batch]
+    if not len(own):
+        return
+    others = batch_means(cells.screen, perturbation, cell_type, batch)
+    yield (
+        "populations",
+        lambda: plots.populations(own, others),
+        f"Mean expression of the genes that respond most, batch {batch[:LABEL]}: each predicted population and each "
+        "measured batch is a mark",
+    )
+
+
+def _predicted_means(results: Results, notes: list[str]) -> pd.DataFrame:
+    if (results.folder / MEANS).is_file():
+        return read_means(results.folder / MEANS)
+    notes.append(f"Predicted populations are not drawn: the run has no {MEANS}.")
+    return pd.DataFrame(columns=LABELS)
 
 
 def _data(results: Results, cells: Cells | None) -> str:
@@ -550,12 +581,22 @@ def _calibration(results: Results) -> str:
     found = results.training.get("calibration")
     if not found:
         return "<p>The model is not calibrated: it gives no intervals (perturbdiff calibrate).</p>\n"
-    if lacking := [name for name in ("level", "coverage", "n_conditions", "factor", "floor") if name not in found]:
-        raise ValueError(f"calibration in {results.folder / 'model/training.json'} lacks {lacking}; calibrate again.")
+    if "factor" in found:
+        return "<p>The model was calibrated by an older version: perturbdiff calibrate does it anew.</p>\n"
+    calibration: Calibration = typed(Calibration, found, str(results.folder / "model/training.json: calibration"))
+    level, change = f"{calibration.level:.0%}", calibration.change
+    whose = (
+        f", apart for genes whose predicted mean changes by {number(change)} or more (log1p) and the others"
+        if change
+        else ""
+    )
+    widths = {"responding": calibration.responding, **({"others": calibration.others} if change else {})}
     return (
-        f"<p>Intervals meant to hold {found['level']:.0%} of the measured gene means hold {found['coverage']:.0%}, on "
-        f"{_count(found['n_conditions'], 'validation condition')}, each left out of the calibration in turn.</p>\n"
-    ) + facts([("factor", number(found["factor"])), ("floor", f"{number(found['floor'])} (log1p)")])
+        f"<p>Intervals meant to hold {level} of the measured gene means hold {text(covered(calibration.coverage))}. "
+        f"They were made of {_count(calibration.n_conditions, 'validation condition')}{whose}.</p>\n"
+    ) + facts(
+        [(f"factor and floor, {name}", f"{number(of.factor)}, {number(of.floor)}") for name, of in widths.items()]
+    )
 
 
 def _provenance(results: Results) -> str:

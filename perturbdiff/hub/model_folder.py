@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from perturbdiff.files import few, inside, json_sha256, read_json, sha256, short
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 CONFIG = "config.json"
 CARD = "README.md"
 EVALUATION = "evaluation.json"
@@ -277,6 +277,19 @@ def _from_version_4(config: dict[str, Any], files: JsonFiles) -> tuple[dict[str,
     return config, {**files, **new, "genes.json": genes}
 
 
+def _from_version_5(config: dict[str, Any], files: JsonFiles) -> tuple[dict[str, Any], JsonFiles]:
+    # All genes had intervals of one width, and coverage was that of conditions left out of the calibration alone.
+    training = dict(files["training.json"])
+    if (old := training["calibration"]) is not None:
+        width = {"factor": old["factor"], "floor": old["floor"]}
+        coverage = {"conditions": "validation", "n_conditions": old["n_conditions"], "of_all": old["coverage"]}
+        training["calibration"] = {
+            "level": old["level"], "change": 0.0, "others": width, "responding": width,
+            "n_conditions": old["n_conditions"], "coverage": {**coverage, "of_responding": None},
+        }  # fmt: skip
+    return {**config, "format_version": 6}, {**files, "training.json": training}
+
+
 def _with_new(content: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     if there := sorted(content.keys() & new.keys()):
         raise KeyError(f"{few(there)} came later")
@@ -289,4 +302,5 @@ _MIGRATIONS: dict[int, Callable[[dict[str, Any], JsonFiles], tuple[dict[str, Any
     2: _from_version_2,
     3: _from_version_3,
     4: _from_version_4,
+    5: _from_version_5,
 }

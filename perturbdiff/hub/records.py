@@ -34,29 +34,80 @@ def loss(direction: Direction) -> Callable[[np.ndarray], np.ndarray]:
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """What makes intervals of a spread between populations (inference/intervals.py, Eq. 1).
+class Width:
+    """What makes an interval of a spread: mean +- factor * sqrt(spread^2 + floor^2); floor in log1p."""
+
+    factor: float
+    floor: float
+
+    def __post_init__(self) -> None:
+        if not (self.factor > 0 and self.floor > 0):
+            raise ValueError(f"{self} must be two numbers above 0; calibrate the model again.")
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of measured gene means intervals hold.
+
+    conditions
+        test: held out for the scores, they neither stopped nor chose nor calibrated anything. validation: each left
+        out of the calibration in turn; they may have stopped training.
+    of_all, of_responding
+        Part of the (condition, gene) pairs, and of those that are predicted to respond; None of none.
+    """
+
+    conditions: Literal["test", "validation"]
+    n_conditions: int
+    of_all: float
+    of_responding: float | None
+
+    def __post_init__(self) -> None:
+        parts = (self.of_all, self.of_all if self.of_responding is None else self.of_responding)
+        if not (self.n_conditions > 0 and min(parts) >= 0 and max(parts) <= 1):
+            raise ValueError(f"{self} cannot be; calibrate the model again.")
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Intervals of gene means, for genes that respond and for the others (inference/calibration.py).
 
     level
-        Part of (condition, gene) pairs that intervals are made to cover.
-    coverage
-        Mean over conditions of the part covered when the condition is left out of the calibration.
+        Part of (condition, gene) pairs that they are made to cover, in both kinds.
+    change
+        log1p: genes whose predicted mean changes by as much respond. 0 where all have one width.
     """
 
     level: float
-    factor: float
-    floor: float  # log1p
-    coverage: float
-    n_conditions: int
+    change: float
+    others: Width
+    responding: Width
 
     def __post_init__(self) -> None:
-        parts, sizes = (self.level, self.coverage), (self.level, self.factor, self.floor, self.n_conditions)
-        if not (min(sizes) > 0 and min(parts) >= 0 and max(parts) <= 1):
+        if not (0 < self.level < 1 and self.change >= 0):
             raise ValueError(f"{self} cannot be; calibrate the model again.")
 
-    def half_width(self, spread: np.ndarray) -> np.ndarray:
-        """Of the interval of each gene, in the shape of `spread`; NaN where the spread is."""
-        return self.factor * np.hypot(spread, self.floor)
+    def responds(self, change: np.ndarray) -> np.ndarray:
+        """Which genes do, by their predicted changes, log1p."""
+        found: np.ndarray = np.abs(change) >= self.change
+        return found
+
+    def half_width(self, spread: np.ndarray, change: np.ndarray) -> np.ndarray:
+        """Of the interval of each gene, in the shape of `spread` and predicted `change`; NaN where either is."""
+        others, responding = (of.factor * np.hypot(spread, of.floor) for of in (self.others, self.responding))
+        return np.where(np.isnan(change), np.nan, np.where(self.responds(change), responding, others))
+
+
+@dataclass(frozen=True)
+class Calibration(Intervals):
+    """Intervals, how many conditions they were made of, and how much they cover of others."""
+
+    n_conditions: int
+    coverage: Coverage
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.n_conditions > 0:
+            raise ValueError(f"n_conditions ({self.n_conditions}) must be greater than 0; calibrate the model again.")
 
 
 @dataclass(frozen=True)

@@ -405,7 +405,7 @@ def changed(path, value):
 
 
 BAD_CONFIGS = {
-    "newer format": (changed("format_version", 6), ["format_version 6", "reads 1 to 5", "Update perturbdiff"]),
+    "newer format": (changed("format_version", 7), ["format_version 7", "reads 1 to 6", "Update perturbdiff"]),
     "no format": (lambda config: config.pop("format_version"), ["format_version None", "reads 1"]),
     "other width": (changed("denoiser.width", 32), ["does not fit its config.json", "(16, 30) (must be (32, 30))"]),
     "deeper": (changed("denoiser.depth", 3), ["does not fit its config.json", "blocks.1.", "missing"]),

@@ -12,7 +12,7 @@ import pytest
 from scipy import sparse
 
 from perturbdiff.cli.main import main
-from perturbdiff.hub.records import Calibration
+from perturbdiff.hub.records import Calibration, Coverage, Width
 from perturbdiff.inference.output import read_predicted
 from perturbdiff.model import PerturbDiff
 from tests.cli.test_main import assert_says, here, refused  # noqa: F401 (fixtures)
@@ -37,7 +37,8 @@ def model(tmp_path_factory):
 @pytest.fixture
 def calibrated(here):
     model = untrained(std=0.1)
-    calibration = Calibration(level=0.9, factor=3.0, floor=0.1, coverage=0.876, n_conditions=4)
+    width, coverage = Width(factor=3.0, floor=0.1), Coverage("test", 4, of_all=0.876, of_responding=0.86)
+    calibration = Calibration(0.9, 0.0, width, width, n_conditions=3, coverage=coverage)
     model.training = replace(model.training, calibration=calibration)
     model.save_pretrained(here / "calibrated")
     return here / "calibrated"
@@ -94,7 +95,7 @@ def test_one_prediction_may_be_parquet_and_says_how_sure_it_is(here, capsys, cal
     table = pd.read_csv(here / "genes.csv")
     width = (table["upper"] - table["lower"])[(table["mean"] > 0) | (table["control_mean"] > 0)].median()
     said = capsys.readouterr().out
-    assert f"90% intervals of gene means: median width {width:.3g} (log1p); 88% of means covered on 4" in said
+    assert f"90% intervals of gene means: median width {width:.3g} (log1p); covered 88% of means, 86% of genes" in said
     call(*one, "--out", "q.parquet")
     assert "unknown: intervals need --n-populations 2 or more" in capsys.readouterr().out
 
@@ -157,28 +158,39 @@ def test_an_output_of_no_known_format_is_refused_before_the_model_is_looked_for(
     assert_says(line, "output q.csv must end in .h5ad or .parquet")
 
 
-def split_of(screen, folder, part, selector):
+def split_of(screen, folder, **selectors):
     from perturbdiff.config import SplitConfig
     from perturbdiff.data.splits import make_split, write_split
 
     measured = read(anndata.read_h5ad(screen))
-    write_split(make_split(measured, SplitConfig(**{part: [selector]}), 0), measured, folder / "split.json")
+    write_split(make_split(measured, SplitConfig(**selectors), 0), measured, folder / "split.json")
     return folder / "split.json"
 
 
 def test_calibrate_puts_intervals_into_the_folder(here, capsys, screen):
     untrained(std=0.1).save_pretrained(here / "model")
-    split = split_of(screen, here, "validation", "A+B")
+    split = split_of(screen, here, validation=["A+B"])
     call("calibrate", "model", "--screen", screen, "--split", split, "--n-populations", 3)
     said = capsys.readouterr().out
     found = PerturbDiff.from_pretrained(here / "model").training.calibration
     assert found.n_conditions == 4
-    assert f"{found.coverage:.1%} on conditions left out in turn, of 90% wanted" in said
+    assert found.coverage.conditions == "validation"  # nothing is held out for test
+    assert f"coverage    {found.coverage.of_all:.0%} of means" in said
+    assert "on 4 validation conditions, left out in turn, of 90% wanted" in said
+
+
+def test_coverage_is_of_the_conditions_that_are_held_out_for_test(here, capsys, screen):
+    untrained(std=0.1).save_pretrained(here / "model")
+    split = split_of(screen, here, validation=["A+B"], hold_out=["A:NK"])
+    call("calibrate", "model", "--screen", screen, "--split", split, "--n-populations", 3)
+    assert "on 2 test conditions, of 90% wanted" in capsys.readouterr().out
+    found = PerturbDiff.from_pretrained(here / "model").training.calibration
+    assert (found.n_conditions, found.coverage.conditions, found.coverage.n_conditions) == (4, "test", 2)
 
 
 def test_calibrate_needs_validation_conditions(refused, here, screen):
     untrained(std=0.1).save_pretrained(here / "model")
-    split = split_of(screen, here, "hold_out", "A:NK")
+    split = split_of(screen, here, hold_out=["A:NK"])
     assert_says(
         refused("calibrate", "model", "--screen", screen, "--split", split), "1 conditions are too few to calibrate on"
     )
@@ -191,7 +203,11 @@ def test_rank_prints_the_best_and_writes_all(here, capsys, model, screen):
     table = pd.read_csv(here / "out" / "ranking.csv")
     assert list(table["rank"]) == [1, 2]
     said = capsys.readouterr().out
-    for piece in ("1 of the up genes are not in the model: GENE#9", "p_above", "2 perturbations; no change scores 0"):
+    for piece in (
+        "1 of the up genes are not in the model: GENE#9",
+        "p_above",
+        "2 perturbations; no change scores 0",
+    ):
         assert piece in said
     call(*rank, "--up", "gene_1,gene_4", "--down", "gene_2,gene_3", "--out", "again.csv")
     assert (here / "again.csv").read_text() == (here / "out" / "ranking.csv").read_text()

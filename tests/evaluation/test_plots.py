@@ -156,6 +156,46 @@ def test_genes_are_matched_by_name_and_those_without_data_are_left_out(groups):
     np.testing.assert_allclose(offsets(ax)[0], np.delete(offsets(x)[0], 7, axis=0), atol=1e-6)
 
 
+def means_of(n_genes=9, n_populations=4, **columns):
+    rng = np.random.default_rng(5)
+    numbers = {
+        "control_mean": rng.random(n_genes),
+        **{f"population_{k}": rng.random(n_genes) for k in range(n_populations)},
+    }
+    return pd.DataFrame({"gene": [f"g{i}" for i in range(n_genes)], **numbers} | columns)
+
+
+def test_every_population_and_every_measured_batch_is_a_mark_beside_the_interval():
+    measured = np.arange(9.0)
+    table = means_of(measured=measured, lower=measured - 1, upper=measured + 2)
+    batches = pd.DataFrame({f"g{i}": [10.0 + i, 20.0 + i] for i in range(8)}, index=["b1", "b2"])  # none has g8
+    ax = pl.populations(table, batches)
+    order = np.argsort(-np.abs(measured - table["control_mean"]))[: plots.N_GENES]
+    assert [label.get_text() for label in ax.get_xticklabels()] == [f"g{i}" for i in order]
+    drawn = {line.get_label(): np.asarray(line.get_ydata(), dtype=float) for line in ax.lines}
+    own = table[[f"population_{k}" for k in range(4)]].to_numpy()[order]
+    np.testing.assert_allclose(drawn["predicted populations (4)"], own.ravel())
+    np.testing.assert_allclose(drawn["measured"], measured[order])
+    others = np.array([[level + i if i < 8 else np.nan for i in order] for level in (10, 20)])
+    np.testing.assert_allclose(drawn["other measured batches (2)"], others.ravel())
+    bars = [(bar.get_y(), bar.get_y() + bar.get_height()) for bar in ax.patches]
+    np.testing.assert_allclose(bars, np.column_stack([measured - 1, measured + 2])[order])
+    assert {text.get_text() for text in ax.get_legend().get_texts()} == {"controls", "interval", *drawn}
+
+
+def test_populations_without_a_calibration_or_measured_cells_have_neither_bar_nor_diamond():
+    for table in (means_of(), means_of(lower=np.nan, upper=np.nan)):
+        ax = pl.populations(table)
+        assert not ax.patches
+        assert [line.get_label() for line in ax.lines] == ["predicted populations (4)"]
+    with pytest.raises(KeyError, match="population_0"):
+        pl.populations(means_of(n_populations=0))
+    with pytest.raises(KeyError, match="control_mean"):
+        pl.populations(means_of().drop(columns="control_mean"))
+    with pytest.raises(ValueError, match="0 rows"):
+        pl.populations(means_of()[:0])
+
+
 def test_ranking_shows_scores_spread_and_what_was_trained():
     table = pd.DataFrame({"perturbation": [f"p{i}" for i in range(30)], "score": np.linspace(2, -1, 30), "sd": 0.1,
                           "trained": [True] * 5 + [False] * 25})  # fmt: skip
@@ -208,6 +248,7 @@ def test_hostile_labels_are_drawn(tmp_path):
             pl.delta(measured, predicted, control),
             pl.scores(table, "pearson_delta"),
             pl.ranking(ranked),
+            pl.populations(means_of(4, gene=genes)),
         ]
     ):
         path = tmp_path / f"{i}.svg"
@@ -218,12 +259,13 @@ def test_hostile_labels_are_drawn(tmp_path):
 
 def test_given_axes_are_drawn_into_and_returned(groups):
     measured, predicted, control = groups
-    axes = Figure().subplots(1, 5)
+    axes = Figure().subplots(1, 6)
     assert pl.violin(measured, predicted, control=control, ax=axes[0]) is axes[0]
     assert pl.embedding(measured, predicted, control, axes[1]) is axes[1]
     assert pl.delta(measured, predicted, control, axes[2]) is axes[2]
     assert pl.ranking(pd.DataFrame({"perturbation": ["a"], "score": [1.0]}), axes[3]) is axes[3]
     assert pl.scores(table_of(2), "pearson_delta", axes[4]) is axes[4]
+    assert pl.populations(means_of(), ax=axes[5]) is axes[5]
 
 
 def test_inputs_stay_as_they_are(groups):

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from perturbdiff.data.simulate import SimulationConfig, simulate
-from perturbdiff.evaluation.populations import population_scores, two_level_distance
-from tests.screens import log1p_cp10k, shared
+from perturbdiff.evaluation.populations import batch_means, population_scores, two_level_distance
+from tests.screens import log1p_cp10k, read, screen_with_cells, shared
 
 
 def populations(rng, n, cells=8, genes=5, vary=1.0):
@@ -134,3 +134,15 @@ def test_the_variance_of_means_is_without_that_of_finitely_many_cells():
     assert scores.within == pytest.approx(1, abs=0.2)
     with pytest.raises(ValueError, match="a population of one cell does not tell how its cells differ"):
         population_scores([cells[:1] for cells in clouds[0]], clouds[1])
+
+
+def test_means_of_measured_batches_are_those_of_their_cells_and_small_ones_have_none():
+    rows = [("A", "T", batch, n) for batch, n in (("b1", 12), ("b2", 9), ("b3", 10), ("b4", 15))]
+    adata = screen_with_cells([*rows, ("A", "NK", "b1", 20), ("control", "T", "b1", 5)])
+    found = batch_means(read(adata), "A", "T", "b4")
+    assert list(found.index) == ["b1", "b3"]  # b2 has nine cells
+    log1p = log1p_cp10k(adata.X)
+    for batch in found.index:
+        own = (adata.obs[["perturbation", "cell_type", "batch"]] == ["A", "T", batch]).all(axis=1).to_numpy()
+        np.testing.assert_allclose(found.loc[batch, adata.var_names], log1p[own].mean(axis=0), rtol=1e-5)
+    assert batch_means(read(adata), "A", "NK", "b1").empty

@@ -329,6 +329,34 @@ def test_conditions_that_were_not_scored_are_named(run, tmp_path):
     assert "2 held-out conditions were not scored: pert_0, type_0, batch_0" in Parsed(written(run, tmp_path)).text
 
 
+def test_populations_are_drawn_apart_beside_measured_batches(page, run, tmp_path, trained):
+    captions = [c for c in Parsed(page.read_text(encoding="utf-8")).within("figcaption") if "population" in c]
+    assert len(captions) == 6  # of each condition that has figures
+    drawn = [path.read_text() for path in sorted((page.parent / "figures").glob("*-populations.svg"))]
+    assert len(drawn) == 6
+    assert all("predicted populations (5)" in svg and "other measured batches (1)" in svg for svg in drawn)
+    assert all("interval" in svg for svg in drawn)
+    means = pd.read_parquet(trained / "means.parquet")
+    assert set(means["cell_type"]) == {"type_0"}
+    assert (means["upper"] > means["mean"]).all()
+    said = written(run, tmp_path)
+    coverage = json.loads((trained / "model" / "training.json").read_text())["calibration"]["coverage"]
+    inside = (means["measured"] >= means["mean"] * 2 - means["upper"]) & (means["measured"] <= means["upper"])
+    assert coverage["conditions"] == "test"
+    assert coverage["of_all"] == pytest.approx(inside.mean(), abs=1e-6)
+    assert f"hold {inside.mean():.0%} of means" in said
+    (run / "means.parquet").write_bytes(b"x")
+    shutil.copy(trained / "predicted.h5ad", run)
+    with pytest.raises(ValueError, match=r"means\.parquet is not a whole table"):
+        written(run, tmp_path)
+
+
+def test_a_calibration_of_an_older_version_is_said(run, tmp_path):
+    path = run / "model" / "training.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "calibration": {"factor": 2.0}}))
+    assert "calibrated by an older version" in written(run, tmp_path)
+
+
 def test_log_lines_that_are_cut_or_empty_do_no_harm(run, tmp_path):
     with (run / "metrics.jsonl").open("ab") as file:
         file.write(b'{"step": 13, "loss": null}\n\xff\xfe\n{"step": 14, "lo')
@@ -352,7 +380,7 @@ def _half_calibrated(run):
         (lambda run: (run / "scores.json").write_text("{"), ValueError, "not valid JSON"),
         (lambda run: (run / "scores.parquet").write_bytes(b"x"), ValueError, "not a whole table"),
         (lambda run: pd.DataFrame({"method": []}).to_parquet(run / "scores.parquet"), ValueError, "lacks the columns"),
-        (_half_calibrated, ValueError, r"lacks \['coverage'"),
+        (_half_calibrated, ValueError, "calibration lacks change, coverage"),
     ],
 )
 def test_damaged_runs_are_refused(run, tmp_path, break_it, error, says):

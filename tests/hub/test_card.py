@@ -24,6 +24,7 @@ from perturbdiff.hub.records import (
     AtlasRecord,
     ConversionRecord,
     EvaluationRecord,
+    MeansRecord,
     SplitRecord,
     StartRecord,
     TrainingRecord,
@@ -259,6 +260,15 @@ def test_dose_is_a_limit_of_models_of_labels_only():
     assert "Dose and time are not inputs" in card()
     denoiser = replace(MODEL.config.denoiser, conditioning="reference")
     assert "Dose" not in card(config=replace(MODEL.config, denoiser=denoiser))
+
+
+def test_a_model_that_does_not_know_how_batches_differ_says_that_its_populations_do_not_vary():
+    said = "Its populations do not vary as batches of one condition do"
+    assert said in card()  # as those of the reference preset, which keep no means
+    two = MeansRecord(("TNF", "TNF"), ("B", "B"), ("b1", "b2"), (9, 9), noise=True)
+    assert said not in card(trained=two)
+    assert said in card(trained=replace(two, cell_type=("B", "CD4T")))
+    assert said in card(trained=replace(two, noise=False))
 
 
 def test_features_and_doses_are_told():

@@ -1,11 +1,13 @@
 import hashlib
 import json
+import math
 import os
 import shutil
 import stat
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -14,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from perturbdiff.data.screen import control_cells
 from perturbdiff.hub.model_folder import CONFIG, GOLDEN, JSON_FILES, MEANS, SHARD, WEIGHTS, WEIGHTS_INDEX, config_hash
-from perturbdiff.hub.records import ConversionRecord, TrainingRecord
+from perturbdiff.hub.records import ConversionRecord, Coverage, TrainingRecord
 from perturbdiff.model import PerturbDiff
 from perturbdiff.training.loop import fit
 from tests.simulated import tiny_config, write_screen
@@ -130,7 +132,7 @@ def test_a_changed_setting_is_noticed_without_any_other_change(folder):
         PerturbDiff.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("version", [0, 6, 1.0, True, "1", None, [2]])
+@pytest.mark.parametrize("version", [0, 7, 1.0, True, "1", None, [2]])
 def test_another_format_version_is_refused(folder, version):
     rehash(folder, format_version=version)
     with pytest.raises(ValueError, match="format_version"):
@@ -247,7 +249,7 @@ def test_a_folder_of_format_1_loads_and_is_saved_as_the_newest(tmp_path):
     assert all(torch.equal(model.denoiser.state_dict()[name], tensor) for name, tensor in weights.items())
     model.save_pretrained(tmp_path / "new")
     config = json.loads((tmp_path / "new" / CONFIG).read_text())
-    assert config["format_version"] == 5
+    assert config["format_version"] == 6
     assert config["denoiser"]["cell_type_encoding"] == "onehot"
     assert config["denoiser"]["interaction"] is False
     expected = load_file(FORMAT_1 / GOLDEN)["x0_pred"]
@@ -282,6 +284,16 @@ def test_a_folder_of_format_3_loads_with_the_names_of_today(folder):
     new = PerturbDiff.from_pretrained(folder).config.diffusion.p_features_only
     as_format_3(folder)
     assert PerturbDiff.from_pretrained(folder).config.diffusion.p_features_only == new
+
+
+def test_intervals_of_format_5_have_one_width_for_all_genes(folder):
+    old = {"level": 0.9, "factor": 2.0, "floor": 0.3, "coverage": 0.8, "n_conditions": 4}
+    training = json.loads((folder / "training.json").read_text())
+    (folder / "training.json").write_text(json.dumps({**training, "calibration": old}))
+    rehash(folder, format_version=5)
+    found = PerturbDiff.from_pretrained(folder).training.calibration
+    assert found.half_width(np.array([0.4, 0.4]), np.array([0.0, -3.0])) == pytest.approx(2 * math.hypot(0.4, 0.3))
+    assert found.coverage == Coverage("validation", 4, 0.8, None)
 
 
 @pytest.mark.parametrize(

@@ -17,15 +17,18 @@ from perturbdiff.hub.records import (
     AtlasRecord,
     Calibration,
     ConversionRecord,
+    Coverage,
     StartRecord,
     TrainingRecord,
+    Width,
     read_evaluation,
 )
 from tests.hub.test_card import EVALUATION
 from tests.simulated import tiny_config, write_screen
 
 LATER = {"interval", "verdict", "n_genes", "n_left_out", "kept_response", "notes"}
-CALIBRATION = Calibration(level=0.9, factor=2.0, floor=0.3, coverage=0.88, n_conditions=4)
+COVERAGE = Coverage("test", 3, of_all=0.88, of_responding=0.86)
+CALIBRATION = Calibration(0.9, 0.2, Width(2.0, 0.3), Width(3.0, 0.5), n_conditions=4, coverage=COVERAGE)
 TRAINING = TrainingRecord(
     "0.1.0", "s.h5ad", (AtlasRecord("a/b", "c" * 40, "d" * 64),), 7, 800, "batch", ("A:T",),
     StartRecord("model", None, "e" * 64, "full"), ConversionRecord("x.ckpt", "f" * 64, "ema", 7, None, "pbmc"),
@@ -71,9 +74,13 @@ def test_training_is_read_as_it_was_written(record):
         (["control_sums"], [1, 2, 3, 4]), (["control_sums"], [5, 4, 3, 2, 1]), (["control_sums"], [-1, 0, 0, 0, 0]),
         (["control_sums"], "x"), (["measured_genes"], -1),
         (["calibration"], "yes"), (["calibration"], []), (["calibration"], {}), (["calibration", "more"], 1),
-        (["calibration", "level"], 1.5), (["calibration", "n_conditions"], 2.5), (["calibration", "coverage"], 1.5),
+        (["calibration", "level"], 1.5), (["calibration", "n_conditions"], 2.5), (["calibration", "factor"], 2.0),
+        (["calibration", "coverage", "of_all"], 1.5), (["calibration", "coverage", "of_responding"], 1.5),
+        (["calibration", "coverage", "conditions"], "training"), (["calibration", "coverage", "n_conditions"], 0),
         *((["calibration", name], value) for name in asdict(CALIBRATION) for value in (-1, "1", None, True, [])),
-        *((["calibration", name], 0) for name in asdict(CALIBRATION) if name != "coverage"),
+        *((["calibration", name], 0) for name in asdict(CALIBRATION) if name != "change"),
+        *((["calibration", of, name], value) for of in ("others", "responding") for name in ("factor", "floor")
+          for value in (-1, 0, "1", None, math.nan)),
     ],
 )  # fmt: skip
 def test_training_that_cannot_be_is_refused(path, value):
@@ -81,11 +88,11 @@ def test_training_that_cannot_be_is_refused(path, value):
     refused(lambda content: typed(TrainingRecord, content, "training.json"), r"training\.json", content)
 
 
-def test_half_a_width_is_the_factor_times_spread_and_floor():
-    spread = np.array([0.4, np.nan])
-    half = CALIBRATION.half_width(spread)
-    assert half[0] == pytest.approx(2.0 * math.sqrt(0.4**2 + 0.3**2))
-    assert np.isnan(half[1])
+def test_half_a_width_is_the_factor_of_its_kind_times_spread_and_floor():
+    spread, change = np.array([0.4, 0.4, np.nan, 0.4]), np.array([0.1, -0.2, 0.1, np.nan])
+    half = CALIBRATION.half_width(spread, change)
+    expected = [2.0 * math.sqrt(0.4**2 + 0.3**2), 3.0 * math.sqrt(0.4**2 + 0.5**2), np.nan, np.nan]
+    np.testing.assert_allclose(half, expected)
 
 
 def test_an_evaluation_is_read_as_it_was_written(tmp_path):

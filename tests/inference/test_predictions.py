@@ -19,7 +19,7 @@ import perturbdiff.inference.predictions as predictions
 from perturbdiff.config import ObsColumns
 from perturbdiff.data.screen import control_cells
 from perturbdiff.evaluation.scores import evaluate
-from perturbdiff.hub.records import Calibration
+from perturbdiff.hub.records import Calibration, Coverage, Width
 from perturbdiff.inference.intervals import mean_expression, population_summary
 from perturbdiff.inference.output import read_predicted
 from perturbdiff.inference.predictions import predict_request, predict_requests
@@ -38,7 +38,8 @@ REQUESTS = [
     Request("A", "NK"),
     Request("B", "T", n_cells=1),
 ]
-CALIBRATION = Calibration(level=0.9, factor=2.0, floor=0.1, coverage=0.91, n_conditions=5)
+WIDTH = Width(factor=2.0, floor=0.1)
+CALIBRATION = Calibration(0.9, 0.0, WIDTH, WIDTH, n_conditions=5, coverage=Coverage("test", 4, 0.91, 0.9))
 
 
 @pytest.fixture(scope="module")
