@@ -81,13 +81,25 @@ def _rank(arguments: argparse.Namespace) -> None:
     )
     with written(out) as temporary:
         table.to_csv(temporary, index=False)
-    print(table.head(SHOWN).to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+    print(
+        table.drop(columns="calibrated").head(SHOWN).to_string(index=False, float_format=lambda value: f"{value:.3f}")
+    )
     if untold := table["perturbation"][table["verdict"] == "cannot tell"].tolist():
         print(
             f"trust       of {len(untold):,} candidates nobody can tell more than what all perturbations do; their\n"
             f"            places are a guess: {few(untold)}"
         )
+    print(f"p_above     {_of_what(table, arguments.n_populations, arguments.towards is not None)}")
     print(f"written     {out}: {len(table):,} perturbations; no change scores 0")
+
+
+def _of_what(table: Any, n_populations: int, towards: bool) -> str:
+    if table["calibrated"].any():
+        return "by the calibrated intervals of the genes"
+    if n_populations < 2:
+        return "unknown: it needs --n-populations 2 or more"
+    why = "intervals are of genes" if towards else "the model is not calibrated (perturbdiff calibrate)"
+    return f"of the populations alone, which is too sure: {why}"
 
 
 def _names(given: str | None, option: str, known: Callable[[str], bool] = lambda name: False) -> list[str]:

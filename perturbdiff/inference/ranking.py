@@ -10,6 +10,14 @@ started from,
 where sd_g is over control cells, floor half the median sd of the genes that vary among them (rarely seen genes would
 weigh most), and E the energy distance. No change scores 0 in both; a population like the reference scores 1 in (2).
 
+How sure a signature's score is, the calibrated intervals of its genes say. With w_g what gene g counts in (1), s_g the
+standard error of its mean by its interval (normal) and sd that of the populations' scores,
+
+    se = max(sd sqrt(1 + 1/K), sqrt(sum over genes of w_g^2 s_g^2)),   p_above = Phi(score / se)                 (3)
+
+as if genes erred apart: on simulated screens such p held, and those of genes that all err together said too little.
+Without a calibration, and towards a reference, only the populations speak (Student's t), which is too sure.
+
 K = populations, G = genes.
 """
 
@@ -23,7 +31,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from scipy import sparse
-from scipy.special import stdtr
+from scipy.special import ndtr, ndtri, stdtr
 from scipy.stats import rankdata
 
 from perturbdiff.data.expression import as_csr, gene_means
@@ -32,6 +40,8 @@ from perturbdiff.data.screen import Expression, expression_of, unique_names
 from perturbdiff.data.vocab import GeneVocab, nearest, stable_id
 from perturbdiff.diffusion.distances import NO_SPREAD, cell_distances, energy_of
 from perturbdiff.files import few, progress
+from perturbdiff.hub.records import Calibration
+from perturbdiff.inference.intervals import population_summary
 from perturbdiff.inference.requests import controls_for
 from perturbdiff.model import PerturbDiff
 
@@ -89,8 +99,9 @@ def rank_perturbations(
     -------
     One row a candidate, best first:
     `rank`; `perturbation`; `score`, the mean over populations; `sd` between populations; `p_above`, the probability
-    that one more population scores above no change (Student's t of K - 1 degrees of freedom); `rank_low`, `rank_high`,
-    the best and the worst rank among the populations; `trained`, False where training saw only features of it;
+    that the response scores above no change, by calibrated intervals (Eq. 3) or, where `calibrated` is False, that one
+    more population does (Student's t of K - 1 degrees of freedom); `rank_low`, `rank_high`, the best and the worst rank
+    among the populations; `trained`, False where training saw only features of it;
     `verdict` and `expected_pearson` of `means.trust.Trust`: the place of one that "cannot tell" is a guess, whatever
     its p_above. sd and p_above are NaN for one population.
 
@@ -121,11 +132,14 @@ def rank_perturbations(
     controls = controls_for(model, controls, cell_type, batch, layer).copy()
     controls.obs_names = unique_names(controls.obs_names.astype(str))
     expression, present = _in_model(model, controls, min_gene_overlap)
-    score = (
-        _signature(model.genes, expression, present, up, down)
-        if towards is None
-        else _nearness(model, expression, present, _cells(towards, model), min_gene_overlap)
-    )
+    weights, calibration = None, model.training.calibration
+    if towards is None:
+        weights = _signature(model.genes, expression, present, up, down)
+        score = _along(weights, expression)
+    else:
+        score = _nearness(model, expression, present, _cells(towards, model), min_gene_overlap)
+    errors = np.full(len(labels), np.nan)
+    control_mean = pd.Series(gene_means(expression.log1p()), index=model.genes.names)
     n_cells = min(controls.n_obs, MAX_CELLS) if n_cells is None else n_cells
     scores, expected = np.empty((len(labels), n_populations)), list[dict[str, Any]]()
     with progress(len(labels) * n_cells * n_populations, "rank", "cell") as bar:
@@ -136,7 +150,9 @@ def rank_perturbations(
             )  # fmt: skip
             scores[row] = _population_scores(predicted, controls, score)
             expected.append(predicted.uns["perturbdiff"]["trust"])
-    return _table(labels, scores, _trained(model, labels), expected)
+            if weights is not None and calibration is not None:
+                errors[row] = _error(weights, population_summary(predicted, control_mean), calibration)
+    return _table(labels, scores, errors, _trained(model, labels), expected)
 
 
 def find_genes(genes: GeneVocab, names: Iterable[str]) -> tuple[list[int], list[str]]:
@@ -168,7 +184,8 @@ def _cells(source: AnnData | str | Path, model: PerturbDiff) -> AnnData:
 
 def _signature(
     genes: GeneVocab, controls: Expression, present: np.ndarray, up: Sequence[str], down: Sequence[str]
-) -> Score:
+) -> np.ndarray:
+    # (G,) what the change of each gene counts in Eq. 1.
     columns = []
     for what, names in (("up", up), ("down", down)):
         found, missing = find_genes(genes, names)
@@ -191,12 +208,22 @@ def _signature(
     sd = np.sqrt(np.maximum(variance, 0.0))
     sd = np.maximum(sd, FLOOR * np.median(sd[varies]))
 
-    def score(cells: sparse.csr_matrix, source: np.ndarray) -> float:
-        z = (gene_means(cells) - gene_means(values[source])) / sd
-        # Eq. 1; the mean over no genes is 0
-        return float(sum(sign * z[genes].mean() for sign, genes in zip((1, -1), columns, strict=True) if genes))
+    weights = np.zeros(len(sd))
+    for sign, of in zip((1, -1), columns, strict=True):
+        weights[of] += sign / sd[of] / max(len(of), 1)
+    return weights
 
-    return score
+
+def _along(weights: np.ndarray, controls: Expression) -> Score:
+    values = controls.log1p()
+    return lambda cells, source: float(weights @ (gene_means(cells) - gene_means(values[source])))  # Eq. 1
+
+
+def _error(weights: np.ndarray, summary: pd.DataFrame, calibration: Calibration) -> float:
+    # Standard error of a weighted sum of genes that err apart, by the half widths of their intervals.
+    half = calibration.half_width(summary["spread"].to_numpy(), summary["delta"].to_numpy())
+    used = weights != 0
+    return float(np.linalg.norm(weights[used] * half[used]) / ndtri((1 + calibration.level) / 2))
 
 
 def _measured(genes: GeneVocab, present: np.ndarray, columns: Sequence[int], what: str) -> list[int]:
@@ -256,14 +283,21 @@ def _trained(model: PerturbDiff, labels: Sequence[str]) -> list[bool]:
 
 
 def _table(
-    labels: Sequence[str], scores: np.ndarray, trained: Sequence[bool], expected: Sequence[Mapping[str, Any]]
+    labels: Sequence[str],
+    scores: np.ndarray,
+    errors: np.ndarray,
+    trained: Sequence[bool],
+    expected: Sequence[Mapping[str, Any]],
 ) -> pd.DataFrame:
+    # `errors` by calibrated intervals, NaN where there are none.
     n = scores.shape[1]
     mean = scores.mean(axis=1)
     sd = scores.std(axis=1, ddof=1) if n > 1 else np.full(len(labels), np.nan)
+    one_more, calibrated = sd * np.sqrt(1 + 1 / n), np.isfinite(errors)
+    error = np.fmax(one_more, errors)
     with np.errstate(divide="ignore", invalid="ignore"):  # populations without spread are certain
-        t = np.where((sd == 0) & (mean == 0), 0.0, mean / (sd * np.sqrt(1 + 1 / n)))
-    above = stdtr(n - 1, t) if n > 1 else np.full(len(labels), np.nan)
+        t = np.where((error == 0) & (mean == 0), 0.0, mean / error)
+    above = np.where(calibrated, ndtr(t), stdtr(n - 1, t)) if n > 1 else np.full(len(labels), np.nan)
     ranks = rankdata(-scores, method="min", axis=0).astype(int)
     table = pd.DataFrame(
         {
@@ -271,6 +305,7 @@ def _table(
             "score": mean,
             "sd": sd,
             "p_above": above,
+            "calibrated": calibrated,
             "rank_low": ranks.min(axis=1),
             "rank_high": ranks.max(axis=1),
             "trained": trained,

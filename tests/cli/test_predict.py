@@ -205,7 +205,7 @@ def test_rank_prints_the_best_and_writes_all(here, capsys, model, screen):
     said = capsys.readouterr().out
     for piece in (
         "1 of the up genes are not in the model: GENE#9",
-        "p_above",
+        "p_above     of the populations alone, which is too sure: the model is not",
         "2 perturbations; no change scores 0",
     ):
         assert piece in said

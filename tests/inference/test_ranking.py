@@ -12,6 +12,8 @@ from scipy import stats
 from perturbdiff.config import DataConfig, ObsColumns, find_recipe, load_config
 from perturbdiff.data.screen import Screen, control_cells
 from perturbdiff.data.simulate import SimulationConfig, simulate
+from perturbdiff.hub.records import Calibration, Coverage, Width
+from perturbdiff.inference.intervals import population_summary
 from perturbdiff.inference.ranking import find_genes, rank_perturbations
 from perturbdiff.means.training import TrainingMeans
 from perturbdiff.model import PerturbDiff
@@ -68,6 +70,35 @@ def test_a_signature_score_is_that_of_a_double_loop(model, controls, up, down):
         ranks = [1 + sum(scores[other][k] > scores[name][k] for other in NAMES) for k in range(3)]
         assert (table.loc[name, "rank_low"], table.loc[name, "rank_high"]) == (min(ranks), max(ranks))
     assert table["trained"].all()
+
+
+@pytest.mark.parametrize("factor", [5.0, 1e-9])
+def test_the_probability_of_a_calibrated_signature_is_that_of_the_intervals_of_its_genes(controls, factor):
+    model = untrained(perturbations=NAMES, std=0.5)
+    coverage = Coverage("test", 3, 0.9, None)
+    calibration = Calibration(0.9, 0.2, Width(factor, 0.1), Width(2 * factor, 0.3), 4, coverage)
+    plain = rank_perturbations(model, controls, up=UP, down=DOWN, n_cells=9, n_populations=3)
+    model.training = replace(model.training, calibration=calibration)
+    found = rank_perturbations(model, controls, up=UP, down=DOWN, n_cells=9, n_populations=3)
+    assert found["calibrated"].all()
+    assert not plain["calibrated"].any()
+    pd.testing.assert_frame_equal(
+        found.drop(columns=["p_above", "calibrated"]), plain.drop(columns=["p_above", "calibrated"])
+    )
+    control = log1p_cp10k(controls.X)
+    sd = np.maximum(control.std(axis=0), 0.5 * np.median(control.std(axis=0)))
+    for row in found.itertuples():
+        predicted = model.predict(controls, perturbation=row.perturbation, n_cells=9, n_populations=3)
+        mean = pd.Series(control.mean(axis=0), index=controls.var_names)
+        summary = population_summary(predicted, mean, calibration).set_index("gene")
+        square = 0.0
+        for gene, n in [*((g, len(UP)) for g in UP), *((g, len(DOWN)) for g in DOWN)]:
+            half = summary.loc[gene, "upper"] - summary.loc[gene, "mean"]
+            square += (half / stats.norm.ppf(0.95) / sd[controls.var_names.get_loc(gene)] / n) ** 2
+        error = max(np.sqrt(square), row.sd * np.sqrt(1 + 1 / 3))
+        assert row.p_above == pytest.approx(stats.norm.cdf(row.score / error), abs=1e-4)
+    reference = model.predict(controls, perturbation="C", n_cells=20, seed=9)
+    assert not rank_perturbations(model, controls, towards=reference, n_cells=5)["calibrated"].any()
 
 
 def distance(x, y):
