@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import pandas as pd
 
 from perturbdiff.app.controls import Controls, Limits, read_controls, remove_old_files
 from perturbdiff.app.plots import CONTROL, PREDICTED, distribution, mean_changes, short
-from perturbdiff.app.response import Response, predict_response
+from perturbdiff.app.response import Response, find_positions, predict_response
 from perturbdiff.inference.output import write_predicted
 from perturbdiff.model import PerturbDiff
 
@@ -98,14 +98,20 @@ def build_page(model: PerturbDiff, name: str, given: Controls | None, limits: Li
                 about = gr.HTML(_about(given, limits), elem_id="about")
                 cell_type = gr.Dropdown(**_cell_types(given), label="Cell type", elem_id="cell-type")
                 with gr.Accordion("Settings", open=False, elem_id="settings"):
-                    n_cells = gr.Slider(10, 2000, value=250, step=10, label="Cells in a population")
+                    genes = gr.Textbox(
+                        label="Genes to show first",
+                        placeholder="A, B, C",
+                        info="By default those that change most.",
+                        elem_id="genes",
+                    )
+                    n_cells = gr.Slider(10, 2000, value=100, step=10, label="Cells in a population")
                     n_populations = gr.Slider(
                         1,
                         8,
-                        value=1,
+                        value=5,
                         step=1,
                         label="Populations",
-                        info="Independent draws of the response.",
+                        info="Independent draws of the response; intervals need two or more.",
                     )
                     guidance_scale = gr.Slider(
                         0,
@@ -156,6 +162,7 @@ def build_page(model: PerturbDiff, name: str, given: Controls | None, limits: Li
             origin: str,
             uploaded: Controls | None,
             position: int | None,
+            named: str,
             *settings: float,
             progress: gr.Progress = gr.Progress(),  # noqa: B008 (how gradio finds it)
         ) -> dict[Any, Any]:
@@ -167,18 +174,19 @@ def build_page(model: PerturbDiff, name: str, given: Controls | None, limits: Li
                     raise ValueError("There are no control cells; upload an .h5ad file of them first.")
                 wanted = None if position is None or position == EVERY_CELL_TYPE else controls.cell_types[position]
                 cells, populations, scale, n_steps, number = settings
+                positions = find_positions(model, named)
                 bar = _Bar(int(cells) * int(populations), progress)
                 response = predict_response(
                     model, controls, names, wanted, int(cells), int(populations), scale, int(n_steps), int(number), bar
                 )
                 file = _predicted_file(response, Path(download.GRADIO_CACHE))
-                changes = response.changes(N_ROWS)
+                changes = response.changes(N_ROWS, positions)
                 shown = {
                     results: gr.Column(visible=True),
                     download: gr.DownloadButton(value=file),
-                    panels: _panels(response, list(changes["position"][:N_PANELS])),
-                    bars: _bars(mean_changes(changes.head(N_BARS)), int(populations)),
-                    table: _table(changes, int(populations)),
+                    panels: _panels(response, changes.head(N_PANELS)),
+                    bars: _bars(mean_changes(changes.head(N_BARS)), response.certainty()),
+                    table: _table(changes),
                     status: _status(f"{response.sentence()} {time.monotonic() - began:.1f} seconds."),
                 }
             except Exception as error:
@@ -195,7 +203,7 @@ def build_page(model: PerturbDiff, name: str, given: Controls | None, limits: Li
         )
         predict.click(
             show_prediction,
-            [perturbation, origin, uploaded, cell_type, n_cells, n_populations, guidance_scale, steps, seed],
+            [perturbation, origin, uploaded, cell_type, genes, n_cells, n_populations, guidance_scale, steps, seed],
             [status, results, download, panels, bars, table],
             api_visibility="private",
             show_progress_on=status,
@@ -269,24 +277,23 @@ def _message(error: Exception, path: str = "", name: str = "") -> str:
     return " ".join((text.replace(path, name) if path else text).split())
 
 
-def _panels(response: Response, positions: Sequence[int]) -> str:
+def _panels(response: Response, changes: pd.DataFrame) -> str:
     n_populations = response.predicted.uns["perturbdiff"]["n_populations"]
     predicted = f"{response.predicted.n_obs // n_populations:,} predicted cells"
     key = (
         f'<p class="key"><span><i style="background:{CONTROL}"></i>{response.control.shape[0]:,} control cells</span>'
-        f'<span><i style="background:{PREDICTED}"></i>{predicted}{f" in {n_populations} lines" * (n_populations > 1)}'
-        "</span></p>"
+        f'<span><i style="background:{PREDICTED}"></i>{predicted}'
+        f"{f' in each of {n_populations} populations, a line and a dot each' * (n_populations > 1)}</span></p>"
     )
-    names = response.predicted.var_names
     images = "".join(
-        _image(distribution(response, position), f"Distribution of {names[position]}") for position in positions
+        _image(distribution(response, change), f"Distribution of {change['gene']}") for _, change in changes.iterrows()
     )
-    return f'<h3>Genes that change most</h3>{key}<div class="panels">{images}</div>'
+    return f'<h3>Single genes</h3>{key}<div class="panels">{images}</div>'
 
 
-def _bars(svg: str, n_populations: int) -> str:
-    span = '<p class="key">Lines span the populations.</p>' if n_populations > 1 else ""
-    return f'<h3>Predicted mean change</h3>{span}<div class="bars">{_image(svg, "Bar chart of mean changes")}</div>'
+def _bars(svg: str, certainty: str) -> str:
+    said = f'<p class="key">Dots are populations. {escape(certainty)}</p>'
+    return f'<h3>Predicted mean change</h3>{said}<div class="bars">{_image(svg, "Bar chart of mean changes")}</div>'
 
 
 def _image(svg: str, text: str) -> str:
@@ -294,16 +301,17 @@ def _image(svg: str, text: str) -> str:
     return f'<img alt="{escape(text)}" src="data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}">'
 
 
-def _table(changes: pd.DataFrame, n_populations: int) -> str:
-    headers = ["Gene", "Controls", "Predicted", "Change", *(["Populations"] if n_populations > 1 else [])]
+def _table(changes: pd.DataFrame) -> str:
+    known = changes["lower"].notna().all()
+    headers = ["Gene", "Controls", "Predicted", "Change", *(["Interval"] if known else [])]
     rows = []
     for row in changes.itertuples():
         cells = [short(str(row.gene), 40), f"{row.controls:.3f}", f"{row.predicted:.3f}", f"{row.change:+.3f}"]
-        rows.append([*cells, f"{row.lowest:+.3f} to {row.highest:+.3f}"][: len(headers)])
+        rows.append([*cells, f"{row.lower:+.3f} to {row.upper:+.3f}"][: len(headers)])
     head = "".join(f"<th>{header}</th>" for header in headers)
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     return (
-        f"<h3>Means of the {len(rows)} genes that change most (log1p)</h3>"
+        f"<h3>Means of {len(rows)} genes (log1p)</h3>"
         f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     )
 

@@ -16,6 +16,10 @@ from scipy import sparse
 
 from perturbdiff.app.controls import MIN_GENE_OVERLAP, Controls
 from perturbdiff.data.screen import expression_of
+from perturbdiff.data.vocab import nearest
+from perturbdiff.hub.records import Calibration
+from perturbdiff.inference.intervals import covered, population_means, population_summary
+from perturbdiff.inference.ranking import find_genes
 from perturbdiff.model import PerturbDiff
 
 MAX_PREDICTED = 10_000  # cells of one prediction over all populations
@@ -31,12 +35,15 @@ class Response:
         (n_controls, G) log1p values of all controls of the chosen cell type, genes in model order.
     matched
         (G,) whether the controls' file has the gene; others are zero for the model and say nothing.
+    calibration
+        Of the model; None where it has none.
     """
 
     predicted: AnnData
     control: sparse.csr_matrix
     matched: np.ndarray
     cell_type: str | None
+    calibration: Calibration | None = None
 
     @property
     def populations(self) -> list[sparse.csr_matrix]:
@@ -44,28 +51,38 @@ class Response:
         population = self.predicted.obs["population"].to_numpy()
         return [self.predicted.X[population == i] for i in np.unique(population)]
 
-    def changes(self, n: int) -> pd.DataFrame:
-        """The `n` genes with the largest predicted mean change, largest first.
+    def changes(self, n: int, first: Sequence[int] = ()) -> pd.DataFrame:
+        """Genes by their place in model order: those of `first`, then the `n` with the largest predicted mean change.
 
-        Columns: gene, position (in model order), controls, predicted and change (means, log1p), lowest and highest
-        (change of single populations).
+        Columns: gene, position, controls, predicted and change (means, log1p), lower and upper (calibrated interval of
+        the change; NaN where there is none), population_0, ... (change of each population). Raises ValueError where the
+        controls lack a gene of `first`.
         """
-        control = _mean(self.control)
-        change = np.stack([_mean(cells) - control for cells in self.populations])  # (populations, G)
-        predicted = _mean(self.predicted.X)
-        size = np.where(self.matched, np.abs(predicted - control), -1.0)
-        position = np.argsort(-size, kind="stable")[: min(n, int(self.matched.sum()))]
-        return pd.DataFrame(
-            {
-                "gene": self.predicted.var_names.to_numpy()[position],
-                "position": position,
-                "controls": control[position],
-                "predicted": predicted[position],
-                "change": (predicted - control)[position],
-                "lowest": change.min(axis=0)[position],
-                "highest": change.max(axis=0)[position],
-            }
-        )
+        names = self.predicted.var_names
+        if absent := [names[i] for i in first if not self.matched[i]]:
+            raise ValueError(f"The control cells lack the gene {absent[0][:60]!r}; name one that they have.")
+        control = pd.Series(_mean(self.control), index=names)
+        summary = population_summary(self.predicted, control, self.calibration)
+        size = np.where(self.matched, summary["delta"].abs().to_numpy(), -1.0)
+        largest = np.argsort(-size, kind="stable")[: min(n, int(self.matched.sum()))]
+        position = np.array(list(dict.fromkeys([*first, *largest.tolist()])), dtype=np.int64)
+        populations = population_means(self.predicted)[:, position] - control.to_numpy()[position]  # (K, genes)
+        summary = summary.iloc[position].reset_index(drop=True)
+        shown = {"gene": "gene", "control_mean": "controls", "mean": "predicted", "delta": "change"}
+        changes = summary[list(shown)].rename(columns=shown)
+        changes.insert(1, "position", position)
+        for name in ("lower", "upper"):
+            changes[name] = summary[name] - summary["control_mean"]
+        return changes.assign(**{f"population_{k}": of for k, of in enumerate(populations)})
+
+    def certainty(self) -> str:
+        """What the intervals are worth, or why there are none."""
+        if self.calibration is None:
+            return "The model is not calibrated: there are no intervals (perturbdiff calibrate)."
+        held = f"such intervals covered {covered(self.calibration.coverage)}"
+        if self.predicted.uns["perturbdiff"]["n_populations"] == 1:
+            return f"Intervals need two or more populations; {held}."
+        return f"Lines are {self.calibration.level:.0%} intervals; {held}."
 
     def sentence(self) -> str:
         """What was done, and what was unseen."""
@@ -134,7 +151,18 @@ def predict_response(
     expression = expression_of(cells, model.preprocessing)
     columns = model.genes.align(expression.genes, MIN_GENE_OVERLAP).columns
     control = expression.with_genes(model.genes, columns).log1p()
-    return Response(predicted, control, columns >= 0, cell_type)
+    return Response(predicted, control, columns >= 0, cell_type, model.training.calibration)
+
+
+def find_positions(model: PerturbDiff, text: str) -> list[int]:
+    """Places in model order of genes that a visitor names, between commas; by name, Ensembl id or symbol.
+
+    Raises KeyError for one that is not in the model, with the nearest names.
+    """
+    found, missing = find_genes(model.genes, [name.strip() for name in text.split(",") if name.strip()])
+    if missing:
+        raise KeyError(f"The model has no gene {missing[0][:60]!r}; {nearest(missing[0], model.genes.names)}.")
+    return found
 
 
 def _mean(X: sparse.csr_matrix) -> np.ndarray:

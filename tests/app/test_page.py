@@ -18,6 +18,7 @@ from tests.processes import PATIENCE
 from tests.screens import ROOT
 
 pytestmark = pytest.mark.slow
+DEFAULT = {"n_cells": 100, "n_populations": 5}
 DESKTOP, PHONE = (1280, 900), (390, 844)
 expect.set_options(timeout=PATIENCE * 1000)  # milliseconds
 
@@ -104,9 +105,9 @@ def test_what_is_predicted_in_the_browser_is_what_the_model_predicts(app, visit,
     choose(page, "#cell-type", "type_0")
     predicted = predict(page)
     controls = control_cells(screen, model.config.obs, "type_0", None)
-    assert_same_cells(predicted, model.predict(controls, perturbation="pert_1", cell_type="type_0", n_cells=250))
+    assert_same_cells(predicted, model.predict(controls, perturbation="pert_1", cell_type="type_0", **DEFAULT))
     expect(page.locator("#status")).to_contain_text(
-        "250 cells under pert_1 from 60 type_0 control cells. 40 of 40 genes"
+        "100 cells in each of 5 populations under pert_1 from 60 type_0 control cells. 40 of 40 genes"
     )
     expect(page.locator("#table tbody tr")).to_have_count(40)
     X = controls.X.toarray()
@@ -162,7 +163,7 @@ def test_uploaded_controls_are_used_and_their_file_is_removed(app, visit, model,
     choose(page, "#perturbation", "pert_0")
     predicted = predict(page)
     controls = control_cells(mine, model.config.obs, "a new type", None)
-    assert_same_cells(predicted, model.predict(controls, perturbation="pert_0", cell_type="a new type", n_cells=250))
+    assert_same_cells(predicted, model.predict(controls, perturbation="pert_0", cell_type="a new type", **DEFAULT))
     expect(page.locator("#status")).to_contain_text("Not seen in training: cell_type a new type")
     page.get_by_label("bundled.h5ad").check()
     expect(page.locator("#about")).to_contain_text("bundled.h5ad: 120 control cells")
@@ -246,7 +247,7 @@ def test_without_controls_of_its_own_the_app_asks_for_some(bare_app, visit, scre
     page.locator("#upload input[type=file]").set_input_files(screen)
     expect(page.locator("#about")).to_contain_text("bundled.h5ad: 120 control cells")
     choose(page, "#perturbation", "pert_1")
-    assert predict(page).n_obs == 250
+    assert predict(page).n_obs == 500
 
 
 @pytest.mark.parametrize(

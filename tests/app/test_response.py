@@ -5,12 +5,15 @@ from xml.etree import ElementTree
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 
 from perturbdiff.app.controls import Limits, read_controls
 from perturbdiff.app.page import _predicted_file
 from perturbdiff.app.plots import distribution, mean_changes, short
-from perturbdiff.app.response import predict_response
+from perturbdiff.app.response import find_positions, predict_response
+from perturbdiff.hub.records import Calibration, Coverage, Width
+from perturbdiff.inference.intervals import population_summary
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +35,31 @@ def test_changes_are_the_differences_of_means_largest_first(model, controls):
     assert list(changes["position"]) == expected
     for row in changes.itertuples():
         each = [predicted[i * 20 : i * 20 + 20, row.position].mean() - control[row.position] for i in range(3)]
-        np.testing.assert_allclose([row.lowest, row.highest], [min(each), max(each)], atol=1e-5)
+        np.testing.assert_allclose([row.population_0, row.population_1, row.population_2], each, atol=1e-5)
         np.testing.assert_allclose(row.change, np.mean(each), atol=1e-5)
         assert row.gene == model.genes.names[row.position]
+    assert changes[["lower", "upper"]].isna().all(axis=None)  # nobody calibrated this model
+    assert "not calibrated" in response.certainty()
+    named = response.changes(7, find_positions(model, f" {model.genes.names[9]}, {model.genes.names[2]}"))
+    assert list(named["position"]) == [9, 2, *(g for g in expected if g not in (9, 2))]
+    with pytest.raises(KeyError, match="no gene 'nothing'"):
+        find_positions(model, "nothing")
+
+
+def test_intervals_of_changes_are_the_calibrated_ones(model, controls, monkeypatch):
+    coverage = Coverage("test", 3, 0.88, 0.86)
+    calibration = Calibration(0.9, 0.3, Width(2.0, 0.1), Width(3.0, 0.2), 4, coverage)
+    monkeypatch.setattr(model, "training", replace(model.training, calibration=calibration))
+    response = respond(model, controls, n_populations=3)
+    control = pd.Series(np.asarray(response.control.mean(axis=0)).ravel(), index=model.genes.names)
+    summary = population_summary(response.predicted, control, calibration).set_index("gene")
+    changes = response.changes(40).set_index("gene")
+    for name in ("lower", "upper"):
+        np.testing.assert_allclose(changes[name], (summary[name] - control)[changes.index], atol=1e-6)
+    assert "Lines are 90% intervals; such intervals covered 88% of means, 86% of genes" in response.certainty()
+    alone = respond(model, controls)
+    assert alone.changes(5)[["lower", "upper"]].isna().all(axis=None)
+    assert "Intervals need two or more populations" in alone.certainty()
 
 
 @pytest.mark.filterwarnings("ignore:X has")
@@ -44,6 +69,8 @@ def test_genes_that_the_file_lacks_are_not_said_to_change(screen, model, tmp_pat
     response = respond(model, read_controls(path, "a file", model, Limits()))
     assert set(response.changes(40)["position"]) == set(range(5, 30))
     assert "25 of 40 genes matched by name" in response.sentence()
+    with pytest.raises(ValueError, match="control cells lack the gene"):
+        response.changes(5, [2])
     file = anndata.read_h5ad(_predicted_file(response, tmp_path))  # what a visitor takes along has none of them
     assert list(file.var_names) == list(model.gene_names[5:30])
     assert file.var["measured"].all()
@@ -83,7 +110,8 @@ def test_an_unknown_perturbation_is_never_silent(model, controls):
 
 def test_figures_are_whole_images_and_hold_names_as_outlines_only(model, controls):
     response = respond(model, controls, n_populations=2)
-    for svg in (distribution(response, 3), mean_changes(response.changes(5))):
+    changes = response.changes(5)
+    for svg in (distribution(response, changes.iloc[3]), mean_changes(changes)):
         tags = {element.tag.rpartition("}")[2] for element in ElementTree.fromstring(svg).iter()}
         assert "path" in tags
         assert not tags & {"script", "text", "image", "b", "foreignObject"}
