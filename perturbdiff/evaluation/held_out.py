@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from anndata import AnnData, concat
 
@@ -15,6 +16,7 @@ from perturbdiff.config import Config, load_config
 from perturbdiff.data.conditions import ConditionIndex, ControlMatch
 from perturbdiff.data.notation import one_unit
 from perturbdiff.data.screen import Screen
+from perturbdiff.data.selectors import LABELS
 from perturbdiff.data.splits import Split, control_halves, read_split, split_of
 from perturbdiff.evaluation.fair import held_out_rows
 from perturbdiff.evaluation.metrics import METRICS
@@ -67,14 +69,21 @@ def score_held_out(config: Config, screen: Screen) -> Scored:
     predicted = predict_held_out(model, screen, split, match, config.training.seed)
     write_predicted(predicted, out / "predicted.h5ad")
     scores = score_conditions(predicted, screen, match, split, tables=model.feature_tables())
-    if len(ConditionIndex.build(screen, split.validation)) >= 2:
-        calibrate(model, screen, split.validation, match, seed=config.training.seed)
+    if len(ConditionIndex.build(screen, validated := _untrained(screen, split))) >= 2:
+        calibrate(model, screen, validated, match, seed=config.training.seed)
     tested = _cover_test(model, screen, split, match, seed=config.training.seed)
     write_means(tested, out / MEANS)
     model.evaluation, model.split = scores.record(), _travelling(out / "split.json")
     model.save_pretrained(out / "model")  # scores and card; the weights stay as they are
     names = ("config.yaml", "split.json", "metrics.jsonl", "model", "predicted.h5ad", MEANS)
     return Scored(scores, [*(out / name for name in names), *scores.save(out), *_report(out)])
+
+
+def _untrained(screen: Screen, split: Split) -> np.ndarray:
+    """(n_cells,) validation cells of conditions of which training saw none (split.validation_cells takes others)."""
+    condition = pd.MultiIndex.from_frame(screen.obs[list(LABELS)])
+    found: np.ndarray = split.validation & ~condition.isin(condition[split.train & ~screen.is_control].unique())
+    return found
 
 
 def _cover_test(
@@ -242,7 +251,7 @@ def calibrate_model(
     measured, match, chosen = read_measured(screen, split, _read_as(model), overrides, settings)
     assert chosen is not None, "there is a split"
     match = model.training.control_match or match
-    calibrate(model, measured, chosen.validation, match, n_populations, seed=seed)
+    calibrate(model, measured, _untrained(measured, chosen), match, n_populations, seed=seed)
     _cover_test(model, measured, chosen, match, n_populations, seed)
     model.save_pretrained(folder)
     assert model.training.calibration is not None, "it was calibrated"

@@ -188,6 +188,16 @@ def test_coverage_is_of_the_conditions_that_are_held_out_for_test(here, capsys, 
     assert (found.n_conditions, found.coverage.conditions, found.coverage.n_conditions) == (4, "test", 2)
 
 
+def test_conditions_that_were_trained_in_part_calibrate_nothing(here, capsys, refused, screen):
+    untrained(std=0.1).save_pretrained(here / "model")
+    words = ("calibrate", "model", "--screen", screen, "--split")
+    both = split_of(screen, here, validation=["A+B"], validation_cells=0.5)
+    call(*words, both)
+    assert "conditions  4, held out for validation" in capsys.readouterr().out  # of twelve with validation cells
+    parts = split_of(screen, here, validation_cells=0.5, validation_fraction=0.0)
+    assert_says(refused(*words, parts), "0 conditions are too few to calibrate on")
+
+
 def test_calibrate_needs_validation_conditions(refused, here, screen):
     untrained(std=0.1).save_pretrained(here / "model")
     split = split_of(screen, here, hold_out=["A:NK"])
