@@ -110,19 +110,23 @@ class LogSpaceFit:
         return rows, code[:, None] != code
 
     def _add_errors(self, rows: np.ndarray, usable: np.ndarray) -> None:
-        squares = self._squares(self._control[rows], rows)
+        squares, means = self._squares(self._control[rows], rows), self._perturbed[rows]
         weights = [self._weights(squares, usable, bandwidth) for bandwidth in BANDWIDTHS]
+        predicted = np.empty_like(means)
         for e, eps in enumerate(EPS):
-            control = log_expression(self._control[rows], eps)
-            perturbed = log_expression(self._perturbed[rows], eps)
+            control, perturbed = log_expression(self._control[rows], eps), log_expression(means, eps)
+            found: np.ndarray = np.empty(len(CONVERGENCE))
             for h in range(len(BANDWIDTHS)):
-                told, unlike = weights[h] @ perturbed, control - weights[h] @ control
-                # exp(told + (1 - b) unlike) + 1 - eps, from b = 1 down: products cost less than exponentials
-                expression, step = np.exp(told), np.exp(unlike / (len(CONVERGENCE) - 1))
-                for b in reversed(range(len(CONVERGENCE))):
-                    predicted = np.log(np.maximum(expression + (1 - eps), 1))
-                    self.errors[e, h, b] += np.square(predicted - self._perturbed[rows]).sum()
-                    expression *= step
+                if h == 0 or not np.array_equal(weights[h], weights[h - 1]):  # of one context each, all weights are
+                    told, unlike = weights[h] @ perturbed, control - weights[h] @ control
+                    # exp(told + (1 - b) unlike) + 1 - eps, from b = 1 down: products cost less than exponentials
+                    expression, step = np.exp(told, out=told), np.exp(unlike / (len(CONVERGENCE) - 1))
+                    for b in reversed(range(len(CONVERGENCE))):
+                        np.maximum(np.add(expression, 1 - eps, out=predicted), 1, out=predicted)
+                        np.subtract(np.log(predicted, out=predicted), means, out=predicted)
+                        found[b] = np.vdot(predicted, predicted)
+                        expression *= step
+                self.errors[e, h] += found
 
     def _squares(self, control_mean: np.ndarray, conditions: np.ndarray) -> np.ndarray:
         """(m, k) squared distances of (m, G) controls to those of k training conditions."""

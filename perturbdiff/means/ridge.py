@@ -27,8 +27,8 @@ class RidgeFit:
     mean of its conditions, 0 in conditions without it; no dose is dose 1. The intercept b is free, one penalty holds
     W, V and U. A perturbation never named has a = d = 0: the context decides alone.
 
-    With fewer conditions than features the problem lives in the n-dimensional span of the conditions: a thin SVD of
-    the design gives the hat matrix H of every penalty, and the error of a condition predicted from all others is its
+    With fewer conditions than features the problem lives in the n-dimensional span of the conditions: the axes of the
+    design give the hat matrix H of every penalty, and the error of a condition predicted from all others is its
     residual over 1 - H_ii, exactly, without refitting (Allen 1974). The penalty with the smallest sum of squares wins,
     the largest one of equals. A single training condition gives its own effect.
 
@@ -62,26 +62,29 @@ class RidgeFit:
         # All in one context, but for rounding: the control mean says nothing.
         one_context = distance <= SAME * np.sqrt((control**2).sum(axis=1).mean())
         self._scale = 1.0 if one_context else distance
-        self.design = np.stack(
-            [self._features(parts, c) for parts, c in zip(perturbation, control, strict=True)]
-        )  # (n, G + single perturbations + those at several doses)
-        self._feature_mean = self.design.mean(axis=0)
-        target = np.asarray(effect, dtype=np.float64)
-        self._mean_effect = target.mean(axis=0)
-        self._u, self._s, self._vt = np.linalg.svd(self.design - self._feature_mean, full_matrices=False)
-        self._projected = self._u.T @ target  # (rank, G)
-        if len(target) == 1:
-            self.loo_error, self.penalty = np.empty(0), float(PENALTIES[-1])
-        else:
-            self.loo_error = np.array([(self._left_out(target, penalty) ** 2).sum() for penalty in PENALTIES])
+        named = np.stack([self._named(parts) for parts in perturbation])
+        self._design = np.concatenate([(control - self._centre) / self._scale, named], axis=1)  # (n, F)
+        self._feature_mean = self._design.mean(axis=0)
+        self._design -= self._feature_mean
+        self._mean_effect = np.mean(effect, axis=0, dtype=np.float64)
+        target = effect - self._mean_effect
+        u, squares = _axes(self._design)  # (n, r), (r,)
+        self._along = u.T @ target  # (r, G)
+        self.loo_error, self.penalty = np.empty(0), float(PENALTIES[-1])
+        if len(target) > 1:
+            beyond = target - u @ self._along if u.shape[1] < len(u) else None
+            self.loo_error = _left_out_errors(u, squares, self._along, beyond)
             self.penalty = float(PENALTIES[self.loo_error <= self.loo_error.min() * (1 + 1e-9)].max())
+        self._shrunk = u / (squares + self.penalty)  # (n, r)
 
     def predict(self, perturbation: Parts, control_mean: np.ndarray) -> np.ndarray:
         """(G,) effect of the perturbation in the context with this (G,) control mean."""
-        feature = self._vt @ (self._features(perturbation, control_mean) - self._feature_mean)
-        return self._mean_effect + (feature * self._s / (self._s**2 + self.penalty)) @ self._projected
+        of_context = (control_mean - self._centre) / self._scale
+        features = np.concatenate([of_context, self._named(perturbation)]) - self._feature_mean
+        return self._mean_effect + (self._design @ features) @ self._shrunk @ self._along
 
-    def _features(self, perturbation: Parts, control_mean: np.ndarray) -> np.ndarray:
+    def _named(self, perturbation: Parts) -> np.ndarray:
+        """Indicators of single perturbations, then doses of those that training had at several."""
         named = np.zeros(len(self._columns) + len(self._dose_columns))
         for name, dose in perturbation:
             if name in self._columns:
@@ -89,11 +92,29 @@ class RidgeFit:
             if name in self._dose_columns:
                 mean, deviation = self._dose_scale[name]
                 named[self._dose_columns[name]] += (math.log10(dose or 1.0) - mean) / deviation
-        return np.concatenate([(control_mean - self._centre) / self._scale, named])
+        return named
 
-    def _left_out(self, target: np.ndarray, penalty: float) -> np.ndarray:
-        """(n, G) effect of each condition minus its prediction from the others."""
-        shrinkage = self._s**2 / (self._s**2 + penalty)
-        fitted = self._mean_effect + (self._u * shrinkage) @ self._projected
-        leverage = 1 / len(target) + (self._u**2 * shrinkage).sum(axis=1)  # H_ii; 1/n is the intercept
-        return (target - fitted) / (1 - leverage)[:, None]
+
+def _axes(design: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(n, r) orthonormal axes of an (n, F) design, r at most the smaller of both, and the (r,) squares along them."""
+    n, n_features = design.shape
+    if n <= n_features:
+        squares, vectors = np.linalg.eigh(design @ design.T)
+        return vectors, np.maximum(squares, 0)
+    squares, vectors = np.linalg.eigh(design.T @ design)
+    some = squares > np.finfo(float).eps * n * squares.max()
+    return design @ vectors[:, some] / np.sqrt(squares[some]), squares[some]
+
+
+def _left_out_errors(u: np.ndarray, squares: np.ndarray, along: np.ndarray, beyond: np.ndarray | None) -> np.ndarray:
+    """(len(PENALTIES),) squared errors of left-out conditions, of a target with (r, G) parts `along` the axes u and
+    (n, G) parts `beyond` them, if any. Sums over genes are of products, which are taken once for all penalties."""
+    products = along @ along.T
+    of_beyond, crossed = (0.0, 0.0) if beyond is None else (np.square(beyond).sum(axis=1), beyond @ along.T)
+    errors = []
+    for penalty in PENALTIES:
+        kept = u * (penalty / (squares + penalty))  # residuals are beyond + kept @ along
+        residual = of_beyond + (kept * (2 * crossed + kept @ products)).sum(axis=1)
+        leverage = 1 / len(u) + (np.square(u) * (squares / (squares + penalty))).sum(axis=1)  # H_ii; 1/n: the intercept
+        errors.append((residual / np.square(1 - leverage)).sum())
+    return np.array(errors)
