@@ -72,7 +72,7 @@ def draw_counts(
         goal = estimate.mean(axis=0).round(DIGITS)
         for gene in np.flatnonzero(np.abs(goal - control.mean(axis=0)) > RESPONDS).tolist():
             generator = numpy_generator(seed, "prediction counts of a gene", *key, gene)
-            level = float(np.clip(overdispersion[gene], LEAST_OVERDISPERSION, MOST_OVERDISPERSION))
+            level = min(max(float(overdispersion[gene]), LEAST_OVERDISPERSION), MOST_OVERDISPERSION)
             counts[:, gene] = _gamma_poisson(estimate[:, gene], float(goal[gene]), unit[:, 0], level, generator)
     return counts
 
@@ -90,10 +90,11 @@ def _gamma_poisson(
         return rising
 
     others = generator.permutation(gamma(len(depth))) * depth
-    rate, least = np.expm1(goal), float(unit.min())
+    wanted = rate = math.expm1(goal)
+    least = float(unit.min())
     for _ in range(STEPS):
-        found = np.log1p(generator.poisson(others * rate) / depth).mean()
-        rate *= np.clip((np.expm1(goal) + least) / (np.expm1(found) + least), 0.5, 2.0)
+        found = float(np.add.reduce(np.log1p(generator.poisson(others * rate) / depth))) / len(depth)
+        rate *= min(max((wanted + least) / (math.expm1(found) + least), 0.5), 2.0)
     level = np.empty(n)
     level[np.lexsort((generator.random(n), estimate))] = gamma(n)
     tries = max(1, min(CANDIDATES, n // CELLS_OF_ONE))
