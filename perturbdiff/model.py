@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -16,13 +16,11 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData, concat
-from scipy import sparse
 from torch import Tensor
 
 from perturbdiff._version import __version__
 from perturbdiff.config import ModelConfig, Preprocessing, SamplingConfig, as_dict, check_sampling, from_dict
-from perturbdiff.data.batch import Moves
-from perturbdiff.data.expression import ONE_COUNT, counts_of, gene_means
+from perturbdiff.data.expression import ONE_COUNT, counts_of
 from perturbdiff.data.h5ad import values_of
 from perturbdiff.data.labels import ALL
 from perturbdiff.data.rng import torch_generator
@@ -35,9 +33,10 @@ from perturbdiff.data.screen import (
 )
 from perturbdiff.data.space import SAME, totals
 from perturbdiff.data.vocab import GeneVocab, LabelVocab, Vocabularies, nearest
-from perturbdiff.diffusion.generate import Context, assign_sets, choose_controls, denoise_sets
+from perturbdiff.diffusion.generate import Context
 from perturbdiff.features.tables import FeatureTable
 from perturbdiff.files import few, printable, progress
+from perturbdiff.generation import Generated, Generation, Wanted
 from perturbdiff.hub.adapter import check_adapter, read_adapter
 from perturbdiff.hub.card import check_card, eval_results_files, write_card
 from perturbdiff.hub.download import ModelSource, find_model
@@ -63,12 +62,7 @@ from perturbdiff.hub.tensors import (
     with_means,
     write_model_folder,
 )
-from perturbdiff.means.populations import NOT_ASKED, PopulationDraws, population_draws
-from perturbdiff.means.predictors import Start, response_kept, start_shift
-from perturbdiff.means.shifts import moves
-from perturbdiff.means.training import Context as Asked
 from perturbdiff.means.training import TrainingMeans
-from perturbdiff.means.trust import least, trust
 from perturbdiff.nn.conditioning import FeatureEmbedding, LabelConditioning, VocabSizes
 from perturbdiff.nn.denoiser import Denoiser
 from perturbdiff.nn.transfer import tables_of
@@ -76,7 +70,6 @@ from perturbdiff.nn.transfer import tables_of
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-MAX_PILOT_CELLS = 128  # predicted to know their mean
 MAX_PREDICTED_CELLS = 50_000_000  # of one call: the answer is held in memory
 MOST_GENES = 0.8  # of the genes of training; with fewer, library sizes are other sums
 READ_AGAIN = 5  # times, a folder that is replaced while it is read
@@ -386,9 +379,10 @@ class PerturbDiff:
         self.vocabularies.encode([(name, None, None) for name in wanted])  # unknown ones fail before the work
         total = (n_cells or cells.n_obs) * n_populations * len(wanted)
         _refuse_too_many(total)
-        settings = (cell_type, batch, n_cells, n_populations, guidance_scale, steps, sampler, seed, min_gene_overlap)
+        settings = (cell_type, batch, n_populations, guidance_scale, steps, sampler, seed, min_gene_overlap)
         with progress(total, "predict", "cell") as bar:
-            made = [self.generate(cells, name, *settings, all_genes, bar, varied) for name in wanted]
+            each = [Wanted(name, n_cells) for name in wanted]
+            made = list(self.generate_each(cells, each, *settings, all_genes, bar, varied))
         for i, part in enumerate(made):
             part.obs_names = [f"predicted_{i * part.n_obs + k}" for k in range(part.n_obs)]
         predicted = made[0] if len(made) == 1 else concat(made, merge="same", uns_merge="first")
@@ -441,69 +435,49 @@ class PerturbDiff:
 
         `bar` is a progress bar to move, of who makes many predictions. Otherwise as `predict`.
         """
+        settings = (cell_type, batch, n_populations, guidance_scale, steps, sampler, seed, min_gene_overlap)
+        return next(self.generate_each(controls, [Wanted(perturbation, n_cells)], *settings, all_genes, bar, varied))
+
+    def generate_each(
+        self,
+        controls: AnnData,
+        wanted: Sequence[Wanted],
+        cell_type: str | None = None,
+        batch: str | None = None,
+        n_populations: int = 1,
+        guidance_scale: float | None = None,
+        steps: int | None = None,
+        sampler: str | None = None,
+        seed: int = 0,
+        min_gene_overlap: float = 0.5,
+        all_genes: bool = False,
+        bar: tqdm[Any] | None = None,
+        varied: bool = True,
+    ) -> Iterator[AnnData]:
+        """`generate` several perturbations from the same controls, one after the other.
+
+        They share what can be shared, and small ones are denoised together: each has the cells that it has alone, to
+        rounding.
+        """
         sampling = self._sampling(guidance_scale, steps, sampler)
-        if n_cells is not None and n_cells < 1:
-            raise ValueError(f"n_cells ({n_cells}) must be at least 1.")
+        for of in wanted:
+            if of.n_cells is not None and of.n_cells < 1:
+                raise ValueError(f"n_cells ({of.n_cells}) must be at least 1.")
         if n_populations < 1:
             raise ValueError(f"n_populations ({n_populations}) must be at least 1.")
-        _refuse_too_many((n_cells or controls.n_obs) * n_populations)
+        numbers = [(of.n_cells or controls.n_obs) * n_populations for of in wanted]
+        _refuse_too_many(max(numbers))
         if controls.n_obs == 0:
             raise ValueError("controls has no cells; give the control cells of the context to predict.")
-        self.vocabularies.encode([(perturbation, None, None)])  # an unknown perturbation fails before the work
+        self.vocabularies.encode([(of.perturbation, None, None) for of in wanted])  # unknown ones fail before the work
         expression = expression_of(controls, self.preprocessing)
         alignment = self.genes.align(expression.genes, min_gene_overlap)
-        expression = expression.with_genes(self.genes, alignment.columns)
+        expression, measured = expression.with_genes(self.genes, alignment.columns), alignment.columns >= 0
         contexts = self._contexts(controls.obs, cell_type, batch)
-        cell_types, batches = self.vocabularies.cell_types.ids, self.vocabularies.batches.ids
-        known = [(c if c in cell_types else None, b if b in batches else None) for c, b in contexts]
-        drawn = self._draws(perturbation, contexts, n_populations, seed, alignment.columns >= 0) if varied else {}
-        differs = any(draws.of_population is not None for draws in drawn.values())
-        # A population that is measured is not of cells that were chosen by their mean.
-        sources = [choose_controls(expression, n_cells, seed, k, not differs) for k in range(n_populations)]
-        sets, conditions = assign_sets(known, sources, self.config.set_size)
-        source = np.concatenate([s.rows for s in sets])  # the control each predicted cell starts from
-        population = np.concatenate([np.full(len(s.rows), s.key[0]) for s in sets])
-        labels = self.vocabularies.encode([(perturbation, *context) for context in conditions])
-        asked = self._asked(expression, perturbation, known, conditions)
-        moved = self._moves(asked, sampling.network_weight)
-        with nullcontext(bar) if bar is not None else progress(len(source), "predict", "cell") as bar:
-            phi = None if self.means is None else self.means.overdispersion
-            predict = partial(
-                denoise_sets, self.denoiser, expression=expression, labels=labels, config=self.config,
-                sampling=sampling, moves=moved, overdispersion=phi,
-            )  # fmt: skip
-            own = (
-                self._population_moves(drawn, known, conditions, expression, alignment.columns >= 0, predict)
-                if differs
-                else None
-            )
-            # Where training mixed batches, predicted cells do too, but those that start from the mean of their own.
-            mixed = differs and not len(self.vocabularies.batches) and self.config.diffusion.start != "mean"
-            within = [drawn[name].within for name, _ in conditions] if mixed and sampling.network_weight == 1 else None
-            # A draw of log1p means that all cells share moves their sums; to undo that would undo a part of the draw.
-            X, one = predict(sets=sets, seed=seed, bar=bar, drawn=own, within=within, by_own_sum=own is None)
-        context = [contexts[i] for i in source]
-        obs = pd.DataFrame(
-            {
-                "perturbation": pd.Categorical([self.vocabularies.notation.canonical(perturbation)] * len(source)),
-                "cell_type": pd.Categorical([c if c is not None else "unknown" for c, _ in context]),
-                "batch": pd.Categorical([b if b is not None else "unknown" for _, b in context]),
-                "source_control": controls.obs_names.to_numpy()[source],
-                "population": population,
-            },
-            index=pd.Index([f"predicted_{i}" for i in range(len(source))]),
-        )
-        if one is not None:
-            obs[ONE_COUNT] = one
-        var = pd.DataFrame(index=pd.Index(self.genes.names))
-        if self.genes.ensembl is not None:
-            var["ensembl_id"] = self.genes.ensembl
-        if self.genes.symbols is not None:
-            var["gene_symbol"] = self.genes.symbols
-        var["measured"] = alignment.columns >= 0
-        absent = var.index[~var["measured"]].tolist()
-        if absent and not all_genes:
-            X, var = X[:, var["measured"].to_numpy()], var[var["measured"]]
+        generation = Generation(
+            self.denoiser, self.vocabularies, self.config, self.means, expression, contexts, measured, sampling,
+            n_populations, seed, varied,
+        )  # fmt: skip
         uns = {
             "model": self.name,
             "library_version": __version__,
@@ -511,19 +485,54 @@ class PerturbDiff:
             **{name: getattr(sampling, name) for name in ("sampler", "spacing", "guidance_scale", "eta")},
             "n_steps": sampling.n_calls,
             "n_populations": n_populations,
-            "populations_differ": "; ".join(sorted({of.how for of in drawn.values()})) or NOT_ASKED,
             "x_kind": "log1p",
             "target_sum": self.preprocessing.target_sum or 0.0,  # 0: nobody knows
             "library_size_col": self.preprocessing.library_size_col or "",
             "dose_unit": self.vocabularies.dose_unit or "",
             "n_genes_matched": alignment.n_matched,
             "genes_matched_by": alignment.matched_by,
-            "genes_absent": absent,
-            "unseen": self._unseen(perturbation, sorted(set(contexts), key=str)),
-            "trust": {"verdict": ""} if self.means is None else least([trust(self.means, of) for of in asked]).as_uns(),
         }
-        layers = {} if one is None else {"counts": counts_of(X, one)}
-        return AnnData(X=X, obs=obs, var=var, layers=layers, uns={"perturbdiff": uns})
+        with nullcontext(bar) if bar is not None else progress(sum(numbers), "predict", "cell") as bar:
+            for of, made in zip(wanted, generation.each(wanted, bar), strict=True):
+                unseen = self._unseen(of.perturbation, sorted(set(contexts), key=str))
+                about = {**uns, "populations_differ": made.differ, "unseen": unseen, "trust": made.trust}
+                yield self._as_anndata(of.perturbation, made, controls, contexts, measured, about, all_genes)
+
+    def _as_anndata(
+        self,
+        perturbation: str,
+        made: Generated,
+        controls: AnnData,
+        contexts: Sequence[Context],
+        measured: np.ndarray,
+        uns: dict[str, Any],
+        all_genes: bool,
+    ) -> AnnData:
+        X, source = made.X, made.source
+        context = [contexts[i] for i in source]
+        obs = pd.DataFrame(
+            {
+                "perturbation": pd.Categorical([self.vocabularies.notation.canonical(perturbation)] * len(source)),
+                "cell_type": pd.Categorical([c if c is not None else "unknown" for c, _ in context]),
+                "batch": pd.Categorical([b if b is not None else "unknown" for _, b in context]),
+                "source_control": controls.obs_names.to_numpy()[source],
+                "population": made.population,
+            },
+            index=pd.Index([f"predicted_{i}" for i in range(len(source))]),
+        )
+        if made.one is not None:
+            obs[ONE_COUNT] = made.one
+        var = pd.DataFrame(index=pd.Index(self.genes.names))
+        if self.genes.ensembl is not None:
+            var["ensembl_id"] = self.genes.ensembl
+        if self.genes.symbols is not None:
+            var["gene_symbol"] = self.genes.symbols
+        var["measured"] = measured
+        absent = var.index[~var["measured"]].tolist()
+        if absent and not all_genes:
+            X, var = X[:, measured], var[measured]
+        layers = {} if made.one is None else {"counts": counts_of(X, made.one)}
+        return AnnData(X=X, obs=obs, var=var, layers=layers, uns={"perturbdiff": {**uns, "genes_absent": absent}})
 
     def control_rows(
         self, controls: AnnData, predicted: AnnData, cell_type: str | None = None, batch: str | None = None
@@ -658,80 +667,13 @@ class PerturbDiff:
             None if self.means is None else MeansRecord.of(self.means),
         )
 
-    def _asked(
-        self, expression: Expression, perturbation: str, contexts: Sequence[Context], conditions: Sequence[Context]
-    ) -> list[Asked]:
-        """The conditions to predict, of controls with their `contexts`; none where training left no means."""
-        if self.means is None:
-            return []
-        found = []
-        for cell_type, batch in conditions:
-            here = np.array([context == (cell_type, batch) for context in contexts])
-            control = gene_means(expression.log1p(np.flatnonzero(here)))
-            found.append(Asked(perturbation, cell_type or "unknown", batch or "unknown", control[None]))
-        return found
-
-    def _moves(self, asked: Sequence[Asked], network_weight: float) -> Moves | None:
-        """Where sets of the conditions start; None where from controls as they are."""
-        start = self.config.diffusion.start
-        if self.means is None or (start == "controls" and network_weight == 1):
-            return None
-        starts: list[Start] = [start] if start == "mean" or network_weight == 1 else [start, "mean"]
-        found = [[moves(of.control_mean, start_shift(self.means, of, name)) for of in asked] for name in starts]
-        kept = response_kept(self.means, asked[0].perturbation) if start == "target" else 1.0
-        controls, *rest = (np.stack(of_start).astype(np.float32) for of_start in found)
-        return Moves(controls, np.full(len(asked), kept, dtype=np.float32), *rest)
-
-    def _draws(
-        self, perturbation: str, contexts: Sequence[Context], n_populations: int, seed: int, measured: np.ndarray
-    ) -> dict[str | None, PopulationDraws]:
-        """Of each cell type that the model tells apart; nothing of genes that were not `measured`, (G,) bool."""
-        known, batches = self.vocabularies.cell_types.ids, dict[str | None, set[str | None]]()
-        for cell_type, batch in contexts:
-            batches.setdefault(cell_type if cell_type in known else None, set()).add(batch)
-        parts, own = self.vocabularies.parts(perturbation), set(self.vocabularies.batches.names)
-        return {
-            cell_type: population_draws(
-                self.means, parts, cell_type or "unknown", of, own, n_populations, seed
-            ).of_genes(measured)
-            for cell_type, of in batches.items()
-        }
-
-    def _population_moves(
-        self,
-        drawn: Mapping[str | None, PopulationDraws],
-        known: Sequence[Context],
-        conditions: Sequence[Context],
-        expression: Expression,
-        measured: np.ndarray,
-        predict: Callable[..., tuple[sparse.csr_matrix, np.ndarray | None]],
-    ) -> list[np.ndarray | None]:
-        """(K, G) by condition: the draws, and what takes the mean of predicted cells to where these are drawn around.
-
-        That mean is of some cells that are predicted for it, always the same ones: of a population of any seed and
-        number the move is one.
-        """
-        moves: dict[str | None, np.ndarray | None] = {name: of.of_population for name, of in drawn.items()}
-        for cell_type, of in drawn.items():
-            if of.of_population is None or of.effect is None:
-                continue
-            here = np.flatnonzero([name == cell_type for name, _ in known])
-            X, library_size = expression.X[here], expression.library_size[here]
-            controls = replace(expression, X=X, library_size=library_size)
-            chosen = here[choose_controls(controls, min(MAX_PILOT_CELLS, len(here)), 0, 0)]
-            sets, _ = assign_sets(known, [chosen], self.config.set_size)
-            with progress(len(chosen), "predict", "cell", shown=False) as unseen:
-                predicted = gene_means(predict(sets=sets, seed=0, bar=unseen)[0])
-            wanted = np.maximum(gene_means(controls.log1p()) + of.effect, 0)
-            moves[cell_type] = of.of_population + np.where(measured, wanted - predicted, 0)
-        return [moves[cell_type] for cell_type, _ in conditions]
-
     def _sampling(self, guidance_scale: float | None, steps: int | None, sampler: str | None) -> SamplingConfig:
         given = {"guidance_scale": guidance_scale, "sampler": sampler}
         if steps is not None:
             given["n_steps" if self.config.sampling.spacing == "strided" else "start_time"] = steps
         chosen = {name: value for name, value in given.items() if value is not None}
-        sampling = from_dict(SamplingConfig, {**as_dict(self.config.sampling), **chosen})
+        own = self.config.sampling
+        sampling = from_dict(SamplingConfig, {**as_dict(own), **chosen}) if chosen else own
         check_sampling(sampling, self.config.diffusion)
         return sampling
 

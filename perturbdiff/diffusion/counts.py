@@ -5,6 +5,7 @@ B = sets, S = cells per set, G = genes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np

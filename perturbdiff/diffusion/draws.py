@@ -94,9 +94,14 @@ def shown(labels: Labels, config: DiffusionConfig) -> Labels:
     return replace(labels, cell_type=hidden, batch=hidden)
 
 
-def uniform_draws(batch: CellSetBatch, seed: int, purpose: str) -> Tensor:
-    """(B, S, G) uniform numbers, keyed by set."""
-    return _keyed(torch.rand, batch, (batch.mask.shape[1], batch.n_genes), seed, purpose)
+def uniform_draws(batch: CellSetBatch, seed: int, purpose: str, set_size: int | None = None) -> Tensor:
+    """(B, S, G) uniform numbers, keyed by set: the first ones of sets of `set_size` cells, S by default."""
+    n_cells, device = batch.mask.shape[1], batch.mask.device
+    drawn = torch.empty(len(batch.keys), n_cells, batch.n_genes, device=device)
+    for own, key in zip(drawn, batch.keys, strict=True):
+        generator = torch_generator(device, seed, purpose, *key)
+        own.copy_(torch.rand(set_size or n_cells, batch.n_genes, generator=generator, device=device)[:n_cells])
+    return drawn
 
 
 def _rounding(batch: CellSetBatch, config: DiffusionConfig, seed: int) -> Tensor | None:

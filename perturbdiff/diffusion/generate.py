@@ -6,7 +6,7 @@ B = sets, S = cells per set, G = genes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -114,57 +114,104 @@ def assign_sets(
     return sets, conditions
 
 
-def denoise_sets(
-    denoiser: Denoiser,
-    sets: Sequence[CellSet],
-    expression: Expression,
-    labels: Labels,
-    config: ModelConfig,
-    sampling: SamplingConfig,
-    seed: int,
-    bar: tqdm[Any],
-    moves: Moves | None = None,
-    overdispersion: np.ndarray | None = None,
-    drawn: Sequence[np.ndarray | None] | None = None,
-    within: Sequence[np.ndarray | None] | None = None,
-    by_own_sum: bool = False,
-) -> tuple[sparse.csr_matrix, np.ndarray | None]:
-    """Predicted cells of all sets in their order, (cells, G) log1p; `labels` and `moves` are by condition number.
+@dataclass(frozen=True, eq=False)
+class Change:
+    """How the populations of a condition differ from what the denoiser makes.
 
-    So are `drawn`: of each population, (K, G) log1p, how its mean differs; and `within`: (G,) what is kept of the
-    differences of cells from the mean of their set. None where nothing does.
-
-    Where they hold whole counts alone (sampling.draw_counts), also the (cells,) log1p value of one in each, else None.
-    `overdispersion` as of `draw_counts`. Log1p values are of the depth of the control, which keeps their means; with
-    `by_own_sum` of the sum of a cell's own counts, as measured cells are, where the genes are all of a library.
+    by
+        (K, G) log1p, of each population, by how much its mean differs.
+    kept
+        (G,) part of the differences of cells from the mean of their set that is kept; None: all of it.
     """
-    device = next(denoiser.parameters()).device
-    sets_per_chunk = max(1, MAX_VALUES_PER_CHUNK // (config.set_size * len(expression.genes)))
-    one = _one_count(expression) if sampling.whole_counts and sampling.draw_counts else None
-    if one is not None:
-        sampling = replace(sampling, whole_counts=False)  # which is in the draw
-    total = _total(expression) if one is not None and by_own_sum else None
-    blocks, ones = [], []
-    for start in range(0, len(sets), sets_per_chunk):
-        chunk = sets[start : start + sets_per_chunk]
-        batch = make_batch(chunk, config.set_size, expression, labels, moves=moves).to(device)
-        change = None if drawn is None else _population_change(chunk, drawn, within, expression).to(device)
-        x0 = sample_batch(denoiser, batch, sampling, config.diffusion, seed, change)
-        cells = x0[batch.mask].mul_(expression.preprocessing.scale).cpu().numpy()
-        if one is not None:
+
+    by: np.ndarray
+    kept: np.ndarray | None = None
+
+
+class ControlPool:
+    """Control cells, and the denoiser that makes predicted cells of them.
+
+    Parameters
+    ----------
+    overdispersion
+        As of `draw_counts`.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        expression: Expression,
+        config: ModelConfig,
+        sampling: SamplingConfig,
+        overdispersion: np.ndarray | None = None,
+    ) -> None:
+        self._denoiser, self._expression, self._config, self._sampling = denoiser, expression, config, sampling
+        self._overdispersion = overdispersion
+        self._one = _one_count(expression) if sampling.whole_counts and sampling.draw_counts else None
+        self._total = None
+        if self._one is not None:
+            self._sampling = replace(sampling, whole_counts=False)  # which is in the draw
+            self._total = _total(expression)
+
+    def denoise(
+        self,
+        sets: Sequence[CellSet],
+        labels: Labels,
+        moves: Moves | None,
+        changes: Sequence[Change | None],
+        seed: int,
+        bar: tqdm[Any],
+    ) -> tuple[sparse.csr_matrix, np.ndarray | None]:
+        """Predicted cells of all sets in their order, (cells, G) log1p; labels, moves, changes by condition number.
+
+        Where they hold whole counts alone (sampling.draw_counts), also the (cells,) log1p value of one in each, else
+        None. Log1p values are of the depth of the control, which keeps their means; where a population has no change,
+        of the sum of a cell's own counts, as measured cells are, if the genes are all of a library: a change of log1p
+        means that all cells share moves their sums, and to undo that would undo a part of it.
+
+        Sets are denoised together, and a set has the same cells, to rounding, whatever the others are.
+        """
+        device = next(self._denoiser.parameters()).device
+        blocks: list[tuple[np.ndarray, np.ndarray | None]] = [(np.zeros(0), None)] * len(sets)
+        for numbers in _chunks([len(of.rows) for of in sets], len(self._expression.genes)):
+            chunk = [sets[number] for number in numbers]
+            batch = make_batch(chunk, len(chunk[0].rows), self._expression, labels, moves=moves).to(device)
+            change = _change_of(chunk, changes, self._expression)
+            x0 = sample_batch(
+                self._denoiser, batch, self._sampling, self._config.diffusion, seed,
+                None if change is None else change.to(device), self._config.set_size,
+            )  # fmt: skip
+            cells = x0[batch.mask].mul_(self._expression.preprocessing.scale).cpu().numpy()
             ends = np.cumsum([len(of.rows) for of in chunk])
-            for estimate, of in zip(np.split(cells, ends[:-1]), chunk, strict=True):
-                control = expression.log1p(of.control_rows).toarray()
-                unit = one[of.control_rows]
-                counts = draw_counts(estimate.astype(np.float64), control, unit, overdispersion, seed, of.key)
-                sums = counts.sum(axis=1)
-                if total is not None:
-                    unit = np.where(sums > 0, np.log1p(total / np.maximum(sums, 1)), unit)
-                estimate[:] = np.log1p(counts * np.expm1(unit)[:, None])
-                ones.append(unit)
-        blocks.append(sparse.csr_matrix(cells))
-        bar.update(len(cells))
-    return sparse.vstack(blocks, format="csr"), np.concatenate(ones) if ones else None
+            for number, own, of in zip(numbers, np.split(cells, ends[:-1]), chunk, strict=True):
+                blocks[number] = self._with_counts(own, of, seed, changes[of.condition] is None)
+            bar.update(len(cells))
+        X = sparse.vstack([sparse.csr_matrix(cells) for cells, _ in blocks], format="csr")
+        return X, None if self._one is None else np.concatenate([one for _, one in blocks if one is not None])
+
+    def _with_counts(
+        self, estimate: np.ndarray, of: CellSet, seed: int, by_own_sum: bool
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Cells (S, G) of a set, and one count in each, (S,); the estimate where counts are not drawn."""
+        if self._one is None:
+            return estimate, None
+        control, unit = self._expression.log1p(of.control_rows).toarray(), self._one[of.control_rows]
+        counts = draw_counts(estimate.astype(np.float64), control, unit, self._overdispersion, seed, of.key)
+        sums = counts.sum(axis=1)
+        if self._total is not None and by_own_sum:
+            unit = np.where(sums > 0, np.log1p(self._total / np.maximum(sums, 1)), unit)
+        return np.log1p(counts * np.expm1(unit)[:, None]).astype(estimate.dtype), unit
+
+
+def _chunks(sizes: Sequence[int], n_genes: int) -> list[list[int]]:
+    """Numbers of the sets that are denoised at once, those of a size together, the largest first in each."""
+    chunks: list[list[int]] = []
+    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+        if chunks and (len(chunks[-1]) + 1) * sizes[chunks[-1][0]] * n_genes <= MAX_VALUES_PER_CHUNK:
+            chunks[-1].append(number)
+        else:
+            chunks.append([number])
+    return chunks
 
 
 def _one_count(expression: Expression) -> np.ndarray | None:
@@ -192,20 +239,16 @@ def _total(expression: Expression) -> float | None:
     return target if np.allclose(sums[filled], whole[filled], rtol=WHOLE_LIBRARY) else None
 
 
-def _population_change(
-    sets: Sequence[CellSet],
-    drawn: Sequence[np.ndarray | None],
-    within: Sequence[np.ndarray | None] | None,
-    expression: Expression,
-) -> Tensor:
-    # (B, 2, G) what is kept of differences within a set, and by what its mean moves, model units.
+def _change_of(sets: Sequence[CellSet], changes: Sequence[Change | None], expression: Expression) -> Tensor | None:
+    # (B, 2, G) what is kept of differences within a set, and by what its mean moves, model units; None: all, nothing.
+    if all(changes[own.condition] is None for own in sets):
+        return None
     change = np.zeros((len(sets), 2, len(expression.genes)), dtype=np.float32)
     change[:, 0] = 1
     for row, own in zip(change, sets, strict=True):
-        if (of := drawn[own.condition]) is not None:
-            row[1] = of[own.key[0]] / expression.preprocessing.scale
-        if within is not None and (kept := within[own.condition]) is not None:
-            row[0] = kept
+        if (of := changes[own.condition]) is not None:
+            row[1] = of.by[own.key[0]] / expression.preprocessing.scale
+            row[0] = 1 if of.kept is None else of.kept
     return torch.from_numpy(change)
 
 
@@ -231,19 +274,28 @@ def sample_batch(
     diffusion: DiffusionConfig,
     seed: int,
     change: Tensor | None = None,
+    set_size: int | None = None,
 ) -> Tensor:
     """Cells of the batch's conditions from its controls, (B, S, G) model units; random by seed and the sets' keys.
 
     change
         (B, 2, G) how each set's population differs, as `changed_together` takes it.
+    set_size
+        Cells that random numbers are drawn for in each set, S or more; S by default. In a batch without empty positions
+        at its end, sets keep the numbers that they had with them.
     """
     schedule = Schedule(diffusion.schedule, diffusion.n_timesteps)
-    # Noise comes from one generator a set, so that a set's cells do not depend on its neighbours.
+    # Noise comes from one generator a key, so that a set's cells do not depend on its neighbours; equal keys share it.
     _, control = batch.dense()
-    generators = [torch_generator(control.device, seed, "prediction noise", *key) for key in batch.keys]
+    device, (_, n_cells, n_genes) = control.device, control.shape
+    shape = set_size or n_cells, n_genes
+    generators = {key: torch_generator(device, seed, "prediction noise", *key) for key in batch.keys}
 
     def draw() -> Tensor:
-        return torch.stack([torch.randn(control.shape[1:], generator=g, device=control.device) for g in generators])
+        of_key = {
+            key: torch.randn(shape, generator=g, device=device)[:n_cells].clone() for key, g in generators.items()
+        }
+        return torch.stack([of_key[key] for key in batch.keys])
 
     # Of the weights; trajectories are float32 whatever it is.
     dtype = next((weight.dtype for weight in denoiser.parameters()), torch.float32)
@@ -265,5 +317,5 @@ def sample_batch(
     if change is not None:
         x0 = changed_together(x0, batch.mask, change)
     if sampling.whole_counts:
-        return with_whole_counts(x0, batch.one_count(), uniform_draws(batch, seed, "prediction counts"))
+        return with_whole_counts(x0, batch.one_count(), uniform_draws(batch, seed, "prediction counts", set_size))
     return x0

@@ -18,11 +18,12 @@ from perturbdiff.data.notation import one_unit
 from perturbdiff.data.screen import Screen
 from perturbdiff.data.selectors import LABELS
 from perturbdiff.data.splits import Split, control_halves, read_split, split_of
-from perturbdiff.evaluation.fair import held_out_rows
+from perturbdiff.evaluation.fair import Condition, held_out_rows
 from perturbdiff.evaluation.metrics import METRICS
 from perturbdiff.evaluation.report import write_report
 from perturbdiff.evaluation.scores import MODEL, Scores, evaluate, read_measured, score_conditions
 from perturbdiff.files import few, progress, read_json, short
+from perturbdiff.generation import Wanted
 from perturbdiff.hub.download import own_folder
 from perturbdiff.hub.model_folder import MAX_JSON_BYTES
 from perturbdiff.hub.records import Calibration, EvaluationRecord
@@ -113,18 +114,23 @@ def predict_held_out(model: PerturbDiff, screen: Screen, split: Split, match: Co
     """
     real, controls = held_out_rows(screen, split.test, match)
     starts = {context: control_halves(screen, rows)[0] for context, rows in controls.items()}
-    n_cells = [min(len(rows), len(starts[condition[1:]])) for condition, rows in real.items()]
-    predictions, done = [], 0
-    with progress(sum(n_cells), "predict", "cell") as bar:
-        for (perturbation, cell_type, batch), n in zip(real, n_cells, strict=True):
-            cells = screen.adata(starts[cell_type, batch])
+    n_cells = {condition: min(len(rows), len(starts[condition[1:]])) for condition, rows in real.items()}
+    in_context: dict[tuple[str, str], list[Condition]] = {}
+    for condition in real:
+        in_context.setdefault(condition[1:], []).append(condition)
+    made: dict[Condition, AnnData] = {}
+    with progress(sum(n_cells.values()), "predict", "cell") as bar:
+        for context, conditions in in_context.items():
+            wanted = [Wanted(of[0], n_cells[of]) for of in conditions]
             # Scores are of one prediction: of the mean over batches, from which a draw would differ at random.
-            predicted = model.generate(
-                cells, perturbation, cell_type, batch, n_cells=n, seed=seed, bar=bar, varied=False
+            predicted = model.generate_each(
+                screen.adata(starts[context]), wanted, *context, seed=seed, bar=bar, varied=False
             )
-            predicted.obs_names = pd.Index([f"predicted_{done + i}" for i in range(n)])
-            done += n
-            predictions.append(predicted)
+            made |= zip(conditions, predicted, strict=True)
+    predictions, done = [made[condition] for condition in real], 0
+    for own in predictions:
+        own.obs_names = pd.Index([f"predicted_{done + i}" for i in range(own.n_obs)])
+        done += own.n_obs
     return concat(predictions, merge="same", uns_merge="first")
 
 

@@ -40,6 +40,7 @@ from perturbdiff.data.screen import Expression, expression_of, unique_names
 from perturbdiff.data.vocab import GeneVocab, nearest, stable_id
 from perturbdiff.diffusion.distances import NO_SPREAD, cell_distances, energy_of
 from perturbdiff.files import few, progress
+from perturbdiff.generation import Wanted
 from perturbdiff.hub.records import Calibration
 from perturbdiff.inference.intervals import population_summary
 from perturbdiff.inference.requests import controls_for
@@ -143,11 +144,11 @@ def rank_perturbations(
     n_cells = min(controls.n_obs, MAX_CELLS) if n_cells is None else n_cells
     scores, expected = np.empty((len(labels), n_populations)), list[dict[str, Any]]()
     with progress(len(labels) * n_cells * n_populations, "rank", "cell") as bar:
-        for row, label in enumerate(labels):
-            predicted = model.generate(
-                controls, label, cell_type, batch, n_cells, n_populations, guidance_scale, steps, sampler, seed,
-                min_gene_overlap, True, bar,
-            )  # fmt: skip
+        made = model.generate_each(
+            controls, [Wanted(label, n_cells) for label in labels], cell_type, batch, n_populations, guidance_scale,
+            steps, sampler, seed, min_gene_overlap, True, bar,
+        )  # fmt: skip
+        for row, predicted in enumerate(made):
             scores[row] = _population_scores(predicted, controls, score)
             expected.append(predicted.uns["perturbdiff"]["trust"])
             if weights is not None and calibration is not None:

@@ -81,8 +81,10 @@ def trust(training: TrainingMeans, context: Context) -> Trust:
     in_part = 0 < len(training.unseen(parts)) < len(parts)
     if stack is None or in_part or (shift := weighed(training, context, stack)) is None:
         return Trust("cannot tell", new)
-    left_out = [of for of in stack.left_out if of.n_cells >= LEAST_CELLS]
-    told = np.array([_told(stack, of) for of in left_out]).reshape(-1, 2)
+    if (known := f"told of {new}") not in training.learned:
+        left_out = [of for of in stack.left_out if of.n_cells >= LEAST_CELLS]
+        training.learned[known] = np.array([_told(stack, of) for of in left_out]).reshape(-1, 2)
+    told = training.learned[known]
     sizes, found = told[told[:, 0] > 0].T  # of which something was told
     size = _size_beyond(training, context, shift)
     if size == 0:

@@ -11,7 +11,14 @@ from scipy import sparse
 
 from perturbdiff.config import DiffusionConfig, SamplingConfig
 from perturbdiff.data.vocab import NULL
-from perturbdiff.diffusion.generate import _one_count, changed_together, choose_controls, sample_batch
+from perturbdiff.diffusion.generate import (
+    MAX_VALUES_PER_CHUNK,
+    _chunks,
+    _one_count,
+    changed_together,
+    choose_controls,
+    sample_batch,
+)
 from tests.cell_sets import batch_of, cells, numbered_labels
 from tests.screens import counts_screen, log1p_cp10k, read
 
@@ -90,6 +97,33 @@ def test_what_is_predicted_lies_between_what_it_starts_from_and_the_network():
     calls.clear()
     assert torch.equal(at(0.0), control)
     assert not calls  # nobody waits for a network whose word does not count
+
+
+@pytest.mark.parametrize("sampling", [SamplingConfig(n_steps=3, sampler="ddpm"), SamplingConfig(n_steps=3, eta=0.5)])
+def test_cells_are_the_same_without_the_empty_positions_behind_them(sampling):
+    x0, control, mask = cells(3, 6, 5), cells(3, 6, 5, seed=1), torch.arange(6) < torch.tensor([[4], [2], [4]])
+
+    class Blurring(torch.nn.Module):
+        def forward(self, x_t, t, control, cond, self_cond, mask):
+            return 0.9 * control + 0.1 * x_t.abs()
+
+    whole = sample_batch(Blurring(), batch_of(x0, control, numbered_labels(3), mask), sampling, DiffusionConfig(), 0)
+    trimmed = batch_of(x0[:, :4], control[:, :4], numbered_labels(3), mask[:, :4])
+    cut = sample_batch(Blurring(), trimmed, sampling, DiffusionConfig(), 0, set_size=6)
+    assert torch.equal(cut[mask[:, :4]], whole[mask])
+    other = sample_batch(Blurring(), trimmed, sampling, DiffusionConfig(), 0)
+    assert not torch.equal(other[mask[:, :4]], whole[mask])
+
+
+@pytest.mark.parametrize("n_genes", [10, 500])
+def test_sets_are_denoised_with_those_of_their_size(n_genes):
+    sizes = [3, 32, 6, 32, 1, 6]
+    chunks = _chunks(sizes, n_genes)
+    assert sorted(number for chunk in chunks for number in chunk) == list(range(6))
+    assert [sizes[number] for chunk in chunks for number in chunk] == sorted(sizes, reverse=True)
+    assert [number for chunk in _chunks([8] * 5, n_genes) for number in chunk] == list(range(5))
+    huge = _chunks(sizes, MAX_VALUES_PER_CHUNK // 32)
+    assert [len(chunk) for chunk in huge] == [1, 1, 4]
 
 
 @pytest.mark.parametrize(("p_drop_label", "told"), [(0.9, [0, 1, 2]), (1.0, [NULL] * 3)])
