@@ -1,13 +1,34 @@
-"""What the cards of models and atlases share: names of strangers as inert Markdown, licenses, the citation."""
+"""What the cards of models and atlases share: names of strangers as inert Markdown, licenses, the citation.
+
+Parts that are generated stand between two comments. Where a card is written again these parts are replaced, and what
+its owner wrote stays.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import yaml  # type: ignore[import-untyped]
 
 MAX_SHOWN = 80  # characters of a name in a card
 MAX_LISTED = 20  # names of a list
+MAX_CARD_BYTES = 1 << 22  # of a README.md that is looked at
+BEGIN, END = "<!-- generated: {} -->", "<!-- end of generated -->"
+MARKER = re.compile(r"^<!-- (?:generated: [\w ]+|end of generated) -->$", re.MULTILINE)
+GENERATED = re.compile(
+    r"^<!-- generated: ([\w ]+) -->$(?:(?!^<!-- (?:generated: |end of generated)).)*^<!-- end of generated -->$",
+    re.DOTALL | re.MULTILINE,
+)
+FRONT_MATTER = re.compile(r"\A---\n(.*?)^---\n", re.DOTALL | re.MULTILINE)
+OWN_KEYS = frozenset({
+    "license", "license_name", "library_name", "tags", "datasets", "base_model", "base_model_relation", "model-index",
+    "pretty_name", "size_categories", "configs",
+})  # fmt: skip
+"""Keys of the front matter that are written anew; an owner's tags stay beside ours, a license where we know none."""
 SYNTAX = re.compile(r"[\\`*\[\]<>&|~{}$@#]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.")
 """What Markdown, HTML, templates or automatic links could take for their own; an underscore within a word is not."""
 
@@ -60,6 +81,79 @@ def listed(names: Sequence[Any]) -> str:
     """The first names, escaped, and how many more there are."""
     more = f" and {len(names) - MAX_LISTED:,} more" if len(names) > MAX_LISTED else ""
     return ", ".join(escaped(name) for name in names[:MAX_LISTED]) + more
+
+
+def card_text(front_matter: str, parts: Mapping[str, str]) -> str:
+    """A card of generated parts by name; `front_matter` is YAML that ends with a line break."""
+    body = "\n\n".join(f"{BEGIN.format(name)}\n{text.strip()}\n\n{END}" for name, text in parts.items())
+    return f"---\n{front_matter}---\n{body}\n"
+
+
+def read_card(path: Path) -> str | None:
+    """The text of a README.md, its line ends as they are; None where there is none that can be read."""
+    try:
+        if not path.is_file() or path.stat().st_size > MAX_CARD_BYTES:
+            return None
+        return path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def renewed(card: str, old: str | None, where: str) -> str:
+    """A generated card `with_own_text` of the older one; warns where that one is kept as it is."""
+    if old is None:
+        return card
+    if not _parts_of(old):
+        warnings.warn(
+            f"the README.md of {where} has no generated parts, or not both marks of each: it is kept as it is, and its "
+            "scores may be old. Remove it there for a new one.",
+            UserWarning,
+            stacklevel=2,
+        )
+    return with_own_text(card, old)
+
+
+def with_own_text(card: str, old: str) -> str:
+    """A generated card with what an owner wrote into an older one; the older one itself where it has no such parts."""
+    if not _parts_of(old):
+        return old
+    old, parts = old.replace("\r\n", "\n"), _parts_of(card)
+    front, old_front = FRONT_MATTER.match(card), FRONT_MATTER.match(old)
+    assert front is not None, "a generated card has front matter"
+    head = front[1] if old_front is None else _with_own_keys(front[1], old_front[1])
+    body = old if old_front is None else old[old_front.end() :]
+    return f"---\n{head}---\n{GENERATED.sub(lambda found: parts.get(found[1], ''), body)}"
+
+
+def _parts_of(card: str) -> dict[str, str]:
+    # By name, marks included; none where a mark stands alone.
+    card = card.replace("\r\n", "\n")
+    parts = {found[1]: found[0] for found in GENERATED.finditer(card)}
+    return parts if 2 * len(parts) == len(MARKER.findall(card)) else {}
+
+
+def _with_own_keys(front: str, old: str) -> str:
+    # As text: a YAML library would write `language: no` as false, and 1.10 as 1.1.
+    ours, theirs = _by_key(front), _by_key(old)
+    tags = [tag for tag in _tags(theirs) if tag not in _tags(ours)]
+    if tags:
+        ours["tags"] = yaml.safe_dump({"tags": [*_tags(ours), *tags]}, sort_keys=False, allow_unicode=True)
+    replaced = OWN_KEYS if "license" in ours else OWN_KEYS - {"license", "license_name"}
+    return "".join([*ours.values(), *(text for key, text in theirs.items() if key not in replaced)])
+
+
+def _by_key(front: str) -> dict[str, str]:
+    # The lines of each key; what is indented, a list or a comment belongs to the key above.
+    texts = re.split(r"""^(?=["'\w][^\n:]*:)""", front, flags=re.MULTILINE)
+    return {text.partition(":")[0].strip(" \t\"'"): text for text in texts if text.strip()}
+
+
+def _tags(front: Mapping[str, str]) -> list[str]:
+    try:
+        tags = yaml.safe_load(front.get("tags", ""))["tags"]
+    except (yaml.YAMLError, RecursionError, KeyError, TypeError, ValueError):
+        return []
+    return [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
 
 
 def license_fields(license: str | None) -> dict[str, str]:

@@ -43,7 +43,6 @@ from perturbdiff.hub.download import ModelSource, find_model
 from perturbdiff.hub.info import model_summary
 from perturbdiff.hub.metadata import ModelMetadata, parse_metadata
 from perturbdiff.hub.model_folder import (
-    CARD,
     OWN_FILES,
     check_tensor_files,
     folder_identity,
@@ -844,7 +843,7 @@ def push_folder(
     token: str | bool | None = None,
     benchmark: str | None = None,
 ) -> Publication:
-    """Push a model folder or adapter as it is, but for the card, which gets to know its repo.
+    """Push a model folder or adapter as it is, but for the card: it gets to know its repo, and an owner's words stay.
 
     `benchmark` is the data set on the Hub that its evaluation is of, if there is one; the Hub then shows the scores
     there. Of an adapter everything is checked but the merging: its base may be elsewhere. Otherwise as
@@ -857,13 +856,13 @@ def push_folder(
     n_parameters = sum(t.numel() for t in denoiser_of(metadata).state_dict().values())
     card = write_card(metadata, n_parameters, repo_id, content.is_adapter)
     check_card(card)
-    texts = {CARD: card}
+    texts: dict[str, str] = {}
     if benchmark is not None:
         if (evaluation := metadata.evaluation) is None:
             raise ValueError(
                 f"{folder} has no evaluation to show with {benchmark}; run `perturbdiff evaluate --model`."
             )
-        texts |= eval_results_files(evaluation, benchmark, source_url=f"https://huggingface.co/{repo_id}")
+        texts = eval_results_files(evaluation, benchmark, source_url=f"https://huggingface.co/{repo_id}")
     return publish(
         folder,
         content.files,
@@ -872,6 +871,7 @@ def push_folder(
         own_files=OWN_FILES,
         check=check,
         pull_back=lambda path: True,
+        card=card,
         private=private,
         revision=revision,
         tag=tag,

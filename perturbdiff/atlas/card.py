@@ -7,7 +7,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from perturbdiff.atlas.format import AtlasInfo
-from perturbdiff.cards import CITATION, MAX_LISTED, escaped, front_text, license_fields
+from perturbdiff.cards import CITATION, MAX_LISTED, card_text, escaped, front_text, license_fields
 
 TAGS = ["single-cell", "perturbation", "transcriptomics", "biology", "perturbdiff"]
 SIZES = ["n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B",
@@ -19,47 +19,51 @@ def size_category(n_cells: int) -> str:
     return next((word for i, word in enumerate(SIZES[:-1]) if n_cells < 10 ** (i + 3)), SIZES[-1])
 
 
-def atlas_card(info: AtlasInfo) -> str:
-    """Markdown whose front matter makes `datasets` and the Hub read the shards and nothing else.
+def atlas_card(info: AtlasInfo, name: str = ".") -> str:
+    """Markdown whose front matter makes `datasets` and the Hub show cells, genes and conditions, and nothing else.
 
-    The same `info` gives the same bytes.
+    `name` is what the snippets open: a repo id, or the folder where the card lies. The same arguments give the same
+    bytes.
     """
     names = ", ".join(source.name for source in info.sources[:3])
+    license = _license(info)
     head: dict[str, Any] = {
-        **license_fields(info.license),
+        **license_fields(license),
         "pretty_name": front_text(f"{names}{', ...' if len(info.sources) > 3 else ''}: {info.n_cells:,} cells"),
         "size_categories": [size_category(info.n_cells)],
         "tags": TAGS,
-        "configs": [{"config_name": "default", "data_files": "data/*.parquet"}],
+        "configs": [
+            {"config_name": "default", "data_files": "data/*.parquet"},
+            {"config_name": "genes", "data_files": "genes.parquet"},
+            {"config_name": "conditions", "data_files": "conditions.parquet"},
+        ],
     }
-    front = yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=1 << 20)
-    return f"""---
-{front}---
-
+    parts = {
+        "Summary": f"""\
 # Cells for PerturbDiff
 
 {info.n_cells:,} cells of {info.n_perturbations:,} perturbations, {info.n_cell_types:,} cell types and
-{info.n_batches:,} batches; {info.n_genes:,} genes. License: {escaped(info.license or "not stated", 400)}.
-
+{info.n_batches:,} batches; {info.n_genes:,} genes. License: {escaped(license or "not stated of all sources", 400)}.""",
+        "How to read it": f"""\
 ## How to read it
 
 ```python
 from perturbdiff import Atlas
 
-atlas = Atlas.open("this folder or repo id")
+atlas = Atlas.open("{name}")
 print(atlas.summary())
 ```
 
 ```python
 import datasets
 
-cells = datasets.load_dataset("this folder or repo id", split="train", streaming=True)  # nothing is kept on disk
+cells = datasets.load_dataset("{name}", split="train", streaming=True)  # nothing is kept on disk
 print(next(iter(cells)))
+genes = datasets.load_dataset("{name}", "genes", split="train")  # and "conditions"
 ```
 
-A model is trained on it with `perturbdiff train --atlas "this folder or repo id"`, and with `data.streamed=true`
-without a copy on disk.
-
+A model is trained on it with `perturbdiff train --atlas {name}`; with `data.streamed=true` nothing is kept on disk.""",
+        "What is in it": f"""\
 ## What is in it
 
 One row a cell, sorted by cell type, batch and perturbation.
@@ -83,19 +87,24 @@ The values: {escaped(info.normalisation, 2000)}
 | `atlas.json` | sizes, sources, license, what a reader must do with the values |
 | `checksums.json` | sha256 and size of every file |
 
-Rule for the genes: {escaped(info.genes_rule)}. Seed of the order of cells within a condition: {info.seed}.
-
+Rule for the genes: {escaped(info.genes_rule)}. Seed of the order of cells within a condition: {info.seed}.""",
+        "Sources": f"""\
 ## Sources
 
 | name | file | cells | genes kept | library size | license |
 |---|---|---|---|---|---|
-{_sources(info)}
+{_sources(info)}""",
+        "Citation": f"## Citation\n\nCite the sources above.\n\n{CITATION}",
+    }
+    return card_text(yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=1 << 20), parts)
 
-## Citation
 
-Cite the sources above.
-
-{CITATION}"""
+def _license(info: AtlasInfo) -> str | None:
+    """What was said of the whole, else what all sources say; None where one of them says nothing."""
+    stated = dict.fromkeys(source.license for source in info.sources)
+    if info.license is not None or None in stated:
+        return info.license
+    return " and ".join(str(license) for license in stated) or None
 
 
 def _sources(info: AtlasInfo) -> str:

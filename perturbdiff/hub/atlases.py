@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from perturbdiff.atlas.card import atlas_card
 from perturbdiff.atlas.format import CHECKSUMS, SMALL_FILES
 from perturbdiff.atlas.store import Atlas
 from perturbdiff.hub.download import pull
@@ -39,6 +40,7 @@ def push_atlas(
         own_files=OWN_FILES,
         check=lambda back: None,  # every file is the one that was verified
         pull_back=lambda path: path in (*SMALL_FILES, CHECKSUMS),
+        card=atlas_card(atlas.info, repo_id),
         private=private,
         revision=revision,
         tag=tag,

@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.utils import yaml_dump
 
-from perturbdiff.cards import CITATION, MAX_LISTED, escaped, front_text, license_fields, listed
+from perturbdiff.cards import CITATION, MARKER, MAX_LISTED, card_text, escaped, front_text, license_fields, listed
 from perturbdiff.config import COEXPRESSION, ModelConfig, ObsColumns, Preprocessing
 from perturbdiff.data.vocab import Vocabularies
 from perturbdiff.hub.metadata import ModelMetadata
@@ -54,7 +54,7 @@ def write_card(model: ModelMetadata, n_parameters: int, name: str | None = None,
     title = "PerturbDiff model" if name in (None, HERE) else escaped(name)
     stated = f"License: {escaped(license, 400)}." if license else "The license of the weights is not stated."
     sections = {
-        "": f"# {title}\n\n{_what(perturbations)} {stated}{_adapter(model.training) if is_adapter else ''}",
+        "Summary": f"# {title}\n\n{_what(perturbations)} {stated}{_adapter(model.training) if is_adapter else ''}",
         "Intended use": _intended_use(model.vocabularies),
         "How to load": _how_to_load(perturbations, name or HERE),
         "What it expects": _expects(model),
@@ -65,8 +65,10 @@ def write_card(model: ModelMetadata, n_parameters: int, name: str | None = None,
         "Limits": _limits(model),
         "Citation": CITATION.rstrip(),
     }
-    text = "\n\n".join(f"## {heading}\n\n{text}" if heading else text for heading, text in sections.items())
-    return f"---\n{_front_matter(model.training, model.evaluation, name, is_adapter)}\n---\n{text}\n"
+    front_matter = f"{_front_matter(model.training, model.evaluation, name, is_adapter)}\n"
+    first = next(iter(sections))
+    parts = {part: text if part == first else f"## {part}\n\n{text}" for part, text in sections.items()}
+    return card_text(front_matter, parts)
 
 
 def check_card(text: str) -> None:
@@ -81,7 +83,7 @@ def check_card(text: str) -> None:
     front = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
     if front is None:
         raise ValueError("the card must begin with front matter between two lines of ---.")
-    body = re.sub(r"^```.*?^```$", "", text[front.end() :], flags=re.DOTALL | re.MULTILINE)
+    body = MARKER.sub("", re.sub(r"^```.*?^```$", "", text[front.end() :], flags=re.DOTALL | re.MULTILINE))
     for odd, shown in ((CONTROL, text), (HTML, front[0]), (HTML, body), (LINK, body)):
         if found := odd.search(shown):
             raise ValueError(f"the card has {shown[found.start() :][:40]!r}, which may not be shown; change that name.")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
+from perturbdiff.cards import MAX_CARD_BYTES
 from perturbdiff.files import printable
 from perturbdiff.hub.metadata import ModelMetadata, parse_metadata
 from perturbdiff.hub.model_folder import (
@@ -31,7 +32,6 @@ from perturbdiff.hub_client import REPO_ID, hub_errors, name_and_revision
 
 LIBRARY = "perturbdiff"  # as the front matter of our cards has it
 SMALL_FILES = (CONFIG, *JSON_FILES, EVALUATION, SPLIT, MEANS, WEIGHTS_INDEX, ADAPTER_CONFIG)
-MAX_CARD_BYTES = 1 << 22  # a longer one is not pulled
 
 
 @dataclass(frozen=True)

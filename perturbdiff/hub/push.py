@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from perturbdiff._version import __version__
+from perturbdiff.cards import read_card, renewed, with_own_text
 from perturbdiff.files import few, sha256
+from perturbdiff.hub.model_folder import CARD
 from perturbdiff.hub_client import REPO_ID, hub_errors
 
 if TYPE_CHECKING:
@@ -36,6 +40,7 @@ def publish(
     own_files: re.Pattern[str],
     check: Callable[[Path], object],
     pull_back: Callable[[str], bool],
+    card: str,
     private: bool | None = None,
     revision: str | None = None,
     tag: str | None = None,
@@ -55,12 +60,15 @@ def publish(
         Called with a folder of the files that were pulled back; raises where something is wrong.
     pull_back
         Which of the files are pulled; of the others, the size and hash that the Hub lists are compared.
+    card
+        README.md as generated. What its owner wrote into that of the repo, or else of the folder, stays in it; one
+        without generated parts stays as it is, with a warning.
     revision
         Branch, made where there is none; main if None.
     tag
         Set when everything has passed.
     texts
-        Files by path with another content than the folder's, as a card that knows its repo.
+        Further files by path.
 
     Raises
     ------
@@ -71,13 +79,14 @@ def publish(
     ValueError
         Not owner/name; what came back is not what was pushed.
     OSError
-        As `hub_errors`. No tag is set after an error.
+        No room here for what is pulled back; as `hub_errors`. No tag is set after an error.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     if not REPO_ID.fullmatch(repo):
         raise ValueError(f"{repo!r} is no name of a repo; write owner/name.")
-    folder, texts = Path(folder), texts or {}
+    folder, texts = Path(folder), dict(texts or {})
+    _check_room(sum((folder / path).stat().st_size for path in files if pull_back(path)))
     api = HfApi(token=token, library_name="perturbdiff", library_version=__version__)
     with hub_errors(f"{repo_type} {repo!r}"):
         url = api.create_repo(repo, repo_type=repo_type, private=private, exist_ok=True)
@@ -88,6 +97,7 @@ def publish(
         if revision is not None:
             api.create_branch(repo, branch=revision, repo_type=repo_type, exist_ok=True)
         there = api.list_repo_files(repo, repo_type=repo_type, revision=revision)
+        texts[CARD] = _with_own_text(api, card, folder, repo, repo_type, revision, CARD in there)
         stale = [path for path in there if own_files.fullmatch(path) and path not in {*files, *texts}]
         pushed = {path: texts[path].encode() if path in texts else folder / path for path in {*files, *texts}}
         commit = api.create_commit(
@@ -103,6 +113,36 @@ def publish(
         with hub_errors(f"{repo_type} {repo!r}"):
             api.create_tag(repo, tag=tag, revision=commit, repo_type=repo_type)
     return Publication(repo, str(url), commit, tag)
+
+
+def _check_room(n_bytes: int) -> None:
+    # Before anything is sent: a push that cannot be verified would stay without its tag.
+    where = tempfile.gettempdir()
+    if (free := shutil.disk_usage(where).free) < n_bytes:
+        raise OSError(
+            f"what is pushed is pulled back and checked; it has {n_bytes:,} bytes, and {where} has room for {free:,}: "
+            "make room, or set TMPDIR."
+        )
+
+
+def _with_own_text(
+    api: HfApi, card: str, folder: Path, repo: str, repo_type: str, revision: str | None, is_there: bool
+) -> str:
+    here, there = read_card(folder / CARD), None
+    if is_there:
+        with tempfile.TemporaryDirectory() as temporary:
+            there = read_card(
+                Path(api.hf_hub_download(repo, CARD, repo_type=repo_type, revision=revision, local_dir=temporary))
+            )
+    if there is None or with_own_text(card, there) == card:  # nobody wrote into that of the repo
+        return renewed(card, here, str(folder))
+    if here is not None and with_own_text(card, here) not in (card, with_own_text(card, there)):
+        warnings.warn(
+            f"the {CARD} of {repo} and that of {folder} were both edited: that of {repo} stays",
+            UserWarning,
+            stacklevel=2,
+        )
+    return renewed(card, there, repo)
 
 
 def _verify(

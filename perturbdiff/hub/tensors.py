@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from perturbdiff.cards import read_card, renewed
 from perturbdiff.data.vocab import Labels
 from perturbdiff.files import few, sha256, short, write_json, write_text
 from perturbdiff.hub.metadata import ModelMetadata
@@ -66,7 +67,7 @@ def write_model_folder(
     golden
         An input and the output it must give, as `make_golden` gives them.
     card
-        The text of README.md.
+        The text of README.md; what an owner wrote into that of the older folder stays.
     adapter
         adapter_config.json, of an adapter; `weights` are then those of adapter_model.safetensors.
 
@@ -91,7 +92,7 @@ def write_model_folder(
             json_files = {**json_files, ADAPTER_CONFIG: adapter}
         for name, content in json_files.items():
             write_json(temporary / name, content)
-        write_text(temporary / CARD, card)
+        write_text(temporary / CARD, renewed(card, read_card(path / CARD), str(path)))
         (temporary / GOLDEN).parent.mkdir()
         tensor_files = {ADAPTER_WEIGHTS: weights}
         if adapter is None:

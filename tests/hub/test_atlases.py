@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from perturbdiff.atlas.card import atlas_card
 from perturbdiff.atlas.format import CHECKSUMS
 from perturbdiff.atlas.store import Atlas
 from perturbdiff.atlas.stream import read_shard
@@ -67,6 +68,11 @@ def at(hub, revision="main") -> dict[str, bytes]:
     return {path: c for path, c in repo.commits[repo.resolve(revision)].items() if path != ".gitattributes"}
 
 
+def on_hub(atlas) -> dict[str, bytes]:
+    """The files of an atlas, and its card as it names the repo."""
+    return files(atlas) | {CARD: atlas_card(Atlas.open(atlas).info, NAME).encode()}
+
+
 def rows(table) -> list[dict]:
     return table.select(["genes", "counts", "library_size"]).to_pylist()
 
@@ -77,7 +83,8 @@ def rows(table) -> list[dict]:
 def test_an_atlas_is_pushed_read_from_its_id_pulled_and_verified(hub, atlas, tmp_path, capsys):
     before = files(atlas)
     main(["atlas", "push", str(atlas), NAME, "--tag", "v1", "--message", "First"])
-    assert at(hub) == before == files(atlas)
+    assert at(hub) == on_hub(atlas)
+    assert files(atlas) == before
     repo = hub.datasets[NAME]
     assert repo.tags == {"v1": repo.branches["main"]}
     assert repo.notes[repo.branches["main"]].title == "First"
@@ -94,7 +101,7 @@ def test_an_atlas_is_pushed_read_from_its_id_pulled_and_verified(hub, atlas, tmp
     assert "verified    lab/atlas: 3 shards, 44 cells" in capsys.readouterr().out
 
     main(["atlas", "pull", NAME, "--revision", "v1", "--out", str(tmp_path / "deep/er")])
-    assert files(tmp_path / "deep/er") == before
+    assert files(tmp_path / "deep/er") == on_hub(atlas)
     assert list((tmp_path / "deep").iterdir()) == [tmp_path / "deep/er"]
     main(["atlas", "verify", str(tmp_path / "deep/er")])
     line = refused(capsys, "atlas", "pull", NAME, "--out", tmp_path / "deep/er")
@@ -136,8 +143,8 @@ def test_fewer_shards_replace_more_and_nothing_else_goes(hub, atlas, tmp_path):
     repo.add({**at(hub), **extra})
     smaller = write_atlas(tmp_path / "smaller", rows_per_shard=30)
     done = push_atlas(smaller, NAME)
-    assert at(hub, done.commit) == files(smaller) | extra
-    assert at(hub, "v1") == files(atlas)
+    assert at(hub, done.commit) == on_hub(smaller) | extra
+    assert at(hub, "v1") == on_hub(atlas)
     again = push_atlas(smaller, NAME)
     assert again.commit == done.commit
     assert Atlas.open(NAME, "v1").commit == repo.tags["v1"]
@@ -152,7 +159,7 @@ def test_shards_that_are_there_are_not_sent_again(hub, atlas, capsys):
     assert hub.datasets[NAME].tags == {}
     main(["atlas", "push", str(atlas), NAME, "--tag", "v1"])
     assert [request.path for request in hub.log if request.operation == "put"] == sent
-    assert at(hub, "v1") == files(atlas)
+    assert at(hub, "v1") == on_hub(atlas)
 
 
 # ---------------------------------------------------------------- refused
@@ -211,7 +218,7 @@ def test_shards_that_the_hub_lists_otherwise_are_named_and_not_tagged(hub, atlas
 
 @pytest.mark.parametrize("path", [*SMALL, CHECKSUMS, CARD])
 def test_small_files_that_come_back_changed_are_named_and_not_tagged(hub, atlas, capsys, path):
-    hub.faults[path] = Fault(content=bytes((atlas / path).stat().st_size))
+    hub.faults[path] = Fault(content=bytes(len(on_hub(atlas)[path])))
     line = refused(capsys, "atlas", "push", atlas, NAME, "--tag", "v1")
     assert f"is not what was pushed: {path} came back different" in line
     assert hub.datasets[NAME].tags == {}
@@ -257,7 +264,7 @@ def test_a_pull_that_is_killed_goes_on_with_the_same_command(hub, atlas, tmp_pat
     no_secrets_in(tmp_path / "out")
     pull_atlas(NAME, out)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["tiny"]
-    assert files(out) == files(atlas)
+    assert files(out) == on_hub(atlas)
 
 
 @pytest.mark.parametrize("broken", ["genes.parquet", "conditions.parquet", SHARDS[0]])
@@ -276,6 +283,6 @@ def test_a_process_says_no_secret(hub, atlas, tmp_path):
     hub.faults[SHARDS[1]] = Fault(times=1, cut_after=100)
     _, err = finish(start(hub.url, tmp_path / "fresh", "atlas", "pull", NAME, "--out", tmp_path / "out"))
     assert "Trying to resume download" in err
-    assert files(tmp_path / "out") == files(atlas)
+    assert files(tmp_path / "out") == on_hub(atlas)
     hub.faults["genes.parquet"] = Fault(status=403)
     finish(start(hub.url, tmp_path / "fresh2", "atlas", "info", NAME, "--debug"), code=1)

@@ -448,7 +448,9 @@ def test_data_set_cards_of_odd_names_are_safe(name, file, license):
     check_card(text)
     check_page(text, [name, file])
     data = DatasetCard(text).data.to_dict()
-    assert data["configs"] == [{"config_name": "default", "data_files": "data/*.parquet"}]
+    assert [config["data_files"] for config in data["configs"]] == [
+        "data/*.parquet", "genes.parquet", "conditions.parquet"
+    ]  # fmt: skip
     assert atlas_card(atlas_of(sources=(source,) * 3, license=license, normalisation=file, genes_rule=name)) == text
 
 
@@ -466,6 +468,39 @@ def test_the_data_set_card_says_what_the_atlas_says(tmp_path):
     assert info.normalisation in html.unescape(text)
     rows = datasets.load_dataset(str(folder), split="train", streaming=True, cache_dir=str(tmp_path / "cache"))
     assert sum(1 for _ in rows) == info.n_cells
+    for table, n in (("genes", info.n_genes), ("conditions", info.n_conditions)):
+        rows = datasets.load_dataset(
+            str(folder), table, split="train", streaming=True, cache_dir=str(tmp_path / "cache")
+        )
+        assert sum(1 for _ in rows) == n
+
+
+def test_every_snippet_of_a_data_set_card_names_the_repo():
+    code = re.findall(r"^```python\n(.*?)^```", atlas_card(atlas_of(), "lab/atlas"), re.DOTALL | re.MULTILINE)
+    opened = [
+        argument.value
+        for snippet in code
+        for call in ast.walk(ast.parse(snippet))
+        if isinstance(call, ast.Call) and getattr(call.func, "attr", "") in ("open", "load_dataset")
+        for argument in call.args[:1]
+    ]
+    assert opened == ["lab/atlas"] * 3
+    assert "perturbdiff train --atlas lab/atlas`" in atlas_card(atlas_of(), "lab/atlas")
+
+
+@pytest.mark.parametrize(
+    ("whole", "sources", "expected"),
+    [
+        (None, ["mit", "mit"], {"license": "mit"}),
+        (None, ["mit", "cc-by-4.0"], {"license": "other", "license_name": "mit-and-cc-by-4.0"}),
+        (None, ["mit", None], {}),
+        ("apache-2.0", ["mit", None], {"license": "apache-2.0"}),
+    ],
+)
+def test_the_license_of_an_atlas_is_that_of_its_sources_where_nobody_says_another(whole, sources, expected):
+    made = tuple(replace(atlas_of().sources[0], license=license) for license in sources)
+    data = DatasetCard(atlas_card(atlas_of(license=whole, sources=made))).data.to_dict()
+    assert {key: value for key, value in data.items() if key.startswith("license")} == expected
 
 
 def test_the_data_set_card_lists_each_source_up_to_a_limit():

@@ -122,6 +122,54 @@ def test_the_card_names_the_repo_and_only_on_the_hub(hub, model):
     assert HfApi().model_info(NAME).library_name == "perturbdiff"
 
 
+def test_what_an_owner_wrote_into_the_card_survives_the_next_push(hub, model, tmp_path):
+    push_folder(model, NAME)
+    card = at(hub)[CARD].decode()
+    mark = "<!-- generated: Evaluation -->"
+    edited = card.replace("---\n", "---\nlanguage: no\n", 1).replace(mark, f"<img src='x'> mine\n\n{mark}")
+    HfApi().upload_file(path_or_fileobj=edited.encode(), path_in_repo=CARD, repo_id=NAME)
+    changed = load(model)
+    changed.evaluation = None
+    changed.save_pretrained(tmp_path / "other")
+    push_folder(tmp_path / "other", NAME, tag="v2")
+    pushed = at(hub, "v2")[CARD].decode()
+    assert "\nlanguage: no\n" in pushed
+    assert "<img src='x'> mine\n\n" in pushed
+    assert "Not evaluated." in pushed
+    assert "model-index" not in pushed
+    assert "0.920" in edited
+    assert "0.920" not in pushed
+
+    # The folder's own words go where the repo has none; where both have some, those of the repo stay.
+    local = tmp_path / "other" / CARD
+    local.write_text(local.read_text() + "\nLocal words.\n")
+    push_folder(tmp_path / "other", "lab/second")
+    at_second = hub.models["lab/second"]
+    assert at_second.commits[at_second.branches["main"]][CARD].decode().endswith("\nLocal words.\n")
+    with pytest.warns(UserWarning, match="were both edited: that of lab/kang stays"):
+        push_folder(tmp_path / "other", NAME)
+    assert at(hub)[CARD].decode() == pushed
+
+
+def test_a_card_without_marks_is_kept_whole_and_said_to_be_old(hub, model, capsys):
+    push_folder(model, NAME)
+    HfApi().upload_file(path_or_fileobj=b"# Mine\r\n", path_in_repo=CARD, repo_id=NAME)
+    with pytest.warns(UserWarning, match="README.md of lab/kang has no generated parts.* scores may be old"):
+        push_folder(model, NAME, tag="v2")
+    assert at(hub, "v2")[CARD] == b"# Mine\r\n"
+
+
+def test_a_folder_that_is_saved_again_keeps_its_owners_words(model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "kang")
+    (folder / CARD).write_text((folder / CARD).read_text() + "\nLocal words.\n")
+    again = load(folder)
+    again.evaluation = None
+    again.save_pretrained(folder)
+    card = (folder / CARD).read_text()
+    assert card.endswith("\nLocal words.\n")
+    assert "Not evaluated." in card
+
+
 def test_fewer_shards_replace_more_and_nothing_else_goes(hub, model, sharded):
     push_folder(sharded, NAME, tag="v1")
     api = HfApi()
@@ -199,6 +247,18 @@ def test_what_is_no_name_of_a_repo_is_refused(hub, model, capsys, name):
     assert hub.models == {}
 
 
+def test_a_push_that_has_no_room_to_come_back_sends_nothing(hub, model, capsys, monkeypatch):
+    n_bytes = sum(len(content) for path, content in files(model).items() if path != CARD)
+    usage = shutil.disk_usage(model)
+    monkeypatch.setattr(shutil, "disk_usage", lambda where: usage._replace(free=n_bytes - 1))
+    line = refused(capsys, "hub", "push", model, NAME)
+    assert f"it has {n_bytes:,} bytes" in line
+    assert "make room, or set TMPDIR" in line
+    assert hub.log == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda where: usage._replace(free=n_bytes))
+    push_folder(model, NAME)
+
+
 def test_only_a_folder_is_pushed(hub, model, tmp_path, capsys, monkeypatch):
     push_folder(model, NAME)
     monkeypatch.chdir(tmp_path)
@@ -257,11 +317,11 @@ def test_an_upload_whose_connection_breaks_is_sent_again(hub, model):
 
 @pytest.mark.parametrize("path", [WEIGHTS, CONFIG, "genes.json", CARD, GOLDEN])
 def test_what_comes_back_changed_is_named_and_not_tagged(hub, model, capsys, path):
-    size = len((model / path).read_bytes()) if path != CARD else None
-    if size is None:  # the card of the Hub is another than the folder's
+    other = b" " * (model / path).stat().st_size
+    if path == CARD:  # that of the Hub is another than the folder's, and read before it is written anew
         push_folder(model, NAME)
-        size = len(at(hub)[CARD])
-    hub.faults[path] = Fault(content=b" " * size)
+        other = at(hub)[CARD].replace(b"PerturbDiff", b"perturbdiff")
+    hub.faults[path] = Fault(content=other)
     line = refused(capsys, "hub", "push", model, NAME, "--tag", "v1")
     assert re.search(f"is not what was pushed: {re.escape(path)} came back different", line)
     assert hub.models[NAME].tags == {}
@@ -302,7 +362,10 @@ def test_what_came_back_must_pass_the_check_before_it_is_tagged(hub, model):
         raise ValueError("fails its golden check")
 
     with pytest.raises(ValueError, match="fails its golden check"):
-        publish(model, [CONFIG, WEIGHTS], NAME, "model", OWN_FILES, check, lambda path: path == WEIGHTS, tag="v1")
+        publish(
+            model, [CONFIG, WEIGHTS], NAME, "model", OWN_FILES, check, lambda path: path == WEIGHTS,
+            card=(model / CARD).read_text(), tag="v1",
+        )  # fmt: skip
     (back,) = seen
     assert {path: c for path, c in back.items() if ".cache" not in path} == {WEIGHTS: (model / WEIGHTS).read_bytes()}
     assert hub.models[NAME].tags == {}
