@@ -234,7 +234,7 @@ class PerturbDiff:
         return cls(denoiser, **known, means=means, name=source.name)
 
     def save_pretrained(self, path: str | Path, max_shard_size: int | str = "5GB") -> None:
-        """Write a model folder, whole or not at all; replaces an older one of that name.
+        """Write a model folder, whole or not at all; replaces an older one of that name. Weights keep their type.
 
         Parameters
         ----------
@@ -248,11 +248,12 @@ class PerturbDiff:
         OSError
             It could not be written; an older one is as it was.
         """
-        weights = {name: tensor.detach().cpu().float() for name, tensor in self.denoiser.state_dict().items()}
+        weights = {name: tensor.detach().cpu() for name, tensor in self.denoiser.state_dict().items()}
         weights = with_means(weights, self.means)
         metadata = self._metadata()
         on_cpu = denoiser_of(metadata).eval()
-        on_cpu.load_state_dict(weights, assign=True)  # the golden output is that of the CPU, wherever training ran
+        # The golden output is that of the CPU in float32, as models are loaded, wherever training ran.
+        on_cpu.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
         golden = make_golden(on_cpu, self._golden_inputs())
         card = write_card(metadata, self.n_parameters)
         write_model_folder(path, metadata, weights, golden, card, max_shard_size)

@@ -410,7 +410,7 @@ class _Run:
         config, done = self.config, self.progress
         steps = done.best_step if self.best is not None else done.step
         return PerturbDiff(
-            self._denoiser_with(weights),
+            self._denoiser_with(weights).float(),  # an engine may hold what does not train as bf16
             self.data.cells.genes,
             self.data.vocabularies,
             self.data.cells.preprocessing,

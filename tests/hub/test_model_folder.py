@@ -395,6 +395,19 @@ def test_weights_of_another_type_predict_nearly_the_same(folder, tmp_path):
         PerturbDiff.from_pretrained(folder, dtype=torch.int8)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_of_another_type_are_saved_as_they_are(folder, tmp_path, dtype):
+    model = PerturbDiff.from_pretrained(folder, device="cpu", dtype=dtype)
+    model.save_pretrained(tmp_path / "other")
+    saved, trained = load_file(tmp_path / "other" / WEIGHTS), model.denoiser.state_dict()
+    assert {saved[name].dtype for name in trained} == {dtype}
+    assert all(torch.equal(saved[name], tensor) for name, tensor in trained.items())
+    again = PerturbDiff.from_pretrained(tmp_path / "other", device="cpu")  # its golden check passes
+    assert all(torch.equal(tensor, trained[name].float()) for name, tensor in again.denoiser.state_dict().items())
+    if dtype is torch.bfloat16:
+        assert (tmp_path / "other" / WEIGHTS).stat().st_size < 0.7 * (folder / WEIGHTS).stat().st_size
+
+
 def test_the_golden_check_is_an_option_and_hashes_are_not(folder):
     golden = load_file(folder / GOLDEN)
     golden["x0_pred"] += 1
