@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import re
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from perturbdiff.files import printable
 
@@ -20,6 +21,12 @@ _QUERY = re.compile(r"(https?://[^\s?'\"<>]+)\?[^\s'\"<>]*")
 _USER = re.compile(r"(https?://)[^\s/@'\"]+@")
 _TOKEN = re.compile(r"\bhf_\w+|(?i:bearer)\s+[^\s'\"]+")
 
+T = TypeVar("T")
+
+MAX_CONNECT = 1.5  # s for a connection; the client itself would try for half a minute before it says that there is none
+WAITS = (1, 2, 4, 8)  # s before a Hub that is busy is asked again
+BUSY = (429, 503)
+
 # What the client stumbles over in an answer that is not of the Hub's form, as the page of a captive portal.
 _MISREAD = (json.JSONDecodeError, RecursionError, AttributeError, IndexError, KeyError, TypeError)
 
@@ -28,6 +35,39 @@ def name_and_revision(text: str) -> tuple[str, str | None]:
     """owner/name@v1 -> owner/name, v1; a folder has no revision, whatever its name."""
     name, _, revision = text.partition("@")
     return (text, None) if Path(text).is_dir() else (name, revision or None)
+
+
+def no_folder(name: str, error: OSError) -> OSError:
+    """The error of a repo that was not found, where `name` may have been meant for a folder."""
+    return type(error)(f"no such folder here ({printable(name)}), and {error}")
+
+
+def asked_again(ask: Callable[[], T]) -> T:
+    """What `ask` gives; a Hub that is busy is asked again, as the client does for files."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for wait in WAITS:
+        try:
+            return ask()
+        except HfHubHTTPError as error:
+            if error.response.status_code not in BUSY:
+                raise
+            time.sleep(wait)
+    return ask()
+
+
+def check_connection(what: str) -> None:
+    """Refuse within two seconds where nothing takes a connection. Raises ConnectionError, with HF_HUB_OFFLINE too."""
+    import httpx2
+    from huggingface_hub import constants, get_session
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=MAX_CONNECT)
+    except (httpx2.ConnectError, httpx2.ConnectTimeout, OfflineModeIsEnabled) as error:
+        raise ConnectionError(f"{what}: the Hub cannot be reached ({clean(error)}).") from None
+    except (httpx2.HTTPError, httpx2.InvalidURL):
+        return  # whoever asks it something will be told
 
 
 def clean(error: BaseException) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -39,14 +38,13 @@ from perturbdiff.files import few, printable, progress
 from perturbdiff.generation import Generated, Generation, Wanted
 from perturbdiff.hub.adapter import check_adapter, read_adapter
 from perturbdiff.hub.card import check_card, eval_results_files, write_card
-from perturbdiff.hub.download import ModelSource, find_model
+from perturbdiff.hub.download import READ_AGAIN, ModelSource, find_model, wait_while_replaced
 from perturbdiff.hub.info import model_summary
 from perturbdiff.hub.metadata import ModelMetadata, parse_metadata
 from perturbdiff.hub.model_folder import (
     OWN_FILES,
     check_tensor_files,
     folder_identity,
-    is_replaced_now,
     read_folder,
 )
 from perturbdiff.hub.push import Publication, publish
@@ -71,7 +69,6 @@ if TYPE_CHECKING:
 
 MAX_PREDICTED_CELLS = 50_000_000  # of one call: the answer is held in memory
 MOST_GENES = 0.8  # of the genes of training; with fewer, library sizes are other sums
-READ_AGAIN = 5  # times, a folder that is replaced while it is read
 
 
 class PerturbDiff:
@@ -173,7 +170,7 @@ class PerturbDiff:
         -----
         A folder that a run replaces while it is read is read again.
         """
-        source = _found(path_or_repo_id, revision, subfolder, cache_dir, local_files_only, token)
+        source = find_model(path_or_repo_id, revision, subfolder, cache_dir, local_files_only, token)
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return cls._load(source, golden_check, base).to(where, dtype)
 
@@ -182,12 +179,12 @@ class PerturbDiff:
         if source.repo is not None:
             return cls._read(source, golden_check, base)
         for _ in range(READ_AGAIN):
-            _wait_while_replaced(source.folder)
+            wait_while_replaced(source.folder)
             identity = folder_identity(source.folder)
             try:
                 model = cls._read(source, golden_check, base)
             except (OSError, RuntimeError, ValueError):  # RuntimeError: of torch, which maps the weights by their name
-                _wait_while_replaced(source.folder)
+                wait_while_replaced(source.folder)
                 if folder_identity(source.folder) == identity:
                     raise
             else:
@@ -221,7 +218,7 @@ class PerturbDiff:
         if folder.is_adapter:
             adapter = read_adapter(folder, metadata, denoiser)
             where = adapter.base_on_hub if base is None else base
-            found = _found(where, None, None, source.cache_dir, source.local_files_only, source.token)
+            found = find_model(where, None, None, source.cache_dir, source.local_files_only, source.token)
             adapter.merge(denoiser, cls._load(adapter.check_base(found), golden_check).denoiser.state_dict())
         elif base is not None:
             raise ValueError(f"{source.name} is a whole model, not an adapter: it has no base; leave that out.")
@@ -813,25 +810,6 @@ def _refuse_too_many(n_cells: int) -> None:
         raise ValueError(
             f"{n_cells:,} cells asked for; one call predicts at most {MAX_PREDICTED_CELLS:,}: use several."
         )
-
-
-def _found(path_or_repo_id: str | Path, *how: Any) -> ModelSource:
-    for _ in range(READ_AGAIN):
-        _wait_while_replaced(path_or_repo_id)
-        try:
-            return find_model(path_or_repo_id, *how)
-        except FileNotFoundError:
-            # Unless it was replaced between the two looks, and is there again or about to be.
-            if not Path(path_or_repo_id).is_dir() and not is_replaced_now(path_or_repo_id):
-                raise
-    return find_model(path_or_repo_id, *how)
-
-
-def _wait_while_replaced(folder: str | Path) -> None:
-    for _ in range(50):  # a moment, unless whoever does it was killed in it
-        if not is_replaced_now(folder):
-            return
-        time.sleep(0.1)
 
 
 def push_folder(

@@ -1,6 +1,8 @@
 """Every way in which the Hub's client fails becomes one line of ours, which holds no secret."""
 
+import contextlib
 import logging
+import socket
 import traceback
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import httpx2
 import pytest
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 
-from perturbdiff.hub_client import clean, hub_errors, without_secrets
+from perturbdiff.hub_client import check_connection, clean, hub_errors, without_secrets
 from tests.localhub.client import TOKEN, led_to
 from tests.localhub.client import without_secrets as assert_no_secrets
 from tests.localhub.repos import Refused
@@ -142,6 +144,31 @@ def test_offline_and_not_in_the_cache(hub, monkeypatch):
         error = failure(call)
         assert isinstance(error, FileNotFoundError)
         assert "copy a folder here and give its path" in str(error)
+    assert hub.log == []
+
+
+@pytest.mark.parametrize("how", ["open", "refuses", "takes no connection", "offline"])
+def test_whether_there_is_a_connection(hub, monkeypatch, how):
+    if how == "open":
+        check_connection("the list")  # whatever is answered
+        assert [request.method for request in hub.log] == ["HEAD"]
+        return
+    with socket.socket() as full, contextlib.ExitStack() as waiting:
+        full.bind(("127.0.0.1", 0))
+        if how == "refuses":
+            monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{full.getsockname()[1]}")
+        elif how == "takes no connection":
+            full.listen(0)
+            for _ in range(2):  # what nobody accepts fills its queue
+                client = waiting.enter_context(socket.socket())
+                client.setblocking(False)
+                client.connect_ex(full.getsockname())
+            monkeypatch.setattr("perturbdiff.hub_client.MAX_CONNECT", 0.2)
+            monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{full.getsockname()[1]}")
+        else:
+            monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(ConnectionError, match=r"^the list: the Hub cannot be reached \(.*\)\."):
+            check_connection("the list")
     assert hub.log == []
 
 

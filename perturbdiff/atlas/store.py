@@ -43,8 +43,8 @@ from perturbdiff.atlas.format import (
 )
 from perturbdiff.config import Preprocessing
 from perturbdiff.data.vocab import GeneVocab
-from perturbdiff.files import few, inside, json_sha256, progress, short
-from perturbdiff.hub_client import hub_errors
+from perturbdiff.files import few, inside, json_sha256, printable, progress, short
+from perturbdiff.hub_client import REPO_ID, check_connection, hub_errors, no_folder
 
 
 @dataclass
@@ -473,16 +473,38 @@ def _from_hub(repo: str, revision: str | None) -> Path:
     """The folder of the commit in the cache of the Hub that has the manifest; from that cache alone when offline."""
     from huggingface_hub import hf_hub_download
 
-    at = "" if revision is None else f" at revision {revision!r}"
-    with hub_errors(f"atlas {repo!r}{at} (not a folder here)"):
-        first = Path(hf_hub_download(repo, CHECKSUMS, repo_type="dataset", revision=revision))
-        digests = read_checksums(first.parent)
-        for name in (MANIFEST, GENES, CONDITIONS):
-            if name in digests and digests[name][1] > MAX_BYTES[name]:
-                raise ValueError(
-                    f"{name} of {repo} has {digests[name][1]:,} bytes; at most {MAX_BYTES[name]:,} are read."
+    if not REPO_ID.fullmatch(repo):
+        raise FileNotFoundError(
+            f"no such folder here ({printable(repo)}); give that of an atlas, or owner/name of a data set on the Hub."
+        )
+    what = f"atlas {repo!r}" + ("" if revision is None else f" at revision {revision!r}")
+    offline: OSError | None = None
+    try:
+        check_connection(what)
+    except ConnectionError as error:
+        offline = error
+    try:
+        with hub_errors(what):
+            first = Path(
+                hf_hub_download(
+                    repo, CHECKSUMS, repo_type="dataset", revision=revision, local_files_only=offline is not None
                 )
-            hf_hub_download(repo, name, repo_type="dataset", revision=first.parent.name)
+            )
+            digests = read_checksums(first.parent)
+            for name in (MANIFEST, GENES, CONDITIONS):
+                if name in digests and digests[name][1] > MAX_BYTES[name]:
+                    raise ValueError(
+                        f"{name} of {repo} has {digests[name][1]:,} bytes; at most {MAX_BYTES[name]:,} are read."
+                    )
+                commit = first.parent.name
+                hf_hub_download(repo, name, repo_type="dataset", revision=commit, local_files_only=offline is not None)
+    except (FileNotFoundError, ConnectionError) as error:
+        problem = error
+        if offline is not None:
+            problem = FileNotFoundError(
+                f"{offline} It is not whole in the cache either: connect, or copy a folder here and give its path."
+            )
+        raise (no_folder(repo, problem) if revision is None else problem) from None
     return first.parent
 
 

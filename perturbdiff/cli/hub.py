@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -125,12 +126,13 @@ def add_hub_commands(commands: Any) -> None:
 
 def _push(arguments: argparse.Namespace) -> None:
     from perturbdiff.hub.download import own_folder
+
+    path = own_folder(arguments.model)  # before torch is imported: a mistyped path is told at once
     from perturbdiff.hub.metadata import parse_metadata
     from perturbdiff.hub.model_folder import read_folder
     from perturbdiff.hub.registry import entry_of
     from perturbdiff.model import PerturbDiff, push_folder
 
-    path = own_folder(arguments.model)
     with tempfile.TemporaryDirectory() as copies:
         pushed = path
         if arguments.license is not None:  # in a copy: a push that fails changes nothing
@@ -138,7 +140,7 @@ def _push(arguments: argparse.Namespace) -> None:
                 raise ValueError("an adapter has no license of its own; leave --license out.")
             model = PerturbDiff.from_pretrained(path, device="cpu")
             model.training = replace(model.training, license=arguments.license)
-            pushed = Path(copies) / path.name
+            pushed = shutil.copytree(path, Path(copies) / path.name)  # with its card, of which the owner's words stay
             model.save_pretrained(pushed)
         done = push_folder(
             pushed,

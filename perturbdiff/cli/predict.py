@@ -125,6 +125,9 @@ def load_model(name: str, features: list[str], settings: list[str], file: str) -
 
 
 def _predict(arguments: argparse.Namespace) -> None:
+    from perturbdiff.hub.download import find_model
+
+    find_model(arguments.model)  # before torch is imported: what is not there is told at once
     from perturbdiff.files import check_output
     from perturbdiff.inference.output import FORMATS
     from perturbdiff.inference.predictions import predict_request, predict_requests
@@ -151,6 +154,9 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
+    from perturbdiff.hub.download import own_folder
+
+    own_folder(arguments.model)  # before torch is imported, too
     from perturbdiff.evaluation.held_out import calibrate_model
     from perturbdiff.inference.intervals import covered
 

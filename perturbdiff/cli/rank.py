@@ -55,6 +55,9 @@ def add_rank_command(screen_commands: Any) -> None:
 
 
 def _rank(arguments: argparse.Namespace) -> None:
+    from perturbdiff.hub.download import find_model
+
+    find_model(arguments.model)  # before torch is imported: what is not there is told at once
     from perturbdiff.files import check_output, few, written
     from perturbdiff.inference.ranking import rank_perturbations
 

@@ -259,6 +259,10 @@ def _pretrain(arguments: argparse.Namespace) -> None:
 
 
 def _finetune(arguments: argparse.Namespace) -> None:
+    from perturbdiff.hub.download import find_model
+
+    if arguments.init_from is not None:
+        find_model(arguments.init_from)  # before torch is imported: what is not there is told at once
     from perturbdiff.training.run import finetune, preview
 
     words = {**_training_of(arguments), "init_from": arguments.init_from}
@@ -326,9 +330,9 @@ def _scores(arguments: argparse.Namespace) -> Scores:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from perturbdiff.hub.download import own_folder
-    from perturbdiff.model import PerturbDiff
 
     folder = None if arguments.model is None else own_folder(arguments.model)
+    from perturbdiff.model import PerturbDiff
 
     if arguments.out is not None and Path(arguments.out).exists() and not Path(arguments.out).is_dir():
         raise FileExistsError(f"--out {arguments.out} is a file; give a folder.")

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from perturbdiff.cards import MAX_CARD_BYTES
 from perturbdiff.files import printable
@@ -25,12 +27,22 @@ from perturbdiff.hub.model_folder import (
     SPLIT,
     WEIGHTS_INDEX,
     ModelFolder,
+    is_replaced_now,
     read_folder,
 )
 from perturbdiff.hub.registry import find_entry
-from perturbdiff.hub_client import REPO_ID, hub_errors, name_and_revision
+from perturbdiff.hub_client import (
+    MAX_CONNECT,
+    REPO_ID,
+    asked_again,
+    check_connection,
+    hub_errors,
+    name_and_revision,
+    no_folder,
+)
 
 LIBRARY = "perturbdiff"  # as the front matter of our cards has it
+READ_AGAIN = 5  # times, a folder that is replaced while it is read
 SMALL_FILES = (CONFIG, *JSON_FILES, EVALUATION, SPLIT, MEANS, WEIGHTS_INDEX, ADAPTER_CONFIG)
 
 
@@ -121,6 +133,34 @@ def find_model(
     OSError
         As `hub_errors`.
     """
+    how = revision, subfolder, cache_dir, local_files_only, token
+    for _ in range(READ_AGAIN):
+        wait_while_replaced(path_or_repo_id)
+        try:
+            return _find(path_or_repo_id, *how)
+        except FileNotFoundError:
+            # Unless it was replaced between the two looks, and is there again or about to be.
+            if not Path(path_or_repo_id).is_dir() and not is_replaced_now(path_or_repo_id):
+                raise
+    return _find(path_or_repo_id, *how)
+
+
+def wait_while_replaced(folder: str | Path) -> None:
+    """A moment, unless whoever replaces it was killed in it."""
+    for _ in range(50):
+        if not is_replaced_now(folder):
+            return
+        time.sleep(0.1)
+
+
+def _find(
+    path_or_repo_id: str | Path,
+    revision: str | None,
+    subfolder: str | None,
+    cache_dir: str | Path | None,
+    local_files_only: bool,
+    token: str | bool | None,
+) -> ModelSource:
     (name, inline), sha256 = name_and_revision(str(path_or_repo_id)), None
     if inline is not None and revision is not None:
         raise ValueError(f"{path_or_repo_id} names a revision already; leave revision={revision!r} out.")
@@ -132,7 +172,7 @@ def find_model(
     is_folder = folder.is_dir()  # looked at once: a run that replaces it must not turn its path into a repo id
     if not is_folder and not REPO_ID.fullmatch(name):
         if "/" in name or "\\" in name or name.startswith(("~", ".")):
-            raise FileNotFoundError(f"model folder {name!r} does not exist; give a folder made by save_pretrained.")
+            raise FileNotFoundError(f"no such folder here ({printable(name)}); give a folder made by save_pretrained.")
         entry = find_entry(name)
         if revision is None:
             revision, sha256 = entry.revision, entry.sha256
@@ -147,7 +187,7 @@ def find_model(
         return replace(found, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
     prefix = f"{inner}/" if subfolder else ""
     small = [prefix + file for file in SMALL_FILES]
-    commit, sizes, problem = revision, None, None
+    commit, sizes, problem = revision, None, None  # type: str | None, dict[str, int] | None, OSError | None
     if not local_files_only:
         try:
             commit, sizes = _listed(name, revision, token)
@@ -157,15 +197,14 @@ def find_model(
         raise ValueError(f"{large[0]} of {name} has {sizes[large[0]]:,} bytes; at most {MAX_JSON_BYTES:,} are read.")  # type: ignore[index]
     try:
         snapshot = _snapshot(name, commit, small, cache_dir, sizes is None, token)
-    except FileNotFoundError:
+    except FileNotFoundError as error:
         if isinstance(problem, ConnectionError):
-            raise ConnectionError(
-                f"there is no folder {name} here, and {problem} It is not whole in the cache either: connect, or copy "
-                "a folder here and give its path."
-            ) from None
-        if problem is not None:
-            raise problem from None
-        raise
+            problem = ConnectionError(
+                f"{problem} It is not whole in the cache either: connect, or copy a folder here and give its path."
+            )
+        problem = problem or error
+        may_be_folder = name == str(path_or_repo_id) and not isinstance(problem, PermissionError)
+        raise (no_folder(name, problem) if may_be_folder else problem) from None
     if not (snapshot / inner / CONFIG).is_file():
         raise FileNotFoundError(
             f"{_called(name, revision)} has no {prefix}{CONFIG}: it holds no model folder; `perturbdiff hub list` "
@@ -184,7 +223,7 @@ def own_folder(path: str | Path) -> Path:
     Raises FileNotFoundError where there is none, as for a repo.
     """
     if not Path(path).is_dir():
-        raise FileNotFoundError(f"model folder {str(path)!r} does not exist; give a folder made by save_pretrained.")
+        raise FileNotFoundError(f"no such folder here ({printable(str(path))}); give a folder made by save_pretrained.")
     return find_model(path).folder
 
 
@@ -261,6 +300,7 @@ def list_models(owner: str | None = None, search: str | None = None) -> list[str
     """Models on the Hub that say they are of this library: a line each, the newest first. Raises as `hub_errors`."""
     from huggingface_hub import HfApi
 
+    check_connection("the list of models")
     with hub_errors("the list of models"):
         found = list(HfApi().list_models(filter=LIBRARY, author=owner, search=search, sort="last_modified"))
     return [f"{printable(model.id)}{' (private)' if model.private else ''}" for model in found]
@@ -268,11 +308,14 @@ def list_models(owner: str | None = None, search: str | None = None) -> list[str
 
 def _listed(repo: str, revision: str | None, token: str | bool | None) -> tuple[str, dict[str, int]]:
     # Commit and sizes of its files.
+    import httpx2
     from huggingface_hub import HfApi, constants
 
+    timeout: Any = httpx2.Timeout(constants.HF_HUB_ETAG_TIMEOUT, connect=MAX_CONNECT)
     with hub_errors(_called(repo, revision)):
-        timeout = constants.HF_HUB_ETAG_TIMEOUT
-        info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=timeout, token=token)
+        info = asked_again(
+            lambda: HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=timeout, token=token)
+        )
     if not re.fullmatch("[0-9a-f]{40}", info.sha or ""):  # it becomes the name of a folder
         raise ValueError(f"{_called(repo, revision)}: {printable(str(info.sha))[:80]!r} is no commit; is this a Hub?")
     return info.sha or "", {file.rfilename: file.size or 0 for file in info.siblings or []}

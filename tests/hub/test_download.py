@@ -216,7 +216,9 @@ def test_fresh_processes_load_from_a_mirror_and_then_offline_from_the_cache(hub,
     )
     assert finish(warm)[0].startswith("verified    lab/kang")
     err = finish(cold, code=2)[1]
-    assert err.startswith("perturbdiff: error: model 'lab/kang' is not, or not whole, in the cache of the Hub")
+    assert err.startswith(
+        "perturbdiff: error: no such folder here (lab/kang), and model 'lab/kang' is not, or not whole,"
+    )
     assert err.count("\n") == 1
 
 
@@ -272,7 +274,7 @@ def test_a_registered_revision_that_is_gone(hub, registered):
 
 @pytest.mark.parametrize("text", ["./kang", "~/kang", "a/b/c", "/x/kang", "a\\b", "lab/", "../kang"])
 def test_what_is_no_name_and_no_folder(hub, text):
-    with pytest.raises(FileNotFoundError, match="does not exist; give a folder"):
+    with pytest.raises(FileNotFoundError, match=r"^no such folder here .*; give a folder"):
         load(text)
     assert hub.log == []
 
@@ -321,6 +323,28 @@ def test_a_server_that_falls_silent_is_given_up(hub, monkeypatch):
     assert len(hub.gets(WEIGHTS)) == 6  # the client's retries
     hub.faults.clear()
     assert load().name == NAME
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_hub_that_is_busy_is_asked_again(hub, model, monkeypatch, status):
+    hub.faults["info", NAME] = Fault(times=2, status=status)
+    monkeypatch.setattr("perturbdiff.hub_client.WAITS", (0, 0))
+    assert same_weights(load(), load(model))
+    assert [request.status for request in hub.log[:3]] == [status, status, 200]
+    hub.faults["info", NAME] = Fault(times=3, status=status)
+    assert same_weights(load(), load(model))  # from the cache
+
+
+def test_what_is_not_there_may_have_been_a_folder(hub, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"^no such folder here \(runs/kang\), and model 'runs/kang' is not"):
+        load("runs/kang")
+    with pytest.raises(FileNotFoundError, match=r"^model 'runs/kang' at revision 'v1' is not on the Hub"):
+        load("runs/kang@v1")
+    hub.stop()
+    with pytest.raises(
+        ConnectionError, match=r"^no such folder here \(runs/kang\), and model 'runs/kang': the Hub did"
+    ):
+        load("runs/kang")
 
 
 def test_a_server_that_lists_nothing_is_given_up(hub, monkeypatch, tmp_path):

@@ -263,7 +263,7 @@ def test_only_a_folder_is_pushed(hub, model, tmp_path, capsys, monkeypatch):
     push_folder(model, NAME)
     monkeypatch.chdir(tmp_path)
     before = set(tmp_path.iterdir())
-    assert "does not exist" in refused(capsys, "hub", "push", NAME, "lab/copy", "--license", "mit")
+    assert "no such folder here" in refused(capsys, "hub", "push", NAME, "lab/copy", "--license", "mit")
     assert set(tmp_path.iterdir()) == before
     assert set(hub.models) == {NAME}
 

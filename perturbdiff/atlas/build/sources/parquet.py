@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from perturbdiff.atlas.build.sources.checks import reading, row_of
 from perturbdiff.files import short
+from perturbdiff.hub_client import asked_again
 
 _ROWS = 1024  # decoded together: larger batches cost more memory and no less time
 
@@ -90,7 +91,7 @@ class HubFiles:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
         try:
-            found = huggingface_hub.HfApi().dataset_info(repo)
+            found = asked_again(lambda: huggingface_hub.HfApi().dataset_info(repo))
         except (HfHubHTTPError, HFValidationError, httpx2.TransportError, OSError) as error:
             raise FileNotFoundError(
                 f"{repo} is no local path, and no data set of that name could be read on the Hub ({short(error)})."
