@@ -1,6 +1,6 @@
 """Files: of strangers, inside their folder, of a bearable size, with the right hash, typed; ours, hashed and on disk.
 
-And the progress bar of all long work.
+And what a terminal shows: long lines, and the progress bar of all long work.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 import os
 import socket
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass
@@ -22,6 +23,9 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Union, get_args, get_o
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+WIDTH = 80  # of what a terminal shows
+MAX_WHAT = 24  # characters before a bar, which otherwise would have no room
+WITHOUT_RATE = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 MAX_DEPTH = 64  # of JSON
 MAX_BRACKETS = 1 << 20  # in JSON: an empty list or object takes thirty times the memory of its two characters
 
@@ -225,6 +229,15 @@ def _number(text: str) -> int | float:
     return number
 
 
+def hanging(text: str, margin: int) -> str:
+    """Lines of at most WIDTH columns, broken between words; what goes on stands below the word at `margin`."""
+    indent = " " * margin
+    return "\n".join(
+        textwrap.fill(line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+        for line in text.split("\n")
+    )
+
+
 def progress(total: int, what: str, unit: str, initial: int = 0, shown: bool = True) -> tqdm[Any]:
     """A tqdm bar on stderr; in a log file it writes a line now and then instead of redrawing one."""
     from tqdm import tqdm  # here: most that read this file show none
@@ -234,9 +247,10 @@ def progress(total: int, what: str, unit: str, initial: int = 0, shown: bool = T
         disable=not shown,
         total=total,
         initial=initial,
-        desc=what,
+        desc=what if len(what) <= MAX_WHAT else f"{what[: MAX_WHAT - 1]}…",
         unit=unit,
         unit_scale=unit == "cell",
+        bar_format=WITHOUT_RATE if unit == "step" else None,  # whose rate is said in cells
         dynamic_ncols=interactive,
         mininterval=0.1 if interactive else 10,
         maxinterval=10,

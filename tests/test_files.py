@@ -5,7 +5,7 @@ from typing import Any, Literal, Optional
 
 import pytest
 
-from perturbdiff.files import typed, write_json
+from perturbdiff.files import hanging, progress, typed, write_json
 
 
 @dataclass
@@ -70,3 +70,21 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
         write_json(path, {"a": "\ud800"})  # fails while the file is being written
     assert json.loads(path.read_text()) == {"a": 1}
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_long_lines_hang_below_their_first_word():
+    text = hanging("name          " + "word " * 30 + "\n\nb", 14)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line[:14].strip() for line in lines] == ["name", "", "", "", "b"]
+    assert " ".join(text.split()) == "name " + "word " * 30 + "b"
+
+
+@pytest.mark.parametrize(("what", "unit"), [("verify " + "x" * 90, "cell"), ("train", "step")])
+def test_a_bar_keeps_its_bar_at_80_columns(what, unit):
+    with progress(100_000, what, unit, shown=True) as bar:
+        bar.n, bar.ncols = 50_000, 80
+        bar.set_postfix_str("" if unit == "cell" else "loss 0.0211 12,319 cells/s", refresh=False)
+        text = str(bar)
+    assert len(text) <= 80
+    assert len(text.split("|")[1]) >= 5

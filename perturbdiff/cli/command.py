@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 from perturbdiff.hub_client import name_and_revision as name_and_revision
@@ -12,10 +14,49 @@ if TYPE_CHECKING:
 
 SETTINGS = """
 settings:
-  any number of key=value words, as in  training.n_steps=1000 denoiser.width=256 data.n_hvg=null
+  any number of key=value words, as training.n_steps=1000 or data.n_hvg=null.
   `perturbdiff settings` prints every key with its default and what it means; a run's config.yaml has its values; a
   typo is an error that names the nearest key. `perturbdiff recipes` lists sets of them for common questions.
 """
+
+
+MAX_WIDTH = 100  # columns of a text to read, however wide the terminal is
+COMMAND = re.compile(r" +(perturbdiff|torchrun|accelerate|sbatch) ")
+ENTRY = re.compile(r"( *\S+(?: \S+)* {3,})\S")
+
+
+class HelpText(argparse.HelpFormatter):
+    """Help as wide as the terminal: lines of a paragraph flow, commands go on behind a backslash, columns stay."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines, flows = list[str](), False
+        for line in text.strip("\n").split("\n"):
+            alone = COMMAND.match(line) is not None or ENTRY.match(line) is not None
+            if lines and lines[-1].endswith("\\"):
+                lines[-1] = f"{lines[-1][:-1].rstrip()} {line.strip()}"
+            elif flows and line and not alone and _margin(line) == _margin(lines[-1]):
+                lines[-1] += f" {line.strip()}"
+            else:
+                lines.append(line)
+                flows = not alone and line.strip() != "" and not line.endswith(":")
+        return "\n".join(_filled(line, min(width, MAX_WIDTH)) for line in lines)
+
+
+def _margin(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+def _filled(line: str, width: int) -> str:
+    found, command = ENTRY.match(line), COMMAND.match(line) is not None
+    margin = len(found[1]) if found else _margin(line) + (4 if command else 0)
+    words, end = line.strip(), " \\\n" if command else "\n"
+    own = " " * _margin(line)
+    return end.join(
+        textwrap.wrap(
+            words, width - 2 * command, initial_indent=own, subsequent_indent=" " * margin,
+            break_long_words=False, break_on_hyphens=False,
+        )
+    )  # fmt: skip
 
 
 def add_command(
@@ -26,7 +67,7 @@ def add_command(
         help=short,
         description=description,
         epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpText,
     )
     parser.set_defaults(run=run, parser=parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -15,6 +15,7 @@ from typing import TextIO
 from perturbdiff._version import __version__
 from perturbdiff.cli.app import add_app_command
 from perturbdiff.cli.atlas import add_atlas_commands
+from perturbdiff.cli.command import HelpText
 from perturbdiff.cli.features import add_features_commands
 from perturbdiff.cli.hub import add_hub_commands
 from perturbdiff.cli.report import add_report_command
@@ -64,6 +65,9 @@ def _note(
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     # argparse reads positional words in one run only; key=value words may stand anywhere, before and after options.
     parser = _parser()
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help()
+        sys.exit(0)
     arguments, rest = parser.parse_known_args(argv)
     words = "inputs" if hasattr(arguments, "inputs") else "settings"
     if rest and (not hasattr(arguments, words) or any(word.startswith("-") for word in rest)):
@@ -84,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         "the cells of conditions nobody measured, and score them beside honest baselines.",
         epilog="Start with: perturbdiff demo    (five minutes, no data needed)\n"
         "Then:       perturbdiff screen info FILE.h5ad",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpText,
     )
     parser.add_argument("--version", action="version", version=f"perturbdiff {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")

@@ -125,17 +125,17 @@ def load_model(name: str, features: list[str], settings: list[str], file: str) -
 
 
 def _predict(arguments: argparse.Namespace) -> None:
-    from perturbdiff.hub.download import find_model
-
-    find_model(arguments.model)  # before torch is imported: what is not there is told at once
     from perturbdiff.files import check_output
+    from perturbdiff.hub.download import find_model
     from perturbdiff.inference.output import FORMATS
-    from perturbdiff.inference.predictions import predict_request, predict_requests
-    from perturbdiff.inference.requests import Request, read_requests
 
     check_output(arguments.out, *FORMATS, overwrite=arguments.overwrite)  # before the model is loaded
     if arguments.summary is not None:
         check_output(arguments.summary, ".csv", overwrite=arguments.overwrite)
+    find_model(arguments.model)  # before torch is imported: what is not there is told at once
+    from perturbdiff.inference.predictions import predict_request, predict_requests
+    from perturbdiff.inference.requests import Request, read_requests
+
     one = Request(
         arguments.perturbation or "", arguments.cell_type, arguments.batch, arguments.n_cells, arguments.n_populations,
         arguments.seed,

@@ -6,12 +6,17 @@ import argparse
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from perturbdiff.cards import plain
 from perturbdiff.cli.command import add_command
 from perturbdiff.cli.predict import add_columns, add_sampling, load_model, sampling_of
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 SHOWN = 20  # lines of the printed table
+MAX_NAME = 22  # characters of a perturbation in it
 MAX_LIST_BYTES = 1 << 24
 
 
@@ -55,13 +60,13 @@ def add_rank_command(screen_commands: Any) -> None:
 
 
 def _rank(arguments: argparse.Namespace) -> None:
+    from perturbdiff.files import check_output, few, written
     from perturbdiff.hub.download import find_model
 
+    out = check_output(arguments.out, ".csv", overwrite=arguments.overwrite)
     find_model(arguments.model)  # before torch is imported: what is not there is told at once
-    from perturbdiff.files import check_output, few, written
     from perturbdiff.inference.ranking import rank_perturbations
 
-    out = check_output(arguments.out, ".csv", overwrite=arguments.overwrite)
     up, down = _names(arguments.up, "--up"), _names(arguments.down, "--down")
     which = arguments.candidates
     model = load_model(arguments.model, arguments.features, arguments.settings, arguments.controls)
@@ -84,9 +89,7 @@ def _rank(arguments: argparse.Namespace) -> None:
     )
     with written(out) as temporary:
         table.to_csv(temporary, index=False)
-    print(
-        table.drop(columns="calibrated").head(SHOWN).to_string(index=False, float_format=lambda value: f"{value:.3f}")
-    )
+    print(_shown(table.head(SHOWN)))
     if untold := table["perturbation"][table["verdict"] == "cannot tell"].tolist():
         print(
             f"trust       of {len(untold):,} candidates nobody can tell more than what all perturbations do; their\n"
@@ -103,6 +106,18 @@ def _of_what(table: Any, n_populations: int, towards: bool) -> str:
         return "unknown: it needs --n-populations 2 or more"
     why = "intervals are of genes" if towards else "the model is not calibrated (perturbdiff calibrate)"
     return f"of the populations alone, which is too sure: {why}"
+
+
+def _shown(table: pd.DataFrame) -> str:
+    """A table of 80 columns; the file has more, and whole names."""
+    ranks = [f"{low}-{high}" for low, high in zip(table["rank_low"], table["rank_high"], strict=True)]
+    shown = table[["rank", "perturbation", "score", "sd", "p_above"]].assign(
+        perturbation=[plain(name, MAX_NAME) for name in table["perturbation"]],
+        ranks=ranks,
+        verdict=table["verdict"],
+        pearson=table["expected_pearson"],
+    )
+    return shown.to_string(index=False, na_rep="-", float_format=lambda value: f"{value:.3f}")
 
 
 def _names(given: str | None, option: str, known: Callable[[str], bool] = lambda name: False) -> list[str]:

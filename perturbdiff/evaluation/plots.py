@@ -229,8 +229,8 @@ def ranking(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
             score, y, xerr=np.nan_to_num(table["sd"].to_numpy(dtype=float)), fmt="none",
             ecolor=PREDICTED_COLOUR, elinewidth=1.2, label="± sd of populations",
         )  # fmt: skip
-    trained = table["trained"].to_numpy(dtype=bool) if "trained" in table else np.ones(len(table), dtype=bool)
-    for of, face, label in ((trained, PREDICTED_COLOUR, "trained"), (~trained, "none", "by features only")):
+    only = table["features_only"].to_numpy(dtype=bool) if "features_only" in table else np.zeros(len(table), dtype=bool)
+    for of, face, label in ((~only, PREDICTED_COLOUR, "trained"), (only, "none", "by features only")):
         if of.any():
             ax.scatter(score[of], y[of], s=26, facecolors=face, edgecolors=PREDICTED_COLOUR, label=label, zorder=3)
     ax.axvline(0, color=CONTROL_COLOUR, linewidth=1)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from perturbdiff.data.vocab import Vocabularies
-from perturbdiff.files import few, inside, printable
+from perturbdiff.files import few, hanging, inside, printable
 from perturbdiff.hub.download import ModelSource
 from perturbdiff.hub.metadata import ModelMetadata
 from perturbdiff.hub.model_folder import (
@@ -63,7 +63,7 @@ def model_info(source: ModelSource) -> str:
         "trained on": _origin(training),
         "held out": "not stated" if training.hold_out is None else ", ".join(training.hold_out) or "nothing",
     }
-    text = [f"{name:<14}{printable(str(value))[:MAX_LINE]}" for name, value in lines.items()]
+    text = [hanging(f"{name:<14}{printable(str(value))[:MAX_LINE]}", 14) for name, value in lines.items()]
     return "\n".join([*text, *_scores(said.evaluation)])
 
 
@@ -158,7 +158,7 @@ def _scores(evaluation: EvaluationRecord | None) -> list[str]:
         own, other = (None if name is None else evaluation.mean[name][metric] for name in (evaluation.model, best))
         beside = "no baseline" if other is None else f"best baseline {other:.3f}"
         lines.append(f"  {metric:<24}{'-' if own is None else f'{own:.3f}'} ({beside}; {direction})")
-    return [printable(line) for line in lines]
+    return [hanging(printable(line), 14) for line in lines]
 
 
 def _flat(content: Any, prefix: str = "") -> dict[str, Any]:

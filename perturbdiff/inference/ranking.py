@@ -102,9 +102,9 @@ def rank_perturbations(
     `rank`; `perturbation`; `score`, the mean over populations; `sd` between populations; `p_above`, the probability
     that the response scores above no change, by calibrated intervals (Eq. 3) or, where `calibrated` is False, that one
     more population does (Student's t of K - 1 degrees of freedom); `rank_low`, `rank_high`, the best and the worst rank
-    among the populations; `trained`, False where training saw only features of it;
-    `verdict` and `expected_pearson` of `means.trust.Trust`: the place of one that "cannot tell" is a guess, whatever
-    its p_above. sd and p_above are NaN for one population.
+    among the populations; `features_only`, True where training saw no cell of it or of a part; `verdict` and
+    `expected_pearson` of `means.trust.Trust`: the place of one that "cannot tell" is a guess, whatever its p_above. sd
+    and p_above are NaN for one population.
 
     Raises
     ------
@@ -153,7 +153,7 @@ def rank_perturbations(
             expected.append(predicted.uns["perturbdiff"]["trust"])
             if weights is not None and calibration is not None:
                 errors[row] = _error(weights, population_summary(predicted, control_mean), calibration)
-    return _table(labels, scores, errors, _trained(model, labels), expected)
+    return _table(labels, scores, errors, _features_only(model, labels), expected)
 
 
 def find_genes(genes: GeneVocab, names: Iterable[str]) -> tuple[list[int], list[str]]:
@@ -278,16 +278,16 @@ def _population_scores(predicted: AnnData, controls: AnnData, score: Score) -> l
     return [score(X[population == k], source[population == k]) for k in np.unique(population)]
 
 
-def _trained(model: PerturbDiff, labels: Sequence[str]) -> list[bool]:
+def _features_only(model: PerturbDiff, labels: Sequence[str]) -> list[bool]:
     known = set(model.vocabularies.labelled)
-    return [all(name in known for name, _ in model.vocabularies.parts(label)) for label in labels]
+    return [not all(name in known for name, _ in model.vocabularies.parts(label)) for label in labels]
 
 
 def _table(
     labels: Sequence[str],
     scores: np.ndarray,
     errors: np.ndarray,
-    trained: Sequence[bool],
+    features_only: Sequence[bool],
     expected: Sequence[Mapping[str, Any]],
 ) -> pd.DataFrame:
     # `errors` by calibrated intervals, NaN where there are none.
@@ -309,7 +309,7 @@ def _table(
             "calibrated": calibrated,
             "rank_low": ranks.min(axis=1),
             "rank_high": ranks.max(axis=1),
-            "trained": trained,
+            "features_only": features_only,
             "verdict": [of["verdict"] for of in expected],
             "expected_pearson": [of.get("expected_pearson", np.nan) for of in expected],
         }

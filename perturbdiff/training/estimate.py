@@ -37,6 +37,7 @@ from perturbdiff.data.screen import Screen
 from perturbdiff.data.vocab import Labels
 from perturbdiff.diffusion.draws import Draws
 from perturbdiff.diffusion.losses import DiffusionLoss
+from perturbdiff.files import hanging
 from perturbdiff.nn.conditioning import VocabSizes
 from perturbdiff.nn.denoiser import Denoiser
 from perturbdiff.training.dataset import TrainingSet, marginal_conditions
@@ -347,9 +348,8 @@ class Estimate:
         """For a person, several lines."""
         cluster, data, labels, gpu = self.cluster, self.data, self.data.labels, GPUS[self.cluster.gpu]
         rows = [
-            f"{engine:<12}{''.join(f'{n / 1e9:12.2f}' for n in memory.values())}  "
-            f"{'fits' if self.fits[engine] else 'does not fit'}"
-            for engine, memory in self.memory.items()
+            f"{part:<12}" + "".join(f"{memory[part] / 1e9:10.2f}" for memory in self.memory.values())
+            for part in self.memory["DDP"]
         ]
         lines = [
             f"data        {data.n_cells:,} cells, {data.n_genes:,} genes, {data.values_per_cell:,.0f} values a cell "
@@ -360,8 +360,9 @@ class Estimate:
             f"step        {self.cells_per_step:,} cells; at most {self.sets_per_gpu} sets on a GPU"
             + (f", in {self.parts} parts" if self.parts > 1 else ""),
             f"\nmemory per GPU, GB ({cluster.gpu} has {gpu.memory / 1e9:.0f})",
-            " " * 12 + "".join(f"{part:>12}" for part in self.memory["DDP"]),
+            " " * 12 + "".join(f"{engine:>10}" for engine in self.memory),
             *rows,
+            f"{'fits':<12}" + "".join(f"{'yes' if self.fits[engine] else 'no':>10}" for engine in self.memory),
             f"at a save   {FLOAT32 * self.n_parameters / 1e9:.2f} more for a moment: the averaged weights, whole",
             f"\nMFLOPs      {sum(self.flops_per_cell.values()) / 1e6:,.1f} a perturbed cell: "
             + ", ".join(f"{kind} {count / 1e6:,.1f}" for kind, count in self.flops_per_cell.items()),
@@ -373,7 +374,7 @@ class Estimate:
             f"{cluster.link / 1e9:,.0f} GB/s a GPU; {1e6 * LAUNCH:g} us an operation; full sets; nothing compiled",
             "",
         ]
-        return "\n".join([*lines, *self.notes])
+        return "\n".join([*(hanging(line, 12) for line in lines), *(hanging(note, 2) for note in self.notes)])
 
 
 def estimate(config: Config, cluster: Cluster) -> Estimate:

@@ -1,18 +1,21 @@
 """Bad input at the command line: exit code 2, one line on stderr that names value and remedy, and nothing written."""
 
+import argparse
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import anndata
 import h5py
 import numpy as np
 import pytest
 
-from perturbdiff.cli.main import main
+from perturbdiff.cli.command import HelpText
+from perturbdiff.cli.main import _parser, main
 from perturbdiff.hub.model_folder import config_hash
 from tests.processes import PATIENCE
 from tests.screens import counts_screen, log1p_cp10k, written
@@ -265,7 +268,6 @@ def test_settings_may_stand_anywhere_among_the_options(refused, screen, argv):
         "train --screen s --out o --learning-rate 1",
         "train --out o",
         "screen",
-        "",
     ],
 )
 def test_words_that_no_command_knows_end_with_code_2(here, capsys, argv):
@@ -441,7 +443,7 @@ def test_a_config_json_that_is_no_settings_is_refused(refused, folder, screen, c
 
 def test_what_is_no_model_folder_is_refused_with_what_it_holds(refused, here, run, screen):
     line = refused(*predict(here / "nowhere", screen))
-    assert_says(line, "nowhere/model' does not exist", "give a folder made by save_pretrained")
+    assert_says(line, "no such folder here", "nowhere/model); give a folder made by save_pretrained")
     line = refused("predict", run / "states", "--controls", screen, "--perturbation", "A", "--out", "p.h5ad")
     assert_says(line, "is not a model folder: it has no config.json", "step_")
 
@@ -586,3 +588,41 @@ def test_a_mistyped_option_names_the_nearest_of_its_command(capsys, words, meant
     assert end.value.code == 2
     assert error.startswith(f"usage: perturbdiff {words[0]} ")
     assert meant in error
+
+
+def every_parser(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in dict.fromkeys(action.choices.values()):
+                yield from every_parser(child)
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_help_fits_the_terminal_and_loses_no_word(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for parser in every_parser(_parser()):
+        text = parser.format_help()
+        assert [line for line in text.splitlines() if len(line) > columns and " " in line.strip()] == []
+        said = [word for word in text.split() if word != "\\"]
+        for whole in (parser.description, parser.epilog):
+            words = [word for word in (whole or "").split() if word != "\\"]
+            assert any(said[i : i + len(words)] == words for i in range(len(said))), parser.prog
+
+
+def test_commands_in_help_go_on_behind_a_backslash():
+    text = HelpText("perturbdiff", width=30)._fill_text(
+        "examples:\n  perturbdiff train --screen a.h5ad --out b\nA paragraph of words\nthat flows.", 30, ""
+    )
+    assert text == (
+        "examples:\n  perturbdiff train --screen \\\n      a.h5ad --out b\nA paragraph of words that\nflows."
+    )
+
+
+def test_perturbdiff_alone_prints_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    said = capsys.readouterr()
+    assert stop.value.code == 0
+    assert said.out.startswith("usage: perturbdiff")
+    assert said.err == ""

@@ -7,11 +7,13 @@ import sys
 from dataclasses import replace
 
 import anndata
+import numpy as np
 import pandas as pd
 import pytest
 from scipy import sparse
 
 from perturbdiff.cli.main import main
+from perturbdiff.cli.rank import _shown
 from perturbdiff.hub.records import Calibration, Coverage, Width
 from perturbdiff.inference.output import read_predicted
 from perturbdiff.model import PerturbDiff
@@ -246,3 +248,15 @@ def test_bad_rankings_are_refused_in_one_line(refused, here, model, screen, word
     (here / "binary.txt").write_bytes(b"\xff\xfe\x00")
     words = [str(screen) if word == "SCREEN" else word for word in words]
     assert_says(refused("screen", "rank", model, "--controls", screen, "--out", "r.csv", *words), *pieces)
+
+
+def test_the_printed_ranking_fits_80_columns():
+    n = 20
+    table = pd.DataFrame({
+        "rank": np.arange(1, n + 1), "perturbation": ["a name of a drug, which is very long @ 10 uM"] * n,
+        "score": -12.3456, "sd": 0.5, "p_above": 1.0, "rank_low": 100, "rank_high": 200, "features_only": True,
+        "verdict": "cannot tell", "expected_pearson": [-0.123] + [np.nan] * (n - 1),
+    })  # fmt: skip
+    text = _shown(table)
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.splitlines()[1].split()[-4:] == ["100-200", "cannot", "tell", "-0.123"]

@@ -198,7 +198,7 @@ def test_populations_without_a_calibration_or_measured_cells_have_neither_bar_no
 
 def test_ranking_shows_scores_spread_and_what_was_trained():
     table = pd.DataFrame({"perturbation": [f"p{i}" for i in range(30)], "score": np.linspace(2, -1, 30), "sd": 0.1,
-                          "trained": [True] * 5 + [False] * 25})  # fmt: skip
+                          "features_only": [False] * 5 + [True] * 25})  # fmt: skip
     ax = pl.ranking(table)
     assert [label.get_text() for label in ax.get_yticklabels()] == [f"p{i}" for i in range(plots.N_RANKED)]
     drawn = np.vstack([of for of in offsets(ax) if len(of) and not np.array_equal(of, [[0, 0]])])

@@ -42,7 +42,10 @@ def saved(model, tmp_path):
 
 
 def lines_of(folder) -> dict[str, str]:
-    return {line[:14].strip(): line[14:] for line in model_info(find_model(folder)).splitlines()}
+    text = model_info(find_model(folder))
+    assert max(map(len, text.splitlines())) <= 80
+    whole = text.replace("\n" + " " * 14, " ")  # what goes on below
+    return {line[:14].strip(): line[14:] for line in whole.splitlines()}
 
 
 def differences(a, b) -> list[str]:
