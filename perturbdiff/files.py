@@ -9,13 +9,17 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import socket
 import sys
+import tempfile
 import textwrap
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from functools import cache
+from glob import escape
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -97,6 +101,53 @@ def written(path: Path) -> Iterator[Path]:
         to_disk(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace_folder(new: Path, final: Path) -> None:
+    """Flush the folder `new` and move it to `final`; what stood there is removed last, or is left with a warning."""
+    for path in (*new.rglob("*"), new):
+        to_disk(path)
+    aside = set_aside(final) if final.exists() else None
+    try:
+        new.rename(final)
+    except OSError:
+        if aside is not None:
+            (aside / "folder").rename(final)
+            aside.rmdir()
+        raise
+    to_disk(final.parent)
+    for left in _asides(final):
+        remove(left)
+
+
+def restore_folder(final: Path) -> None:
+    """Put back what `replace_folder` had moved away when it was killed; only where nobody else may be replacing it."""
+    for aside in [] if final.exists() else _asides(final):
+        if (aside / "folder").is_dir():
+            (aside / "folder").rename(final)
+            aside.rmdir()
+            return
+
+
+def set_aside(folder: Path) -> Path:
+    """Move a folder into a hidden one beside it, at one stroke: nobody finds a part of it under its name."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+    folder.rename(aside / "folder")
+    return aside
+
+
+def _asides(folder: Path) -> list[Path]:
+    return sorted(folder.parent.glob(f".{escape(folder.name)}-old-*"))
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder that nobody needs; a warning where that fails, as on NFS while somebody has a file of it open."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        if folder.exists():
+            text = f"{folder} is no longer needed but could not be removed ({short(error)}); it is tried again later"
+            warnings.warn(text, UserWarning, stacklevel=2)
 
 
 def read_json(path: Path, max_bytes: int) -> dict[str, Any]:

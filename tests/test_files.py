@@ -5,7 +5,8 @@ from typing import Any, Literal, Optional
 
 import pytest
 
-from perturbdiff.files import hanging, progress, typed, write_json
+from perturbdiff import files
+from perturbdiff.files import hanging, progress, replace_folder, restore_folder, typed, write_json
 
 
 @dataclass
@@ -88,3 +89,54 @@ def test_a_bar_keeps_its_bar_at_80_columns(what, unit):
         text = str(bar)
     assert len(text) <= 80
     assert len(text.split("|")[1]) >= 5
+
+
+def folder_of(path, text):
+    path.mkdir()
+    (path / "file").write_text(text)
+    return path
+
+
+def unremovable(path):
+    raise OSError(39, "Directory not empty")
+
+
+def test_a_folder_is_replaced_though_the_old_one_cannot_be_removed_and_goes_the_next_time(tmp_path, monkeypatch):
+    final = folder_of(tmp_path / "model", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(files.shutil, "rmtree", unremovable)
+        with pytest.warns(UserWarning, match=r"-old-.* no longer needed but could not be removed"):
+            replace_folder(folder_of(tmp_path / "new", "2"), final)
+    assert (final / "file").read_text() == "2"
+    assert len(list(tmp_path.iterdir())) == 2
+    replace_folder(folder_of(tmp_path / "new", "3"), final)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (final / "file").read_text() == "3"
+
+
+def test_a_folder_that_a_kill_left_under_no_name_is_put_back(tmp_path):
+    final = folder_of(tmp_path / "model", "1")
+    files.set_aside(final)
+    assert not final.exists()
+    restore_folder(final)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (final / "file").read_text() == "1"
+    files.set_aside(final)
+    folder_of(final, "2")  # somebody wrote a new one
+    restore_folder(final)
+    assert (final / "file").read_text() == "2"
+
+
+def test_a_folder_that_cannot_be_replaced_is_as_it_was(tmp_path, monkeypatch):
+    final, new, rename = folder_of(tmp_path / "model", "1"), folder_of(tmp_path / "new", "2"), files.Path.rename
+
+    def refused(path, target):
+        if path == new:
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(files.Path, "rename", refused)
+    with pytest.raises(OSError, match="Input/output error"):
+        replace_folder(new, final)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "new"]
+    assert (final / "file").read_text() == "1"

@@ -125,13 +125,10 @@ def load_model(name: str, features: list[str], settings: list[str], file: str) -
 
 
 def _predict(arguments: argparse.Namespace) -> None:
-    from perturbdiff.files import check_output
     from perturbdiff.hub.download import find_model
-    from perturbdiff.inference.output import FORMATS
+    from perturbdiff.inference.output import check_outputs
 
-    check_output(arguments.out, *FORMATS, overwrite=arguments.overwrite)  # before the model is loaded
-    if arguments.summary is not None:
-        check_output(arguments.summary, ".csv", overwrite=arguments.overwrite)
+    check_outputs(arguments.out, arguments.summary, arguments.overwrite)  # before the model is loaded
     find_model(arguments.model)  # before torch is imported: what is not there is told at once
     from perturbdiff.inference.predictions import predict_request, predict_requests
     from perturbdiff.inference.requests import Request, read_requests

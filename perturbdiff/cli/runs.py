@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from perturbdiff.cli.check import add_check_command
 from perturbdiff.cli.command import SETTINGS, add_command, add_settings
 from perturbdiff.cli.predict import add_predict_commands
 from perturbdiff.cli.rank import add_rank_command
+from perturbdiff.training.signals import StopRequest
 
 if TYPE_CHECKING:
     from perturbdiff.config import Config
@@ -229,6 +230,17 @@ def _recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", metavar="RECIPE", help="settings: a file, or a name of `perturbdiff recipes`")
 
 
+def _noting_signals(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
+    """From the first moment on, also while torch is imported; training acts on what came (`StopRequest`)."""
+
+    def noting(arguments: argparse.Namespace) -> None:
+        with StopRequest():
+            run(arguments)
+
+    return noting
+
+
+@_noting_signals
 def _demo(arguments: argparse.Namespace) -> None:
     from perturbdiff.training.run import demo
 
@@ -244,12 +256,14 @@ def _screen_info(arguments: argparse.Namespace) -> None:
     print(f"{screen.summary()}\ntrain with  {screen.train_command()}")
 
 
+@_noting_signals
 def _train(arguments: argparse.Namespace) -> None:
     from perturbdiff.training.run import train
 
     _print_run(train(**_training_of(arguments), budget=arguments.budget))
 
 
+@_noting_signals
 def _pretrain(arguments: argparse.Namespace) -> None:
     from perturbdiff.config import find_recipe
     from perturbdiff.training.run import train
@@ -258,6 +272,7 @@ def _pretrain(arguments: argparse.Namespace) -> None:
     _print_run(train(None, arguments.out, recipe=recipe, overrides=arguments.settings, score=False))
 
 
+@_noting_signals
 def _finetune(arguments: argparse.Namespace) -> None:
     from perturbdiff.hub.download import find_model
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from perturbdiff.cards import read_card, renewed
 from perturbdiff.data.vocab import Labels
-from perturbdiff.files import few, sha256, short, write_json, write_text
+from perturbdiff.files import few, replace_folder, sha256, short, write_json, write_text
 from perturbdiff.hub.metadata import ModelMetadata
 from perturbdiff.hub.model_folder import (
     ADAPTER_CONFIG,
@@ -113,17 +113,6 @@ def write_model_folder(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def replace_folder(new: Path, final: Path) -> None:
-    """Move `new` to `final`; what stood there is removed last."""
-    if not final.exists():
-        new.rename(final)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{final.name}-old-", dir=final.parent))
-    final.rename(old / "folder")
-    new.rename(final)
-    shutil.rmtree(old)
 
 
 def denoiser_of(metadata: ModelMetadata) -> Denoiser:

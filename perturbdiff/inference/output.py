@@ -28,13 +28,14 @@ from anndata.io import sparse_dataset, write_elem
 from scipy import sparse
 
 from perturbdiff.data.expression import ONE_COUNT, counts_of
-from perturbdiff.files import short, written
+from perturbdiff.files import check_output, read_json, sha256, short, written
 
 FORMATS = (".h5ad", ".parquet")
 METADATA = b"perturbdiff"
 CHUNK_CELLS = 4096  # cells handled at once, and rows of a row group
 HDF5_CHUNK = 1 << 16  # elements
 VALUES = ["genes", "log1p"]  # the columns of X
+WRITTEN = "written.json"  # there too: hashes of `out` and `summary` while they are put in their places
 
 
 def write_predicted(predicted: AnnData, path: Path) -> None:
@@ -160,3 +161,19 @@ def _var(metadata: dict[str, Any]) -> pd.DataFrame:
         var["ensembl_id"] = metadata["ensembl"]
     var["measured"] = ~var.index.isin(metadata["uns"].get("genes_absent", []))
     return var
+
+
+def check_outputs(out: str | Path, summary: str | Path | None, overwrite: bool) -> tuple[Path, Path | None]:
+    """As `files.check_output`; what a run has put in place before it was killed is not in the way of its repetition."""
+    run = parts_of(Path(out)) / WRITTEN
+    ours = read_json(run, 1 << 20) if run.is_file() else {}
+
+    def checked(path: str | Path, *endings: str) -> Path:
+        left = Path(path).is_file() and sha256(Path(path)) in ours.values()
+        return check_output(path, *endings, overwrite=overwrite or left)
+
+    return checked(out, *FORMATS), None if summary is None else checked(summary, ".csv")
+
+
+def parts_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.parts")

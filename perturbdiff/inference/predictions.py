@@ -13,7 +13,7 @@ import heapq
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -23,7 +23,6 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
-from filelock import FileLock, Timeout
 from torch import distributed as dist
 
 from perturbdiff._version import __version__
@@ -31,7 +30,17 @@ from perturbdiff.config import as_dict
 from perturbdiff.data.expression import as_csr
 from perturbdiff.data.guides import gene_rows
 from perturbdiff.data.screen import genes_of
-from perturbdiff.files import check_output, few, json_sha256, progress, read_json, short, write_json, written
+from perturbdiff.files import (
+    few,
+    json_sha256,
+    progress,
+    read_json,
+    sha256,
+    short,
+    to_disk,
+    write_json,
+    written,
+)
 from perturbdiff.inference.intervals import (
     Calibration,
     certainty,
@@ -40,8 +49,17 @@ from perturbdiff.inference.intervals import (
     median_width,
     population_summary,
 )
-from perturbdiff.inference.output import FORMATS, join_predicted, read_metadata, read_predicted, write_predicted
+from perturbdiff.inference.output import (
+    WRITTEN,
+    check_outputs,
+    join_predicted,
+    parts_of,
+    read_metadata,
+    read_predicted,
+    write_predicted,
+)
 from perturbdiff.inference.requests import COLUMNS, Request, check_requests, context_rows, controls_for
+from perturbdiff.lock import alone
 from perturbdiff.model import MAX_PREDICTED_CELLS, PerturbDiff
 
 RUN = "run.json"  # in the folder of parts: what they are of
@@ -134,22 +152,27 @@ def predict_request(
     all_genes: bool = False,
     with_controls: bool = False,
     **sampling: Any,
-) -> Predictions:
+) -> Predictions | None:
     """Predict one request into a file that holds what `PerturbDiff.predict` returns. Otherwise as `predict_requests`.
 
-    `summary` then has the columns of `intervals.population_summary` alone.
+    `summary` then has the columns of `intervals.population_summary` alone. Under a launcher the first process does it.
     """
-    out, summary = _check_outputs(out, summary, overwrite)
+    if int(os.environ.get("RANK", "0")) > 0:
+        return None
+    out, summary = check_outputs(out, summary, overwrite)
     calibration = model.training.calibration
     controls = controls_for(model, controls, request.cell_type, request.batch, layer)
-    predicted, table = _predict(model, controls, request, calibration, all_genes=all_genes, **sampling)
-    n_cells, n_controls, share = predicted.n_obs, controls.n_obs if with_controls else 0, latent_share(predicted)
-    if with_controls:
-        predicted = model.add_controls(predicted, controls, request.cell_type, request.batch)
-    write_predicted(predicted, out)
-    if summary is not None:
-        with written(summary) as temporary:
-            table.to_csv(temporary, index=False)
+    folder = parts_of(out)
+    with _alone_in(folder, 0):
+        predicted, table = _predict(model, controls, request, calibration, all_genes=all_genes, **sampling)
+        n_cells, n_controls, share = predicted.n_obs, controls.n_obs if with_controls else 0, latent_share(predicted)
+        if with_controls:
+            predicted = model.add_controls(predicted, controls, request.cell_type, request.batch)
+        write_predicted(predicted, _made(folder, out))
+        with _put_in_place(folder, out, summary, overwrite) as temporary:
+            if temporary is not None:
+                table.to_csv(temporary, index=False)
+        (folder / WRITTEN).unlink()
     uns = predicted.uns["perturbdiff"]
     unseen = {label: [0] for label in uns["unseen"]}
     widths = np.array([median_width(table)])
@@ -213,7 +236,7 @@ def predict_requests(
         controls, a number that cannot be, X as in `PerturbDiff.predict`; or the parts that are there are of another
         run.
     """
-    out, summary = _check_outputs(out, summary, overwrite)
+    out, summary = check_outputs(out, summary, overwrite)
     sampling = {
         "guidance_scale": guidance_scale, "steps": steps, "sampler": sampler, "min_gene_overlap": min_gene_overlap,
         "all_genes": all_genes, "varied": varied,
@@ -229,7 +252,7 @@ def predict_requests(
             raise ValueError(
                 f"{request.where}{n:,} cells asked for; a request is at most {MAX_PREDICTED_CELLS:,}: use several."
             )
-    folder = out.with_name(f"{out.name}.parts")
+    folder = parts_of(out)
     parts = [folder / f"part-{number:06d}.parquet" for number in range(len(requests))]
     with _processes() as (rank, world_size, wait_for_all), _alone_in(folder, rank):
         if rank == 0:
@@ -261,10 +284,11 @@ def predict_requests(
             common |= {"control_label": model.config.obs.control_label, "n_controls": n_controls}
             written_too = [folder / "part-controls.parquet"]
             write_predicted(_control_rows(model, controls[own].copy(), requests, parts[0]), written_too[0])
-        join_predicted([*parts, *written_too], common, out)
-        if summary is not None:
-            means = (mean_expression(model, controls[own]) for own in rows)
-            _write_summary(parts, requests, means, calibration, summary)
+        join_predicted([*parts, *written_too], common, _made(folder, out))
+        with _put_in_place(folder, out, summary, overwrite) as temporary:
+            if temporary is not None:
+                means = (mean_expression(model, controls[own]) for own in rows)
+                _write_summary(parts, requests, means, calibration, temporary)
         _clear(folder)
     unseen: dict[str, list[int]] = {}
     for number, uns in enumerate(made):
@@ -277,9 +301,23 @@ def predict_requests(
     )  # fmt: skip
 
 
-def _check_outputs(out: str | Path, summary: str | Path | None, overwrite: bool) -> tuple[Path, Path | None]:
-    out = check_output(out, *FORMATS, overwrite=overwrite)
-    return out, None if summary is None else check_output(summary, ".csv", overwrite=overwrite)
+def _made(folder: Path, out: Path) -> Path:
+    return folder / f"joined{out.suffix}"
+
+
+@contextmanager
+def _put_in_place(folder: Path, out: Path, summary: Path | None, overwrite: bool) -> Iterator[Path | None]:
+    """Gives the summary's file to be filled, then moves it and what was `_made` to their names.
+
+    A kill between the two moves leaves their hashes in the folder, by which `check_outputs` knows them.
+    """
+    made = _made(folder, out)
+    with nullcontext() if summary is None else written(summary) as temporary:
+        yield temporary
+        check_outputs(out, summary, overwrite)  # somebody else may have written it meanwhile
+        write_json(folder / WRITTEN, {path.name: sha256(path) for path in (made, temporary) if path is not None})
+        made.replace(out)
+        to_disk(out.parent)
 
 
 def _predict(
@@ -351,14 +389,13 @@ def _write_summary(
     calibration: Calibration | None,
     path: Path,
 ) -> None:
-    with written(path) as temporary:
-        for number, (part, request, mean) in enumerate(zip(parts, requests, control_means, strict=True)):
-            predicted = read_predicted(part)
-            table = population_summary(predicted, mean, calibration)
-            table.insert(0, "request", number)
-            table.insert(1, "perturbation", request.perturbation)
-            table.insert(2, "verdict", predicted.uns["perturbdiff"]["trust"]["verdict"])
-            table.to_csv(temporary, mode="a" if number else "w", header=not number, index=False)
+    for number, (part, request, mean) in enumerate(zip(parts, requests, control_means, strict=True)):
+        predicted = read_predicted(part)
+        table = population_summary(predicted, mean, calibration)
+        table.insert(0, "request", number)
+        table.insert(1, "perturbation", request.perturbation)
+        table.insert(2, "verdict", predicted.uns["perturbdiff"]["trust"]["verdict"])
+        table.to_csv(path, mode="a" if number else "w", header=not number, index=False)
 
 
 # ---------------------------------------------------------------- the folder of parts
@@ -413,11 +450,9 @@ def _begin(folder: Path, identity: dict[str, Any]) -> None:
 
 def _clear(folder: Path) -> None:
     # What a run has made there, and nothing else.
-    for pattern in ("part-*.parquet", ".part-*.partial", RUN, ".lock"):
+    for pattern in ("part-*.parquet", ".*.partial", "joined.*", RUN, WRITTEN):
         for path in folder.glob(pattern):
             path.unlink()
-    with suppress(OSError):
-        folder.rmdir()
 
 
 def _is_whole(part: Path) -> bool:
@@ -443,21 +478,21 @@ def _assigned(todo: Sequence[int], n_cells: Sequence[int], world_size: int) -> l
 
 @contextmanager
 def _alone_in(folder: Path, rank: int) -> Iterator[None]:
-    # The lock ends with its process, however that ends; an empty folder is not left behind.
-    folder.mkdir(parents=True, exist_ok=True)
+    # An empty folder is not left behind.
     if rank > 0:
         yield
         return
-    lock = folder / ".lock"
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(lock, timeout=0):
+        with alone(folder / "lock", f"writing {folder}"):
             try:
                 yield
             finally:
-                if not any(folder.glob("part-*.parquet")):
+                if not any(folder.glob("part-*.parquet")) and not (folder / WRITTEN).exists():
                     _clear(folder)
-    except Timeout as error:
-        raise FileExistsError(f"another process writes {folder}; wait for its end, or stop it.") from error
+    finally:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 @contextmanager

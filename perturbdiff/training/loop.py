@@ -20,6 +20,7 @@ from perturbdiff.data.screen import Screen
 from perturbdiff.diffusion.draws import training_draws
 from perturbdiff.diffusion.losses import DiffusionLoss
 from perturbdiff.files import progress
+from perturbdiff.lock import Lock
 from perturbdiff.model import PerturbDiff
 from perturbdiff.nn.denoiser import Denoiser, build_denoiser
 from perturbdiff.training.dataset import TrainingSet
@@ -105,6 +106,9 @@ def fit(
     check_resumable(out, config)
     main = accelerator.is_main_process
     with _ended_by_others(accelerator, out):
+        if main and saved_states(out / "states") and not (out / "model").exists():  # a kill amid a save took it away
+            with alone_in(out):
+                pass
         newest = saved_states(out / "states")[:1]
         saved = _latest_state(out, accelerator)
         start = prepare(config, screen, out, resuming=saved is not None)
@@ -112,10 +116,10 @@ def fit(
         check_same_data(out, data)
         if check is not None:
             check(start.data)
-        with alone_in(out) if main else nullcontext():
+        with alone_in(out) if main else nullcontext() as lock:
             if main and saved_states(out / "states")[:1] != newest:
                 raise FileExistsError(f"another process has trained in {out} meanwhile; give the command again.")
-            run = _Run(config, start, accelerator, saved)
+            run = _Run(config, start, accelerator, saved, lock)
             accelerator.wait_for_everyone()  # nobody looks at the run folder any more
             if main:
                 begin_folder(out, config, data)
@@ -130,8 +134,10 @@ def fit(
 class _Run:
     """One process's part of a training run."""
 
-    def __init__(self, config: Config, start: Start, accelerator: Accelerator, saved: SavedState | None) -> None:
-        self.config, self.start, self.accelerator = config, start, accelerator
+    def __init__(
+        self, config: Config, start: Start, accelerator: Accelerator, saved: SavedState | None, lock: Lock | None
+    ) -> None:
+        self.config, self.start, self.accelerator, self.lock = config, start, accelerator, lock
         self.data = data = start.data
         self.out, self.device = Path(config.out), accelerator.device
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
@@ -181,7 +187,7 @@ class _Run:
 
     def train(self, stop_at: int | None) -> TrainingResult:
         training, done, main = self.config.training, self.progress, self.accelerator.is_main_process
-        stopped_by = None
+        stopped_by, failure, ended = None, None, False
         batches = prefetched(
             self._batches,
             done.step,
@@ -203,9 +209,13 @@ class _Run:
             while done.step < training.n_steps and not self._converged():
                 self.watchdog.doing(f"waiting for the data of step {done.step + 1}")
                 with self.pace.waiting():
-                    made = next(batches, None)
+                    try:
+                        made = next(batches, None)
+                    except Exception as error:  # raised once all have saved what they have
+                        made, failure = None, error
                 values, stopped_by = self._step(made)
-                if values is None:  # the signal came while data were waited for
+                if values is None:  # the signal came while data were waited for, or those of one process failed
+                    ended = stopped_by is None
                     break
                 profiler.step()
                 for name, value in values.items():
@@ -226,8 +236,14 @@ class _Run:
                     break
                 if done.step % training.save_every == 0:
                     self._save()
-            if done.step != self.saved_at or not (self.out / "model").is_dir():
+            if done.step != self.saved_at or not (ended or (self.out / "model").is_dir()):
                 self._save()
+        if failure is not None:
+            if main:
+                print(_advice(self.saved_at), flush=True)
+            raise failure
+        if ended:
+            raise OSError(f"another process could not read its data, and says why. {_advice(self.saved_at)}")
         if done.step == training.n_steps:
             stopped_by = None  # by a signal in the last step: nothing is left to go on with
         if stopped_by is not None and main:
@@ -380,17 +396,22 @@ class _Run:
         }
         with self.pace.paused():
             try:
+                if self.lock is not None:
+                    self.lock.check()
                 if main:
                     self._model(self.best or averaged).save_pretrained(self.out / "model")
                     self.start.save_adapter(self.out, self.best or averaged)
             except OSError as error:
                 failure = error
             try:
-                save_state(self.out / "states", done, tensors, self.config.training.keep_states, writes=main)
+                writes = main and failure is None
+                save_state(self.out / "states", done, tensors, self.config.training.keep_states, writes)
             except OSError as error:
                 failure = failure or error
             self.watchdog.doing(WAITING)
             failed = self.accelerator.gather(torch.tensor([failure is not None], device=self.device))
+        if isinstance(failure, FileExistsError):  # not ours to write
+            raise failure
         if failure is not None:
             raise OSError(
                 f"step {done.step} could not be saved ({failure}); step {self.saved_at} still is. Make room, and the "

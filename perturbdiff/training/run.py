@@ -21,7 +21,7 @@ from perturbdiff.training import loop
 from perturbdiff.training.choose import CHOICE, Made, as_read, choose
 from perturbdiff.training.dataset import TrainingSet
 from perturbdiff.training.loop import TrainingResult
-from perturbdiff.training.run_folder import with_commits
+from perturbdiff.training.run_folder import stoppable, with_commits
 from perturbdiff.training.start import prepare, refuse_another, settings_at_start, settings_of, started_from
 from perturbdiff.training.state import saved_states
 
@@ -239,6 +239,11 @@ def simulated_screen(out: Path) -> Path:
 
 def run(config: Config, origin: AnnData | Screen | None = None, score: bool = True) -> Run:
     """Train by these settings, then score what is held out of the screen; `origin` is that, if it is in memory."""
+    with stoppable(Path(config.out)):
+        return _run(config, origin, score)
+
+
+def _run(config: Config, origin: AnnData | Screen | None, score: bool) -> Run:
     screen = origin if isinstance(origin, Screen) else None
     if screen is None and (origin is not None or config.data.screen is not None):
         screen = Screen.read(origin if origin is not None else config.data.screen, config.data)
@@ -270,9 +275,10 @@ def _chosen(config: Config, made: Made, adata: AnnData | None, score: bool, budg
             "across_patients or unseen_perturbations, by what is held out (with an atlas and "
             "diffusion.start=controls), or another of `perturbdiff recipes`."
         )
-    screen = Screen.read(adata if adata is not None else config.data.screen, config.data)
     check = _refuse_unpredictable if score else None
-    chosen = choose(config, screen, made, check, None if budget is None else 60 * budget)
+    with stoppable(Path(config.out)):
+        screen = Screen.read(adata if adata is not None else config.data.screen, config.data)
+        chosen = choose(config, screen, made, check, None if budget is None else 60 * budget)
     if isinstance(chosen, TrainingResult):
         return Run(chosen.model, Path(config.out), 0, None, (), chosen.stopped_by)
     print(chosen.text(), flush=True)

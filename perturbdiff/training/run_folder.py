@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,20 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
-from filelock import FileLock, Timeout
 
 from perturbdiff._version import __version__
 from perturbdiff.config import COEXPRESSION, Config, ModelConfig, ObsColumns, as_dict, load_config, save_config
 from perturbdiff.data.identity import screen_identity
 from perturbdiff.data.screen import Screen
 from perturbdiff.features.tables import FeatureTable
-from perturbdiff.files import json_sha256, write_json
+from perturbdiff.files import json_sha256, remove, restore_folder, write_json
 from perturbdiff.hub.records import AtlasRecord, TrainingRecord
+from perturbdiff.lock import Lock, alone
 from perturbdiff.training.dataset import TrainingSet
+from perturbdiff.training.signals import Stopped, StopRequest
 from perturbdiff.training.start import Start
 from perturbdiff.training.state import saved_states
 
-STOPPED, DATA = "stopped.json", "data.json"
+STOPPED, DATA, LOCK = "stopped.json", "data.json", "run.lock"
 # Settings that may change between a run and its resumption: they move no number, or only its last digits.
 FREE_ON_RESUME = {
     "out",
@@ -194,16 +194,15 @@ def _recorded(out: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def alone_in(out: Path) -> Iterator[None]:
-    """Keep other runs out of a folder; the lock ends with its process, however that ends."""
+def alone_in(out: Path) -> Iterator[Lock]:
+    """Keep other runs out of a folder, and put back its model where a kill amid a save left none.
+
+    Raises FileExistsError where another process trains there.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(out / ".lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise FileExistsError(
-            f"another process is training in {out}; wait for its end, or stop it and give the same command again."
-        ) from error
+    with alone(out / LOCK, f"training in {out}") as lock:
+        restore_folder(out / "model")
+        yield lock
 
 
 def begin_folder(out: Path, config: Config, data: dict[str, Any]) -> None:
@@ -213,13 +212,30 @@ def begin_folder(out: Path, config: Config, data: dict[str, Any]) -> None:
     if not _recorded(out):  # of the start, whatever the data are called when it goes on
         write_json(out / DATA, {key: value for key, value in data.items() if key != "split"})
     (out / STOPPED).unlink(missing_ok=True)
-    for left in out.glob(".model-*"):  # by a kill during a save
-        shutil.rmtree(left)
+    for left in (*out.glob(".model-*"), *out.glob(".adapter-*")):  # by a kill during a save
+        remove(left)
 
 
 def leave_marker(folder: Path, stopped_by: str, step: int) -> None:
     """Say in the run folder that training stopped in order and goes on if started again: job scripts look for it."""
     write_json(folder / STOPPED, {"stopped_by": stopped_by, "step": step})
+
+
+@contextmanager
+def stoppable(out: Path) -> Iterator[None]:
+    """A signal ends what is done within at once and in order (`Stopped`), where nothing is there yet that saves.
+
+    As while data are read: a job script finds the marker, and the same command begins again.
+    """
+    try:
+        with StopRequest(at_once=True):
+            yield
+    except Stopped as stop:
+        if os.environ.get("RANK", "0") == "0":
+            saved = [int(state.name.removeprefix("step_")) for state in saved_states(out / "states")]
+            leave_marker(out, stop.signal_name, max(saved, default=0))
+            print(f"stopped     by {stop.signal_name} outside of training; the same command goes on", flush=True)
+        raise
 
 
 def model_config(config: Config) -> ModelConfig:

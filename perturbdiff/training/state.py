@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from perturbdiff.files import json_sha256, to_disk
+from perturbdiff.files import json_sha256, remove, set_aside, to_disk
 
 TENSOR_FILES = ("denoiser.safetensors", "ema.safetensors", "optimizer.safetensors", "best.safetensors")
 
@@ -44,7 +45,8 @@ class SavedState:
     progress: Progress
 
     def tensors(self, file: str) -> dict[str, Tensor]:
-        return load_file(self.folder / file)
+        # Copies: what a process has mapped cannot be removed from NFS.
+        return {name: tensor.clone() for name, tensor in load_file(self.folder / file).items()}
 
 
 def save_state(
@@ -62,7 +64,7 @@ def save_state(
     Raises
     ------
     OSError
-        On that process; earlier states are as they were.
+        On that process; earlier states are as they were. One that cannot be removed afterwards is a warning only.
     """
     if not writes:
         for name in TENSOR_FILES:
@@ -72,7 +74,8 @@ def save_state(
     temporary, hashes = None, {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _remove_unfinished(folder)
+        for left in (*folder.glob(".state-*"), *folder.glob(".step_*")):  # by a kill, or kept by a reader
+            remove(left)
         temporary = Path(tempfile.mkdtemp(prefix=".state-", dir=folder))
     except OSError as error:
         failure = error
@@ -92,18 +95,22 @@ def save_state(
         (temporary / "state.json").write_text(json.dumps({**content, "own_sha256": json_sha256(content)}))
         _flushed_hash(temporary / "state.json")
         final = folder / f"step_{progress.step:08d}"
-        if final.exists():
-            shutil.rmtree(final)
+        aside = set_aside(final) if final.exists() else None  # damaged, or the run would have gone on from there
         temporary.rename(final)
         to_disk(folder)  # the new name itself must outlive a power cut before the old states go
     except BaseException:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
+    if aside is not None:
+        remove(aside)
     # Later ones were damaged, or the run would have gone on from there.
     later = [saved for saved in saved_states(folder) if saved.name > final.name]
     for old in [*later, *saved_states(folder)[len(later) + keep :]]:
-        shutil.rmtree(old)
+        try:
+            remove(set_aside(old))
+        except OSError as error:
+            warnings.warn(f"state {old} could not be removed ({error}); it is tried again later", stacklevel=2)
 
 
 def saved_states(folder: Path) -> list[Path]:
@@ -131,12 +138,6 @@ def open_state(folder: Path, step: int) -> SavedState:
     """A state that another process found whole."""
     saved = folder / f"step_{step:08d}"
     return SavedState(saved, Progress(**json.loads((saved / "state.json").read_text())["progress"]))
-
-
-def _remove_unfinished(folder: Path) -> None:
-    # What a kill during a save left behind.
-    for left in folder.glob(".state-*"):
-        shutil.rmtree(left, ignore_errors=True)
 
 
 def _flushed_hash(path: Path) -> str:

@@ -39,6 +39,26 @@ def hold(folder: str, step: int) -> None:
     _Run._step = held
 
 
+def reading(folder: str) -> None:
+    """All processes read their data for ever; they leave their names."""
+    from perturbdiff.training.dataset import TrainingSet
+
+    def read(*given):
+        Path(folder, f"reading{RANK}").touch()
+        threading.Event().wait()
+
+    TrainingSet.from_atlases = read
+
+
+def broken_data(step: int, rank: int) -> None:
+    """One process cannot read its data from a step on."""
+
+    def broken(parts, cells):
+        raise OSError("shard 3 cannot be read")
+
+    _change_batches(step, rank, broken)
+
+
 def killed_in_save(file: str) -> None:
     """The process that writes dies in its first save, with a file of the state half written."""
     from perturbdiff.training import state
@@ -83,7 +103,7 @@ def _change_batches(step, rank, change):
     IndexedCells.batches = changed
 
 
-FAULTS = {fault.__name__: fault for fault in (hold, killed_in_save, poisoned, without_data)}
+FAULTS = {fault.__name__: fault for fault in (hold, reading, broken_data, killed_in_save, poisoned, without_data)}
 
 if __name__ == "__main__":
     if "FAULT" in os.environ:

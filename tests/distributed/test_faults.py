@@ -18,6 +18,7 @@ from tests.distributed.launches import (
     assert_same,
     errors,
     finished,
+    marker,
     steps,
 )
 
@@ -129,6 +130,32 @@ def test_a_process_that_waits_for_its_data_is_named_with_that(recipe, tmp_path):
     assert "rank 1 (" in error
     assert "is waiting for the data of step 6" in error
     assert "rank 0 (" not in error
+
+
+def test_a_warning_that_comes_while_data_are_read_ends_all_in_order(recipe, tmp_path):
+    fault = {"name": "reading", "folder": str(tmp_path)}
+    with Launch("ddp", recipe, tmp_path / "run", fault=fault, PET_SIGNALS_TO_HANDLE="SIGTERM,SIGUSR1") as run:
+        run.until(lambda: all((tmp_path / f"reading{rank}").exists() for rank in range(2)))
+        run.launcher.send_signal(signal.SIGUSR1)
+        run.ends()
+        assert errors(run.output()) == []
+        assert run.output().count("stopped     by SIGUSR1 outside of training; the same command goes on\n") == 1
+    assert marker(tmp_path / "run") == {"stopped_by": "SIGUSR1", "step": 0}
+
+
+def test_data_that_one_process_cannot_read_end_all_with_the_steps_that_were_taken_saved(recipe, undisturbed, tmp_path):
+    out = tmp_path / "run"
+    with Launch("ddp", recipe, out, fault={"name": "broken_data", "step": 7, "rank": 1}) as run:
+        assert run.ends() == 1
+    of_0, of_1 = errors(run.output())
+    assert of_0.endswith(
+        "(rank 0): another process could not read its data, and says why. The last saved step is 6; the same command "
+        "goes on from there."
+    )
+    assert of_1 == "perturbdiff: error (rank 1): shard 3 cannot be read"
+    assert steps(out) == [4, 6]
+    finished("ddp", recipe, out)
+    assert_same(out, undisturbed("ddp"))
 
 
 def test_a_launcher_that_starts_one_process_where_two_were_meant_is_refused(recipe, tmp_path):

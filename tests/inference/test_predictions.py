@@ -6,13 +6,13 @@ import sys
 import time
 from copy import copy
 from dataclasses import replace
+from pathlib import Path
 
 import anndata
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from filelock import FileLock
 from scipy import sparse
 
 import perturbdiff.inference.predictions as predictions
@@ -24,6 +24,7 @@ from perturbdiff.inference.intervals import mean_expression, population_summary
 from perturbdiff.inference.output import read_predicted
 from perturbdiff.inference.predictions import predict_request, predict_requests
 from perturbdiff.inference.requests import COLUMNS, Request
+from perturbdiff.lock import Lock
 from perturbdiff.means.training import Context, TrainingMeans
 from perturbdiff.means.trust import trust
 from perturbdiff.model import PerturbDiff
@@ -389,8 +390,69 @@ def test_files_of_others_in_the_folder_of_parts_stay(model, controls, tmp_path):
 def test_a_second_run_beside_the_first_is_refused(model, controls, tmp_path):
     folder = tmp_path / "all.h5ad.parts"
     folder.mkdir()
-    with FileLock(folder / ".lock"), pytest.raises(FileExistsError, match="another process writes"):
-        predict_requests(model, controls, REQUESTS, tmp_path / "all.h5ad")
+    first = Lock(folder / "lock", "writing")
+    first.take()
+    try:
+        with pytest.raises(FileExistsError, match="another process is writing"):
+            predict_requests(model, controls, REQUESTS, tmp_path / "all.h5ad")
+        with pytest.raises(FileExistsError, match="another process is writing"):
+            predict_request(model, controls, REQUESTS[0], tmp_path / "all.h5ad")
+    finally:
+        first.release()
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_what_another_run_wrote_meanwhile_is_not_replaced(model, controls, tmp_path, monkeypatch, many):
+    out, generate = tmp_path / "all.h5ad", PerturbDiff.generate
+
+    def slow(*given, **options):
+        out.write_text("of another")
+        return generate(*given, **options)
+
+    monkeypatch.setattr(PerturbDiff, "generate", slow)
+    predict, what = (predict_requests, REQUESTS) if many else (predict_request, REQUESTS[0])
+    with pytest.raises(FileExistsError, match=r"all\.h5ad exists"):
+        predict(model, controls, what, out)
+    assert out.read_text() == "of another"
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("kept", ["out", "both"])
+def test_after_a_kill_between_predictions_and_summary_the_same_call_goes_on(
+    model, controls, tmp_path, monkeypatch, many, kept
+):
+    class Killed(BaseException):
+        pass
+
+    def kill(*given):
+        raise Killed
+
+    def unlink(path, unlink=Path.unlink, **options):
+        return kill() if path.name == predictions.WRITTEN else unlink(path, **options)
+
+    def predict(name):
+        out, summary = tmp_path / f"{name}.h5ad", tmp_path / f"{name}.csv"
+        if many:
+            predict_requests(model, controls, REQUESTS, out, summary=summary)
+        else:
+            predict_request(model, controls, REQUESTS[0], out, summary=summary)
+        return read(out).X, summary.read_text()
+
+    X, summary = predict("straight")
+    with monkeypatch.context() as patch:
+        if kept == "out":
+            patch.setattr(predictions, "to_disk", kill)
+        patch.setattr(Path, "unlink", unlink)
+        with pytest.raises(Killed):
+            predict("killed")
+    assert (tmp_path / "killed.h5ad").exists()
+    assert (tmp_path / "killed.csv").exists() == (kept == "both")
+    X_again, summary_again = predict("killed")
+    assert (X_again != X).nnz == 0
+    assert summary_again == summary
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".parts")] == []
+    with pytest.raises(FileExistsError, match="exists"):
+        predict("killed")
 
 
 def test_shares_are_assigned_once_and_evenly():

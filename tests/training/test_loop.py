@@ -18,6 +18,7 @@ from perturbdiff.data.screen import Screen
 from perturbdiff.hub.download import find_model
 from perturbdiff.model import PerturbDiff
 from perturbdiff.training import loop
+from perturbdiff.training.dataset import IndexedCells
 from perturbdiff.training.loop import fit
 from tests.processes import PATIENCE
 from tests.simulated import DEFAULTS, TINY, tiny_config, write_screen
@@ -146,6 +147,36 @@ def test_a_non_finite_loss_stops_with_step_and_condition_and_keeps_the_state(scr
     assert PerturbDiff.from_pretrained(tmp_path / "run" / "model").training.steps == 2
 
 
+def test_data_that_fail_cost_no_step_that_was_taken(screen, tmp_path, monkeypatch):
+    config, make = tiny_config(screen, tmp_path / "run"), IndexedCells.batches
+
+    def failing(cells, sampler, epoch, position, *rest):
+        if epoch * sampler.steps_per_epoch + position == 4:
+            raise ValueError("shard 3 is damaged")
+        return make(cells, sampler, epoch, position, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(IndexedCells, "batches", failing)
+        with pytest.raises(ValueError, match="shard 3 is damaged"):
+            fit(config)
+    assert [path.name for path in (tmp_path / "run" / "states").iterdir()] == ["step_00000004"]
+    assert PerturbDiff.from_pretrained(tmp_path / "run" / "model").training.steps == 4
+    fit(config)
+    fit(tiny_config(screen, tmp_path / "straight"))
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+    assert_same_weights(tmp_path / "run" / "model", tmp_path / "straight" / "model")
+
+
+def test_data_that_fail_from_the_start_leave_no_model(screen, tmp_path, monkeypatch):
+    def failing(*given):
+        raise ValueError("shard 3 is damaged")
+
+    monkeypatch.setattr(IndexedCells, "batches", failing)
+    with pytest.raises(ValueError, match="shard 3 is damaged"):
+        fit(tiny_config(screen, tmp_path / "run"))
+    assert not (tmp_path / "run" / "model").exists()
+
+
 def test_other_settings_are_refused_in_a_run_folder_and_named(screen, tmp_path):
     fit(tiny_config(screen, tmp_path / "run"), stop_at=2)
     with pytest.raises(ValueError, match=r"optim\.lr was 0\.0005, is 0\.1"):
@@ -154,13 +185,14 @@ def test_other_settings_are_refused_in_a_run_folder_and_named(screen, tmp_path):
 
 
 def test_a_second_run_is_kept_out_of_the_folder_while_the_first_lives(screen, tmp_path):
-    hold = "import sys\nfrom filelock import FileLock\nwith FileLock(sys.argv[1]):\n  print(1, flush=True)\n  input()"
+    hold = "import sys, pathlib\nfrom perturbdiff.training.run_folder import alone_in\n"
+    hold += "with alone_in(pathlib.Path(sys.argv[1])):\n  print(1, flush=True)\n  input()"
     config = tiny_config(screen, tmp_path / "run")
     fit(config, stop_at=2)
-    command = [sys.executable, "-c", hold, str(tmp_path / "run" / ".lock")]
+    command = [sys.executable, "-c", hold, str(tmp_path / "run")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
-        with pytest.raises(FileExistsError, match="another process is training in"):
+        with pytest.raises(FileExistsError, match=rf"is training in .*: host .*, process {other.pid}, by .*run\.lock"):
             fit(config)
         other.kill()
     assert fit(config).step == 6

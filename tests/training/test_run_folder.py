@@ -14,7 +14,9 @@ import torch
 import perturbdiff
 from perturbdiff.config import DataConfig, load_config
 from perturbdiff.data.screen import Screen
+from perturbdiff.files import set_aside
 from perturbdiff.model import PerturbDiff
+from perturbdiff.training import loop
 from perturbdiff.training.loop import fit
 from perturbdiff.training.run_folder import leave_marker
 from tests.atlases import atlas_of_screen
@@ -61,6 +63,20 @@ def test_a_stopped_run_says_why_and_where_until_it_goes_on(tmp_path):
     fit(config)
     assert not marker.exists()
     assert not (tmp_path / "run" / ".model-left").exists()
+
+
+def test_a_model_that_a_kill_amid_a_save_left_under_no_name_is_there_when_the_run_goes_on(stopped, screen, monkeypatch):
+    set_aside(stopped / "model")
+    seen, prepare = [], loop.prepare
+
+    def looking(*given, **more):
+        seen.append((stopped / "model" / "config.json").is_file())
+        return prepare(*given, **more)
+
+    monkeypatch.setattr(loop, "prepare", looking)
+    assert fit(tiny_config(screen, stopped)).step == 6
+    assert seen == [True]
+    assert list(stopped.glob(".model*")) == []
 
 
 def test_a_marker_appears_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -352,6 +353,33 @@ def test_a_process_that_cannot_write_still_gathers_with_the_others(tmp_path, mon
     name = {"first file": "save_file", "folder": "Path.mkdir", "temporary folder": "tempfile.mkdtemp"}[where]
     monkeypatch.setattr(f"perturbdiff.training.state.{name}", full)
     assert asked_for(tmp_path / "states", writes=True) == (list(TENSOR_FILES), True)
+
+
+def test_a_state_is_saved_though_an_old_one_cannot_be_removed_which_then_goes_at_the_next_save(tmp_path, monkeypatch):
+    run = save_each(tmp_path, 2, keep=1)
+
+    def half(path):  # NFS keeps what somebody has open under a name of its own
+        (path / "folder" / "state.json").unlink()
+        raise OSError(39, "Directory not empty")
+
+    run.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", half)
+        with pytest.warns(UserWarning, match="no longer needed but could not be removed"):
+            run.save(tmp_path, keep=1)
+    assert [state.name for state in saved_states(tmp_path)] == ["step_00000003"]
+    assert len(list(tmp_path.iterdir())) == 2
+    run.step()
+    run.save(tmp_path, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000004"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="nothing says what is mapped")
+def test_what_is_loaded_of_a_state_is_not_mapped(tmp_path):
+    save_each(tmp_path, 1)
+    loaded = latest_state(tmp_path).tensors("denoiser.safetensors")
+    assert loaded
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
 def test_nothing_saved_is_nothing_loaded(tmp_path):
