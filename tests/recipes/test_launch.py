@@ -135,14 +135,20 @@ else:
 # Says what it was given and that it is ready, takes SIGNALS in turn, saying so, writes MARKER and exits with CODE.
 ACCELERATE = """#!{python}
 import json, os, pathlib, signal, sys
-both = (signal.SIGUSR1, signal.SIGTERM)
+both = (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP)
 signal.pthread_sigmask(signal.SIG_BLOCK, both)
-names = ("OMP_NUM_THREADS", "PET_SIGNALS_TO_HANDLE", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+names = ("OMP_NUM_THREADS", "PET_SIGNALS_TO_HANDLE", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "TORCHINDUCTOR_CACHE_DIR",
+         "TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR")
+if "EARLY" in os.environ:  # it has no handlers yet
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+    pathlib.Path("said").open("w").write("ready")
+    signal.pause()
 seen = {{name: os.environ.get(name) for name in names}} | {{"arguments": sys.argv[1:]}}
 pathlib.Path(f"node{{os.environ['SLURM_NODEID']}}.json").write_text(json.dumps(seen))
+pathlib.Path(f"pid{{os.getpid()}}").touch()
 for i in range(int(os.environ.get("SIGNALS", "0"))):
     pathlib.Path("said").open("w").write("ready")
-    signal.sigwait(both)
+    open("got", "a").write(signal.Signals(signal.sigwait(both)).name + " ")
 if "MARKER" in os.environ:
     pathlib.Path(os.environ["MARKER"]).write_text("{{}}")
 sys.exit(int(os.environ["CODE"]))
@@ -151,8 +157,9 @@ sys.exit(int(os.environ["CODE"]))
 
 @pytest.fixture
 def cluster(tmp_path):
-    """A folder to run in, with the commands of a cluster in bin/ and a pipe that the job speaks through."""
+    """A folder to run in, with the commands of a cluster in bin/, a recipe, and a pipe that the job speaks through."""
     (tmp_path / "bin").mkdir()
+    (tmp_path / "tiny.yaml").write_text("out: runs/of_recipe\ndata: {atlases: [{path: atlas}]}\n")
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("accelerate", ACCELERATE)):
         command = tmp_path / "bin" / name
         command.write_text(text.format(python=sys.executable))
@@ -205,21 +212,27 @@ def job_with_a_free_port():
     raise AssertionError("no port is free")
 
 
+def pids_of(folder):
+    """The launchers that run there."""
+    return [int(path.name.removeprefix("pid")) for path in folder.glob("pid*")]
+
+
 def requeued(folder):
     return (folder / "scontrol").read_text().splitlines() if (folder / "scontrol").exists() else []
 
 
-def run_folder(folder, name="runs/tiny"):
+def run_folder(folder, name="runs/of_recipe"):
     (folder / name).mkdir(parents=True)
     return str(folder / name / "stopped.json")
 
 
-WORDS = ("launch.yaml", "recipes/pretrain/tiny.yaml")
+WORDS = ("launch.yaml", "tiny.yaml")
 
 
 def test_a_job_gives_every_node_its_rank_and_all_of_them_one_address(cluster):
     words = (*WORDS, "training.n_steps=9", "split.hold_out=[A B]")
-    assert finish(start(cluster, *words, nodes=3, CODE="0"))[0] == 0
+    code, output = finish(start(cluster, *words, nodes=3, CODE="0"))
+    assert code == 0, output
     for node in range(3):
         seen = json.loads((cluster / f"node{node}.json").read_text())
         program_at = seen["arguments"].index("-m")
@@ -234,10 +247,12 @@ def test_a_job_gives_every_node_its_rank_and_all_of_them_one_address(cluster):
             "--main_process_ip": "127.0.0.1",
             "--main_process_port": "23456",
         }
-        assert program == ["-m", "perturbdiff", "pretrain", WORDS[1], "out=runs/tiny", *words[2:]]
+        assert program == ["-m", "perturbdiff", "pretrain", WORDS[1], "out=runs/of_recipe", *words[2:]]
         assert seen["OMP_NUM_THREADS"] == "8"
         handled = {getattr(signal, name) for name in seen["PET_SIGNALS_TO_HANDLE"].split(",")}
         assert {USR1, TERM, signal.SIGINT} <= handled
+        caches = [seen["TORCHINDUCTOR_CACHE_DIR"], seen["TRITON_CACHE_DIR"], seen["TORCH_EXTENSIONS_DIR"]]
+        assert all(cache.startswith("/tmp/perturbdiff_") for cache in caches)
     assert requeued(cluster) == []
 
 
@@ -258,15 +273,56 @@ def test_a_run_that_ends_by_itself_gives_the_job_its_code_and_does_not_queue_aga
 
 
 @pytest.mark.parametrize("words", [(), ("out=elsewhere/run",)])
-@pytest.mark.parametrize("times", [1, 3])
-def test_a_warning_reaches_the_run_and_the_job_queues_again_once_all_is_saved(cluster, words, times):
-    marker = run_folder(cluster, words[0].removeprefix("out=") if words else "runs/tiny")
-    job = start(cluster, *WORDS, *words, CODE="1", SIGNALS=str(times), MARKER=marker)
-    for _ in range(times):
-        assert_ready(cluster)
-        job.send_signal(USR1)
+def test_a_warning_reaches_the_run_and_the_job_queues_again_once_all_is_saved(cluster, words):
+    marker = run_folder(cluster, words[0].removeprefix("out=") if words else "runs/of_recipe")
+    job = start(cluster, *WORDS, *words, CODE="1", SIGNALS="1", MARKER=marker)
+    assert_ready(cluster)
+    job.send_signal(USR1)
     assert finish(job)[0] == 0
     assert requeued(cluster) == ["requeue 123456"]
+
+
+@pytest.mark.parametrize("later", [USR1, TERM])
+def test_only_the_first_signal_is_passed_on(cluster, later):
+    job = start(cluster, *WORDS, CODE="1", SIGNALS="2", MARKER=run_folder(cluster))
+    assert_ready(cluster)
+    job.send_signal(USR1)
+    assert_ready(cluster)
+    for _ in range(2):
+        job.send_signal(later)
+    while "SigPnd:\t0000000000000000" not in (pending := Path(f"/proc/{job.pid}/status").read_text()):
+        assert job.poll() is None, pending
+    [launcher] = pids_of(cluster)
+    os.kill(launcher, signal.SIGHUP)  # the second that it waits for
+    assert finish(job)[0] == 0
+    assert (cluster / "got").read_text().split() == ["SIGUSR1", "SIGHUP"]
+    assert requeued(cluster) == ["requeue 123456"]
+
+
+def test_a_warning_that_kills_the_launcher_before_it_knows_signals_queues_the_job_again(cluster):
+    job = start(cluster, *WORDS, CODE="1", EARLY="1")
+    assert_ready(cluster)
+    job.send_signal(USR1)
+    assert finish(job)[0] == 0
+    assert requeued(cluster) == ["requeue 123456"]
+
+
+def test_jobs_that_bring_a_run_no_further_queue_again_three_times(cluster):
+    def one_more():
+        job = start(cluster, *WORDS, CODE="1", EARLY="1")
+        assert_ready(cluster)
+        job.send_signal(USR1)
+        return finish(job)
+
+    states = cluster / "runs" / "of_recipe" / "states"
+    (states / "step_00000004").mkdir(parents=True)
+    assert [one_more()[0] for _ in range(2)] == [0, 0]
+    (states / "step_00000008").mkdir()
+    assert [one_more()[0] for _ in range(3)] == [0, 0, 0]
+    code, output = one_more()
+    assert code == 1
+    assert "three jobs brought the run no further (step_00000008); not queued again" in output
+    assert len(requeued(cluster)) == 5
 
 
 def test_a_run_that_could_not_save_after_the_warning_gives_its_code_and_does_not_queue_again(cluster):
@@ -312,6 +368,7 @@ def test_processes_on_two_nodes_meet_and_all_of_them_hear_the_warning(cluster, l
         pytest.skip("deepspeed is not installed")
     (cluster / "bin" / "accelerate").unlink()  # the real one
     (cluster / "perturbdiff").mkdir()
+    (cluster / "perturbdiff" / "__init__.py").touch()
     (cluster / "perturbdiff" / "__main__.py").write_text(MEETING)
     run_folder(cluster)
     job_id = job_with_a_free_port()
