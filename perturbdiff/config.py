@@ -276,7 +276,8 @@ class TrainingConfig:
     # Validations without a lower energy distance before the end; null: never. The best weights are kept, which may be
     # those of the checkpoint as it is.
     early_stop_patience: Optional[int] = bounded(None, least=1)
-    save_every: int = bounded(200, above=0)
+    save_every: int = bounded(200, above=0)  # steps; a state and the model, where save_minutes have passed
+    save_minutes: float = bounded(10.0, least=0)  # from one save to the next at least; 0: each save_every steps
     keep_states: int = bounded(2, above=0)
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Pretrains on two hosts of this one machine: two network namespaces joined by a virtual cable. Needs root and iproute2.
 usage='usage: bash scripts/two_hosts.sh LAUNCH_FILE RECIPE [--out DIR] [key=value ...]
-  as in: bash scripts/two_hosts.sh recipes/accelerate/cpu_zero2.yaml recipes/pretrain/tiny.yaml out=runs/two_hosts
+  as in: bash scripts/two_hosts.sh recipes/accelerate/cpu_zero2.yaml recipes/pretrain/tiny.yaml training.device=cpu
 
 Starts one `accelerate launch` of one process on each host, and ends with the worse of their exit statuses. SIGTERM,
 SIGUSR1 and Ctrl-C go to both launchers. PROGRAM (perturbdiff) is the module that is run.

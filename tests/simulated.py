@@ -22,6 +22,7 @@ TINY = [
     "training.log_every=1",
     "training.validate_every=2",
     "training.save_every=100",
+    "training.save_minutes=0",
     "data.set_size=8",
     "data.sets_per_batch=4",
     "denoiser.width=16",

@@ -159,6 +159,7 @@ def test_texts_of_lists_and_recipes_are_what_is_written_too(recipe, name):
         "optim.plateau_ratio=-0.5", "optim.grad_clip=0.0", "optim.ema_decay=1.01", "optim.ema_every=0",
         "training.n_steps=-5", "training.seed=-1", "training.log_every=0", "training.validate_every=0",
         "training.early_stop_patience=0", "training.save_every=0", "training.keep_states=0",
+        "training.save_minutes=-1.0",
         "split.validation_fraction=1.2", "sampling.n_steps=1001", "denoiser.n_heads=7", "denoiser.control_weight=1.5",
         "data.prefetch=-1", "data.min_set_size=17", "data.n_streams=0", "data.n_streams=5", "training.timeout=0.0",
         "training.profile_steps=-1", "training.validate_sets=0", "training.accumulation_steps=0", "adapt.lr_ratio=0.0",

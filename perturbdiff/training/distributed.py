@@ -7,6 +7,7 @@ How many processes there are, and under which engine (DDP or DeepSpeed's ZeRO), 
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import warnings
 from collections.abc import Mapping
@@ -22,8 +23,10 @@ from accelerate import (
     InitProcessGroupKwargs,
 )
 from accelerate.state import AcceleratorState
+from torch import distributed as dist
 
-from perturbdiff.config import Config
+from perturbdiff.config import Config, DataConfig, TrainingConfig
+from perturbdiff.files import few, short
 
 OTHER_ENGINES = {
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -48,6 +51,9 @@ def launch(config: Config) -> Accelerator:
     on_cpu = training.device == "cpu" or (
         training.device == "auto" and not torch.cuda.is_available() and not torch.backends.mps.is_available()
     )
+    expected, meeting = int(os.environ.get("WORLD_SIZE", "1")), None
+    if expected > 1 and {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        meeting = _compare_devices(expected, on_cpu, training)  # until Accelerate has met there too
     # Ours comes first: it can name who is missing.
     group = InitProcessGroupKwargs(timeout=timedelta(seconds=2 * training.timeout + 60))
     # DDP orders its buckets anew after the first step, by arrival, and with that the sums of three or more processes: a
@@ -66,7 +72,7 @@ def launch(config: Config) -> Accelerator:
         deepspeed_plugin=plugin,
         kwargs_handlers=[group, ddp],
     )
-    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    del meeting
     if accelerator.num_processes != expected:
         raise ValueError(
             f"the launcher started {expected} processes (WORLD_SIZE), but this one sees {accelerator.num_processes}: "
@@ -82,11 +88,59 @@ def launch(config: Config) -> Accelerator:
     return accelerator
 
 
+def shares(data: DataConfig, n: int) -> tuple[int, int]:
+    """Of `n` processes, how many have sets in a step, and how many sets one has at most."""
+    lanes = min((data.n_streams or n) if data.streamed else data.sets_per_batch, data.sets_per_batch)
+    return min(n, lanes), -(-lanes // n) * (data.sets_per_batch // lanes)
+
+
+def idle_note(data: DataConfig, n: int) -> str | None:
+    """Which of `n` processes would have nothing to do, and why; None where all have something."""
+    busy, _ = shares(data, n)
+    if busy == n:
+        return None
+    streams = f" in {data.n_streams} streams (data.n_streams)" if data.streamed and data.n_streams else ""
+    return (
+        f"{n - busy} of {n} processes have nothing to do: a step is {data.sets_per_batch} sets "
+        f"(data.sets_per_batch){streams}; raise {'both' if streams else 'it'} to a multiple of {n}, or start {busy}"
+    )
+
+
 def engine(accelerator: Accelerator) -> str:
     """Its name, for a person."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return f"ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
     return "DDP" if accelerator.num_processes > 1 else "one process"
+
+
+def _compare_devices(world_size: int, on_cpu: bool, training: TrainingConfig) -> dist.Store:
+    """Refuse processes of which some see a GPU and some do not: they would wait for each other in different libraries.
+
+    And several that all see none, unless CPUs are asked for. Returns the store that they met in.
+    """
+    own_gpu = not on_cpu and int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count()
+    try:
+        store, rank, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=training.timeout)))
+        devices = dist.PrefixStore("devices", store)
+        devices.set(str(rank), f"{'GPU' if own_gpu else 'CPU'} {socket.gethostname()}")
+        seen = [devices.get(str(other)).decode().split(" ", 1) for other in range(world_size)]
+    except dist.DistError as error:
+        raise ConnectionError(
+            f"not all of {world_size} processes began within {training.timeout:g} s (training.timeout): "
+            f"{short(error)}. Look at what the others say."
+        ) from error
+    without = [f"rank {rank} ({host})" for rank, (device, host) in enumerate(seen) if device == "CPU"]
+    if without and len(without) < world_size:
+        raise ValueError(
+            f"{few(without)} see{'s' * (len(without) == 1)} no GPU, the others do; look at CUDA_VISIBLE_DEVICES, the "
+            "driver, and that a node is asked for as many GPUs as it has processes."
+        )
+    if without and training.device == "auto":
+        raise ValueError(
+            f"{world_size} processes were started, and none sees a GPU; give training.device=cpu if they are to train "
+            "on CPUs."
+        )
+    return store
 
 
 def _check_launcher(environment: Mapping[str, str], config: Config) -> None:
@@ -97,7 +151,7 @@ def _check_launcher(environment: Mapping[str, str], config: Config) -> None:
         if "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment:
             raise ValueError(
                 "the launcher meant several processes (it set MASTER_ADDR), but started one: accelerate launch --cpu "
-                "does that. Use --config_file recipes/accelerate/cpu_ddp.yaml."
+                "does that. Use --config_file recipes/accelerate/cpu_ddp.yaml, and training.device=cpu."
             )
         tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
         if tasks > 1:

@@ -41,7 +41,7 @@ from perturbdiff.files import hanging
 from perturbdiff.nn.conditioning import VocabSizes
 from perturbdiff.nn.denoiser import Denoiser
 from perturbdiff.training.dataset import TrainingSet, marginal_conditions
-from perturbdiff.training.distributed import ZERO_BUCKET
+from perturbdiff.training.distributed import ZERO_BUCKET, idle_note, shares
 
 ENGINES = ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3")
 FLOAT32 = 4  # bytes
@@ -55,6 +55,9 @@ READ_MAPPED, READ_STREAMED, READ_VALUES = 460_000, 40_000, 1_010
 # and writes it; the average reads two and writes one. Each is float32.
 ADAMW, CLIPPING, AVERAGING = 7 * FLOAT32, 3 * FLOAT32, 3 * FLOAT32
 LAUNCH = 5e-6  # s of the host for each operation
+# Of each weight a save writes state (weights, average, two moments) and model, by one process, the others waiting, at
+# so many bytes/s with hashes and the way to disk.
+SAVED, SAVING = 5 * FLOAT32, 1e9
 SAMPLE = 4096  # cells of a screen whose values are counted
 
 
@@ -336,7 +339,7 @@ class Estimate:
     engine: str  # the first that fits, else DDP: the times are of this one
     flops_per_cell: Mapping[str, float]  # of a perturbed cell, by type
     # Of a step: matrix products, bytes of operations in GPU memory, their launches, AdamW and average, bytes between
-    # GPUs, batches.
+    # GPUs, batches, and its part of the next save.
     seconds: Mapping[str, float]
     limit: str  # "memory" where nothing fits, else the one of `seconds` that the others wait for
     cells_per_s: float
@@ -380,7 +383,7 @@ class Estimate:
 def estimate(config: Config, cluster: Cluster) -> Estimate:
     """Count and estimate. Raises ValueError where nothing says how large the data are (`data_size`)."""
     data, gpu = data_size(config), GPUS[cluster.gpu]
-    set_size, sets = config.data.set_size, -(-config.data.sets_per_batch // cluster.gpus)
+    set_size, (_, sets) = config.data.set_size, shares(config.data, cluster.gpus)
     parts = min(config.training.accumulation_steps, sets)
     part = -(-sets // parts)
     work = step_work(config, data, part)
@@ -407,6 +410,9 @@ def estimate(config: Config, cluster: Cluster) -> Estimate:
     busy = seconds[slowest] + seconds["optimizer"]
     step = max(busy, seconds["network"], seconds["data"])
     limit = next((name for name in ("data", "network") if seconds[name] == step), slowest)
+    between = max(config.training.save_every * step, 60 * config.training.save_minutes)  # s from save to save
+    seconds["saves"] = step * n * SAVED / SAVING / between
+    step += seconds["saves"]
     cells = config.data.sets_per_batch * set_size
     result = Estimate(
         cluster, data, n, cells, sets, parts, memory, fits, engine,
@@ -451,7 +457,9 @@ def _speed_notes(found: Estimate, config: Config, busy: float) -> list[str]:
             "data": waits + ("; data.streamed=false reads faster" if data.streamed else ""),
         }
         notes.append(f"limit: {limit}, {1e3 * found.seconds[limit]:.1f} ms a step{advice[limit]}")
-    if rest := data.sets_per_batch % gpus:
+    if idle := idle_note(data, gpus):
+        notes.append(f"idle: {idle}")
+    elif rest := data.sets_per_batch % gpus:
         notes.append(
             f"sets: data.sets_per_batch ({data.sets_per_batch}) is no multiple of {gpus} GPUs: {rest} have one set "
             "more, and the others wait for them"
@@ -462,7 +470,7 @@ def _speed_notes(found: Estimate, config: Config, busy: float) -> list[str]:
             f"streams: {streams} (data.n_streams, else one a GPU) do not divide data.sets_per_batch "
             f"({data.sets_per_batch}): training will refuse this"
         )
-    elif data.streamed and streams % gpus:
+    elif data.streamed and streams > gpus and streams % gpus:
         notes.append(f"streams: data.n_streams ({streams}) is no multiple of {gpus} GPUs: some read more shards")
     if config.adapt.method != "full":
         notes.append(f"adapt: counted as if all weights train; adapt.method={config.adapt.method} takes less")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from perturbdiff.lock import Lock
 from perturbdiff.model import PerturbDiff
 from perturbdiff.nn.denoiser import Denoiser, build_denoiser
 from perturbdiff.training.dataset import TrainingSet
-from perturbdiff.training.distributed import engine, launch
+from perturbdiff.training.distributed import engine, idle_note, launch
 from perturbdiff.training.ema import EMA
 from perturbdiff.training.logging import Metrics, check_trackers
 from perturbdiff.training.optim import learning_rate, make_optimizer
@@ -160,7 +161,7 @@ class _Run:
             self.ema.load(saved.tensors("ema.safetensors"), self.progress.ema_updates)
             load_moments(self.module, self.optimizer, saved.tensors("optimizer.safetensors"))
             self.best = saved.tensors("best.safetensors") or None
-        self.saved_at = self.progress.step
+        self.saved_at, self.saved_time, self.save_due = self.progress.step, time.monotonic(), False
         self.loss = DiffusionLoss(config.diffusion, in_step=self.world_size > 1)
         self.sampler = data.train.sampler(config)
         self.validation = None if data.validation is None else (data.validation, data.validation.sampler(config))
@@ -181,6 +182,8 @@ class _Run:
         if (falling := self.config.optim.schedule_steps or training.n_steps) < training.n_steps:
             last = learning_rate(training.n_steps - 1, falling, self.config.optim)
             lines.append(f"schedule    the learning rate falls over {falling:,} steps; it is {last:g} in the last one")
+        if (idle := idle_note(self.config.data, self.world_size)) is not None:
+            lines.append(f"idle        {idle}")
         if self.progress.step:
             lines.append(f"resuming    from step {self.progress.step} in {self.out}")
         return "\n".join(lines)
@@ -234,7 +237,7 @@ class _Run:
                     stopped_by = f"stop_at={stop_at}"
                 if stopped_by is not None:
                     break
-                if done.step % training.save_every == 0:
+                if done.step % training.save_every == 0 and self.save_due:
                     self._save()
             if done.step != self.saved_at or not (ended or (self.out / "model").is_dir()):
                 self._save()
@@ -322,18 +325,22 @@ class _Run:
     def _agree(self, sums: Tensor, bad: list[str], abandoned: bool) -> tuple[dict[str, float], str | None, bool]:
         """What all processes must know before any takes the step: its means, a signal, whether one gave up waiting.
 
+        And whether it is time to save.
+
         Raises FloatingPointError everywhere if a loss is not finite anywhere.
         """
         signals = [name == self.stop.signal_name for name in SIGNALS]
         self.watchdog.doing(WAITING)
-        own = torch.cat([sums, sums.new_tensor([self.pace.waited, bool(bad), abandoned, *signals])])
-        rows = self.accelerator.gather(own[None]).cpu()  # (N, 9), one a process
+        save_due = time.monotonic() - self.saved_time >= 60 * self.config.training.save_minutes
+        own = torch.cat([sums, sums.new_tensor([self.pace.waited, bool(bad), abandoned, save_due, *signals])])
+        rows = self.accelerator.gather(own[None]).cpu()  # (N, 10), one a process
         self.pace.add_wait(float(rows[:, 3].max()))
         if rows[:, 4].any():
             self._refuse_non_finite(bad, rows[:, 4].nonzero()[:, 0].tolist())
         n_shares = self.world_size * self.config.training.accumulation_steps
         means = dict(zip(("loss", "mse", "mmd"), (rows[:, :3].sum(0) / n_shares).tolist(), strict=True))
-        got = [name for name, by in zip(SIGNALS, rows[:, 6:].any(0).tolist(), strict=True) if by]
+        got = [name for name, by in zip(SIGNALS, rows[:, 7:].any(0).tolist(), strict=True) if by]
+        self.save_due = bool(rows[0, 6])  # by the clock of the one that writes
         return means, got[0] if got else None, bool(rows[:, 5].any())
 
     def _refuse_non_finite(self, bad: list[str], ranks: list[int]) -> None:
@@ -419,7 +426,7 @@ class _Run:
             ) from failure
         if failed.any():
             raise OSError(f"step {done.step} could not be saved by rank 0, which says why.")
-        self.saved_at = done.step
+        self.saved_at, self.saved_time = done.step, time.monotonic()
 
     def _denoiser_with(self, weights: dict[str, Tensor]) -> Denoiser:
         with torch.device("meta"):

@@ -41,6 +41,7 @@ FREE_ON_RESUME = {
     "training.log_every",
     "training.profile_steps",
     "training.save_every",
+    "training.save_minutes",
     "training.timeout",
     "training.trackers",
     # They say where data are and how to read them; what they are is compared (`check_same_data`, `find_checkpoint`).

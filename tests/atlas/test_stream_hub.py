@@ -365,7 +365,7 @@ def test_runs_from_a_repo_equal_those_from_the_folder_also_after_a_kill(folder, 
     breaking = {shard: Fault(times=2, cut_after=4000) for shard in SHARDS}
     hub.faults |= breaking
     home = tmp_path / "home"
-    streamed = ("data.streamed=true", "training.save_every=2", "training.n_steps=10")
+    streamed = ("data.streamed=true", "training.save_every=2", "training.save_minutes=0", "training.n_steps=10")
     killed = settings(REPO, tmp_path / "killed", *streamed)
     run(hub, home, KILLED, *killed, code=-signal.SIGKILL)
     assert [line["step"] for line in losses(tmp_path / "killed") if "loss" in line] == [1, 2, 3, 4]

@@ -39,7 +39,9 @@ denoiser: {width: 16, depth: 2, n_heads: 2}
 diffusion: {p_drop_label: 0.2}
 sampling: {n_steps: 3}
 optim: {lr: 2.0e-3, warmup_steps: 2}
-training: {n_steps: 12, log_every: 1, save_every: 4, validate_every: 6, timeout: 500, trackers: []}
+training:
+  {device: cpu, n_steps: 12, log_every: 1, validate_every: 6, save_every: 4, save_minutes: 0, timeout: 500,
+   trackers: []}
 """
 
 

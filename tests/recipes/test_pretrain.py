@@ -213,6 +213,7 @@ def test_tiny_trains_on_two_processes_as_on_one(folder):
     words = ["training.n_steps=4", "training.log_every=1", "training.validate_every=4"]
     run(folder, "perturbdiff", "pretrain", "recipes/pretrain/tiny.yaml", "out=runs/one", *words)
     launch = ["accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu_ddp.yaml"]
+    words.append("training.device=cpu")
     run(folder, *launch, "-m", "perturbdiff", "pretrain", "recipes/pretrain/tiny.yaml", "out=runs/two", *words)
     one, two = (metrics(folder / "runs" / name) for name in ("one", "two"))
     assert [line["step"] for line in one] == [line["step"] for line in two]

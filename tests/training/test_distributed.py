@@ -2,15 +2,17 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from perturbdiff.config import load_config
 from perturbdiff.training import distributed
-from perturbdiff.training.distributed import launch
+from perturbdiff.training.distributed import idle_note, launch, shares
 from tests.processes import PATIENCE
 from tests.screens import ROOT
 from tests.simulated import TINY, write_screen
@@ -151,6 +153,51 @@ def test_one_process_trains_with_the_recipes_settings(variables, words, made):
     done = launched(variables, "training.device=cpu", *words)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == made
+
+
+@pytest.mark.parametrize(("streams", "streamed"), [(None, False), (None, True), (2, True), (6, True), (12, True)])
+@pytest.mark.parametrize("n", [1, 4, 6, 8, 24])
+def test_shares_are_those_of_the_samplers(streams, streamed, n):
+    if streamed and streams is None and 12 % n:
+        pytest.skip("refused")
+    data = replace(config_of("data.sets_per_batch=12").data, streamed=streamed, n_streams=streams)
+    lanes = (streams or n) if streamed else 12
+    # Streams, or sets, go around the processes; each stream has as many sets.
+    counts = [len(range(rank, lanes, n)) * (12 // lanes) for rank in range(n)]
+    assert shares(data, n) == (sum(count > 0 for count in counts), max(counts))
+    note = idle_note(data, n)
+    assert (note is None) == all(counts)
+    assert note is None or note.startswith(f"{counts.count(0)} of {n} processes have nothing to do: a step is 12 sets")
+
+
+GPUS = "import os, torch\ntorch.cuda.device_count = lambda: int(os.environ['GPUS'])\n"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "word", "said"),
+    [
+        ((1, 0), "training.device=cuda", r"rank 1 \(.+\) sees no GPU, the others do; look at CUDA_VISIBLE_DEVICES"),
+        ((0, 0), "training.device=auto", r"2 processes were started, and none sees a GPU; give training\.device=cpu"),
+    ],
+    ids=["some", "none"],
+)
+def test_processes_compare_their_devices_before_they_wait_for_each_other(gpus, word, said):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", GPUS + LAUNCH, word, "training.timeout=60"],
+            env={**bare_environment(), **common, "CUDA_VISIBLE_DEVICES": "", "RANK": str(rank), "GPUS": str(n)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, n in enumerate(gpus)
+    ]
+    output = [process.communicate(timeout=PATIENCE)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1], output
+    assert re.search(f"ValueError: .*{said}", output[0]), output
 
 
 @pytest.mark.parametrize("how", [["--cpu", "--num_processes", "2"], ["--num_processes", "2"]], ids=" ".join)

@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import anndata
 import numpy as np
@@ -145,6 +146,25 @@ def test_a_non_finite_loss_stops_with_step_and_condition_and_keeps_the_state(scr
     with pytest.raises(FloatingPointError, match=r"step [3-6] .*perturbation 'pert_2', cell type 'type_"):
         fit(config, screen=poisoned)
     assert PerturbDiff.from_pretrained(tmp_path / "run" / "model").training.steps == 2
+
+
+@pytest.mark.parametrize(("minutes", "saved"), [(0, [2, 4, 6]), (1.5, [4, 6]), (60, [6])])
+def test_saves_are_so_many_minutes_apart_and_at_the_end(screen, tmp_path, monkeypatch, minutes, saved):
+    steps, now, save, agree = [], [0.0], loop.save_state, loop._Run._agree
+
+    def noted(folder, progress, *rest):
+        steps.append(progress.step)
+        save(folder, progress, *rest)
+
+    def agreed(run, *given, **more):
+        now[0] += 30  # seconds, each step
+        return agree(run, *given, **more)
+
+    monkeypatch.setattr(loop, "save_state", noted)
+    monkeypatch.setattr(loop._Run, "_agree", agreed)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    fit(tiny_config(screen, tmp_path / "run", "training.save_every=2", f"training.save_minutes={minutes}"))
+    assert steps == saved
 
 
 def test_data_that_fail_cost_no_step_that_was_taken(screen, tmp_path, monkeypatch):
