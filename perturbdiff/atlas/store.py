@@ -6,6 +6,7 @@ The content of a shard is believed once its sha256 is right; what could do harm 
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from filelock import FileLock
 
 from perturbdiff.atlas.arrow import AtlasCells
 from perturbdiff.atlas.format import (
@@ -218,26 +220,46 @@ class Atlas:
     ) -> AtlasCells:
         """All cells, memory-mapped from the Arrow cache of `datasets`, which is made first where it is not there.
 
-        Each shard has a cache of its own under its sha256, which is checked when the cache is made and not again: a
-        cache that was interrupted goes on where it was.
-
         Parameters
         ----------
         genes
             Those to give, in their order; all if None.
+        cache_dir
+            As `cache`.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError, OSError
+            As `cache`; `genes` or `preprocessing` do not fit.
+        """
+        self._check_kind(preprocessing)
+        builders = self.cache(cache_dir)
+        with _quiet_datasets():
+            tables = [builder.as_dataset("train").data.table for builder in builders]
+        wanted = self.genes if genes is None else genes
+        return AtlasCells(tables, self.info.value_column, self.genes, wanted, preprocessing, self.row_name)
+
+    def cache(self, cache_dir: str | Path | None = None) -> list[Any]:
+        """Make the Arrow cache of `datasets` where it is not there; the builder of each shard's.
+
+        Each shard has a cache of its own under its sha256, which is checked when the cache is made and not again: a
+        cache that was interrupted goes on where it was. Of several processes one hashes and makes a shard's cache, and
+        the others wait for it.
+
+        Parameters
+        ----------
         cache_dir
             The cache of `datasets` ($HF_DATASETS_CACHE) if None.
 
         Raises
         ------
         FileNotFoundError, ValueError
-            As `check_shard`; a shard that cannot be read; `genes` or `preprocessing` do not fit.
+            As `check_shard`; a shard that cannot be read.
         OSError
             No room for the cache.
         """
         import datasets
 
-        self._check_kind(preprocessing)
         columns = ["library_size", "genes", self.info.value_column]
         with _quiet_datasets():
             builders = [
@@ -255,16 +277,19 @@ class Atlas:
             missing = [i for i, builder in enumerate(builders) if not Path(builder.cache_dir).is_dir()]
             if missing:
                 n_cells = sum(self.info.shards[i].n_cells for i in missing)
-                with progress(n_cells, f"Arrow cache of {self.name}", "cell") as bar:
+                first = os.environ.get("LOCAL_RANK", "0") == "0"
+                with progress(n_cells, f"Arrow cache of {self.name}", "cell", shown=first) as bar:
                     for i in missing:
-                        self.check_shard(i)
-                        self._make_cache(i, builders[i])
+                        there = Path(builders[i].cache_dir)
+                        there.parent.mkdir(parents=True, exist_ok=True)
+                        with FileLock(f"{there}.making"):
+                            if not there.is_dir():
+                                self.check_shard(i)
+                                self._make_cache(i, builders[i])
                         bar.update(self.info.shards[i].n_cells)
             for builder in builders:
-                builder.download_and_prepare()  # only takes note of what is there, perhaps made by another process
-            tables = [builder.as_dataset("train").data.table for builder in builders]
-        wanted = self.genes if genes is None else genes
-        return AtlasCells(tables, self.info.value_column, self.genes, wanted, preprocessing, self.row_name)
+                builder.download_and_prepare()  # only takes note of what is there
+        return builders
 
     def shard_cells(self, table: pa.Table, i: int, preprocessing: Preprocessing) -> AtlasCells:
         """Cells of shard `i` that were read into memory; rows count from 0 in the table."""

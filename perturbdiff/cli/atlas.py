@@ -52,6 +52,11 @@ def add_atlas_commands(commands: Any) -> None:
             "verify", _atlas_verify, "read all of it and compare with its manifest",
             "Checks every file's size and sha256 and every row: labels, gene indices, values. Names the first problem.",
         ),
+        (
+            "cache", _atlas_cache, "make ready what training maps into memory",
+            "Makes the Arrow cache of an atlas in $HF_DATASETS_CACHE, after downloading it where it is on the Hub: a\n"
+            "job on many GPUs then need not. With data.streamed=true nothing is cached.",
+        ),
     ):  # fmt: skip
         command = add_command(
             atlas_commands, name, run, short, description, f"example:\n  perturbdiff atlas {name} DIR\n"
@@ -108,6 +113,16 @@ def _atlas_verify(arguments: argparse.Namespace) -> None:
     if unlisted:
         print(f"note        not of the atlas: {', '.join(unlisted[:5])}{', ...' if len(unlisted) > 5 else ''}")
     print(f"verified    {arguments.atlas}: {len(atlas.info.shards)} shards, {len(atlas):,} cells, every hash and row")
+
+
+def _atlas_cache(arguments: argparse.Namespace) -> None:
+    from perturbdiff.atlas.store import Atlas
+
+    atlas = Atlas.open(arguments.atlas, arguments.revision)
+    atlas.download()
+    folders = [Path(builder.cache_dir) for builder in atlas.cache()]
+    size = sum(path.stat().st_size for folder in folders for path in folder.rglob("*"))
+    print(f"cached      {arguments.atlas}: {len(atlas):,} cells, {size / 1e9:.2f} GB in {folders[0].parents[1]}")
 
 
 def _atlas_push(arguments: argparse.Namespace) -> None:

@@ -34,6 +34,7 @@ from perturbdiff.data.vocab import GeneVocab
 from perturbdiff.files import sha256
 from tests.atlases import CONDITIONS as CELLS
 from tests.atlases import atlas_of_screen, change_shard, random_cells, seal, write_atlas
+from tests.processes import PATIENCE
 from tests.screens import counts_screen, read
 
 COUNTS = Preprocessing("counts", 1e4, 10.0)
@@ -849,3 +850,35 @@ def test_write_manifest_refuses_conditions_with_other_columns(folder):
     table = pq.read_table(folder / CONDITIONS).drop_columns("shard")
     with pytest.raises(ValueError, match="shard"):
         write_manifest(folder, atlas.info, atlas.genes, table, {}, "")
+
+
+CACHE = """
+import sys
+from pathlib import Path
+from perturbdiff.atlas.store import Atlas
+check = Atlas.check_shard
+def checked(atlas, i):
+    print("hashed", i, flush=True)
+    return check(atlas, i)
+Atlas.check_shard = checked
+atlas = Atlas.open(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+atlas.cache(Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.slow
+def test_of_several_processes_one_hashes_and_caches_a_shard_and_the_others_wait_for_it(tmp_path):
+    path = write_atlas(tmp_path / "atlas", [("control", "NK", "b1", 60), ("A", "NK", "b1", 60)], rows_per_shard=40)
+    command = [sys.executable, "-c", CACHE, str(path), str(tmp_path / "cache")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, **pipes) for _ in range(3)]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    ended = [process.communicate(timeout=PATIENCE) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], ended
+    assert sorted(line for said, _ in ended for line in said.splitlines()) == ["hashed 0", "hashed 1", "hashed 2"]

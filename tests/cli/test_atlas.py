@@ -8,7 +8,9 @@ import datasets
 import numpy as np
 import pytest
 
+from perturbdiff.atlas.store import Atlas
 from perturbdiff.cli.main import main
+from perturbdiff.config import Preprocessing
 from tests.cli.test_main import TINY, assert_says, contents, here, only_line, refused  # noqa: F401 (fixtures)
 from tests.screens import counts_screen, log1p_cp10k, written
 from tests.simulated import DEFAULTS
@@ -55,6 +57,19 @@ def test_build_info_verify_load_and_train_follow_one_another(atlas, tmp_path, ca
     )
     assert (tmp_path / "run" / "model" / "config.json").is_file()
     assert "192 perturbed" in capsys.readouterr().out
+
+
+def test_a_cache_that_was_made_before_is_what_training_reads(atlas, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    main(["atlas", "cache", str(atlas)])
+    assert "280 cells, 0.00 GB in " in capsys.readouterr().out
+    made = sorted(tmp_path.rglob("*.arrow"))
+    assert made
+    stated = [path.stat().st_mtime_ns for path in made]
+    monkeypatch.setattr(Atlas, "check_shard", lambda *given: pytest.fail("it is hashed again"))
+    Atlas.open(atlas).arrow_cells(None, Preprocessing("counts", 1e4, 10.0))
+    assert sorted(tmp_path.rglob("*.arrow")) == made
+    assert [path.stat().st_mtime_ns for path in made] == stated
 
 
 def test_settings_of_every_input_and_of_the_atlas_may_stand_anywhere(screens, tmp_path):
