@@ -166,8 +166,8 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         overrides=arguments.settings,
     )
     print(f"conditions  {found.n_conditions}, held out for validation")
-    for what, of in (("genes that respond", found.responding), ("other genes", found.others)):
+    kinds = [(f"genes predicted to change by {found.change:.3g} or more", found.responding), ("others", found.others)]
+    for what, of in kinds if found.change else [("all genes", found.others)]:
         print(f"intervals   {of.factor:.3g} * sqrt(spread^2 + {of.floor:.3g}^2) around the mean, log1p: {what}")
-    print(f"            a gene responds if its predicted mean changes by {found.change:.3g} or more")
     print(f"coverage    {covered(found.coverage)}, of {found.level:.0%} wanted")
     print(f"written     {arguments.model}")
