@@ -56,6 +56,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def memory_bytes() -> int:
+    """Of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def json_sha256(content: Any) -> str:
     """Hash of JSON values, whatever the order of their keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -157,8 +162,13 @@ def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
     """
     if (size := path.stat().st_size) > max_bytes:
         raise ValueError(f"{path} has {size:,} bytes; at most {max_bytes:,} are read.")
+    return parse_json(path.read_bytes(), str(path))
+
+
+def parse_json(text: bytes | str, path: str) -> dict[str, Any]:
+    """The same of what was read already; `path` is what a message calls it."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = text if isinstance(text, str) else text.decode()
         if text.count("[") + text.count("{") > MAX_BRACKETS:
             raise ValueError(f"more than {MAX_BRACKETS:,} brackets")
         content = json.loads(
@@ -247,8 +257,8 @@ def short(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """The text without what moves the cursor of a terminal, colours it or hides something."""
-    return "".join(c if c.isprintable() else "?" for c in text)
+    """The text with what moves the cursor of a terminal, colours it or hides something written as \\x1b."""
+    return text if text.isprintable() else "".join(map(_shown, text))
 
 
 def few(names: list[str]) -> str:
@@ -260,6 +270,10 @@ def few(names: list[str]) -> str:
 _hints = cache(get_type_hints)
 _KINDS = {str: "a text", bool: "true or false", int: "a whole number, not negative", float: "a number",
           tuple: "a list", dict: "a JSON object"}  # fmt: skip
+
+
+def _shown(c: str) -> str:
+    return c if c.isprintable() else c.encode("unicode_escape").decode()
 
 
 def _refuse(where: str, content: Any, rule: str) -> NoReturn:

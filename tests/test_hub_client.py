@@ -217,7 +217,7 @@ def test_secrets_are_cut_out_of_a_text(said, shown):
 def test_a_message_is_one_printable_line_of_a_bearable_length():
     assert clean(ValueError(f"  first {TOKEN}\nsecond")) == "first ***"
     assert clean(ValueError("")) == "ValueError"
-    assert clean(ValueError("a\x1b[31mb\u202ec\x00")) == "a?[31mb?c?"
+    assert clean(ValueError("a\x1b[31mb\u202ec\x00")) == r"a\x1b[31mb\u202ec\x00"
     assert len(clean(ValueError("a" * 10_000))) == 200
     assert SIGNATURE not in clean(ValueError("a" * 150 + f" https://{'b' * 40}/c?{SIGNATURE}"))
 

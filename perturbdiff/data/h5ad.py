@@ -19,7 +19,7 @@ import pandas as pd
 from anndata import AnnData
 from anndata.io import read_elem
 
-from perturbdiff.files import few, short
+from perturbdiff.files import few, memory_bytes, short
 
 PARTS = ("X", "obs", "var")
 MAX_OBJECTS = 100_000  # groups and arrays in what is read
@@ -96,7 +96,7 @@ def read_h5ad_parts(path: str | Path, layer: str | None = None) -> tuple[Any, pd
             parts = parts_of(layer, file)
     with open_h5ad(path, parts) as file:
         missing = [name for name in parts if name not in file]
-        needed, memory = _looked_at(file, str(path), parts), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        needed, memory = _looked_at(file, str(path), parts), memory_bytes()
         if needed > memory:
             raise ValueError(
                 f"{path} takes {needed / 1e9:,.0f} GB of memory and this machine has {memory / 1e9:,.0f}; build an "
