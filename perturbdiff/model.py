@@ -43,7 +43,6 @@ from perturbdiff.hub.info import model_summary
 from perturbdiff.hub.metadata import ModelMetadata, parse_metadata
 from perturbdiff.hub.model_folder import (
     OWN_FILES,
-    check_tensor_files,
     folder_identity,
     read_folder,
 )
@@ -183,7 +182,7 @@ class PerturbDiff:
             identity = folder_identity(source.folder)
             try:
                 model = cls._read(source, golden_check, base)
-            except (OSError, RuntimeError, ValueError):  # RuntimeError: of torch, which maps the weights by their name
+            except (OSError, ValueError):
                 wait_while_replaced(source.folder)
                 if folder_identity(source.folder) == identity:
                     raise
@@ -212,9 +211,7 @@ class PerturbDiff:
     def _read(cls, source: ModelSource, golden_check: bool, base: str | Path | None = None) -> PerturbDiff:
         folder, metadata = source.read()
         denoiser = denoiser_of(metadata)  # no memory is taken before its shapes were compared with the file's
-        max_bytes = max_tensor_bytes(denoiser)
-        source.fetch_tensors(folder, max_bytes)
-        check_tensor_files(folder, max_bytes)
+        source.fetch_tensors(folder, max_tensor_bytes(denoiser))
         if folder.is_adapter:
             adapter = read_adapter(folder, metadata, denoiser)
             where = adapter.base_on_hub if base is None else base
@@ -226,7 +223,7 @@ class PerturbDiff:
             load_weights(folder, denoiser)
         means = take_means(denoiser, metadata)
         if golden_check:
-            check_golden(folder.path, denoiser.eval())
+            check_golden(folder, denoiser.eval())
         known = {name: value for name, value in vars(metadata).items() if name != "trained"}
         return cls(denoiser, **known, means=means, name=source.name)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from perturbdiff.cards import plain
@@ -22,7 +22,7 @@ from perturbdiff.files import few, short
 from perturbdiff.hub.card import write_card
 from perturbdiff.hub.download import ModelSource
 from perturbdiff.hub.metadata import ModelMetadata, parse_metadata
-from perturbdiff.hub.model_folder import ADAPTER_CONFIG, GOLDEN, ModelFolder, check_tensor_files, read_folder
+from perturbdiff.hub.model_folder import ADAPTER_CONFIG, GOLDEN, ModelFolder, read_folder
 from perturbdiff.hub.tensors import denoiser_of, max_tensor_bytes, read_tensors, write_model_folder
 from perturbdiff.hub_client import REPO_ID
 from perturbdiff.nn.denoiser import Denoiser
@@ -136,11 +136,11 @@ def save_adapter(folder: str | Path, model: str | Path, weights: Mapping[str, Te
     tensors = {_in_file(name): tensor for name, tensor in change.items()}
     n_parameters = sum(tensor.numel() for name, tensor in weights.items() if not name.endswith((A, B)))
     card = write_card(metadata, n_parameters, is_adapter=True)
-    write_model_folder(folder, metadata, tensors, load_file(Path(model) / GOLDEN), card, adapter=config)
+    write_model_folder(folder, metadata, tensors, load((Path(model) / GOLDEN).read_bytes()), card, adapter=config)
 
 
 def read_adapter(folder: ModelFolder, metadata: ModelMetadata, shapes: Denoiser) -> Adapter:
-    """The content of an adapter whose files were checked; `shapes` is its denoiser on the meta device.
+    """The content of an adapter; `shapes` is its denoiser on the meta device.
 
     Raises
     ------
@@ -154,7 +154,8 @@ def read_adapter(folder: ModelFolder, metadata: ModelMetadata, shapes: Denoiser)
     for layer in layers:
         n_out, n_in = state[f"{layer}.weight"].shape
         expected |= {layer + A: (rank, n_in), layer + B: (n_out, rank)}
-    tensors = read_tensors(folder, {_in_file(name): shape for name, shape in expected.items()})
+    names = {_in_file(name): shape for name, shape in expected.items()}
+    tensors = read_tensors(folder, names, max_tensor_bytes(shapes))
     weights = {name: tensors[_in_file(name)] for name in expected}
     return Adapter(_base(folder.path, metadata), alpha / rank, weights)
 
@@ -163,9 +164,7 @@ def check_adapter(folder: str | Path) -> None:
     """All of an adapter but its merging, which needs the base. Raises as `read_folder` and `read_adapter`."""
     content = read_folder(folder)
     metadata = parse_metadata(content)
-    shapes = denoiser_of(metadata)
-    check_tensor_files(content, max_tensor_bytes(shapes))
-    read_adapter(content, metadata, shapes)
+    read_adapter(content, metadata, denoiser_of(metadata))
 
 
 def extended_base(folder: str | Path, base: Denoiser) -> Denoiser:

@@ -5,6 +5,7 @@ Everything read here is untrusted: JSON and safetensors only, names, sizes and h
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from perturbdiff.files import few, inside, json_sha256, read_json, sha256, short
+from perturbdiff.files import few, inside, json_sha256, memory_bytes, parse_json, short
 
 FORMAT_VERSION = 6
 CONFIG = "config.json"
@@ -95,7 +96,8 @@ def read_folder(path: str | Path) -> ModelFolder:
     if not (path / CONFIG).is_file():
         found = sorted(p.name for p in path.iterdir())[:8]
         raise FileNotFoundError(f"{path} is not a model folder: it has no {CONFIG}; found {found or 'nothing'}.")
-    config = read_json(inside(path, CONFIG), MAX_JSON_BYTES)
+    content = _read(path, CONFIG, MAX_JSON_BYTES)
+    config = parse_json(content, str(path / CONFIG))
     version = config.get("format_version")
     if type(version) is not int or version not in (*_MIGRATIONS, FORMAT_VERSION):
         raise ValueError(
@@ -106,10 +108,9 @@ def read_folder(path: str | Path) -> ModelFolder:
     if config_hash(config) != stated.pop(CONFIG):
         raise ValueError(f"{path / CONFIG} does not have the sha256 that it states: it was changed. Get it again.")
     tensor_files = {name: digest for name, digest in stated.items() if name.endswith(".safetensors")}
-    for name in stated.keys() - tensor_files.keys():
-        check_hash(path, name, stated[name], MAX_JSON_BYTES)
+    texts = {name: read_verified(path, name, stated[name], MAX_JSON_BYTES) for name in stated.keys() - tensor_files}
     names = [name for name in (*JSON_FILES, EVALUATION, SPLIT, MEANS, ADAPTER_CONFIG) if name in stated]
-    json_files = {name: read_json(path / name, MAX_JSON_BYTES) for name in names}
+    json_files = {name: parse_json(texts[name], str(path / name)) for name in names}
     try:
         while config["format_version"] < FORMAT_VERSION:
             config, json_files = _MIGRATIONS[config["format_version"]](config, json_files)
@@ -117,37 +118,43 @@ def read_folder(path: str | Path) -> ModelFolder:
         raise ValueError(f"{path / CONFIG} is not of format_version {version} ({short(error)}).") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return ModelFolder(path, config, json_files, tensor_files, sha256(path / CONFIG))
+    return ModelFolder(path, config, json_files, tensor_files, hashlib.sha256(content).hexdigest())
 
 
-def check_tensor_files(folder: ModelFolder, max_bytes: int | None = None) -> None:
-    """Compare the hashes of weights, features and golden check.
+def read_verified(folder: Path, name: str, digest: str, max_bytes: int) -> bytes:
+    """The content of a file, in memory: what was verified is what is used, whatever becomes of the file.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        A file is missing, leads out of the folder, is larger than `max_bytes` or no safetensors file, or does not have
-        the hash that config.json states.
+        The file is missing, leads out of the folder, has more than `max_bytes` or than there is memory for, or does not
+        have the hash.
     """
-    for name, digest in folder.tensor_files.items():
-        check_hash(folder.path, name, digest, max_bytes)
+    content = _read(folder, name, max_bytes)
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise ValueError(
+            f"{folder / name} does not have the sha256 stated in {CONFIG}: the file is truncated or was changed. "
+            "Get the model folder again."
+        )
+    return content
 
 
-def check_hash(folder: Path, name: str, digest: str, max_bytes: int | None) -> None:
-    """Refuse a file that is missing, leads out, is over `max_bytes` or was changed. Raises as `read_folder`."""
+def _read(folder: Path, name: str, max_bytes: int) -> bytes:
     path = inside(folder, name)
     if not path.is_file():
         raise FileNotFoundError(f"{folder} lacks {name}; the model folder is incomplete: get it again.")
-    if max_bytes is not None and (size := path.stat().st_size) > max_bytes:  # to hash it would take hours
+    if (size := path.stat().st_size) > max_bytes:
         raise ValueError(
             f"{path} has {size:,} bytes, and such a file of this model at most {max_bytes:,}; they do not belong "
             "together: get the model folder again."
         )
-    if sha256(path) != digest:
-        raise ValueError(
-            f"{path} does not have the sha256 stated in {CONFIG}: the file is truncated or was changed. "
-            "Get the model folder again."
-        )
+    if size > memory_bytes():
+        raise ValueError(f"{path} has {size:,} bytes, more than this machine's memory; use a larger machine.")
+    try:
+        with open(path, "rb") as file:
+            return file.read(size)
+    except MemoryError as error:
+        raise ValueError(f"{path} has {size:,} bytes, more than there is memory left; free some.") from error
 
 
 def config_hash(config: dict[str, Any]) -> str:

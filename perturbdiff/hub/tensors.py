@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from perturbdiff.cards import read_card, renewed
@@ -30,13 +30,14 @@ from perturbdiff.hub.model_folder import (
     FORMAT_VERSION,
     GOLDEN,
     JSON_FILES,
+    MAX_HEADER_BYTES,
     MEANS_TENSORS,
     NOISE_TENSORS,
     OVERDISPERSION,
     WEIGHTS_INDEX,
     ModelFolder,
     config_hash,
-    tensor_header,
+    read_verified,
 )
 from perturbdiff.hub.records import MeansRecord
 from perturbdiff.means.training import TrainingMeans
@@ -46,7 +47,7 @@ MAX_OVERHEAD = 1 << 26  # bytes of tensor files beyond eight a value: headers, a
 GOLDEN_TOLERANCE = 1e-4
 GOLDEN_NAMES = {"x_t", "t", "control", "self_cond", "mask", "perturbation", "cell_type", "batch", "x0_pred"}
 MAX_GOLDEN_CELLS = 64
-FLOATS = {"F64", "F32", "F16", "BF16"}
+FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 
 def write_model_folder(
@@ -174,38 +175,53 @@ def max_tensor_bytes(denoiser: nn.Module) -> int:
 def load_weights(folder: ModelFolder, denoiser: nn.Module) -> None:
     """Fill a denoiser that was built on the meta device; strict. Raises as `read_tensors`."""
     shapes = {name: tuple(tensor.shape) for name, tensor in denoiser.state_dict().items()}
-    denoiser.load_state_dict(read_tensors(folder, shapes), strict=True, assign=True)
+    denoiser.load_state_dict(read_tensors(folder, shapes, max_tensor_bytes(denoiser)), strict=True, assign=True)
 
 
-def read_tensors(folder: ModelFolder, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The weights, float32. Shapes are compared before anything is read.
+def read_tensors(folder: ModelFolder, shapes: dict[str, tuple[int, ...]], max_bytes: int) -> dict[str, Tensor]:
+    """The weights, float32, one file after the other; nothing of them stays mapped.
 
     Raises
     ------
-    ValueError
-        Missing or unexpected tensors, other shapes, other types than float; all listed.
+    FileNotFoundError, ValueError
+        As `read_verified`, where `max_bytes` is what all files may have; not a safetensors file; missing or unexpected
+        tensors, other shapes, other types than float; all listed.
     """
     path = folder.path
-    files = [name for name in folder.tensor_files if name != GOLDEN]
-    found: dict[str, tuple[str, tuple[int, ...], str]] = {}  # tensor -> file, shape, type
-    for file in files:
-        for name, (shape, dtype) in tensor_header(path / file).items():
-            if name in found:
-                raise ValueError(f"{path}: tensor {few([name])} is in {found[name][0]} and in {file}; get it again.")
-            found[name] = file, shape, dtype
-    missing, unexpected = sorted(shapes.keys() - found.keys()), sorted(found.keys() - shapes.keys())
+    tensors: dict[str, Tensor] = {}
+    came_in: dict[str, str] = {}
+    wrong: dict[str, str] = {}
+    for file, digest in folder.tensor_files.items():
+        content = read_verified(path, file, digest, max_bytes)
+        max_bytes -= len(content)
+        if file == GOLDEN:  # whether it is run or not
+            continue
+        for name, tensor in _tensors(content, path / file).items():
+            if name in came_in:
+                raise ValueError(f"{path}: tensor {few([name])} is in {came_in[name]} and in {file}; get it again.")
+            came_in[name] = file
+            if name not in shapes or tuple(tensor.shape) != shapes[name]:
+                wrong[name] = f"{name} {tuple(tensor.shape)} (must be {shapes.get(name)})"
+            elif tensor.dtype not in FLOATS:
+                wrong[name] = f"{name} of type {tensor.dtype} (must be floating point)"
+            else:
+                tensors[name] = tensor.float()
+    missing, unexpected = sorted(shapes.keys() - came_in.keys()), sorted(came_in.keys() - shapes.keys())
     if missing or unexpected:
         raise ValueError(f"{path} does not fit its {CONFIG}: missing {few(missing)}; unexpected {few(unexpected)}.")
-    wrong = [f"{n} {found[n][1]} (must be {shape})" for n, shape in shapes.items() if found[n][1] != shape]
-    wrong += [
-        f"{n} of type {dtype} (must be floating point)" for n, (_, _, dtype) in found.items() if dtype not in FLOATS
-    ]
     if wrong:
-        raise ValueError(f"{path} does not fit its {CONFIG}: {few(wrong)}.")
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        tensors |= {name: values.float() for name, values in load_file(path / file).items()}
+        raise ValueError(f"{path} does not fit its {CONFIG}: {few([wrong[n] for n in shapes if n in wrong])}.")
     return tensors
+
+
+def _tensors(content: bytes, path: Path) -> dict[str, Tensor]:
+    # Copies; the library refuses ranges that overlap, leave gaps or lead out of the file.
+    if (length := int.from_bytes(content[:8], "little")) > MAX_HEADER_BYTES:
+        raise ValueError(f"{path} has a header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} are read.")
+    try:
+        return load(content)
+    except (SafetensorError, AssertionError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({short(error)}).") from error
 
 
 def make_golden(denoiser: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -213,43 +229,44 @@ def make_golden(denoiser: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Ten
     return {**inputs, "x0_pred": _golden_forward(denoiser, inputs)}
 
 
-def check_golden(folder: str | Path, denoiser: nn.Module) -> float:
+def check_golden(folder: ModelFolder, denoiser: nn.Module) -> float:
     """Run the golden input; returns the largest difference.
 
     Raises
     ------
-    ValueError
-        Inputs are missing, too large or of another type, or the output differs by more than 1e-4 (relative to its
-        largest value).
+    FileNotFoundError, ValueError
+        As `read_verified`; inputs are missing, too large or of another type, or the output differs by more than 1e-4
+        (relative to its largest value).
     """
-    path = Path(folder) / GOLDEN
-    found = tensor_header(path)
+    path = folder.path / GOLDEN
+    content = read_verified(folder.path, GOLDEN, folder.tensor_files[GOLDEN], max_tensor_bytes(denoiser))
+    golden = _tensors(content, path)
+    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in golden.items()}
     if set(found) != GOLDEN_NAMES:
         raise ValueError(f"{path} must hold {', '.join(sorted(GOLDEN_NAMES))}; get the model folder again.")
     cells = found["x_t"][0]
     if len(cells) != 3 or not 0 < cells[0] * cells[1] <= MAX_GOLDEN_CELLS:
         raise ValueError(f"{path}: x_t of shape {cells} must be 1 to {MAX_GOLDEN_CELLS} cells in sets.")
-    labels, n_parts = ((cells[0],), "I64"), found["perturbation"][0][-1:]
+    labels, n_parts = ((cells[0],), torch.int64), found["perturbation"][0][-1:]
     expected_kinds = {
-        **dict.fromkeys(("x_t", "control", "self_cond", "x0_pred"), (cells, "F32")),
+        **dict.fromkeys(("x_t", "control", "self_cond", "x0_pred"), (cells, torch.float32)),
         **dict.fromkeys(("t", "cell_type", "batch"), labels),
-        "perturbation": ((cells[0], *n_parts), "I64"),
-        "mask": (cells[:2], "BOOL"),
+        "perturbation": ((cells[0], *n_parts), torch.int64),
+        "mask": (cells[:2], torch.bool),
     }
     wrong = [f"{name} {found[name]} (must be {kind})" for name, kind in expected_kinds.items() if found[name] != kind]
     if wrong or n_parts > (MAX_GOLDEN_CELLS,):
         raise ValueError(f"{path}: {few(wrong or ['perturbation'])} does not fit x_t; get the model folder again.")
-    golden = load_file(path)
     expected = golden.pop("x0_pred")
     try:
         got = _golden_forward(denoiser, golden)
     except (IndexError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{folder}: its golden input does not fit the model ({short(error)}).") from error
+        raise ValueError(f"{folder.path}: its golden input does not fit the model ({short(error)}).") from error
     difference = float((got - expected).abs().max()) if got.shape == expected.shape else float("inf")
     if not (math.isfinite(difference) and difference <= GOLDEN_TOLERANCE * max(1.0, float(expected.abs().max()))):
         raise ValueError(
-            f"{folder} fails its golden check: the stored input gives outputs that differ by {difference:.2g} from the "
-            f"stored ones (allowed {GOLDEN_TOLERANCE:g}); weights and code do not belong together."
+            f"{folder.path} fails its golden check: the stored input gives outputs that differ by {difference:.2g} "
+            f"from the stored ones (allowed {GOLDEN_TOLERANCE:g}); weights and code do not belong together."
         )
     return difference
 

@@ -247,7 +247,7 @@ def test_files_that_lie_are_refused(folder, adapter, name, change, words):
     [
         (lambda t: t.pop(BIAS), f"missing {BIAS}"),
         (lambda t: t.update({BIAS: t[BIAS][:-1]}), r"head\.bias \(13,\) \(must be \(14,\)\)"),
-        (lambda t: t.update({BIAS: t[BIAS].int()}), r"head\.bias of type I32"),
+        (lambda t: t.update({BIAS: t[BIAS].int()}), r"head\.bias of type torch.int32"),
         (lambda t: t[BIAS].fill_(math.nan), "golden check"),
         (lambda t: t.update({f"{PEFT}blocks.0.mlp.fc1.weight": torch.zeros(1)}), r"unexpected .*\.mlp\.fc1\.weight"),
         (lambda t: t.update(extra=torch.zeros(1 << 25)), "bytes, and such a file of this model at most"),

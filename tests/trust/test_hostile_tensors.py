@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
 import struct
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
-from perturbdiff.hub.model_folder import CONFIG, GOLDEN, JSON_FILES, WEIGHTS, check_tensor_files, read_folder
+from perturbdiff.hub.download import find_model
+from perturbdiff.hub.model_folder import CONFIG, GOLDEN, JSON_FILES, WEIGHTS, read_folder, read_verified
 from perturbdiff.model import PerturbDiff
 from tests.trust.attacks import ESCAPES, TERABYTE, assert_refused, forge, load_bytes, nested, put
 
@@ -181,9 +184,40 @@ def test_a_terabyte_is_refused_by_its_size_and_never_hashed(folder):
         shutil.copy(folder / name, folder / "before")
         os.truncate(folder / name, TERABYTE)
         with pytest.raises(ValueError, match=rf"{name} has 1,099,511,627,776 bytes"):
-            check_tensor_files(found, max_bytes=1 << 26)
+            read_verified(folder, name, found.tensor_files[name], max_bytes=1 << 26)
+        with pytest.raises(ValueError, match="more than this machine's memory"):
+            read_verified(folder, name, found.tensor_files[name], max_bytes=TERABYTE)
         shutil.move(folder / "before", folder / name)
-    check_tensor_files(found, max_bytes=1 << 26)
+        read_verified(folder, name, found.tensor_files[name], max_bytes=1 << 26)
+
+
+def test_weights_that_were_loaded_do_not_change_with_their_file(folder):
+    model = PerturbDiff.from_pretrained(folder, device="cpu")
+    before = {name: tensor.clone() for name, tensor in model.denoiser.state_dict().items()}
+    maps = Path("/proc/self/maps")
+    assert not maps.exists() or str(folder) not in maps.read_text()
+    for name in (WEIGHTS, GOLDEN):
+        with open(folder / name, "r+b") as file:  # in place, as rsync --inplace does
+            file.write(bytes(os.path.getsize(folder / name)))
+        os.truncate(folder / name, 8)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.denoiser.state_dict().items())
+
+
+def test_what_is_replaced_after_its_hash_was_checked_is_not_used(folder, monkeypatch):
+    """A file system on which each file is another one the second time it is read."""
+    seen = set()
+    weights = (folder / WEIGHTS).read_bytes()
+
+    def swap(content, *words):
+        if bytes(content) == weights:
+            seen.add(WEIGHTS)
+            (folder / WEIGHTS).write_bytes(b"")
+        return digest(content, *words)
+
+    digest = hashlib.sha256
+    monkeypatch.setattr("perturbdiff.hub.model_folder.hashlib.sha256", swap)
+    assert PerturbDiff._read(find_model(folder), golden_check=True).n_parameters
+    assert seen == {WEIGHTS}
 
 
 @pytest.mark.parametrize("name", ["genes.json", "training.json", CONFIG])
