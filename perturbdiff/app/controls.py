@@ -1,4 +1,4 @@
-"""Control cells of an .h5ad file for the app: looked at before it is read, its controls taken and checked."""
+"""Control cells of an .h5ad file for the app: taken and checked; and the files that the app keeps."""
 
 from __future__ import annotations
 
@@ -7,24 +7,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import h5py
-import numpy as np
 from anndata import AnnData
 
-from perturbdiff.data.h5ad import PARTS, open_h5ad, unpacked_bytes
+from perturbdiff.app.upload import Limits, count_cells, read_upload
 from perturbdiff.data.screen import control_cells, genes_of
 from perturbdiff.model import PerturbDiff
 
 MIN_GENE_OVERLAP = 0.5  # of the model's genes
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What an uploaded file may take."""
-
-    file_bytes: int = 500 << 20
-    cells: int = 100_000  # in the file, perturbed ones included
-    unpacked_bytes: int = 1 << 30  # X, obs and var: a compressed file may be a thousand times larger in memory
 
 
 @dataclass(frozen=True)
@@ -63,16 +52,18 @@ def read_controls(path: str | Path, name: str, model: PerturbDiff, limits: Limit
     path, name
         The file, and what to call it in messages.
     limits
-        None for a file that is trusted.
+        Of an uploaded file; None for one that is trusted, which is read in this process.
 
     Raises
     ------
     ValueError
         Not an .h5ad, beyond the limits, no controls, X neither counts nor log1p values, too few of the model's genes.
     """
-    n_in_file = _look(path, limits)
-    column = model.config.obs.cell_type
-    cells = model.in_own_space(control_cells(path, model.config.obs, None, None))
+    if limits is None:
+        cells, n_in_file = control_cells(path, model.config.obs, None, None), count_cells(path, None)
+    else:
+        cells, n_in_file = read_upload(path, name, model.config.obs, limits)
+    column, cells = model.config.obs.cell_type, model.in_own_space(cells)
     if not cells.n_obs:
         raise ValueError(f"{name} has no cells; give control cells.")
     alignment = model.genes.align(genes_of(cells.var), MIN_GENE_OVERLAP)
@@ -90,38 +81,17 @@ def read_controls(path: str | Path, name: str, model: PerturbDiff, limits: Limit
     )
 
 
-def remove_old_files(folder: Path, seconds: float) -> None:
-    """Remove the files under a folder that nobody has written to for so long: answers, and uploads broken off."""
+def remove_old_files(folder: Path, seconds: float, most_bytes: int) -> None:
+    """Remove the files under a folder that nobody has written to for so long, and the oldest of more than so much:
+    answers, uploads that nobody used or that were broken off."""
+    found = []
     for path in folder.rglob("*"):
         with suppress(FileNotFoundError):  # taken by its owner in this moment
-            if path.is_file() and time.time() - path.stat().st_mtime > seconds:
-                path.unlink()
-
-
-def _look(path: str | Path, limits: Limits | None) -> int:
-    """Cells in the file, known without reading it. Raises ValueError for what must not be read."""
-    if limits is not None and (size := Path(path).stat().st_size) > limits.file_bytes:
-        raise ValueError(f"{path} has {_megabytes(size)}; the app takes at most {_megabytes(limits.file_bytes)}.")
-    with open_h5ad(path) as file:
-        if missing := [part for part in PARTS if part not in file]:
-            raise ValueError(f"{path} is not an .h5ad: it has no {', '.join(missing)}. Write it with AnnData.")
-        X = file["X"]
-        shape = X.shape if isinstance(X, h5py.Dataset) else tuple(X.attrs.get("shape", ()))
-    if len(shape) != 2:
-        raise ValueError(f"X of {path} is not a matrix of cells by genes; write the file with AnnData.")
-    n_cells = int(shape[0])
-    if limits is not None and n_cells > limits.cells:
-        raise ValueError(
-            f"{path} has {n_cells:,} cells; the app takes at most {limits.cells:,}. Upload the control cells only, "
-            "or fewer of them."
-        )
-    if limits is not None and (unpacked := unpacked_bytes(path)) > limits.unpacked_bytes:
-        raise ValueError(
-            f"{path} unpacks to {_megabytes(unpacked)}; the app takes at most {_megabytes(limits.unpacked_bytes)}. "
-            "Upload fewer cells, or X as a sparse matrix."
-        )
-    return n_cells
-
-
-def _megabytes(n_bytes: int) -> str:
-    return f"{np.ceil(n_bytes / (1 << 20)):,.0f} MB"
+            if path.is_file():
+                found.append((path.stat().st_mtime, path.stat().st_size, path))
+    kept = 0
+    for written, size, path in sorted(found, reverse=True):
+        if kept + size > most_bytes or time.time() - written > seconds:
+            path.unlink(missing_ok=True)
+        else:
+            kept += size

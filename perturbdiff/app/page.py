@@ -21,9 +21,10 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio i
 import gradio as gr
 import pandas as pd
 
-from perturbdiff.app.controls import Controls, Limits, read_controls, remove_old_files
+from perturbdiff.app.controls import Controls, read_controls, remove_old_files
 from perturbdiff.app.plots import CONTROL, PREDICTED, distribution, mean_changes, short
 from perturbdiff.app.response import Response, find_positions, predict_response
+from perturbdiff.app.upload import Limits
 from perturbdiff.inference.output import write_predicted
 from perturbdiff.model import PerturbDiff
 
@@ -31,8 +32,10 @@ USER_ERRORS = (ValueError, KeyError, OSError, FloatingPointError)
 FROM_APP, UPLOADED = "of this app", "my own file"
 N_PANELS, N_BARS, N_ROWS = 6, 12, 50  # genes shown as distributions, as bars, in the table
 EVERY_CELL_TYPE = -1  # a place among the cell types; the others are 0, 1, ...
-KEEP_FILES = 3600  # seconds that a predicted file can be downloaded
-SWEEP_EVERY = 600  # seconds
+KEEP_FILES = 3600  # seconds that a predicted file can be downloaded, and that an upload may lie unused
+KEEP_BYTES = 8 << 30  # of both together; the oldest go first
+SWEEP_EVERY = 60  # seconds
+MAX_WAITING = 32  # visitors who wait for a prediction or an upload; more are told to come back
 MAX_SESSIONS = 16  # visitors whose uploaded controls are kept in memory
 
 CSS = """
@@ -371,7 +374,8 @@ def _launched(model_name: str | Path, controls: str | Path | None, host: str, po
     folder = Path(model_name)
     name = "/".join(folder.resolve().parts[-2:]) if folder.is_dir() else str(model_name)
     page = build_page(model, name, given, limits)
-    page.queue(default_concurrency_limit=1, api_open=False)  # one prediction at a time takes all cores
+    # One prediction at a time takes all cores.
+    page.queue(default_concurrency_limit=1, max_size=MAX_WAITING, api_open=False)
     theme = gr.themes.Default(primary_hue="cyan", font=["system-ui", "sans-serif"], font_mono=["monospace"])
     page.launch(
         server_name=host,
@@ -397,4 +401,4 @@ def _launched(model_name: str | Path, controls: str | Path | None, host: str, po
 def _sweep(files: Path) -> None:
     while True:
         time.sleep(SWEEP_EVERY)
-        remove_old_files(files, KEEP_FILES)
+        remove_old_files(files, KEEP_FILES, KEEP_BYTES)

@@ -30,8 +30,8 @@ def _app(arguments: argparse.Namespace) -> None:
     missing = [name for name in ("gradio", "matplotlib") if find_spec(name) is None]
     if missing:
         raise ValueError(f"the app needs {' and '.join(missing)}; pip install 'perturbdiff[app]'.")
-    from perturbdiff.app.controls import Limits
     from perturbdiff.app.page import serve
+    from perturbdiff.app.upload import Limits
 
     limits = Limits(arguments.max_upload << 20, arguments.max_cells)
     serve(arguments.model, arguments.controls, arguments.host, arguments.port, limits)

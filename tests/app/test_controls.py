@@ -1,13 +1,17 @@
 """Uploaded files: what is taken of them, and what is refused before it takes memory."""
 
 import os
+import re
 
 import anndata
 import h5py
+import pandas as pd
 import pytest
 
-from perturbdiff.app.controls import Limits, read_controls, remove_old_files
+from perturbdiff.app.controls import read_controls, remove_old_files
+from perturbdiff.app.upload import Limits
 from perturbdiff.data.screen import control_cells
+from tests.screens import shared
 
 
 def refused(path, model, match, **limits):
@@ -63,6 +67,69 @@ def test_groups_that_hold_each_other_are_walked_once(upload, model):
     assert read_controls(upload, "a file", model, Limits()).cells.n_obs == expected.cells.n_obs
 
 
+def never_returns(path):
+    """Give the free room of each heap no size: the library goes round and round in it."""
+    content = bytearray(path.read_bytes())
+    heaps = [found.start() for found in re.finditer(b"GCOL\1\0\0\0", content)]
+    for heap in heaps:
+        place, end = heap + 16, heap + int.from_bytes(content[heap + 8 : heap + 16], "little") - 16
+        while place <= end and content[place : place + 2] != b"\0\0":
+            place += 16 + (int.from_bytes(content[place + 8 : place + 16], "little") + 7) // 8 * 8
+        if place <= end:
+            content[place + 8 : place + 16] = bytes(8)
+    path.write_bytes(content)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("of", ["our own", "the shared case"])
+def test_a_file_over_which_the_library_never_returns_ends_with_its_time(upload, model, of):
+    if of == "our own":
+        never_returns(upload)
+    else:
+        (found,) = shared("PERTURBDIFF_CASES", "cases", "guard").glob("g05_*.h5ad")
+        upload.write_bytes(found.read_bytes())
+    refused(upload, model, "could not be read within 2 seconds", seconds=2)
+
+
+@pytest.mark.slow
+def test_a_file_that_takes_more_memory_than_is_allowed_is_refused(upload, model):
+    with h5py.File(upload, "a") as file:
+        del file["X"]
+        file.create_dataset("X", (file["obs/_index"].size, 40), "f4", chunks=(8, 40), compression="gzip")
+        text = file["obs/cell_type/categories"]
+        n, attrs = 2_000_000, dict(text.attrs)
+        del file["obs/cell_type/categories"]
+        names = file.create_dataset("obs/cell_type/categories", (n,), data=[f"{i}" for i in range(n)])
+        names.attrs.update(attrs)
+    refused(upload, model, "memory", memory_bytes=100 << 20)
+
+
+def test_of_an_upload_everything_that_a_prediction_needs_comes_back(upload, model):
+    cells = anndata.read_h5ad(upload)
+    cells.obs["note"] = pd.array(["a", None] * (cells.n_obs // 2), dtype="string")
+    cells.obs["n"] = pd.array([1, None] * (cells.n_obs // 2), dtype="Int64")
+    cells.var["ensembl"] = [f"ENSG{i}" for i in range(cells.n_vars)]
+    with anndata.settings.override(allow_write_nullable_strings=True):
+        cells.write_h5ad(upload)
+    ours = read_controls(upload, "a file", model, Limits()).cells
+    same = read_controls(upload, "a file", model, None).cells
+    assert (ours.X != same.X).nnz == 0
+    assert ours.X.dtype == same.X.dtype
+    pd.testing.assert_frame_equal(ours.var.astype(str), same.var.astype(str))
+    pd.testing.assert_frame_equal(
+        ours.obs.drop(columns="note").astype(str), same.obs.drop(columns="note").astype(str), check_names=False
+    )
+    assert list(ours.obs["note"].isna()) == list(same.obs["note"].isna())
+
+
+def test_of_too_many_bytes_the_oldest_files_go(tmp_path):
+    for i in range(5):
+        (tmp_path / f"{i}").write_bytes(bytes(100))
+        os.utime(tmp_path / f"{i}", (1e9 + i, 1e9 + i))
+    remove_old_files(tmp_path, 1e12, most_bytes=350)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3", "4"]
+
+
 def test_only_files_nobody_wrote_to_for_long_are_removed(tmp_path):
     old, new = tmp_path / "a" / "old.h5ad", tmp_path / "a" / "new.h5ad"
     old.parent.mkdir()
@@ -70,5 +137,5 @@ def test_only_files_nobody_wrote_to_for_long_are_removed(tmp_path):
         path.write_text("")
     age = new.stat().st_mtime - 5000
     os.utime(old, (age, age))
-    remove_old_files(tmp_path, 3600)
+    remove_old_files(tmp_path, 3600, 1 << 30)
     assert [path.name for path in tmp_path.rglob("*.h5ad")] == ["new.h5ad"]

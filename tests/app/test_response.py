@@ -8,10 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from perturbdiff.app.controls import Limits, read_controls
+from perturbdiff.app.controls import read_controls
 from perturbdiff.app.page import _predicted_file
 from perturbdiff.app.plots import distribution, mean_changes, short
 from perturbdiff.app.response import find_positions, predict_response
+from perturbdiff.app.upload import Limits
 from perturbdiff.hub.records import Calibration, Coverage, Width
 from perturbdiff.inference.intervals import population_summary
 
