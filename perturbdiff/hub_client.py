@@ -18,7 +18,7 @@ REPO_ID = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
 
 # Addresses with a signature are as good as a password for an hour; so is one with user:password@.
 _QUERY = re.compile(r"(https?://[^\s?'\"<>]+)\?[^\s'\"<>]*")
-_USER = re.compile(r"(https?://)[^\s/@'\"]+@")
+_USER = re.compile(r"(\w+://)[^\s/@'\"]+@")
 _TOKEN = re.compile(r"\bhf_\w+|(?i:bearer)\s+[^\s'\"]+")
 
 T = TypeVar("T")
@@ -32,9 +32,16 @@ _MISREAD = (json.JSONDecodeError, RecursionError, AttributeError, IndexError, Ke
 
 
 def name_and_revision(text: str) -> tuple[str, str | None]:
-    """owner/name@v1 -> owner/name, v1; a folder has no revision, whatever its name."""
+    """owner/name@v1 -> owner/name, v1; a folder has no revision, whatever its name. Raises as `refuse_address`."""
+    refuse_address(text)
     name, _, revision = text.partition("@")
     return (text, None) if Path(text).is_dir() else (name, revision or None)
+
+
+def refuse_address(name: str) -> None:
+    """Raise ValueError where a repo is given as https://..., without what is secret in it."""
+    if "://" in name:
+        raise ValueError(f"{without_secrets(name)!r} is an address; give a folder, or owner/name of a repo on the Hub.")
 
 
 def no_folder(name: str, error: OSError) -> OSError:

@@ -46,7 +46,7 @@ from perturbdiff.atlas.format import (
 from perturbdiff.config import Preprocessing
 from perturbdiff.data.vocab import GeneVocab
 from perturbdiff.files import few, inside, json_sha256, printable, progress, short
-from perturbdiff.hub_client import REPO_ID, check_connection, hub_errors, no_folder
+from perturbdiff.hub_client import REPO_ID, check_connection, hub_errors, no_folder, refuse_address
 
 
 @dataclass
@@ -498,6 +498,7 @@ def _from_hub(repo: str, revision: str | None) -> Path:
     """The folder of the commit in the cache of the Hub that has the manifest; from that cache alone when offline."""
     from huggingface_hub import hf_hub_download
 
+    refuse_address(repo)
     if not REPO_ID.fullmatch(repo):
         raise FileNotFoundError(
             f"no such folder here ({printable(repo)}); give that of an atlas, or owner/name of a data set on the Hub."

@@ -9,8 +9,9 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from perturbdiff._version import __version__
 from perturbdiff.cli.app import add_app_command
@@ -22,8 +23,15 @@ from perturbdiff.cli.report import add_report_command
 from perturbdiff.cli.runs import add_run_commands, rank
 from perturbdiff.cli.settings import add_settings_commands
 from perturbdiff.files import printable
+from perturbdiff.hub_client import without_secrets
 
 USER_ERRORS = (ValueError, KeyError, OSError, FloatingPointError)
+# What a file of a stranger can still bring about where nobody foresaw it.
+TOO_MUCH: dict[type[Exception], str] = {
+    MemoryError: "there is not enough memory",
+    OverflowError: "a number is too large",
+    RecursionError: "what was read is nested too deeply",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -36,18 +44,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _arguments(argv)
     warnings.showwarning = _note
     try:
-        arguments.run(arguments)
-    except USER_ERRORS as error:
+        with redirect_stdout(_Shown(sys.stdout)):
+            arguments.run(arguments)
+    except (*USER_ERRORS, MemoryError, OverflowError, RecursionError) as error:
         if arguments.debug:
             raise
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
         one_of_many = "RANK" in os.environ
         begin = f"\nperturbdiff: error (rank {rank()})" if one_of_many else "perturbdiff: error"
-        print(f"{begin}: {printable(' '.join(str(message).split()))}", file=sys.stderr)
+        print(f"{begin}: {_message(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("perturbdiff: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+class _Shown:
+    """Standard output on which names of strangers do nothing to a terminal."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write("".join(c if c in "\n\t" else printable(c) for c in text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _message(error: Exception) -> str:
+    message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    if (what := TOO_MUCH.get(type(error))) is not None:  # --debug says where
+        message = f"{what} ({message or type(error).__name__}); see what was given (--debug shows where)."
+    return printable(without_secrets(" ".join(message.split())))
 
 
 def _note(
@@ -59,7 +87,8 @@ def _note(
     line: str | None = None,
 ) -> None:
     own = "perturbdiff" in Path(filename).parts and category is UserWarning
-    print(f"note        {message}" if own else f"{category.__name__}: {message}", file=sys.stderr)
+    text = printable(" ".join(str(message).split()))
+    print(f"note        {text}" if own else f"{category.__name__}: {text}", file=sys.stderr)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

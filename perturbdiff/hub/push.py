@@ -16,7 +16,7 @@ from perturbdiff._version import __version__
 from perturbdiff.cards import read_card, renewed, with_own_text
 from perturbdiff.files import few, sha256
 from perturbdiff.hub.model_folder import CARD
-from perturbdiff.hub_client import REPO_ID, hub_errors
+from perturbdiff.hub_client import REPO_ID, hub_errors, refuse_address
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -83,6 +83,7 @@ def publish(
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
+    refuse_address(repo)
     if not REPO_ID.fullmatch(repo):
         raise ValueError(f"{repo!r} is no name of a repo; write owner/name.")
     folder, texts = Path(folder), dict(texts or {})

@@ -20,6 +20,7 @@ from perturbdiff.hub.model_folder import config_hash
 from tests.processes import PATIENCE
 from tests.screens import counts_screen, log1p_cp10k, written
 from tests.simulated import DEFAULTS
+from tests.trust.attacks import ESCAPES
 
 TINY = [
     "training.device=cpu", "training.n_steps=2", "training.log_every=1", "data.set_size=8", "data.sets_per_batch=4",
@@ -568,6 +569,64 @@ def test_a_good_command_ends_with_code_0_and_a_clean_stderr(tmp_path, screen):
     done = command(tmp_path, "screen", "info", screen)
     assert (done.returncode, done.stderr) == (0, "")
     assert "140: 96 perturbed, 44 'control'" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError("Unable to allocate 3.6 TiB"), "there is not enough memory (Unable to allocate 3.6 TiB)"),
+        (OverflowError("int too large to convert to float"), "a number is too large (int too large to"),
+        (RecursionError("maximum recursion depth exceeded"), "what was read is nested too deeply"),
+        (ValueError("model 'https://me:hf_secret@host/a' \x1b[2J"), r"model 'https://host/a' \x1b[2J"),
+    ],
+)
+def test_what_a_file_brings_about_that_nobody_foresaw_is_one_line(refused, monkeypatch, error, said):
+    def fails(name):
+        raise error
+
+    monkeypatch.setattr("perturbdiff.config.find_recipe", fails)
+    assert said in refused("recipes", "x")
+
+
+def test_names_of_strangers_do_nothing_to_a_terminal(here, capsys, monkeypatch):
+    cells = counts_screen(n_genes=30, n=8)
+    cells.obs[ESCAPES] = ESCAPES
+    cells.var_names = [f"{ESCAPES}{i}" for i in range(cells.n_vars)]
+    main(["screen", "info", str(written(cells, here / "loud.h5ad"))])
+    main(["train", "--screen", "loud.h5ad", "--out", "loud", "--recipe", DEFAULTS, *TINY])
+    main(["predict", "loud", "--controls", "loud.h5ad", "--perturbation", "B", "--out", "loud_predicted.h5ad"])
+    main(["check", "loud", "loud.h5ad"])
+    (here / "loud.csv").write_text(f"name,x\n{ESCAPES.replace(chr(13), '')},1\nB,2\n", encoding="utf-8")
+    main(["features", "info", "loud.csv"])
+    main(["hub", "info", "loud"])
+    monkeypatch.setattr("perturbdiff.config.find_recipe", lambda name: here / "loud.csv")
+    main(["recipes", "loud"])
+    said = capsys.readouterr()
+    assert said.out.count(r"\x1b[2J") >= 2
+    assert all(line.isprintable() for line in said.out.split("\n"))
+    assert all(line.isprintable() for line in re.split(r"[\n\r]", said.err))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["hub", "info", "ADDRESS"],
+        ["hub", "pull", "ADDRESS", "--out", "x"],
+        ["atlas", "info", "ADDRESS"],
+        ["atlas", "pull", "ADDRESS", "--out", "x"],
+        ["predict", "ADDRESS", "--controls", "x.h5ad", "--out", "o.h5ad", "--perturbation", "A"],
+        ["train", "--atlas", "ADDRESS", "--out", "secret"],
+        ["finetune", "--screen", "SCREEN", "--init-from", "ADDRESS", "--out", "secret"],
+    ],
+    ids=" ".join,
+)
+def test_an_address_with_a_password_is_refused_and_repeated_nowhere(refused, here, screen, words):
+    address = "https://someone:hf_Secret123@huggingface.co/owner/name"
+    said = refused(*(address if word == "ADDRESS" else str(screen) if word == "SCREEN" else word for word in words))
+    assert "owner/name of a repo on the Hub" in said
+    assert "Secret123" not in said
+    assert "someone" not in said
+    assert not [path for path in here.rglob("*") if path.is_file() and b"Secret123" in path.read_bytes()]
 
 
 @pytest.mark.parametrize(
