@@ -18,7 +18,7 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from perturbdiff.files import write_text
+from perturbdiff.files import short, write_text
 
 T = TypeVar("T")
 # Within the package where it was installed from a wheel, beside it in a checkout.
@@ -650,9 +650,11 @@ def check_sampling(sampling: SamplingConfig, diffusion: DiffusionConfig) -> None
 
 def _refuse_interpolations(values: Any) -> None:
     # OmegaConf would put the reader's environment in their place, and a run writes its settings where others read them.
-    if text := re.search(r"[^\s'\"]*\$\{[^'\"]{,40}", str(values)):
+    before, found, after = str(values).partition("${")
+    if found:
+        text = re.split(r"[\s'\"]", before[-40:])[-1] + found + re.split(r"['\"]", after[:40])[0]
         raise ValueError(
-            f"settings hold {text[0]!r}; nothing in them is filled in: write the value, or give it on the "
+            f"settings hold {text!r}; nothing in them is filled in: write the value, or give it on the "
             "command line, where the shell does (data.screen=$FOLDER/screen.h5ad)."
         )
 
@@ -676,19 +678,24 @@ def yaml_texts(text: str) -> Any:
 def _read_yaml(recipe: Path, schema: type) -> DictConfig:
     try:
         settings, texts = OmegaConf.load(recipe), yaml_texts(recipe.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, OSError, RecursionError, UnicodeDecodeError) as error:
         raise ValueError(f"recipe {str(recipe)!r} is not yaml ({' '.join(str(error).split())}).") from error
     if not isinstance(settings, DictConfig):
         raise ValueError(
             f"recipe {str(recipe)!r} is a list; it must hold keys and values, as training: {{n_steps: 9}}."
         )
-    return OmegaConf.create(_verbatim(OmegaConf.to_container(settings), texts, schema))
+    try:
+        return OmegaConf.create(_verbatim(OmegaConf.to_container(settings), texts, schema))
+    except (KeyError, RecursionError, TypeError) as error:  # what the two readers of yaml do not read alike
+        raise ValueError(
+            f"recipe {str(recipe)!r} holds what is no setting ({short(error)}); see what it holds."
+        ) from error
 
 
 def _verbatim(values: Any, texts: Any, kind: Any) -> Any:
     # The values of settings that are texts, as they are written.
     if isinstance(kind, type) and is_dataclass(kind) and isinstance(values, dict):
-        return {key: _verbatim(value, texts[str(key)], _kind_of(kind, [key])) for key, value in values.items()}
+        return {key: _verbatim(value, texts[key], _kind_of(kind, [key])) for key, value in values.items()}
     if get_origin(kind) is list and isinstance(values, list):
         return [_verbatim(value, text, get_args(kind)[0]) for value, text in zip(values, texts, strict=True)]
     is_text = kind is str or get_origin(kind) is Literal or (kind == Optional[str] and values is not None)
@@ -724,14 +731,14 @@ def _kind_of(schema: type, names: list[str]) -> Any:
 
 def _one_line(error: Exception, schema: type | None = None) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    where = next((line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")), "")
+    where = next((line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")), "")[:200]
     if schema is not None and "missing mandatory value" in lines[0] and (name := lines[0].rsplit(" ", 1)[-1]):
         return f"{name} is not set; give it ({name}=..., --{name})."
     sections = fields(schema) if schema is not None else ()
     near = [f"{part.name}.{where}" for part in sections if where in _names_in(part.default_factory)]
     near += ["source." + where] if schema is BuildConfig and where in _names_in(SourceConfig) else []
     return (
-        f"config: {lines[0]}"
+        f"config: {lines[0][:300]}"
         + (f" (key {where})" if where and where not in lines[0] else "")
         + (f"; did you mean {' or '.join(near)}?" if near and "not in" in lines[0] else "")
     )

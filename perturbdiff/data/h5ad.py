@@ -7,6 +7,7 @@ that a million cells point at, and claim arrays that nobody wrote. Files that An
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import accumulate
@@ -49,8 +50,11 @@ def open_h5ad(path: str | Path, parts: tuple[str, ...] = PARTS) -> Iterator[h5py
         except _Refused:
             raise
         except Exception as error:  # on a damaged file h5py raises what comes, types of its own among it
-            raise ValueError(f"{path} is not a readable .h5ad ({short(error)}); write it with AnnData.") from error
-        yield file
+            raise _damaged(path, error) from error
+        try:
+            yield file
+        except RuntimeError as error:  # h5py's, of parts of a damaged file that nobody has looked at yet
+            raise _damaged(path, error) from error
 
 
 def unpacked_bytes(path: str | Path, parts: tuple[str, ...] = PARTS) -> int:
@@ -105,7 +109,7 @@ def read_h5ad_parts(path: str | Path, layer: str | None = None) -> tuple[Any, pd
         try:
             X, obs, var = (None if missing else read_elem(file[name]) for name in parts)
         except Exception as error:  # as above, and AnnData's own
-            raise ValueError(f"{path} is not a readable .h5ad ({short(error)}); write it with AnnData.") from error
+            raise _damaged(path, error) from error
         if missing:
             raise ValueError(f"{path} is not an .h5ad: it has no {', '.join(missing)}. Write it with AnnData.")
         if not (isinstance(obs, pd.DataFrame) and isinstance(var, pd.DataFrame)):
@@ -114,6 +118,10 @@ def read_h5ad_parts(path: str | Path, layer: str | None = None) -> tuple[Any, pd
             beside = _beside(*_values_beside_x(file)) or "give a file with genes as columns of X"
             raise ValueError(f"{parts[0]} of {path} has no genes; {beside}.")
     return X, obs, var
+
+
+def _damaged(path: str | Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} is not a readable .h5ad ({short(error)}); write it with AnnData.")
 
 
 def _values_beside_x(file: h5py.File | AnnData) -> tuple[list[str], bool]:
@@ -149,6 +157,8 @@ _SIZES: dict[tuple[str, int, int, tuple[str, ...]], int] = {}
 
 def _look(file: h5py.File, path: str, size: int, parts: tuple[str, ...]) -> int:
     total = texts = 0
+    if size <= ALWAYS_READ:
+        _refuse_endless_heaps(file, path)
     for part in parts:
         for name, dataset in _datasets(file, part, path):
             created = dataset.id.get_create_plist()
@@ -178,6 +188,22 @@ def _look(file: h5py.File, path: str, size: int, parts: tuple[str, ...]) -> int:
                     f"{max(total, texts):,} are to be read; write it with AnnData."
                 )
     return total + texts
+
+
+def _refuse_endless_heaps(file: h5py.File, path: str) -> None:
+    # A heap of texts is objects, one after the other; at one that takes no room the library stays for ever.
+    width = file.id.get_create_plist().get_sizes()[1]
+    content = Path(path).read_bytes()
+    for found in re.finditer(rb"GCOL\x01", content):
+        at = found.start() + 8 + width
+        end = found.start() + int.from_bytes(content[at - width : at], "little")
+        while at + 8 + width <= min(end, len(content)):
+            length = int.from_bytes(content[at + 8 : at + 8 + width], "little")
+            is_free = content[at : at + 2] == b"\0\0"
+            step = length if is_free else (8 + width + 7) // 8 * 8 + (length + 7) // 8 * 8
+            if not step % (1 << 8 * width):
+                raise _Refused(f"{path} has a heap of texts that never ends; write it with AnnData.")
+            at += step
 
 
 def _datasets(file: h5py.File, part: str, path: str) -> Iterator[tuple[str, h5py.Dataset]]:

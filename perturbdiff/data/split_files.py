@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ import yaml  # type: ignore[import-untyped]
 
 from perturbdiff.config import yaml_texts
 from perturbdiff.data.selectors import ANY
-from perturbdiff.files import short
+from perturbdiff.files import parse_json, short
 
 SOURCE = ":source="  # in a selector, before the data set
 MAX_BYTES = 64 << 20
@@ -43,7 +42,7 @@ def read_split_file(path: str | Path) -> Selected:
             case ".yaml" | ".yml":
                 selected = _of_reference(yaml_texts(text))
             case ".json":
-                selected = _of_run(json.loads(text))
+                selected = _of_run(parse_json(text, str(path)))
             case _:
                 raise ValueError(f"its name ends in {path.suffix!r}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:

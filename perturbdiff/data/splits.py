@@ -6,7 +6,6 @@ atlas whole conditions.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -24,9 +23,10 @@ from perturbdiff.data.rng import cell_order_key, numpy_generator
 from perturbdiff.data.screen import Screen
 from perturbdiff.data.selectors import ANY, LABELS, Selectors
 from perturbdiff.data.split_files import SOURCE, read_split_file
-from perturbdiff.files import few, json_sha256, write_json
+from perturbdiff.files import few, json_sha256, read_json, short, write_json
 
 PARTS = ("train", "validation", "test")
+MAX_BYTES = 1 << 32  # of a split.json
 MIN_CONDITIONS_TO_VALIDATE = 10
 
 
@@ -183,9 +183,9 @@ def read_split(path: str | Path, screen: Screen) -> Split:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist; training writes it as split.json into the run folder.")
     try:
-        stored = json.loads(Path(path).read_text())
+        stored = read_json(Path(path), MAX_BYTES)
     except ValueError as error:
-        raise ValueError(f"{path} is not a split.json ({type(error).__name__}: {error}).") from error
+        raise ValueError(f"{path} is not a split.json ({short(error)}).") from error
     return split_of(stored, screen, str(path))
 
 

@@ -215,7 +215,17 @@ def write_report(
     ValueError
         A file of the run is damaged, or the given screen is not the run's.
     """
-    results, out = Results.read(Path(run)), Path(out)
+    try:
+        return _write_report(Path(run), Path(out), screen, figures)
+    except (AttributeError, IndexError, OverflowError, RecursionError, TypeError) as error:  # JSON of another shape
+        raise ValueError(
+            f"a file of {run} does not hold what a run writes there ({type(error).__name__}: {short(error)}); take the "
+            "folder as the run left it."
+        ) from error
+
+
+def _write_report(run: Path, out: Path, screen: str | Path | None, figures: str | Path | None) -> Path:
+    results = Results.read(run)
     notes: list[str] = []
     cells = _cells(results, screen, notes)
     svgs: dict[str, str] = {}

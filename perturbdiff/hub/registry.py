@@ -107,7 +107,7 @@ def _entry(path: Path, name: Any, entry: Any) -> RegistryEntry:
         raise ValueError(f"{where}: metrics must be finite numbers by name.")
     repo = texts["repo"] or ""
     local = path.parent / repo
-    if repo and local.is_dir():
+    if repo and os.path.isdir(local):  # False too of a name that no file can have
         return RegistryEntry(name, str(local), None, texts["sha256"] or "", texts["recipe"], metrics)
     if not REPO_ID.fullmatch(repo):
         raise ValueError(f"{where}: repo must be owner/name or a folder beside the registry, not {repo[:80]!r}.")

@@ -10,6 +10,7 @@ import pytest
 
 from perturbdiff.app.controls import read_controls, remove_old_files
 from perturbdiff.app.upload import Limits
+from perturbdiff.data.h5ad import ALWAYS_READ
 from perturbdiff.data.screen import control_cells
 from tests.screens import shared
 
@@ -88,6 +89,8 @@ def test_a_file_over_which_the_library_never_returns_ends_with_its_time(upload, 
     else:
         (found,) = shared("PERTURBDIFF_CASES", "cases", "guard").glob("g05_*.h5ad")
         upload.write_bytes(found.read_bytes())
+    refused(upload, model, "a heap of texts that never ends")
+    os.truncate(upload, ALWAYS_READ + 1)  # in larger files nobody looks for that
     refused(upload, model, "could not be read within 2 seconds", seconds=2)
 
 
