@@ -1,9 +1,10 @@
 """Predictions into files: one request, or many that are kept one by one as they are made and joined at the end.
 
-Each request is predicted as `PerturbDiff.predict` would alone, whatever the others are and whoever does it. Of many,
-each is written to `OUT.parts/` as soon as it is done: a run that was killed goes on where it was, and under a launcher
-(`accelerate launch`, torchrun) the processes share the requests, and the result is that of one, bit for bit. Memory is
-that of the largest request, and for an .h5ad that of obs.
+Each request has the cells that `PerturbDiff.predict` gives it alone, to rounding, whatever the others are. Of many,
+small ones from the same controls are predicted together, always the same ones, and each is written to `OUT.parts/` as
+soon as it is done: a run that was killed goes on where it was, and under a launcher (`accelerate launch`, torchrun) the
+processes share the requests, and the result is that of one, bit for bit. Memory is that of the largest request, and for
+an .h5ad that of obs.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from perturbdiff.files import (
     write_json,
     written,
 )
+from perturbdiff.generation import Wanted
 from perturbdiff.inference.intervals import (
     Calibration,
     certainty,
@@ -63,6 +65,7 @@ from perturbdiff.lock import alone
 from perturbdiff.model import MAX_PREDICTED_CELLS, PerturbDiff
 
 RUN = "run.json"  # in the folder of parts: what they are of
+BLOCK_CELLS = 1024  # of requests that are predicted together: as many may be lost when a run is killed
 MAX_WAIT = timedelta(days=2)  # for the slowest process
 
 
@@ -237,7 +240,7 @@ def predict_requests(
         run.
     """
     out, summary = check_outputs(out, summary, overwrite)
-    sampling = {
+    sampling: dict[str, Any] = {
         "guidance_scale": guidance_scale, "steps": steps, "sampler": sampler, "min_gene_overlap": min_gene_overlap,
         "all_genes": all_genes, "varied": varied,
     }  # fmt: skip
@@ -260,24 +263,39 @@ def predict_requests(
         wait_for_all()
         done = [_is_whole(part) for part in parts]
         wait_for_all()  # to have looked, before anybody writes
-        todo = [number for number in range(len(requests)) if not done[number]]
-        own_share = _assigned(todo, n_cells, world_size)[rank]
-        total = sum(n_cells[number] for number in own_share)
+        blocks = [block for block in _blocks(requests, n_cells) if not all(done[number] for number in block)]
+        of_block = [sum(n_cells[number] for number in block) for block in blocks]
+        own_share = _assigned(of_block, world_size)[rank]
+        total = sum(of_block[i] for i in own_share)
         before = sum(n_cells) - total if world_size == 1 else 0
         with progress(before + total, "predict", "cell", before, shown=rank == 0) as bar:
-            for number in own_share:
-                cells = controls[rows[number]].copy()
-                predicted, table = _predict(model, cells, requests[number], calibration, **sampling, bar=bar)
-                predicted.obs.insert(0, "request", number)
-                predicted.obs_names = pd.Index([f"{number}-{cell}" for cell in range(predicted.n_obs)])
-                predicted.uns["perturbdiff"]["interval_width"] = median_width(table)
-                write_predicted(predicted, parts[number])
+            for block in (blocks[i] for i in own_share):
+                cells, first = controls[rows[block[0]]].copy(), requests[block[0]]
+                control_mean = mean_expression(model, cells)
+                made = model.generate_each(
+                    cells,
+                    [Wanted(requests[number].perturbation, requests[number].n_cells) for number in block],
+                    first.cell_type,
+                    first.batch,
+                    n_populations=first.n_populations,
+                    seed=first.seed,
+                    **sampling,
+                    bar=bar,
+                )
+                for number, predicted in zip(block, made, strict=True):
+                    if done[number]:
+                        continue
+                    predicted.obs.insert(0, "request", number)
+                    predicted.obs_names = pd.Index([f"{number}-{cell}" for cell in range(predicted.n_obs)])
+                    table = population_summary(predicted, control_mean, calibration)
+                    predicted.uns["perturbdiff"]["interval_width"] = median_width(table)
+                    write_predicted(predicted, parts[number])
         wait_for_all()
         if rank > 0:
             return None
-        made = [read_metadata(part)["uns"] for part in parts]
-        widths = np.array([uns.pop("interval_width") for uns in made], dtype=np.float64)
-        common, written_too, n_controls = _common(made, requests), [], 0
+        of_parts = [read_metadata(part)["uns"] for part in parts]
+        widths = np.array([uns.pop("interval_width") for uns in of_parts], dtype=np.float64)
+        common, written_too, n_controls = _common(of_parts, requests), [], 0
         if with_controls:
             own = np.unique(np.concatenate(rows))
             n_controls = len(own)
@@ -291,13 +309,13 @@ def predict_requests(
                 _write_summary(parts, requests, means, calibration, temporary)
         _clear(folder)
     unseen: dict[str, list[int]] = {}
-    for number, uns in enumerate(made):
+    for number, uns in enumerate(of_parts):
         for label in uns["unseen"]:
             unseen.setdefault(label, []).append(number)
-    n_genes, absent = len(model.genes), tuple(made[0]["genes_absent"])
+    n_genes, absent = len(model.genes), tuple(of_parts[0]["genes_absent"])
     return Predictions(
-        out, summary, sum(n_cells), n_genes, absent, all_genes, len(parts), sum(done), made[0], unseen, widths,
-        calibration, tuple(uns["trust"] for uns in made), n_controls,
+        out, summary, sum(n_cells), n_genes, absent, all_genes, len(parts), sum(done), of_parts[0], unseen, widths,
+        calibration, tuple(uns["trust"] for uns in of_parts), n_controls,
     )  # fmt: skip
 
 
@@ -462,11 +480,26 @@ def _is_whole(part: Path) -> bool:
         return False
 
 
-def _assigned(todo: Sequence[int], n_cells: Sequence[int], world_size: int) -> list[list[int]]:
+def _blocks(requests: Sequence[Request], n_cells: Sequence[int]) -> list[list[int]]:
+    """Numbers of the requests that are predicted together, whoever does it: of the same controls, populations, seed."""
+    blocks: list[list[int]] = []
+    filling: dict[tuple[str | None, str | None, int, int], list[int]] = {}
+    for number, of in enumerate(requests):
+        key = of.cell_type, of.batch, of.n_populations, of.seed
+        if key not in filling:
+            filling[key] = []
+            blocks.append(filling[key])
+        filling[key].append(number)
+        if sum(n_cells[each] for each in filling[key]) >= BLOCK_CELLS:
+            del filling[key]
+    return blocks
+
+
+def _assigned(n_cells: Sequence[int], world_size: int) -> list[list[int]]:
     # The largest first, each to who has least.
     shares: list[list[int]] = [[] for _ in range(world_size)]
     loads = [(0, rank) for rank in range(world_size)]
-    for number in sorted(todo, key=lambda number: (-n_cells[number], number)):
+    for number in sorted(range(len(n_cells)), key=lambda number: (-n_cells[number], number)):
         load, rank = heapq.heappop(loads)
         shares[rank].append(number)
         heapq.heappush(loads, (load + n_cells[number], rank))

@@ -258,7 +258,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(model, controls, tmp_path, 
     undisturbed, out = tmp_path / f"undisturbed.{suffix}", tmp_path / f"all.{suffix}"
     predict_requests(model, controls, REQUESTS, undisturbed)
     with pytest.MonkeyPatch.context() as patch:
-        first = interrupt_after(patch, 2)
+        first = interrupt_after(patch, 1)  # of two that are predicted together
         with pytest.raises(KeyboardInterrupt):
             predict_requests(model, controls, REQUESTS, out)
     assert not out.exists()
@@ -266,8 +266,8 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(model, controls, tmp_path, 
     with pytest.MonkeyPatch.context() as patch:
         second = interrupt_after(patch, 99)
         done = predict_requests(model, controls, REQUESTS, out)
-    assert first + second == [0, 1, 2, 3, 4]
-    assert done.n_found == 2
+    assert (first, sorted(second)) == ([0], [1, 2, 3, 4])
+    assert done.n_found == 1
     if suffix == "parquet":
         assert out.read_bytes() == undisturbed.read_bytes()
     one, other = read(out), read(undisturbed)
@@ -285,7 +285,7 @@ def test_a_part_that_is_damaged_is_predicted_again(model, controls, tmp_path, mo
     part.write_bytes(part.read_bytes()[:-20])
     again = interrupt_after(monkeypatch, 99)
     predict_requests(model, controls, REQUESTS, tmp_path / "all.h5ad")
-    assert again == [1, 3, 4]
+    assert again == [1, 2, 4]
 
 
 def other_requests(model, controls):
@@ -455,13 +455,27 @@ def test_after_a_kill_between_predictions_and_summary_the_same_call_goes_on(
         predict("killed")
 
 
+def test_small_requests_of_the_same_controls_and_seed_are_predicted_together():
+    requests = [
+        Request("A", "NK"),
+        Request("A", "T"),
+        Request("B", "NK"),
+        Request("B", "NK", seed=1),
+        Request("A", "NK"),
+    ]
+    assert predictions._blocks(requests, [6] * 5) == [[0, 2, 4], [1], [3]]
+    many = predictions.BLOCK_CELLS
+    assert predictions._blocks(requests, [6, 6, many, 6, 6]) == [[0, 2], [1], [3], [4]]
+    assert predictions._blocks(requests, [many, 6, 6, 6, 6]) == [[0], [1], [2, 4], [3]]
+
+
 def test_shares_are_assigned_once_and_evenly():
-    n_cells = [5, 1, 9, 3, 3, 8, 2, 2]
-    shares = predictions._assigned([0, 2, 3, 4, 5, 6, 7], n_cells, 3)
-    assert sorted(number for share in shares for number in share) == [0, 2, 3, 4, 5, 6, 7]
+    n_cells = [5, 9, 3, 3, 8, 2, 2]
+    shares = predictions._assigned(n_cells, 3)
+    assert sorted(number for share in shares for number in share) == [*range(7)]
     loads = [sum(n_cells[number] for number in share) for share in shares]
     assert max(loads) - min(loads) <= 3
-    assert predictions._assigned([], n_cells, 2) == [[], []]
+    assert predictions._assigned([], 2) == [[], []]
 
 
 @pytest.mark.slow
