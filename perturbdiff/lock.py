@@ -55,8 +55,9 @@ class Lock:
     def release(self) -> None:
         self._ended.set()
         self._thread.join(BEAT)
-        if _read(self.path) == self._content:
-            self.path.unlink(missing_ok=True)
+        with suppress(OSError):  # the work is done; without its process the file means nothing
+            if _read(self.path) == self._content:
+                self.path.unlink(missing_ok=True)
 
     def _create(self) -> bool:
         try:

@@ -26,7 +26,7 @@ from perturbdiff.lock import Lock, alone
 from perturbdiff.training.dataset import TrainingSet
 from perturbdiff.training.signals import Stopped, StopRequest
 from perturbdiff.training.start import Start
-from perturbdiff.training.state import saved_states
+from perturbdiff.training.state import remove_left_over, saved_states
 
 STOPPED, DATA, LOCK = "stopped.json", "data.json", "run.lock"
 # Settings that may change between a run and its resumption: they move no number, or only its last digits.
@@ -215,6 +215,7 @@ def begin_folder(out: Path, config: Config, data: dict[str, Any]) -> None:
     (out / STOPPED).unlink(missing_ok=True)
     for left in (*out.glob(".model-*"), *out.glob(".adapter-*")):  # by a kill during a save
         remove(left)
+    remove_left_over(out / "states")
 
 
 def leave_marker(folder: Path, stopped_by: str, step: int) -> None:

@@ -74,8 +74,7 @@ def save_state(
     temporary, hashes = None, {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for left in (*folder.glob(".state-*"), *folder.glob(".step_*")):  # by a kill, or kept by a reader
-            remove(left)
+        remove_left_over(folder)
         temporary = Path(tempfile.mkdtemp(prefix=".state-", dir=folder))
     except OSError as error:
         failure = error
@@ -111,6 +110,12 @@ def save_state(
             remove(set_aside(old))
         except OSError as error:
             warnings.warn(f"state {old} could not be removed ({error}); it is tried again later", stacklevel=2)
+
+
+def remove_left_over(folder: Path) -> None:
+    """What a kill amid a save left, or what could not be removed then."""
+    for left in (*folder.glob(".state-*"), *folder.glob(".step_*")):
+        remove(left)
 
 
 def saved_states(folder: Path) -> list[Path]:

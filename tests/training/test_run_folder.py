@@ -63,6 +63,9 @@ def test_a_stopped_run_says_why_and_where_until_it_goes_on(tmp_path):
     fit(config)
     assert not marker.exists()
     assert not (tmp_path / "run" / ".model-left").exists()
+    set_aside(tmp_path / "run" / "states" / "step_00000002")  # by a kill when the last state was saved
+    fit(config)
+    assert [path.name for path in (tmp_path / "run" / "states").iterdir()] == ["step_00000006"]
 
 
 def test_a_model_that_a_kill_amid_a_save_left_under_no_name_is_there_when_the_run_goes_on(stopped, screen, monkeypatch):
