@@ -140,14 +140,17 @@ def _count_operations(folder: str, log: int, fault: tuple[int, str] | None) -> N
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """What every file under a folder holds, by name, but for the clock's values, hidden files and locks.
+    """What every file under a folder holds, by name, but for the clock's values, hidden files, locks, older states.
 
     Of a process that was killed those may be left, and nobody reads them.
     """
     found: dict[str, Any] = {}
+    older = set(sorted(folder.glob("run/states/step_*"))[:-1])
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name, content = str(path.relative_to(folder)), path.read_bytes()
         if any(part.startswith(".") for part in path.relative_to(folder).parts) or path.name.endswith("lock"):
+            continue
+        if path.parent in older:
             continue
         if path.name == "metrics.jsonl":
             lines = [json.loads(line) for line in content.splitlines()]
