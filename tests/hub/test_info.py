@@ -107,7 +107,7 @@ def test_names_of_strangers_do_not_reach_the_terminal_raw(saved, model):
     folder = saved("odd", change)
     for text in (model_info(find_model(folder)), difference(find_model(model), find_model(folder))):
         assert all(line.isprintable() for line in text.splitlines())
-        assert "?[31mred???next" in text
+        assert r"\x1b[31mred\u202e\x07\nnext" in text
 
 
 def test_a_model_of_atlases_and_a_converted_one_say_so(saved):
