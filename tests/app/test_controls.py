@@ -12,6 +12,7 @@ from perturbdiff.app.controls import read_controls, remove_old_files
 from perturbdiff.app.upload import Limits
 from perturbdiff.data.h5ad import ALWAYS_READ
 from perturbdiff.data.screen import control_cells
+from tests.app.test_page import bad_files
 from tests.screens import shared
 
 
@@ -59,6 +60,16 @@ def test_each_limit_is_checked(upload, model):
 def test_a_file_that_is_none_is_refused(upload, model):
     upload.write_bytes(upload.read_bytes()[:100])
     refused(upload, model, "is not a readable .h5ad")
+
+
+@pytest.mark.slow
+def test_what_is_wrong_with_an_upload_is_said_by_its_name(screen, model, tmp_path, capfd):
+    for name, message in bad_files(tmp_path, screen).items():
+        with pytest.raises(ValueError, match=re.escape(message)) as error:
+            read_controls(tmp_path / f"{name}.h5ad", f"{name}.h5ad", model, Limits(cells=1000))
+        assert "/tmp" not in str(error.value)
+        assert str(tmp_path) not in str(error.value)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_groups_that_hold_each_other_are_walked_once(upload, model):
