@@ -77,4 +77,5 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not to wait, after each of many refusals, for a folder that may be in the middle of being replaced."""
     monkeypatch.setattr("perturbdiff.model.READ_AGAIN", 1)
-    monkeypatch.setattr("perturbdiff.model.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("perturbdiff.hub.download.READ_AGAIN", 1)
+    monkeypatch.setattr("perturbdiff.hub.download.time.sleep", lambda seconds: None)

@@ -240,7 +240,8 @@ def test_a_forged_terabyte_of_tensors_is_refused_soon(reader, folder, name):
 def test_any_bytes_changed_give_the_same_model_or_a_line(saved, tmp_path_factory, data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("perturbdiff.model.READ_AGAIN", 1)
-        patch.setattr("perturbdiff.model.time.sleep", lambda seconds: None)
+        patch.setattr("perturbdiff.hub.download.READ_AGAIN", 1)
+        patch.setattr("perturbdiff.hub.download.time.sleep", lambda seconds: None)
         folder = shutil.copytree(saved, tmp_path_factory.mktemp("mutated") / "model")
         name = data.draw(st.sampled_from([CONFIG, *JSON_FILES, WEIGHTS, GOLDEN, "README.md"]))
         content = bytearray((folder / name).read_bytes())
