@@ -226,7 +226,8 @@ def _expects(model: ModelMetadata) -> str:
     ]
     if perturbations:
         separator = known.combination_separator
-        rows.append(("combinations", f"of these, joined as A{escaped(separator)}B" if separator else "none"))
+        several = separator and len(perturbations) > 1
+        rows.append(("combinations", f"of these, joined as A{escaped(separator)}B" if several else "none"))
         if known.tables:
             tables = listed([f"{name} ({width:,})" for name, width in known.tables])
             rows.append(("features", f"{tables}; {known.n_by_features:,} of the perturbations by them alone"))
@@ -325,8 +326,9 @@ def _evaluation(scores: EvaluationRecord) -> str:
     head = ("method", *(f"{escaped(metric)} {ARROWS[direction]}" for metric, direction in scores.metrics.items()))
     beaten = [f"on {escaped(metric)}: {listed(names)}" for metric in scores.metrics if (names := scores.better(metric))]
     said = "\n\n".join(escaped(text, 2000) for text in (scores.verdict, *scores.notes) if text)
+    mean = "Mean over" if scores.n_conditions > 1 else "Scores of"
     return f"""\
-Mean over {_conditions(scores)} {where}, with 95 % intervals where they are known.
+{mean} {_conditions(scores)} {where}, with 95 % intervals where they are known.
 log1p values, measured control cells on both sides. ↑ higher is better, ↓ lower is better, → ideal.
 
 {_table(head, rows)}
@@ -344,13 +346,14 @@ def _limits(model: ModelMetadata) -> str:
     known = model.vocabularies
     if not known.perturbations.names:
         return "- It knows no perturbation and predicts no response before it was trained further."
-    first = f"- It knows the {len(known.perturbations):,} perturbations of `perturbations.json`; any other is an error"
-    first += (
-        f" without features. Training saw no cell of the last {known.n_by_features:,}: judge these with care."
-        if known.tables
-        else "."
-    )
-    if known.combination_separator:
+    names = known.perturbations.names
+    which = f"the {len(names):,} perturbations of `perturbations.json`" if len(names) > 1 else escaped(names[0])
+    first = f"- It knows {which}; any other is an error"
+    first += " without features." if known.tables else "."
+    if known.n_by_features:
+        last = f"the last {known.n_by_features:,}" if known.n_by_features > 1 else "the last one"
+        first += f" Training saw no cell of {last}: judge that with care."
+    if known.combination_separator and len(names) > 1:
         first += " Combinations of them are predicted also where training saw no combination: judge these with care."
     lines = [first]
     if known.tables:
@@ -380,9 +383,7 @@ def _limits(model: ModelMetadata) -> str:
     if model.evaluation is None:
         lines.append("- How well it predicts is not known: it was not evaluated.")
     else:
-        lines.append(
-            f"- The scores are means over {_conditions(model.evaluation)} of one screen; other screens may differ."
-        )
+        lines.append(f"- The scores are of {_conditions(model.evaluation)} of one screen; other screens may differ.")
     return "\n".join(lines)
 
 

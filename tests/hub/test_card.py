@@ -278,7 +278,7 @@ def test_features_and_doses_are_told():
     assert rows["features"] == "esm2 (1,280); 1 of the perturbations by them alone"
     assert rows["doses"] == "written behind the name, as A@0.5"
     limits = text.split("## Limits")[1]
-    assert "no cell of the last 1" in limits
+    assert "no cell of the last one: judge" in limits
     assert "any other is an error without features" in limits
     assert "Dose and time are not inputs" not in limits
     assert "no notion of a similar one" not in limits
@@ -564,3 +564,23 @@ def test_there_are_no_results_for_the_hub_without_a_benchmark():
     with pytest.raises(ValueError, match="no repo id"):
         eval_results_files(EVALUATION, "../x")
     assert eval_results_files(scored(**dict.fromkeys(EVALUATION.metrics)), "owner/benchmark") == {}
+
+
+def test_a_card_of_one_perturbation_speaks_of_one():
+    undefined = {name: dict.fromkeys(of, 0) for name, of in EVALUATION.n_undefined.items()}
+    one = replace(EVALUATION, n_conditions=1, n_undefined=undefined)
+    text = card(labels={"perturbations": ("IFN-beta",)}, evaluation=one)
+    assert "- It knows IFN-beta; any other is an error.\n" in text
+    assert "Scores of 1 held-out condition of kang" in text
+    assert "- The scores are of 1 held-out condition of one screen" in text
+    (row,) = [row for row in rows_of(text, "What it expects") if row[0] == "combinations"]
+    assert row[1] == "none"
+    several = card(labels={"perturbations": tuple(f"drug {i}" for i in range(1000))}, evaluation=EVALUATION)
+    assert "- It knows the 1,000 perturbations of `perturbations.json`; any other is an error." in several
+    assert "Mean over 3 held-out conditions" in several
+    assert len(several) < 2 * len(text)
+    by_features = {"perturbations": ("A", "B"), "tables": (("go", 5),)}
+    assert "without features. Training saw no cell of the last one: judge" in card(
+        labels={**by_features, "n_by_features": 1}
+    )
+    assert "Training saw no cell" not in card(labels=by_features)
