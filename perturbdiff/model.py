@@ -703,7 +703,15 @@ class PerturbDiff:
                     raise ValueError(f"no control cell has {column} {value!r}; {there}.")
                 chosen &= (labels == value).to_numpy()
         controls = self.in_own_space(controls)
-        return controls if chosen.all() else controls[chosen].copy()
+        controls = controls if chosen.all() else controls[chosen].copy()
+        if controls.n_obs and not controls.X.sum() > 0:
+            warnings.warn(
+                f"all {controls.n_obs:,} control cells are empty: X has no count; what is predicted from them is of no "
+                "cell. Give cells with counts, or the layer that has them (layer=).",
+                UserWarning,
+                stacklevel=2,
+            )
+        return controls
 
     def in_own_space(self, cells: AnnData) -> AnnData:
         """Cells with X in the space the model was trained in.

@@ -349,6 +349,13 @@ def test_controls_with_bad_values_or_no_cells_are_refused(model, controls):
         model.predict(controls[:0].copy(), perturbation="pert_1")
 
 
+def test_controls_without_a_count_are_warned_of(model, controls):
+    empty = controls.copy()
+    empty.X = empty.X * 0
+    with pytest.warns(UserWarning, match=f"all {len(empty)} control cells are empty"):
+        model.predict(empty, perturbation="pert_1")
+
+
 def test_one_cell_and_one_step_are_enough(model, controls):
     predicted = model.predict(controls[:1].copy(), perturbation="pert_1", steps=1)
     assert predicted.shape == (1, 40)

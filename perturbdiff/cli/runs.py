@@ -250,10 +250,14 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 def _screen_info(arguments: argparse.Namespace) -> None:
     from perturbdiff.data.screen import Screen
+    from perturbdiff.files import hanging
 
     config = _config(arguments, arguments.file, [], out="unused")
     screen = Screen.read(arguments.file, config.data)
-    print(f"{screen.summary()}\ntrain with  {screen.train_command()}")
+    print(screen.summary())
+    if note := screen.panel_note():
+        print(hanging(f"note        {note}", 12))
+    print(f"train with  {screen.train_command()}")
 
 
 @_noting_signals

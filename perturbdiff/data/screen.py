@@ -41,6 +41,7 @@ READ_BY = (
     "dose_col",
     "dose_separator",
 )  # settings of labels
+MAX_PANEL, FEW_COUNTS = 2000, 10  # genes; times that the counts of a cell are less than what they are normalised to
 ENSEMBL_COLUMNS = ("ensembl_id", "gene_ids", "gene_id", "feature_id")
 SYMBOL_COLUMNS = (
     "gene_symbol", "gene_symbols", "symbol", "gene_name", "gene_names", "feature_name", "gene_short_name"
@@ -286,6 +287,27 @@ class Screen:
                 f"cells, median {sizes.median():,.0f}"
             )
         return "\n".join([*lines, *(f"note        {note}" for note in self.notes)])
+
+    def panel_note(self) -> str:
+        """What to set for a panel of genes, whose counts are a part of a cell's; may be nothing."""
+        how, n_genes = self.expression.preprocessing, len(self.expression.genes)
+        if how.input_kind != "counts" or how.library_size_col is not None or self.config.target_sum is None:
+            return ""
+        sums = self.expression.library_size
+        median = float(np.median(sums))
+        if n_genes > MAX_PANEL or not 0 < median * FEW_COUNTS < self.config.target_sum:
+            return ""
+        whole = [
+            str(name)
+            for name, values in self.obs.items()
+            if pd.api.types.is_numeric_dtype(values) and (values >= sums).all() and values.median() > 2 * median
+        ]
+        column = f"{whole[0]}, if that is" if whole else "COLUMN, if there is one of"
+        return (
+            f"a panel of {n_genes:,} genes? A cell has {median:,.0f} counts, and is normalised to "
+            f"{self.config.target_sum:g}. Set data.library_size_col={column} all counts of a cell, or "
+            "data.target_sum=null, the median of the controls"
+        )
 
 
 def _kind(preprocessing: Preprocessing) -> str:

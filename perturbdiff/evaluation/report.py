@@ -590,7 +590,10 @@ def _series(log: list[dict[str, Any]], column: str) -> tuple[np.ndarray, np.ndar
 def _calibration(results: Results) -> str:
     found = results.training.get("calibration")
     if not found:
-        return "<p>The model is not calibrated: it gives no intervals (perturbdiff calibrate).</p>\n"
+        return (
+            "<p>The model is not calibrated: it gives no intervals. That takes two or more validation conditions "
+            "(split.validation).</p>\n"
+        )
     if "factor" in found:
         return "<p>The model was calibrated by an older version: perturbdiff calibrate does it anew.</p>\n"
     calibration: Calibration = typed(Calibration, found, str(results.folder / "model/training.json: calibration"))

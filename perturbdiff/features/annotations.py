@@ -138,7 +138,7 @@ def read_gaf(
     with _one_line(path):
         terms_of, ontology = _with_ancestors(obo)
         pairs, aliases = _Pairs(), dict[str, set[str]]()
-        said, newest, counted = dict[str, str](), "", set[str]()
+        said, newest, counted, aspects = dict[str, str](), "", set[str](), set[str]()
         for number, line in enumerate(_lines(path), 1):
             if line.startswith("!"):
                 key, _, value = line[1:].partition(":")
@@ -155,6 +155,7 @@ def read_gaf(
                 )
             for alias in filter(None, parts[10].split("|")):
                 aliases.setdefault(alias, set()).add(parts[2])
+            aspects.add(parts[8])
             if parts[8] == aspect and parts[6] not in without and "NOT" not in parts[3].split("|"):
                 for term in terms_of(parts[4]):
                     pairs.add(parts[2], term)
@@ -162,6 +163,11 @@ def read_gaf(
                 newest = max(newest, parts[13] if re.fullmatch(r"\d{8}", parts[13]) else "")
         if not said.get("gaf-version", "2").startswith("2"):
             raise Unfit(f"it is of GAF version {said['gaf-version']}; only 2.x is read.")
+        if aspects and aspect not in aspects:
+            raise Unfit(
+                f"it has no annotation of aspect {aspect} ({ASPECTS[aspect]}), only of {few(sorted(aspects))}; "
+                "name one of these (--aspect)."
+            )
         date = said.get("date-generated") or (f"newest annotation {newest}" if newest else "")
         about = {"kind": f"GO {ASPECTS[aspect]}", **_evidence(counted, without), **ontology}
         about |= {"date": date} if date else {}

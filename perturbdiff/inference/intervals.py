@@ -66,7 +66,10 @@ def median_width(summary: pd.DataFrame) -> float:
 def certainty(calibration: Calibration | None, widths: np.ndarray) -> str:
     """How sure predictions are, for a person; `widths` as `median_width` gives them, NaN where it is not known."""
     if calibration is None:
-        return "not calibrated: perturbdiff calibrate makes intervals of the spread between populations"
+        return (
+            "not calibrated; of a split with two or more validation conditions perturbdiff calibrate makes intervals "
+            "of the spread between populations"
+        )
     measured = f"covered {covered(calibration.coverage)}"
     known = widths[np.isfinite(widths)]
     if len(known) == 0:

@@ -644,3 +644,15 @@ def test_labels_that_say_nothing_and_hidden_columns_are_said(adata):
     notes = "\n".join(read(adata, batch_col="plate").notes)
     assert "obs column 'batch' is not read: the batch of cells is that of obs column 'plate'" in notes
     assert "'nan' are taken for cell types" in notes
+
+
+def test_a_panel_is_told_what_to_set():
+    adata = counts_screen(n_genes=12)
+    assert "a panel of 12 genes? A cell has" in read(adata).panel_note()
+    assert "Set data.library_size_col=COLUMN" in read(adata).panel_note()
+    sums = np.asarray(adata.X.sum(axis=1)).ravel()
+    adata.obs["half"], adata.obs["all_counts"] = sums / 2, 10 * sums + 1
+    assert "Set data.library_size_col=all_counts, if that is all counts" in read(adata).panel_note()
+    assert read(adata, library_size_col="all_counts").panel_note() == ""
+    assert read(adata, target_sum=None).panel_note() == ""
+    assert read(adata, target_sum=float(np.median(sums))).panel_note() == ""

@@ -126,6 +126,11 @@ def test_terms_of_few_and_of_most_genes_are_left_out(tmp_path):
         ("a.gaf", "!gaf-version: 1.0\n" + gaf(ROWS).split("GOC\n")[1], "is of GAF version 1.0"),
         ("a.gaf", gaf(ROWS) + "UniProtKB\tP1\n", "line 9 is no annotation of GAF 2.x"),
         ("a.gaf", gaf([("A", "GO:1", "IEA")]), "says nothing of any gene"),
+        (
+            "a.gaf",
+            gaf(ROWS, aspect="C"),
+            r"has no annotation of aspect P \(.*\), only of C; name one of these \(--aspect\)",
+        ),
         ("a.gaf", gaf([("A" * 500, "GO:1", "IDA")]), "is no name of 1 to 400 letters"),
         ("a.gaf", b"!gaf-version: 2.2\n\xff\xfe", "damaged"),
         ("a.gaf.gz", gzip.compress(gaf(ROWS).encode())[:-9], "damaged"),
