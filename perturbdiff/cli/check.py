@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from perturbdiff.cli.command import add_command
+from perturbdiff.cli.command import add_command, refuse_missing
 from perturbdiff.cli.predict import add_columns
 
 
@@ -29,6 +29,7 @@ def add_check_command(commands: Any) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
+    refuse_missing(arguments.model)
     from perturbdiff.config import given_columns
     from perturbdiff.data.h5ad import check_columns
     from perturbdiff.inference.check import check_file

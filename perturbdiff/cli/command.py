@@ -89,3 +89,10 @@ def add_target(parser: argparse.ArgumentParser) -> None:
 def print_publication(done: Publication) -> None:
     print(f"pushed      {done.url} at commit {done.commit}, pulled back and verified")
     print(f"tag         {done.tag}" if done.tag else "tag         none (--tag v1 names a commit for good)")
+
+
+def refuse_missing(model: str) -> None:
+    """Raise as `find_model` where there is no such model: at once, before torch is imported."""
+    from perturbdiff.hub.download import find_model
+
+    find_model(model)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perturbdiff.cli.command import add_command, add_settings, add_target, print_publication
+from perturbdiff.cli.command import add_command, add_settings, add_target, print_publication, refuse_missing
 
 if TYPE_CHECKING:
     from perturbdiff.hub.download import ModelSource
@@ -164,15 +164,17 @@ def _push(arguments: argparse.Namespace) -> None:
 
 def _pull(arguments: argparse.Namespace) -> None:
     from perturbdiff.hub.download import pull_model
-    from perturbdiff.model import PerturbDiff
 
     source = _find(arguments.model)
+    from perturbdiff.model import PerturbDiff
+
     pull_model(source, arguments.out, check=lambda folder: PerturbDiff.from_pretrained(folder, device="cpu"))
     print(f"pulled      {source.name} at commit {source.commit}: every hash and the golden output checked")
     print(f"written     {arguments.out}")
 
 
 def _reproduce(arguments: argparse.Namespace) -> None:
+    refuse_missing(arguments.model)
     from perturbdiff.evaluation.held_out import reproduce
 
     found = reproduce(arguments.model, arguments.screen, overrides=arguments.settings)
@@ -209,6 +211,7 @@ def _info(arguments: argparse.Namespace) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
+    refuse_missing(arguments.model)
     from perturbdiff.model import PerturbDiff
 
     model = PerturbDiff.from_pretrained(arguments.model, device="cpu")
@@ -245,10 +248,11 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 
 def _merge(arguments: argparse.Namespace) -> None:
-    from perturbdiff.model import PerturbDiff
-
     if Path(arguments.out).exists():
         raise FileExistsError(f"--out {arguments.out} exists; choose another name or remove it.")
+    refuse_missing(arguments.adapter)
+    from perturbdiff.model import PerturbDiff
+
     model = PerturbDiff.from_pretrained(arguments.adapter, device="cpu", base=arguments.base)
     model.save_pretrained(arguments.out)
     print(f"merged      {arguments.adapter}: {model.n_parameters:,} parameters, its golden output checked")

@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
-from perturbdiff.cli.command import SETTINGS, add_command, add_settings
+from perturbdiff.cli.command import SETTINGS, add_command, add_settings, refuse_missing
 
 if TYPE_CHECKING:
     from perturbdiff.model import PerturbDiff
@@ -125,11 +125,10 @@ def load_model(name: str, features: list[str], settings: list[str], file: str) -
 
 
 def _predict(arguments: argparse.Namespace) -> None:
-    from perturbdiff.hub.download import find_model
     from perturbdiff.inference.output import check_outputs
 
     check_outputs(arguments.out, arguments.summary, arguments.overwrite)  # before the model is loaded
-    find_model(arguments.model)  # before torch is imported: what is not there is told at once
+    refuse_missing(arguments.model)
     from perturbdiff.inference.predictions import predict_request, predict_requests
     from perturbdiff.inference.requests import Request, read_requests
 

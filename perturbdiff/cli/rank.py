@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perturbdiff.cards import plain
-from perturbdiff.cli.command import add_command
+from perturbdiff.cli.command import add_command, refuse_missing
 from perturbdiff.cli.predict import add_columns, add_sampling, load_model, sampling_of
 
 if TYPE_CHECKING:
@@ -61,10 +61,9 @@ def add_rank_command(screen_commands: Any) -> None:
 
 def _rank(arguments: argparse.Namespace) -> None:
     from perturbdiff.files import check_output, few, written
-    from perturbdiff.hub.download import find_model
 
     out = check_output(arguments.out, ".csv", overwrite=arguments.overwrite)
-    find_model(arguments.model)  # before torch is imported: what is not there is told at once
+    refuse_missing(arguments.model)
     from perturbdiff.inference.ranking import rank_perturbations
 
     up, down = _names(arguments.up, "--up"), _names(arguments.down, "--down")

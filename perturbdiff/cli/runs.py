@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perturbdiff.cli.check import add_check_command
-from perturbdiff.cli.command import SETTINGS, add_command, add_settings
+from perturbdiff.cli.command import SETTINGS, add_command, add_settings, refuse_missing
 from perturbdiff.cli.predict import add_predict_commands
 from perturbdiff.cli.rank import add_rank_command
 from perturbdiff.training.signals import StopRequest
@@ -278,10 +278,8 @@ def _pretrain(arguments: argparse.Namespace) -> None:
 
 @_noting_signals
 def _finetune(arguments: argparse.Namespace) -> None:
-    from perturbdiff.hub.download import find_model
-
     if arguments.init_from is not None:
-        find_model(arguments.init_from)  # before torch is imported: what is not there is told at once
+        refuse_missing(arguments.init_from)
     from perturbdiff.training.run import finetune, preview
 
     words = {**_training_of(arguments), "init_from": arguments.init_from}
@@ -334,6 +332,9 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _scores(arguments: argparse.Namespace) -> Scores:
+    is_file = Path(arguments.predictions).suffix in (".h5ad", ".parquet")
+    if not is_file and not Path(arguments.predictions).is_dir():
+        refuse_missing(arguments.predictions)
     from perturbdiff.evaluation.held_out import RUN_FILES, evaluate_model, evaluate_run
     from perturbdiff.evaluation.scores import evaluate
 
@@ -342,7 +343,7 @@ def _scores(arguments: argparse.Namespace) -> Scores:
         return evaluate_run(given, screen, field=arguments.field, overrides=words)
     if screen is None:
         raise ValueError("--screen is missing: the measured cells and their controls.")
-    if Path(given).suffix in (".h5ad", ".parquet"):
+    if is_file:
         return evaluate(given, screen, split, field=arguments.field, overrides=words)
     return evaluate_model(given, screen, split, field=arguments.field, overrides=words)
 
@@ -351,13 +352,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from perturbdiff.hub.download import own_folder
 
     folder = None if arguments.model is None else own_folder(arguments.model)
-    from perturbdiff.model import PerturbDiff
-
     if arguments.out is not None and Path(arguments.out).exists() and not Path(arguments.out).is_dir():
         raise FileExistsError(f"--out {arguments.out} is a file; give a folder.")
     scores = _scores(arguments)
     print(scores.table())
     if folder is not None:
+        from perturbdiff.model import PerturbDiff
+
         model = PerturbDiff.from_pretrained(folder, device="cpu")
         model.evaluation = scores.record()
         model.save_pretrained(folder)
