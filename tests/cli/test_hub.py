@@ -123,6 +123,7 @@ def test_the_entry_that_a_push_prints_works_in_a_registry(hub, trained, tmp_path
 def test_a_license_is_kept_in_the_folder_and_shown_everywhere(hub, trained, tmp_path, said):
     folder = tmp_path / "model"
     PerturbDiff.from_pretrained(trained, device="cpu").save_pretrained(folder)
+    (folder / "README.md").write_text((folder / "README.md").read_text() + "\nMine.\n")
     before = files(folder)
     with pytest.raises(SystemExit):
         said("hub", "push", folder, "no repo", "--license", "mit")
@@ -131,7 +132,9 @@ def test_a_license_is_kept_in_the_folder_and_shown_everywhere(hub, trained, tmp_
     for where in (folder, NAME):
         assert "license       cc-by-4.0\n" in said("hub", "info", where)
     card = hub.models[NAME].commits[hub.models[NAME].branches["main"]]["README.md"].decode()
-    assert "license: cc-by-4.0\n" in card
+    for text in (card, (folder / "README.md").read_text()):
+        assert "license: cc-by-4.0\n" in text
+        assert text.endswith("\nMine.\n")
     assert files(folder)[WEIGHTS] == files(trained)[WEIGHTS]
     assert said("hub", "diff", NAME, folder) == "weights: the same files\n"
 
