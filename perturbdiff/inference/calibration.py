@@ -39,7 +39,7 @@ LEVEL = 0.9
 RESPONDING = 0.1  # of the pairs
 SMALLEST_FLOOR = 1e-6  # log1p; where most means are predicted to the last digit
 MAX_CELLS = 256  # of a population
-MAX_CONDITIONS = 64  # more are taken evenly
+MAX_CONDITIONS = 24  # more are taken evenly
 
 
 def held_out_means(
