@@ -459,6 +459,8 @@ class PerturbDiff:
                 raise ValueError(f"n_cells ({of.n_cells}) must be at least 1.")
         if n_populations < 1:
             raise ValueError(f"n_populations ({n_populations}) must be at least 1.")
+        if seed < 0:
+            raise ValueError(f"seed ({seed}) must not be negative.")
         numbers = [(of.n_cells or controls.n_obs) * n_populations for of in wanted]
         _refuse_too_many(max(numbers))
         if controls.n_obs == 0:

@@ -16,6 +16,7 @@ from perturbdiff.config import ObsColumns
 from perturbdiff.data.screen import control_cells
 from perturbdiff.diffusion.generate import sample_batch
 from perturbdiff.generation import Wanted
+from perturbdiff.hub import tensors
 from perturbdiff.training.loop import fit
 from tests.simulated import SIMULATION, tiny_config, write_screen
 
@@ -370,22 +371,21 @@ def test_a_folder_that_is_away_between_two_renames_is_waited_for(model, tmp_path
     back.join()
 
 
-def test_a_folder_replaced_while_its_weights_are_opened_is_read_again(model, tmp_path, monkeypatch):
-    """safetensors opens a file by name twice, the second time in torch, which raises RuntimeError if it has gone."""
+def test_a_folder_replaced_while_its_weights_are_read_is_read_again(model, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "model")
-    open_storage, left = torch.UntypedStorage.from_file, [3]
+    read, left = tensors.read_verified, [3]
 
     def replaced_just_before(*args, **kwargs):
         if left[0]:
             left[0] -= 1
             (tmp_path / "model").rename(tmp_path / f"moved_{left[0]}")
             try:
-                return open_storage(*args, **kwargs)
+                return read(*args, **kwargs)
             finally:
                 model.save_pretrained(tmp_path / "model")
-        return open_storage(*args, **kwargs)
+        return read(*args, **kwargs)
 
-    monkeypatch.setattr(torch.UntypedStorage, "from_file", replaced_just_before)
+    monkeypatch.setattr(tensors, "read_verified", replaced_just_before)
     loaded = PerturbDiff.from_pretrained(tmp_path / "model", device="cpu")
     assert left == [0]
     for name, tensor in model.denoiser.state_dict().items():
