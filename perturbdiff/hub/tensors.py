@@ -42,6 +42,7 @@ from perturbdiff.hub.model_folder import (
 from perturbdiff.hub.records import MeansRecord
 from perturbdiff.means.training import TrainingMeans
 from perturbdiff.nn.denoiser import Denoiser, build_denoiser
+from perturbdiff.nn.layers import shapes_only
 
 MAX_OVERHEAD = 1 << 26  # bytes of tensor files beyond eight a value: headers, and the golden check
 GOLDEN_TOLERANCE = 1e-4
@@ -118,7 +119,7 @@ def write_model_folder(
 
 def denoiser_of(metadata: ModelMetadata) -> Denoiser:
     """The denoiser on the meta device: its names and shapes, before memory is taken."""
-    with torch.device("meta"):
+    with shapes_only():
         denoiser = build_denoiser(metadata.config.denoiser, len(metadata.genes), metadata.vocabularies)
         if metadata.trained is not None:
             for name in _names_of(metadata.trained):

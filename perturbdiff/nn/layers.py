@@ -6,12 +6,36 @@ B = sets, S = cells per set, D = width. Conditioning vectors are (B, 1, D): comp
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 TIME_FREQUENCIES = 128
+INITIALISED_BY = ("normal_", "uniform_", "fill_", "zero_")
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Modules that are made within have names and shapes, on the meta device, and no values."""
+    with _NotInitialised(), torch.device("meta"):
+        yield
+
+
+class _NotInitialised(TorchFunctionMode):
+    # To draw numbers that nobody keeps, torch imports its compiler: two seconds.
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # fmt: skip
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init" or function.__name__ in INITIALISED_BY:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
 
 
 class TimeEmbedding(nn.Module):

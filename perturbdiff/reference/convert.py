@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from perturbdiff.config import (
@@ -25,6 +24,7 @@ from perturbdiff.files import sha256
 from perturbdiff.hub.records import ConversionRecord, TrainingRecord
 from perturbdiff.nn.conditioning import CovariateEncoder, VocabSizes
 from perturbdiff.nn.denoiser import Denoiser
+from perturbdiff.nn.layers import shapes_only
 from perturbdiff.reference.checkpoint import TensorRef, open_checkpoint, unwrap
 from perturbdiff.reference.names import denoiser_config, load, rename_denoiser, rename_encoder
 
@@ -163,7 +163,7 @@ def denoiser_from_reference(state_dict: Mapping[str, Tensor], n_heads: int) -> D
     """
     published = {name.removeprefix("model."): tensor for name, tensor in state_dict.items()}
     config, n_genes = denoiser_config(published, n_heads)
-    with torch.device("meta"):
+    with shapes_only():
         denoiser = Denoiser(config, n_genes, sizes=None)
     load(denoiser, rename_denoiser(published, n_genes, config.depth))
     return denoiser
@@ -177,7 +177,7 @@ def covariate_encoder_from_reference(state_dict: Mapping[str, Tensor]) -> Covari
     """
     published = {name.removeprefix("cov_encoder."): tensor for name, tensor in state_dict.items()}
     ours, config, sizes = rename_encoder(published, DenoiserConfig())
-    with torch.device("meta"):
+    with shapes_only():
         encoder = CovariateEncoder(sizes, config, n_genes=config.published_encoding.covariates)
     load(encoder, ours)
     return encoder
@@ -267,7 +267,7 @@ def _build(
         encoder["perturbation.weight"] = encoder["perturbation.weight"][:1]
     if config.published_encoding.covariates == n_genes:
         config.published_encoding.covariates = 0
-    with torch.device("meta"):  # shapes only: no memory is taken before they were compared with the file's
+    with shapes_only():  # shapes only: no memory is taken before they were compared with the file's
         denoiser = Denoiser(config, n_genes, sizes)
     ours = rename_denoiser(network, n_genes, config.depth)
     load(denoiser, {**ours, **{f"conditioning.encoder.{name}": tensor for name, tensor in encoder.items()}})

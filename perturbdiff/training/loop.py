@@ -24,6 +24,7 @@ from perturbdiff.files import progress
 from perturbdiff.lock import Lock
 from perturbdiff.model import PerturbDiff
 from perturbdiff.nn.denoiser import Denoiser, build_denoiser
+from perturbdiff.nn.layers import shapes_only
 from perturbdiff.training.dataset import TrainingSet
 from perturbdiff.training.distributed import engine, idle_note, launch
 from perturbdiff.training.ema import EMA
@@ -429,7 +430,7 @@ class _Run:
         self.saved_at, self.saved_time = done.step, time.monotonic()
 
     def _denoiser_with(self, weights: dict[str, Tensor]) -> Denoiser:
-        with torch.device("meta"):
+        with shapes_only():
             denoiser = build_denoiser(self.config.denoiser, len(self.data.cells.genes), self.data.vocabularies)
         denoiser.load_state_dict(self.start.own_weights(weights), assign=True)
         return denoiser.to(self.device).eval().requires_grad_(False)

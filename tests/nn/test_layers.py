@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -138,3 +140,25 @@ def test_attention_gradients_pass_gradcheck():
     attention = randomized(Attention(4, 2)).double()
     x, mask = normal(2, 3, 4).double().requires_grad_(), torch.tensor([[True, False, True], [True, True, True]])
     assert torch.autograd.gradcheck(lambda x: attention(x, mask), x)
+
+
+def test_shapes_are_known_without_values_and_without_the_compiler():
+    """Which takes two seconds to import: a process of its own sees whether it was."""
+    code = """
+import sys, torch
+from perturbdiff.config import DenoiserConfig
+from perturbdiff.nn.conditioning import VocabSizes
+from perturbdiff.nn.denoiser import Denoiser
+from perturbdiff.nn.layers import shapes_only
+sizes = VocabSizes(perturbations=3, cell_types=2, batches=2)
+config = DenoiserConfig(width=8, depth=2, n_heads=2, conditioning="labels", interaction=True)
+with shapes_only():
+    denoiser = Denoiser(config, 5, sizes)
+assert all(tensor.is_meta for tensor in denoiser.state_dict().values())
+shapes = {name: tensor.shape for name, tensor in Denoiser(config, 5, sizes).state_dict().items()}
+assert {name: tensor.shape for name, tensor in denoiser.state_dict().items()} == shapes
+assert torch.nn.Linear(3, 3).weight.abs().sum() > 0
+print("torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
