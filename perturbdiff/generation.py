@@ -109,12 +109,15 @@ class Generation:
         self._weight, self._n_populations, self._seed, self._varied = (
             sampling.network_weight, n_populations, seed, varied,
         )  # fmt: skip
+        # Older models keep what they predicted.
+        self._to_mean = not varied and sampling.draw_counts and sampling.whole_counts
         cell_types, batches = vocabularies.cell_types.ids, vocabularies.batches.ids
         self._known = [(c if c in cell_types else None, b if b in batches else None) for c, b in contexts]
         _, self._conditions = assign_sets(self._known, [], config.set_size)
         overdispersion = None if means is None else means.overdispersion
         self._pool = ControlPool(denoiser, expression, config, sampling, overdispersion)
         self._sources: dict[tuple[int | None, int, bool], np.ndarray] = {}
+        self._parts: dict[int | None, list[Change | None]] = {}
         self._pilots: dict[str | None, tuple[np.ndarray, np.ndarray]] = {}
 
     def each(self, wanted: Sequence[Wanted], bar: tqdm[Any]) -> Iterator[Generated]:
@@ -142,6 +145,9 @@ class Generation:
             nothing = [Change(np.zeros((1, len(self._measured))))] * len(names) * n
             found = self._pool.denoise(pilots, labels, moved, nothing, 0, unseen)[0] if pilots else None
         changes = self._changes(drawn, pilots, found)
+        for number, each in enumerate(wanted):
+            if self._to_mean:
+                changes[number * n : (number + 1) * n] = self._to_mean_of_all(each)
         sets = [self._sets(of, i, draws) for i, (of, draws) in enumerate(zip(wanted, drawn, strict=True))]
         X, one = self._pool.denoise([own for of in sets for own in of], labels, moved, changes, self._seed, bar)
         end = 0
@@ -198,13 +204,29 @@ class Generation:
 
     def _sets(self, of: Wanted, number: int, draws: dict[str | None, PopulationDraws]) -> list[CellSet]:
         # A population that is measured is not of cells that were chosen by their mean.
-        representative, sources = not _differ(draws), []
+        return self._assigned(self._chosen(of.n_cells, not _differ(draws)), number)
+
+    def _chosen(self, n_cells: int | None, representative: bool) -> list[np.ndarray]:
+        """The controls that each population starts from."""
         for k in range(self._n_populations):
-            key = of.n_cells, k, representative
+            key = n_cells, k, representative
             if key not in self._sources:
-                self._sources[key] = choose_controls(self._expression, of.n_cells, self._seed, k, representative)
-            sources.append(self._sources[key])
-        return self._assigned(sources, number)
+                self._sources[key] = choose_controls(self._expression, n_cells, self._seed, k, representative)
+        return [self._sources[n_cells, k, representative] for k in range(self._n_populations)]
+
+    def _to_mean_of_all(self, of: Wanted) -> list[Change | None]:
+        """By condition: what a part of its controls differs from all of them by, which predicted cells would too."""
+        if of.n_cells not in self._parts:
+            found: list[Change | None] = []
+            for context, mean in zip(self._conditions, self._control_means, strict=True):
+                here = np.array([own == context for own in self._known])
+                by = np.zeros((self._n_populations, len(mean)))
+                for k, source in enumerate(self._chosen(of.n_cells, True)):
+                    if len(rows := source[here[source]]):
+                        by[k] = mean - gene_means(self._expression.log1p(rows))
+                found.append(Change(by, drawn=False) if by.any() else None)
+            self._parts[of.n_cells] = found
+        return self._parts[of.n_cells]
 
     def _assigned(self, sources: Sequence[np.ndarray], number: int) -> list[CellSet]:
         first = number * len(self._conditions)

@@ -18,6 +18,7 @@ from perturbdiff.diffusion.generate import sample_batch
 from perturbdiff.generation import Wanted
 from perturbdiff.hub import tensors
 from perturbdiff.training.loop import fit
+from tests.screens import log1p_cp10k
 from tests.simulated import SIMULATION, tiny_config, write_screen
 
 
@@ -355,6 +356,25 @@ def test_controls_without_a_count_are_warned_of(model, controls):
     empty.X = empty.X * 0
     with pytest.warns(UserWarning, match=f"all {len(empty)} control cells are empty"):
         model.predict(empty, perturbation="pert_1")
+
+
+def test_cells_from_a_part_of_the_controls_have_the_mean_that_all_of_them_give(screen, tmp_path):
+    config = tiny_config(screen, tmp_path, "training.n_steps=1")
+    model = PerturbDiff.from_pretrained(fit(config).folder / "model", device="cpu")
+    controls = control_cells(screen, ObsColumns(), "type_0", "batch_0")
+    assert model.config.denoiser.output == "control_residual"
+    for parameter in model.denoiser.head.parameters():
+        parameter.data.zero_()  # predicted cells are the controls
+    logs = pd.DataFrame(log1p_cp10k(controls.X), controls.obs_names, controls.var_names)[list(model.genes.names)]
+    off = []
+    for n_cells in (11, 17):
+        predicted = model.predict(controls, perturbation="pert_1", n_cells=n_cells, varied=False)
+        chosen = logs.loc[predicted.obs["source_control"]].mean()
+        off.append([np.abs(mean - logs.mean()).mean() for mean in (dense(predicted).mean(axis=0), chosen)])
+    assert all(now < 0.6 * before for now, before in off), off
+    # A draw is of cells that were not chosen by their mean, and all controls have the mean of all.
+    whole = dense(model.predict(controls, perturbation="pert_1", varied=False))
+    np.testing.assert_allclose(np.sort(whole.mean(axis=0)), np.sort(logs.mean()), atol=0.02)
 
 
 def test_one_cell_and_one_step_are_enough(model, controls):

@@ -122,10 +122,13 @@ class Change:
         (K, G) log1p, of each population, by how much its mean differs.
     kept
         (G,) part of the differences of cells from the mean of their set that is kept; None: all of it.
+    drawn
+        Whether `by` is a draw, which moves the sums of cells; else each still adds up to a library.
     """
 
     by: np.ndarray
     kept: np.ndarray | None = None
+    drawn: bool = True
 
 
 class ControlPool:
@@ -165,7 +168,7 @@ class ControlPool:
         """Predicted cells of all sets in their order, (cells, G) log1p; labels, moves, changes by condition number.
 
         Where they hold whole counts alone (sampling.draw_counts), also the (cells,) log1p value of one in each, else
-        None. Log1p values are of the depth of the control, which keeps their means; where a population has no change,
+        None. Log1p values are of the depth of the control, which keeps their means; where a population is not drawn,
         of the sum of a cell's own counts, as measured cells are, if the genes are all of a library: a change of log1p
         means that all cells share moves their sums, and to undo that would undo a part of it.
 
@@ -184,7 +187,8 @@ class ControlPool:
             cells = x0[batch.mask].mul_(self._expression.preprocessing.scale).cpu().numpy()
             ends = np.cumsum([len(of.rows) for of in chunk])
             for number, own, of in zip(numbers, np.split(cells, ends[:-1]), chunk, strict=True):
-                blocks[number] = self._with_counts(own, of, seed, changes[of.condition] is None)
+                given = changes[of.condition]
+                blocks[number] = self._with_counts(own, of, seed, given is None or not given.drawn)
             bar.update(len(cells))
         X = sparse.vstack([sparse.csr_matrix(cells) for cells, _ in blocks], format="csr")
         return X, None if self._one is None else np.concatenate([one for _, one in blocks if one is not None])

@@ -403,13 +403,13 @@ def test_a_second_run_beside_the_first_is_refused(model, controls, tmp_path):
 
 @pytest.mark.parametrize("many", [False, True])
 def test_what_another_run_wrote_meanwhile_is_not_replaced(model, controls, tmp_path, monkeypatch, many):
-    out, generate = tmp_path / "all.h5ad", PerturbDiff.generate
+    out, generate = tmp_path / "all.h5ad", PerturbDiff.generate_each
 
     def slow(*given, **options):
         out.write_text("of another")
         return generate(*given, **options)
 
-    monkeypatch.setattr(PerturbDiff, "generate", slow)
+    monkeypatch.setattr(PerturbDiff, "generate_each", slow)
     predict, what = (predict_requests, REQUESTS) if many else (predict_request, REQUESTS[0])
     with pytest.raises(FileExistsError, match=r"all\.h5ad exists"):
         predict(model, controls, what, out)
