@@ -94,7 +94,7 @@ def read_card(path: Path) -> str | None:
     try:
         if not path.is_file() or path.stat().st_size > MAX_CARD_BYTES:
             return None
-        return path.read_bytes().decode("utf-8")
+        return path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError):
         return None
 

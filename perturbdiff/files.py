@@ -15,7 +15,7 @@ import sys
 import tempfile
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from functools import cache
@@ -73,6 +73,15 @@ def to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def refuse_inputs(outputs: Iterable[str | Path | None], inputs: Iterable[str | Path | None]) -> None:
+    """Raises FileExistsError where a file to write is one that is read: --overwrite is about earlier outputs."""
+    given = [path for path in inputs if path]
+    for path in (path for path in outputs if path):
+        for read in given:
+            if os.path.isfile(path) and os.path.isfile(read) and os.path.samefile(path, read):
+                raise FileExistsError(f"output {path} is an input ({read}); choose another name.")
 
 
 def check_output(path: str | Path, *endings: str, overwrite: bool = False) -> Path:

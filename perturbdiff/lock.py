@@ -50,6 +50,8 @@ class Lock:
                 )
             if holder is not None:
                 self._put_away(holder)
+            elif self.path.is_symlink():
+                raise FileExistsError(f"{self.path} is a link to nothing; remove it.")
         self._thread.start()
 
     def release(self) -> None:

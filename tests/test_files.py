@@ -140,3 +140,13 @@ def test_a_folder_that_cannot_be_replaced_is_as_it_was(tmp_path, monkeypatch):
         replace_folder(new, final)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "new"]
     assert (final / "file").read_text() == "1"
+
+
+def test_what_is_read_is_not_written_over(tmp_path):
+    screen, link, new = tmp_path / "s.h5ad", tmp_path / "link.h5ad", tmp_path / "new.h5ad"
+    screen.write_text("cells")
+    link.symlink_to(screen)
+    files.refuse_inputs([new, None], [screen, None])
+    for out in (screen, link):
+        with pytest.raises(FileExistsError, match="is an input"):
+            files.refuse_inputs([new, out], [None, screen])

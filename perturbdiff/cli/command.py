@@ -75,7 +75,9 @@ def add_command(
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, as training.n_steps=1000")
+    parser.add_argument(
+        "settings", nargs="*", default=[], metavar="key=value", help="settings, as training.n_steps=1000"
+    )
 
 
 def add_target(parser: argparse.ArgumentParser) -> None:

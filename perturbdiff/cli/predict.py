@@ -125,8 +125,10 @@ def load_model(name: str, features: list[str], settings: list[str], file: str) -
 
 
 def _predict(arguments: argparse.Namespace) -> None:
+    from perturbdiff.files import refuse_inputs
     from perturbdiff.inference.output import check_outputs
 
+    refuse_inputs((arguments.out, arguments.summary), (arguments.controls, arguments.requests, *arguments.features))
     check_outputs(arguments.out, arguments.summary, arguments.overwrite)  # before the model is loaded
     refuse_missing(arguments.model)
     from perturbdiff.inference.predictions import predict_request, predict_requests

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -60,8 +61,10 @@ def add_rank_command(screen_commands: Any) -> None:
 
 
 def _rank(arguments: argparse.Namespace) -> None:
-    from perturbdiff.files import check_output, few, written
+    from perturbdiff.files import check_output, few, hanging, refuse_inputs, written
 
+    lists = (arguments.up, arguments.down, arguments.candidates)  # or names
+    refuse_inputs([arguments.out], (arguments.controls, arguments.towards, *lists, *arguments.features))
     out = check_output(arguments.out, ".csv", overwrite=arguments.overwrite)
     refuse_missing(arguments.model)
     from perturbdiff.inference.ranking import rank_perturbations
@@ -89,12 +92,14 @@ def _rank(arguments: argparse.Namespace) -> None:
     with written(out) as temporary:
         table.to_csv(temporary, index=False)
     print(_shown(table.head(SHOWN)))
-    if untold := table["perturbation"][table["verdict"] == "cannot tell"].tolist():
-        print(
-            f"trust       of {len(untold):,} candidates nobody can tell more than what all perturbations do; their\n"
-            f"            places are a guess: {few(untold)}"
-        )
-    print(f"p_above     {_of_what(table, arguments.n_populations, arguments.towards is not None)}")
+    untold, known = table["verdict"] == "cannot tell", table["expected_pearson"].notna()
+    if names := table["perturbation"][untold & known].tolist():
+        text = f"trust       of {len(names):,} candidates nobody can tell more than what all perturbations do; "
+        print(hanging(f"{text}their places are a guess: {few(names)}", 12))
+    if names := table["perturbation"][untold & ~known].tolist():
+        text = f"trust       how well {len(names):,} candidates can be told is not known: "
+        print(hanging(f"{text}no training condition that was left out is as new: {few(names)}", 12))
+    print(hanging(f"p_above     {_of_what(table, arguments.n_populations, arguments.towards is not None)}", 12))
     print(f"written     {out}: {len(table):,} perturbations; no change scores 0")
 
 
@@ -125,7 +130,7 @@ def _names(given: str | None, option: str, known: Callable[[str], bool] = lambda
     from perturbdiff.data.vocab import between_commas
 
     path = Path(given)
-    if path.is_file():
+    if os.path.isfile(given):  # False, not an error, of a list that is too long for a name
         if (size := path.stat().st_size) > MAX_LIST_BYTES:
             raise ValueError(f"{option} {path} has {size:,} bytes; at most {MAX_LIST_BYTES:,} are read.")
         try:

@@ -80,6 +80,7 @@ FAR = 1.5  # sums of predicted cells over those of measured ones, if they are of
 MANY = 3.0  # times less, as those of mean profiles may be
 
 
+UNKNOWN_TRUST = "unknown"
 DRAWN = (
     "The predicted populations are draws of how batches differ, and simple methods tell the mean over batches: predict "
     "with --average (varied=False) to compare means."
@@ -211,7 +212,7 @@ class Scores:
         signs = {"higher": "+", "lower": "-", "ideal 1": "1", "ideal 0.5": ".5"}
         shown = pd.DataFrame(index=means.index)
         for metric in list(METRICS)[:SHOWN]:
-            lacking = [f" [{n:.0f} NaN]" if n else "" for n in undefined[metric]]
+            lacking = [f" [{n:.0f}]" if n else "" for n in undefined[metric]]
             shown[f"{_SHORT.get(metric, metric)} ({signs[METRICS[metric]]})"] = [
                 f"{mean:.3f}{nan}" for mean, nan in zip(means[metric], lacking, strict=True)
             ]
@@ -221,9 +222,11 @@ class Scores:
             if (found := self.interval(MODEL, metric)) is not None
         ]
         n, kind = self.n_conditions, "measured" if self.hold_out is None else "held-out"
+        nowhere = ", [n] undefined on n conditions" if "[" in shown.to_string() else ""
         texts = [
             f"mean over {n} {kind} condition{'s' if n > 1 else ''}, log1p space; + higher is better, - lower is "
-            "better, 1 ideal is 1",
+            f"better, 1 ideal is 1{nowhere}; the ceiling, a half of the cells predicting the other, is a lower bound "
+            "of what can be reached",
             f"95 % intervals of {MODEL}: {', '.join(own)}" if own else "",
             self.verdict(),
             *self.notes,
@@ -328,7 +331,7 @@ def score_conditions(
     simple = None if split is None else SimpleMethods(screen, split, match, tables)
     choices = ControlChoices(screen.expression, seed)
     rows: list[dict[str, object]] = []
-    told: dict[Verdict, list[float]] = {}  # Pearson delta of the model
+    told: dict[str, list[float]] = {}  # Pearson delta of the model, by verdict
     responses: dict[tuple[str, str], list[Response]] = {}
     squared = np.zeros(2)  # measured response, of the predicted genes and of all
     sides: list[tuple[Condition, np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
@@ -361,7 +364,10 @@ def score_conditions(
                 scores = score_condition(of_method, true, control, other, n_equal, reference, distances)
                 without = leave_out(of_method, true, control, other, distances, n_folds)
                 if own is None and simple is not None:
-                    told.setdefault(simple.trust(condition, start).verdict, []).append(scores["pearson_delta"])
+                    trust = simple.trust(condition, start)
+                    unknown_how = trust.verdict == "cannot tell" and not trust.n_left_out
+                    key = UNKNOWN_TRUST if unknown_how else trust.verdict
+                    told.setdefault(key, []).append(scores["pearson_delta"])
                 own = without if own is None else own
                 rows.append({"method": name, **known, **scores, **_errors(without, own), **unknown})
             ceiling = split_half_ceiling(true, control, other, max(n_equal // 2, 1), reference)
@@ -390,6 +396,11 @@ def score_conditions(
         notes.append(f"{len(real) - len(common)} of {len(real)} measured conditions were not predicted.")
     if shown := [_of_verdict(verdict, told[verdict]) for verdict in get_args(Verdict) if verdict in told]:
         notes.append(f"By training conditions left out, {', '.join(shown)}.")
+    if n_unknown := len(told.get(UNKNOWN_TRUST, [])):
+        notes.append(
+            f"How well {n_unknown} of the responses can be told is not known: no training condition that was left "
+            "out is as new."
+        )
     if n_left_out:
         lost = "" if share is None else f", which hold {1 - share:.0%} of the squared response"
         notes.append(f"{n_left_out:,} of {len(kept):,} genes are not predicted and scored as no change{lost}.")
@@ -405,7 +416,8 @@ def _of_verdict(verdict: Verdict, pearson: Sequence[float]) -> str:
     mean = f" (mean pearson_delta {np.mean(known):.2f})" if known else ""
     if verdict == "cannot tell":
         return f"of {len(pearson)} nobody can tell more than what all perturbations do{mean}"
-    return f"{len(pearson)} {'is' if len(pearson) == 1 else 'are'} {verdict}{mean}"
+    how = "can be told" if verdict == "known" else f"{'is' if len(pearson) == 1 else 'are'} trained"
+    return f"{len(pearson)} {how}{mean}"
 
 
 def _ask_cell_eval(

@@ -195,7 +195,7 @@ def _refuse_few(n_conditions: int) -> None:
     if n_conditions < 2:
         raise ValueError(
             f"{n_conditions} conditions are too few to calibrate on: coverage is measured on those left out in turn. "
-            "Hold out two or more for validation (split.validation)."
+            "Train again with two or more, as 'split.validation=[A:T,B:T]'."
         )
 
 

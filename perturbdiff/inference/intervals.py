@@ -67,8 +67,8 @@ def certainty(calibration: Calibration | None, widths: np.ndarray) -> str:
     """How sure predictions are, for a person; `widths` as `median_width` gives them, NaN where it is not known."""
     if calibration is None:
         return (
-            "not calibrated; of a split with two or more validation conditions perturbdiff calibrate makes intervals "
-            "of the spread between populations"
+            "not calibrated: no intervals. Training with two or more validation conditions makes them, as "
+            "'split.validation=[A:T,B:T]'"
         )
     measured = f"covered {covered(calibration.coverage)}"
     known = widths[np.isfinite(widths)]
@@ -103,7 +103,9 @@ def latent_spread(predicted: AnnData, means: np.ndarray) -> np.ndarray:
 
 def latent_share(predicted: AnnData) -> float | None:
     """Part of the variance between the means of populations that finitely many cells do not make, over all genes: 0 to
-    1; None of a single population, or where all have the same."""
+    1; None of a single population or populations of a single cell, or where all have the same."""
+    if predicted.obs["population"].value_counts().min() < 2:
+        return None
     means = population_means(predicted)
     total = float(means.var(axis=0, ddof=1).sum()) if len(means) > 1 else 0.0
     return min(max(1 - float(_noise(predicted, means).sum()) / total, 0.0), 1.0) if total > 0 else None

@@ -33,6 +33,7 @@ from perturbdiff.data.guides import gene_rows
 from perturbdiff.data.screen import genes_of
 from perturbdiff.files import (
     few,
+    hanging,
     json_sha256,
     progress,
     read_json,
@@ -123,18 +124,22 @@ class Predictions:
         for label, numbers in sorted(self.unseen.items()):
             first = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
             which = "" if self.n_requests is None else f", in {len(numbers):,} requests (number {first})"
-            lines.append(f"unseen      {label}{which}: extrapolated from features, other doses or the control cells")
+            how = "its features or other doses" if label.startswith("perturbation ") else "its control cells"
+            lines.append(f"unseen      {label}{which}: extrapolated from {how}")
         lines += _trust_lines(self.trust)
         lines.append(f"sampler     {uns['sampler']}, {uns['n_steps']} steps, guidance {uns['guidance_scale']:g}")
         if uns["n_populations"] == 1 and "one draw" in uns["populations_differ"]:
             lines.append("populations 1, one draw of how batches differ (--average: their mean)")
         else:
-            lines.append(f"populations {uns['n_populations']:,}, differing {uns['populations_differ']}")
+            differing = "" if uns["n_populations"] == 1 else f", differing {uns['populations_differ']}"
+            lines.append(f"populations {uns['n_populations']:,}{differing}")
         if self.latent_share is not None:
             lines.append(
-                f"            {self.latent_share:.0%} of the variance of their means is not that of so few cells"
+                f"            {self.latent_share:.0%} of the variance of their means is real, the rest is noise of few "
+                "cells"
             )
         lines.append(f"certainty   {certainty(self.calibration, self.widths)}")
+        lines = [hanging(line, 12) for line in lines]  # not the paths
         controls = f" and {self.n_controls:,} control cells" if self.n_controls else ""
         lines.append(f"written     {self.out}: {self.n_cells:,} cells{controls}, {n_written:,} genes")
         if self.summary is not None:
@@ -391,13 +396,24 @@ def _trust_lines(trust: Sequence[Mapping[str, Any]]) -> list[str]:
             "            left out, say that beyond what all perturbations do Pearson's r is",
             f"            {r:.2f}, 90 % range {low:.2f} to {high:.2f}",
         ]
-    untold = [number for number, of in enumerate(trust) if of["verdict"] == "cannot tell"]
-    n = len(said) - len(untold)
-    line = f"trust       {n:,} new response{'' if n == 1 else 's'} can be told"
-    if not untold:
-        return [line]
-    shown = f"number {', '.join(map(str, untold[:5]))}{', ...' if len(untold) > 5 else ''}"
-    return [f"{line}; of {len(untold):,} ({shown}) nobody can tell more", "            than what all perturbations do"]
+    told, untold, unknown = (
+        [number for number, of in enumerate(trust) if of in said and _told(of) == kind] for kind in (True, False, None)
+    )
+    parts = [f"{len(told):,} new response{'' if len(told) == 1 else 's'} can be told"]
+    if untold:
+        parts.append(f"of {_numbers(untold)} nobody can tell more than what all perturbations do")
+    if unknown:
+        parts.append(f"of {_numbers(unknown)} it is not known: no training condition that was left out is as new")
+    return [f"trust       {'; '.join(parts)}"]
+
+
+def _told(trust: Mapping[str, Any]) -> bool | None:
+    """Whether a new response can be told; None where nothing as new was left out."""
+    return True if trust["verdict"] == "known" else False if trust.get("n_left_out") else None
+
+
+def _numbers(of: Sequence[int]) -> str:
+    return f"{len(of):,} (number {', '.join(map(str, of[:5]))}{', ...' if len(of) > 5 else ''})"
 
 
 def _write_summary(

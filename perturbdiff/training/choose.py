@@ -245,7 +245,7 @@ def _tried(
     records: list[list[dict[str, Any]]] = []
     folds = design.folds[: FOLDS if budget is None else None]
     longest = spent = 0.0
-    with progress(len(folds) * len(tried), "choose", "run") as bar:
+    with progress(len(folds) * len(tried), "choose", "run", shown=bool(folds)) as bar:
         for number, fold in enumerate(folds):
             if budget is not None and number and spent + longest * len(tried) > budget:
                 break

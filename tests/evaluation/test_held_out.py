@@ -8,6 +8,9 @@ import pandas as pd
 import pytest
 
 from perturbdiff.cli.main import main
+from perturbdiff.config import DataConfig, SplitConfig
+from perturbdiff.data.screen import Screen
+from perturbdiff.data.splits import make_split, read_split, write_split
 from perturbdiff.evaluation import held_out
 from perturbdiff.evaluation.held_out import evaluate_model, evaluate_run, reproduce
 from perturbdiff.evaluation.scores import MODEL
@@ -49,6 +52,16 @@ def test_the_split_travels_with_the_model_and_is_all_that_scoring_it_again_needs
     assert again.record().mean[MODEL] == pytest.approx(saved["mean"][MODEL], rel=1e-6)
     PerturbDiff.from_pretrained(model, device="cpu").save_pretrained(tmp_path / "again")
     assert read_folder(tmp_path / "again").json["split.json"] == folder.json["split.json"]
+
+
+def test_what_the_model_was_trained_on_is_not_scored_as_held_out(run, tmp_path):
+    model = run / "out" / "model"
+    screen = Screen.read(run / "screen.h5ad", DataConfig(screen=str(run / "screen.h5ad")))
+    other = make_split(screen, SplitConfig(["pert_2:type_1"], [], 0.0), 0)
+    write_split(other, screen, tmp_path / "other.json")
+    n = int((other.test & read_split(run / "out" / "split.json", screen).train).sum())
+    with pytest.raises(ValueError, match=rf"was trained on {n:,} of the {other.test.sum():,} cells that the split"):
+        evaluate_model(model, run / "screen.h5ad", tmp_path / "other.json")
 
 
 def test_scores_of_a_card_are_reproduced_or_said_to_differ(run, tmp_path, capsys, refused):
