@@ -165,7 +165,7 @@ def build_page(model: PerturbDiff, name: str, given: Controls | None, limits: Li
             origin: str,
             uploaded: Controls | None,
             position: int | None,
-            named: str,
+            named: str | None,
             *settings: float,
             progress: gr.Progress = gr.Progress(),  # noqa: B008 (how gradio finds it)
         ) -> dict[Any, Any]:
@@ -177,7 +177,7 @@ def build_page(model: PerturbDiff, name: str, given: Controls | None, limits: Li
                     raise ValueError("There are no control cells; upload an .h5ad file of them first.")
                 wanted = None if position is None or position == EVERY_CELL_TYPE else controls.cell_types[position]
                 cells, populations, scale, n_steps, number = settings
-                positions = find_positions(model, named)
+                positions = find_positions(model, named or "")  # None of an empty box
                 bar = _Bar(int(cells) * int(populations), progress)
                 response = predict_response(
                     model, controls, names, wanted, int(cells), int(populations), scale, int(n_steps), int(number), bar
