@@ -131,8 +131,7 @@ class Predictions:
         if uns["n_populations"] == 1 and "one draw" in uns["populations_differ"]:
             lines.append("populations 1, one draw of how batches differ (--average: their mean)")
         else:
-            differing = "" if uns["n_populations"] == 1 else f", differing {uns['populations_differ']}"
-            lines.append(f"populations {uns['n_populations']:,}{differing}")
+            lines.append(f"populations {uns['n_populations']:,}, differing {uns['populations_differ']}")
         if self.latent_share is not None:
             lines.append(
                 f"            {self.latent_share:.0%} of the variance of their means is real, the rest is noise of few "

@@ -314,7 +314,7 @@ def test_predictions_of_an_unseen_knock_down_go_as_far_as_others_respond_alike(k
     assert 0 < kept < 1
     made = {}
     for part in (kept, 0.0, 1.0):
-        monkeypatch.setattr("perturbdiff.model.response_kept", lambda means, of, part=part: part)
+        monkeypatch.setattr("perturbdiff.generation.response_kept", lambda means, of, part=part: part)
         made[part] = model.generate(controls, genes[0], varied=False).X.toarray()
     np.testing.assert_allclose(made[kept], np.maximum(made[0.0] + kept * (made[1.0] - made[0.0]), 0), atol=1e-5)
     monkeypatch.undo()

