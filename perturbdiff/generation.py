@@ -144,10 +144,10 @@ class Generation:
         with progress(len(pilots), "predict", "cell", shown=False) as unseen:
             nothing = [Change(np.zeros((1, len(self._measured))))] * len(names) * n
             found = self._pool.denoise(pilots, labels, moved, nothing, 0, unseen)[0] if pilots else None
-        changes = self._changes(drawn, pilots, found)
-        for number, each in enumerate(wanted):
-            if self._to_mean:
-                changes[number * n : (number + 1) * n] = self._to_mean_of_all(each)
+        if self._to_mean:
+            changes = [change for of in wanted for change in self._to_mean_of_all(of)]
+        else:
+            changes = self._changes(drawn, pilots, found)
         sets = [self._sets(of, i, draws) for i, (of, draws) in enumerate(zip(wanted, drawn, strict=True))]
         X, one = self._pool.denoise([own for of in sets for own in of], labels, moved, changes, self._seed, bar)
         end = 0

@@ -129,7 +129,7 @@ def predict_held_out(model: PerturbDiff, screen: Screen, split: Split, match: Co
     `screen` has all genes of the file: library sizes are sums over them. Raises as `PerturbDiff.predict`.
     """
     real, controls = held_out_rows(screen, split.test, match)
-    starts = {context: control_halves(screen, rows)[0] for context, rows in controls.items()}
+    starts = {context: control_halves(screen, controls[context])[0] for context in {of[1:] for of in real}}
     n_cells = {condition: min(len(rows), len(starts[condition[1:]])) for condition, rows in real.items()}
     in_context: dict[tuple[str, str], list[Condition]] = {}
     for condition in real:

@@ -222,7 +222,7 @@ class Scores:
             if (found := self.interval(MODEL, metric)) is not None
         ]
         n, kind = self.n_conditions, "measured" if self.hold_out is None else "held-out"
-        nowhere = ", [n] undefined on n conditions" if "[" in shown.to_string() else ""
+        nowhere = ", [n] undefined on n conditions" if undefined[list(METRICS)[:SHOWN]].to_numpy().any() else ""
         texts = [
             f"mean over {n} {kind} condition{'s' if n > 1 else ''}, log1p space; + higher is better, - lower is "
             f"better, 1 ideal is 1{nowhere}; the ceiling, a half of the cells predicting the other, is a lower bound "

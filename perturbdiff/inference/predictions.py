@@ -395,9 +395,8 @@ def _trust_lines(trust: Sequence[Mapping[str, Any]]) -> list[str]:
             "            left out, say that beyond what all perturbations do Pearson's r is",
             f"            {r:.2f}, 90 % range {low:.2f} to {high:.2f}",
         ]
-    told, untold, unknown = (
-        [number for number, of in enumerate(trust) if of in said and _told(of) == kind] for kind in (True, False, None)
-    )
+    new = [(number, of) for number, of in enumerate(trust) if of["verdict"] in ("known", "cannot tell")]
+    told, untold, unknown = ([number for number, of in new if _told(of) is kind] for kind in (True, False, None))
     parts = [f"{len(told):,} new response{'' if len(told) == 1 else 's'} can be told"]
     if untold:
         parts.append(f"of {_numbers(untold)} nobody can tell more than what all perturbations do")
