@@ -109,11 +109,13 @@ def _main() -> None:
                 table[column] = table[column].astype(object)
         cells.write_h5ad(Path(job["out"]))
         said = {"n_cells": n_cells}
-    except MemoryError:
-        said = {"error": f"{path} takes more than {_megabytes(limits.memory_bytes)} of memory; upload fewer cells."}
     except Exception as error:
         text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-        said = {"error": " ".join(text.split()) if isinstance(error, ValueError | KeyError) else short(error)}
+        if isinstance(error, MemoryError) or "alloc" in text:  # "after H5MM_realloc()": HDF5 has words of its own for it
+            text = f"{path} takes more than {_megabytes(limits.memory_bytes)} of memory; upload fewer cells."
+        elif not isinstance(error, ValueError | KeyError):
+            text = short(error)
+        said = {"error": " ".join(text.split())}
     print(json.dumps(said)[:MAX_SAID])
 
 

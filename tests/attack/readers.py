@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest import mock
 
 import anndata
 import numpy as np
@@ -332,9 +333,9 @@ def change_run(folder: Path, random: Random) -> Files:
 
 
 def read_run(folder: Path, random: Random, before: Files) -> None:
-    report.find_spec = lambda name: None  # type: ignore[assignment]  # without figures, which take long
     out = folder / "report.html"
-    report.write_report(folder / "run", out)
+    with mock.patch.object(report, "find_spec", lambda name: None):  # without figures, which take long
+        report.write_report(folder / "run", out)
     text = out.read_text()
     out.unlink()
     page = Page(text)
@@ -356,9 +357,9 @@ def write_registry(folder: Path) -> None:
 
 
 def read_a_registry(folder: Path, random: Random, before: Files) -> None:
-    os.environ["PERTURBDIFF_REGISTRY"] = str(folder / "registry.yaml")
-    for entry in read_registry().values():
-        assert_printable(f"{entry.name}{entry.repo}")
+    with mock.patch.dict(os.environ, PERTURBDIFF_REGISTRY=str(folder / "registry.yaml")):
+        for entry in read_registry().values():
+            assert_printable(f"{entry.name}{entry.repo}")
 
 
 def write_splits(folder: Path) -> None:

@@ -176,7 +176,8 @@ def start(folder, *words, nodes=1, gpus=8, job=123456, path=None, **environment)
         "SLURM_GPUS_ON_NODE": str(gpus),
         "SLURM_CPUS_PER_TASK": "64",
     }
-    inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    own = ("OMP_NUM_THREADS", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # torch sets two where it has compiled
+    inherited = {name: value for name, value in os.environ.items() if name not in own}
     path = path or f"{folder / 'bin'}{os.pathsep}{BIN}{os.pathsep}{os.environ['PATH']}"
     return subprocess.Popen(
         ["bash", PRETRAIN, *map(str, words)],
