@@ -18,7 +18,7 @@ from perturbdiff.app.controls import MIN_GENE_OVERLAP, Controls
 from perturbdiff.data.screen import expression_of
 from perturbdiff.data.vocab import nearest
 from perturbdiff.hub.records import Calibration
-from perturbdiff.inference.intervals import covered, population_means, population_summary
+from perturbdiff.inference.intervals import calibration_for, covered, population_means, population_summary
 from perturbdiff.inference.ranking import find_genes
 from perturbdiff.model import PerturbDiff
 
@@ -78,7 +78,7 @@ class Response:
     def certainty(self) -> str:
         """What the intervals are worth, or why there are none."""
         if self.calibration is None:
-            return "The model is not calibrated: there are no intervals (perturbdiff calibrate)."
+            return "No intervals: the model is not calibrated (perturbdiff calibrate), or not for these settings."
         held = f"such intervals covered {covered(self.calibration.coverage)}"
         if self.predicted.uns["perturbdiff"]["n_populations"] == 1:
             return f"Intervals need two or more populations; {held}."
@@ -151,7 +151,8 @@ def predict_response(
     expression = expression_of(cells, model.preprocessing)
     columns = model.genes.align(expression.genes, MIN_GENE_OVERLAP).columns
     control = expression.with_genes(model.genes, columns).log1p()
-    return Response(predicted, control, columns >= 0, cell_type, model.training.calibration)
+    calibration = calibration_for(model, guidance_scale, steps)
+    return Response(predicted, control, columns >= 0, cell_type, calibration)
 
 
 def find_positions(model: PerturbDiff, text: str) -> list[int]:

@@ -108,7 +108,9 @@ def _of_what(table: Any, n_populations: int, towards: bool) -> str:
         return "by the calibrated intervals of the genes"
     if n_populations < 2:
         return "unknown: it needs --n-populations 2 or more"
-    why = "intervals are of genes" if towards else "the model is not calibrated (perturbdiff calibrate)"
+    why = (
+        "intervals are of genes" if towards else "the model is not calibrated (perturbdiff calibrate), or not for this"
+    )
     return f"of the populations alone, which is too sure: {why}"
 
 

@@ -128,6 +128,23 @@ def gene_means(X: sparse.csr_matrix) -> np.ndarray:
     return np.asarray(X.mean(axis=0, dtype=np.float64)).ravel()
 
 
+def gene_moments(X: sparse.csr_matrix) -> tuple[np.ndarray, np.ndarray, int]:
+    """(G,) mean of cells, (G,) variance between them (unbiased; 0 of a single one), how many they are."""
+    n, mean, exact = X.shape[0], gene_means(X), X.astype(np.float64)
+    variance = np.maximum(gene_means(exact.multiply(exact)) - mean**2, 0.0) * (n / max(n - 1, 1))
+    return mean, variance, n
+
+
+def noise_of_means(variance: np.ndarray, n_cells: np.ndarray) -> np.ndarray | None:
+    """(k, G) variance of k means. That of a single cell is the mean of the others'; None if all are single."""
+    several = n_cells > 1
+    if not several.any():
+        return None
+    between = np.where(several[:, None], variance, variance[several].mean(axis=0))
+    noise: np.ndarray = between / n_cells[:, None]
+    return noise
+
+
 def log1p_normalised(X: sparse.csr_matrix, library_size: np.ndarray, preprocessing: Preprocessing) -> sparse.csr_matrix:
     """log1p(count * target_sum / library_size), float32; log1p input is returned as it is. No division by scale."""
     if preprocessing.input_kind == "log1p":

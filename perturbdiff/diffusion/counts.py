@@ -21,6 +21,7 @@ DIGITS = 2  # of the mean that it gets: the last bits of a sum must not decide w
 LEAST_OVERDISPERSION = 1e-3  # under which counts are Poisson
 MOST_OVERDISPERSION = 50.0
 STEPS, DRAWS = 6, 128  # of finding a rate, and cells that it is found with
+ALIKE = 8  # cells among which their order is random
 CANDIDATES, CELLS_OF_ONE = 8, 4  # draws among which the one with the best mean is taken, one for so many cells
 
 
@@ -42,9 +43,9 @@ def with_whole_counts(x: Tensor, one: Tensor, uniform: Tensor) -> Tensor:
 
 def draw_counts(
     estimate: np.ndarray, control: np.ndarray, one: np.ndarray, overdispersion: np.ndarray | None, seed: int,
-    key: Sequence[int],
+    key: Sequence[int], evenly: bool = False,
 ) -> np.ndarray:  # fmt: skip
-    """(S, G) whole counts of the cells of a set, whose means of log1p values are those of the estimates.
+    """(S, G) whole counts of some cells, whose means of log1p values are those of the estimates.
 
     Parameters
     ----------
@@ -55,7 +56,10 @@ def draw_counts(
     overdispersion
         (G,) of perturbed cells. None: no gene is drawn anew.
     seed, key
-        Of what is random; `key` is that of the set. Draws of a gene do not depend on the others.
+        Of what is random; `key` is that of the cells. Draws of a gene do not depend on the others.
+    evenly
+        Whether values between two counts are drawn together, so that their mean over cells is all but that of the
+        estimates, too: for cells that stand for a mean. Those of a population have the noise of cells apart.
 
     Notes
     -----
@@ -67,8 +71,11 @@ def draw_counts(
     unit, estimate = np.expm1(one)[:, None], np.minimum(estimate, MOST)
     below = np.floor(np.expm1(estimate) / unit + 1e-6)  # what is a whole count to float32 stays one
     low, high = np.log1p(below * unit), np.log1p((below + 1) * unit)
-    uniform = numpy_generator(seed, "prediction counts", *key).random(estimate.shape)
-    counts = below + (uniform * (high - low) < estimate - low)
+    generator, part = numpy_generator(seed, "prediction counts", *key), (estimate - low) / (high - low)
+    if evenly:
+        counts = below + _evenly(np.clip(part, 0, 1), one, generator)
+    else:
+        counts = below + (generator.random(estimate.shape) < part)
     if overdispersion is not None:
         goal = estimate.mean(axis=0).round(DIGITS)
         for gene in np.flatnonzero(np.abs(goal - control.mean(axis=0)) > RESPONDS).tolist():
@@ -76,6 +83,20 @@ def draw_counts(
             level = min(max(float(overdispersion[gene]), LEAST_OVERDISPERSION), MOST_OVERDISPERSION)
             counts[:, gene] = _gamma_poisson(estimate[:, gene], float(goal[gene]), unit[:, 0], level, generator)
     return counts
+
+
+def _evenly(part: np.ndarray, one: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """(S, G) ones, in this part of all draws each, whose sums over cells differ from those of the parts by under one.
+
+    Systematic sampling (Madow & Madow 1944, Annals of Mathematical Statistics 15:1), from another start for each gene,
+    of cells in a row in which a count is about as much: so their weighted sums differ little, too.
+    """
+    alike = np.argsort(np.argsort(one, kind="stable"), kind="stable") // ALIKE
+    order = np.argsort(alike + generator.random(len(one)))
+    reached = np.floor(part[order].cumsum(axis=0) + generator.random(part.shape[1]))
+    drawn = np.empty_like(part)
+    drawn[order] = np.diff(reached, axis=0, prepend=0.0)
+    return drawn
 
 
 def _gamma_poisson(

@@ -34,6 +34,7 @@ FEW_COUNTS, OFF_GRID, MOST_OFF = 1e3, 0.02, 0.2  # a cell whose smallest value i
 WHOLE_LIBRARY = 1e-3  # what sums may be off by
 EXCHANGES_PER_CELL = 4  # tried, of a part of the controls
 MAX_EXCHANGE_WORK = 1 << 30  # stored values looked at: large pools need few exchanges
+KEEP_MEAN = 3  # steps of Newton's method
 MAX_VALUES_PER_CHUNK = 1 << 22  # cells x genes denoised at once: memory does not grow with the number of cells
 
 Context = tuple[str | None, str | None]  # cell type and batch; None where nobody says
@@ -151,7 +152,7 @@ class ControlPool:
         self._denoiser, self._expression, self._config, self._sampling = denoiser, expression, config, sampling
         self._overdispersion = overdispersion
         self._one = _one_count(expression) if sampling.whole_counts and sampling.draw_counts else None
-        self._total = None
+        self._total, self._mean_is_told = None, config.diffusion.start == "mean" or sampling.network_weight == 0
         if self._one is not None:
             self._sampling = replace(sampling, whole_counts=False)  # which is in the draw
             self._total = _total(expression)
@@ -169,13 +170,13 @@ class ControlPool:
 
         Where they hold whole counts alone (sampling.draw_counts), also the (cells,) log1p value of one in each, else
         None. Log1p values are of the depth of the control, which keeps their means; where a population is not drawn,
-        of the sum of a cell's own counts, as measured cells are, if the genes are all of a library: a change of log1p
-        means that all cells share moves their sums, and to undo that would undo a part of it.
+        of the sum of a cell's own counts, as measured cells are, if the genes are all of a library; where their mean is
+        that of simple methods, times one number for all cells that keeps the mean of all values.
 
         Sets are denoised together, and a set has the same cells, to rounding, whatever the others are.
         """
         device = next(self._denoiser.parameters()).device
-        blocks: list[tuple[np.ndarray, np.ndarray | None]] = [(np.zeros(0), None)] * len(sets)
+        estimates = [np.zeros(0)] * len(sets)
         for numbers in _chunks([len(of.rows) for of in sets], len(self._expression.genes)):
             chunk = [sets[number] for number in numbers]
             batch = make_batch(chunk, len(chunk[0].rows), self._expression, labels, moves=moves).to(device)
@@ -186,25 +187,48 @@ class ControlPool:
             )  # fmt: skip
             cells = x0[batch.mask].mul_(self._expression.preprocessing.scale).cpu().numpy()
             ends = np.cumsum([len(of.rows) for of in chunk])
-            for number, own, of in zip(numbers, np.split(cells, ends[:-1]), chunk, strict=True):
-                given = changes[of.condition]
-                blocks[number] = self._with_counts(own, of, seed, given is None or not given.drawn)
+            for number, own in zip(numbers, np.split(cells, ends[:-1]), strict=True):
+                estimates[number] = own
             bar.update(len(cells))
-        X = sparse.vstack([sparse.csr_matrix(cells) for cells, _ in blocks], format="csr")
-        return X, None if self._one is None else np.concatenate([one for _, one in blocks if one is not None])
+        if self._one is None:
+            return sparse.vstack([sparse.csr_matrix(cells) for cells in estimates], format="csr"), None
+        together: dict[tuple[int, ...], list[int]] = {}
+        for number, of in enumerate(sets):
+            given = changes[of.condition]
+            drawn = given is not None and given.drawn
+            # Cells that stand for a mean are drawn together, those of a population set by set.
+            together.setdefault((of.condition, of.key[0], number if drawn else -1), []).append(number)
+        blocks, units = [sparse.csr_matrix((0, 0))] * len(sets), [np.zeros(0)] * len(sets)
+        for (_, _, alone), numbers in together.items():
+            X, one = self._with_counts(
+                np.concatenate([estimates[number] for number in numbers]),
+                np.concatenate([sets[number].control_rows for number in numbers]),
+                sets[numbers[0]].key, seed, of_mean=alone < 0,
+            )  # fmt: skip
+            ends = np.cumsum([len(sets[number].rows) for number in numbers])[:-1]
+            for number, own, unit in zip(numbers, np.split(X, ends), np.split(one, ends), strict=True):
+                blocks[number], units[number], estimates[number] = sparse.csr_matrix(own), unit, np.zeros(0)
+        return sparse.vstack(blocks, format="csr"), np.concatenate(units)
 
     def _with_counts(
-        self, estimate: np.ndarray, of: CellSet, seed: int, by_own_sum: bool
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Cells (S, G) of a set, and one count in each, (S,); the estimate where counts are not drawn."""
-        if self._one is None:
-            return estimate, None
-        control, unit = self._expression.log1p(of.control_rows).toarray(), self._one[of.control_rows]
-        counts = draw_counts(estimate.astype(np.float64), control, unit, self._overdispersion, seed, of.key)
-        sums = counts.sum(axis=1)
-        if self._total is not None and by_own_sum:
-            unit = np.where(sums > 0, np.log1p(self._total / np.maximum(sums, 1)), unit)
-        return np.log1p(counts * np.expm1(unit)[:, None]).astype(estimate.dtype), unit
+        self, estimate: np.ndarray, rows: np.ndarray, key: Sequence[int], seed: int, of_mean: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(S, G) cells that start from controls `rows`, and (S,) one count in each."""
+        assert self._one is not None, "counts are drawn"
+        control, unit = self._expression.log1p(rows).toarray(), self._one[rows]
+        counts = draw_counts(estimate.astype(np.float64), control, unit, self._overdispersion, seed, key, of_mean)
+        one = np.expm1(unit)[:, None]
+        sums = counts.sum(axis=1, keepdims=True)
+        if self._total is not None and of_mean and sums.any():
+            one = np.where(sums > 0, self._total / np.maximum(sums, 1), one)
+            # Cells that differ less than measured ones have larger logarithms at the same sum. A network's own mean
+            # says less of sums than that they are all the same.
+            for _ in range(KEEP_MEAN if self._mean_is_told else 0):
+                value = counts * one
+                one = one * np.exp(
+                    (estimate.mean(dtype=np.float64) - np.log1p(value).mean()) / (value / (1 + value)).mean()
+                )
+        return np.log1p(counts * one).astype(estimate.dtype), np.log1p(one[:, 0])
 
 
 def _chunks(sizes: Sequence[int], n_genes: int) -> list[list[int]]:

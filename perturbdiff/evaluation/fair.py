@@ -15,7 +15,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from perturbdiff.data.conditions import ControlMatch
-from perturbdiff.data.expression import as_csr, gene_means
+from perturbdiff.data.expression import as_csr, gene_means, gene_moments, noise_of_means
 from perturbdiff.data.rng import cell_order_key, numpy_generator
 from perturbdiff.data.screen import Expression, Screen
 from perturbdiff.data.splits import Split, control_halves
@@ -192,18 +192,22 @@ class SimpleMethods:
         expression = screen.expression
         trained, controls = held_out_rows(screen, split.train, match)
         of_training = {context: rows[split.train[rows]] for context, rows in controls.items()}
-        control_mean = {c: gene_means(expression.log1p(rows)) for c, rows in of_training.items() if len(rows)}
+        of_controls = {c: gene_moments(expression.log1p(rows)) for c, rows in of_training.items() if len(rows)}
         self._screen, self._rows = screen, list(trained.values())
+        control_mean, control_noise = _means([of_controls[c, b] for _, c, b in trained])
+        perturbed_mean, perturbed_noise = _means([gene_moments(expression.log1p(rows)) for rows in self._rows])
         self.training = TrainingMeans(
             perturbation=[p for p, _, _ in trained],
             cell_type=[c for _, c, _ in trained],
             batch=[b for _, _, b in trained],
-            control_mean=np.stack([control_mean[c, b] for _, c, b in trained]),
-            perturbed_mean=np.stack([gene_means(expression.log1p(rows)) for rows in self._rows]),
+            control_mean=control_mean,
+            perturbed_mean=perturbed_mean,
             n_cells=np.array([len(rows) for rows in self._rows]),
             notation=screen.notation,
             genes=expression.genes,
             tables=tables,
+            control_noise=control_noise,
+            perturbed_noise=perturbed_noise,
         )
         self._others: dict[tuple[str, str], tuple[np.ndarray, np.ndarray] | None] = {}
 
@@ -285,6 +289,11 @@ def relative_spread(
         return None
     predicted, true = np.sum(found, axis=0)
     return float(np.sqrt(max(predicted, 0.0) / true)) if true > 0 else None
+
+
+def _means(moments: Sequence[tuple[np.ndarray, np.ndarray, int]]) -> tuple[np.ndarray, np.ndarray | None]:
+    mean, variance, n_cells = zip(*moments, strict=True)
+    return np.stack(mean), noise_of_means(np.stack(variance), np.array(n_cells))
 
 
 def _with_whole_counts(cells: np.ndarray, one: np.ndarray, uniform: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ G = genes, K = populations.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -63,8 +64,32 @@ def median_width(summary: pd.DataFrame) -> float:
     return float((summary["upper"] - summary["lower"])[expressed].median(skipna=False)) if expressed.any() else math.nan
 
 
-def certainty(calibration: Calibration | None, widths: np.ndarray) -> str:
-    """How sure predictions are, for a person; `widths` as `median_width` gives them, NaN where it is not known."""
+def calibration_for(
+    model: PerturbDiff,
+    guidance_scale: float | None = None,
+    steps: int | None = None,
+    sampler: str | None = None,
+    varied: bool = True,
+    **_: Any,
+) -> Calibration | None:
+    """Of the model; None where these arguments of `PerturbDiff.generate` ask for other sampling than its own."""
+    own = model.config.sampling
+    asked = (guidance_scale, own.guidance_scale), (steps, own.n_steps), (sampler, own.sampler)
+    same = varied and all(given in (None, calibrated) for given, calibrated in asked)
+    return model.training.calibration if same else None
+
+
+def certainty(calibration: Calibration | None, widths: np.ndarray, otherwise: bool = False) -> str:
+    """How sure predictions are, for a person.
+
+    `widths` as `median_width` gives them, NaN where it is not known; `otherwise` where the model has a calibration of
+    other sampling.
+    """
+    if calibration is None and otherwise:
+        return (
+            "not known: intervals were calibrated for draws by the model's own sampling (without --guidance-scale, "
+            "--steps, --sampler, --average)"
+        )
     if calibration is None:
         return (
             "not calibrated: no intervals. Training with two or more validation conditions makes them, as "

@@ -46,6 +46,7 @@ from perturbdiff.files import (
 from perturbdiff.generation import Wanted
 from perturbdiff.inference.intervals import (
     Calibration,
+    calibration_for,
     certainty,
     latent_share,
     mean_expression,
@@ -104,6 +105,7 @@ class Predictions:
     unseen: dict[str, list[int]]
     widths: np.ndarray
     calibration: Calibration | None
+    otherwise: bool
     trust: tuple[dict[str, Any], ...]
     n_controls: int = 0
     latent_share: float | None = None
@@ -137,7 +139,7 @@ class Predictions:
                 f"            {self.latent_share:.0%} of the variance of their means is real, the rest is noise of few "
                 "cells"
             )
-        lines.append(f"certainty   {certainty(self.calibration, self.widths)}")
+        lines.append(f"certainty   {certainty(self.calibration, self.widths, self.otherwise)}")
         lines = [hanging(line, 12) for line in lines]  # not the paths
         controls = f" and {self.n_controls:,} control cells" if self.n_controls else ""
         lines.append(f"written     {self.out}: {self.n_cells:,} cells{controls}, {n_written:,} genes")
@@ -167,7 +169,7 @@ def predict_request(
     if int(os.environ.get("RANK", "0")) > 0:
         return None
     out, summary = check_outputs(out, summary, overwrite)
-    calibration = model.training.calibration
+    calibration = calibration_for(model, **sampling)
     controls = controls_for(model, controls, request.cell_type, request.batch, layer)
     folder = parts_of(out)
     with _alone_in(folder, 0):
@@ -185,8 +187,8 @@ def predict_request(
     widths = np.array([median_width(table)])
     n_genes, absent = len(model.genes), tuple(uns["genes_absent"])
     return Predictions(
-        out, summary, n_cells, n_genes, absent, all_genes, None, 0, uns, unseen, widths, calibration, (uns["trust"],),
-        n_controls, share,
+        out, summary, n_cells, n_genes, absent, all_genes, None, 0, uns, unseen, widths, calibration,
+        calibration is not model.training.calibration, (uns["trust"],), n_controls, share,
     )  # fmt: skip
 
 
@@ -249,7 +251,7 @@ def predict_requests(
         "all_genes": all_genes, "varied": varied,
     }  # fmt: skip
     check_requests(model, requests)
-    calibration = model.training.calibration
+    calibration = calibration_for(model, **sampling)
     controls = controls_for(model, controls, layer=layer)
     model.genes.align(genes_of(controls.var[gene_rows(controls.var)]), min_gene_overlap)
     rows = context_rows(controls.obs, model.config.obs, requests)
@@ -319,7 +321,7 @@ def predict_requests(
     n_genes, absent = len(model.genes), tuple(of_parts[0]["genes_absent"])
     return Predictions(
         out, summary, sum(n_cells), n_genes, absent, all_genes, len(parts), sum(done), of_parts[0], unseen, widths,
-        calibration, tuple(uns["trust"] for uns in of_parts), n_controls,
+        calibration, calibration is not model.training.calibration, tuple(uns["trust"] for uns in of_parts), n_controls,
     )  # fmt: skip
 
 

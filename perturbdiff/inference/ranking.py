@@ -42,7 +42,7 @@ from perturbdiff.diffusion.distances import NO_SPREAD, cell_distances, energy_of
 from perturbdiff.files import few, progress
 from perturbdiff.generation import Wanted
 from perturbdiff.hub.records import Calibration
-from perturbdiff.inference.intervals import population_summary
+from perturbdiff.inference.intervals import calibration_for, population_summary
 from perturbdiff.inference.requests import controls_for
 from perturbdiff.model import PerturbDiff
 
@@ -133,7 +133,7 @@ def rank_perturbations(
     controls = controls_for(model, controls, cell_type, batch, layer).copy()
     controls.obs_names = unique_names(controls.obs_names.astype(str))
     expression, present = _in_model(model, controls, min_gene_overlap)
-    weights, calibration = None, model.training.calibration
+    weights, calibration = None, calibration_for(model, guidance_scale, steps, sampler)
     if towards is None:
         weights = _signature(model.genes, expression, present, up, down)
         score = _along(weights, expression)

@@ -15,6 +15,8 @@ EPS = (1.0, 0.3, 0.1, 0.03, 0.01)
 """Candidates: 1 makes effects differences of mean log1p values, the least makes them ratios of expression."""
 BANDWIDTHS = (np.inf, 1.0, 0.5, 0.25)
 """Candidates, in root mean square distances between training contexts: how unlike controls of a used context may be."""
+FAR = 4.0
+"""Squared distances, in that at which the convergence was learned, to which it is carried."""
 CONVERGENCE = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Candidates, evenly spaced: what share of the difference between controls of contexts the perturbation takes away."""
 
@@ -41,10 +43,12 @@ class LogSpaceFit:
         w_k proportional to exp(-|control_k - c|^2 / (2 h^2 s^2)),
 
     where s is the root mean square distance between controls of training conditions. The second term is there since
-    contexts become alike: b = 1 gives all the same profile. eps, h and b, the same for all perturbations and genes,
-    are those with the smallest sum of squared errors of mean log1p values when each training condition is predicted
-    from those of the same perturbation in other contexts; of equals, the first ones. Where no perturbation was seen in
-    two contexts, they are eps 0.1, h infinite, b 0.
+    contexts become alike: b = 1 gives all the same profile. What was learned of contexts that differ little is not
+    carried to one that is far: beyond FAR times the mean squared distance d^2 at which b was learned, b falls as
+    FAR d^2 over the squared distance of c to sum_k w_k control_k. eps, h and b, the same for all perturbations and
+    genes, are those with the smallest sum of squared errors of mean log1p values when each training condition is
+    predicted from those of the same perturbation in other contexts; of equals, the first ones. Where no perturbation
+    was seen in two contexts, they are eps 0.1, h infinite, b 0.
 
     Parameters
     ----------
@@ -78,24 +82,36 @@ class LogSpaceFit:
         for i, parts in enumerate(perturbation):
             groups.setdefault(parts, []).append(i)
         self.errors: np.ndarray = np.zeros((len(EPS), len(BANDWIDTHS), len(CONVERGENCE)))
+        self._learned_at = 0.0
         folds = [fold for rows in groups.values() if (fold := self._fold(rows, left_out)) is not None]
+        unlike = []
         for rows, usable in folds:
             self._add_errors(np.array(rows), usable)
+            others = usable / usable.sum(axis=1, keepdims=True)
+            unlike.append(np.square(self._control[rows] - others @ self._control[rows]).sum(axis=1))
         if not folds:
             self.errors = np.empty(0)
             return
+        self._learned_at = float(np.concatenate(unlike).mean())
         best = np.flatnonzero(self.errors <= self.errors.min() * (1 + 1e-9))[0]
         e, h, b = np.unravel_index(best, self.errors.shape)
         self.eps, self.bandwidth, self.convergence = EPS[e], BANDWIDTHS[h], CONVERGENCE[b]
 
-    def log_change(self, conditions: np.ndarray, control_mean: np.ndarray) -> np.ndarray:
-        """(G,) change of log(expression + eps) that these training conditions tell of a (G,) control mean."""
+    def log_change(
+        self, conditions: np.ndarray, control_mean: np.ndarray, kept: float | np.ndarray = 1.0
+    ) -> np.ndarray:
+        """(G,) change of log(expression + eps) that these training conditions tell of a (G,) control mean.
+
+        `kept` is the part of their effects that counts.
+        """
         used = np.ones((1, len(conditions)), dtype=bool)
         weights = self._weights(self._squares(control_mean[None], conditions), used, self.bandwidth)[0]
         control = weights @ log_expression(self._control[conditions], self.eps)
         perturbed = weights @ log_expression(self._perturbed[conditions], self.eps)
-        change: np.ndarray = perturbed - control
-        return change - self.convergence * (log_expression(control_mean, self.eps) - control)
+        change: np.ndarray = (perturbed - control) * kept
+        unlike = np.square(control_mean - weights @ self._control[conditions]).sum()
+        near = min(1.0, FAR * self._learned_at / unlike) if unlike > 0 else 1.0
+        return change - near * self.convergence * (log_expression(control_mean, self.eps) - control)
 
     def predict(self, changes: Sequence[np.ndarray], control_mean: np.ndarray) -> np.ndarray:
         """(G,) mean log1p values after all these (G,) changes."""

@@ -35,6 +35,18 @@ def log_space(training: TrainingMeans, context: Context) -> np.ndarray | None:
     perturbation, contexts otherwise. A dose never seen is the nearest one, a combination never seen the sum of the
     changes of its parts. None where the perturbation, or a part, was never seen.
     """
+    return _log_space(training, context, shrink=False)
+
+
+def shrunk(training: TrainingMeans, context: Context) -> np.ndarray | None:
+    """(G,) `log_space`, of each effect the part that is no noise of finitely many cells (`means.signal`).
+
+    None where that says nothing, or nobody knows the noise.
+    """
+    return None if training.signal is None else _log_space(training, context, shrink=True)
+
+
+def _log_space(training: TrainingMeans, context: Context, shrink: bool) -> np.ndarray | None:
     control, parts = training.control_of(context), training.parts(context.perturbation)
     found = [training.of_perturbation(parts)]
     if not len(found[0]):
@@ -43,7 +55,9 @@ def log_space(training: TrainingMeans, context: Context) -> np.ndarray | None:
         return None
     known = {training.cell_type[i] for rows in found for i in rows}
     fit = training.fit_across_batches if context.cell_type in known else training.fit_across_cell_types
-    return fit.predict([fit.log_change(rows, control) for rows in found], control) - control
+    kept = [training.signal[training.seen[rows[0]]] if shrink and training.signal else 1.0 for rows in found]
+    changes = [fit.log_change(rows, control, part) for rows, part in zip(found, kept, strict=True)]
+    return fit.predict(changes, control) - control
 
 
 def features(training: TrainingMeans, context: Context) -> np.ndarray | None:
@@ -93,7 +107,7 @@ def start_shift(training: TrainingMeans, context: Context, start: Start) -> np.n
         return no_change(training, context)
     if start == "target":
         return targets_alone(training, context)
-    for predict in (stacked, log_space, additive):
+    for predict in (stacked, shrunk, log_space, additive):
         if (shift := predict(training, context)) is not None:
             return with_unseen_targets(training, context, shift)
     return with_unseen_targets(training, context, context_mean(training, context))
@@ -166,6 +180,7 @@ PREDICTORS: dict[str, Predictor] = {
     "additive": additive,
     "ridge": ridge,
     "log space": log_space,
+    "shrunk": shrunk,
     "own target": own_target,
     "covariance": covariance,
     "features": features,
@@ -175,6 +190,6 @@ PREDICTORS: dict[str, Predictor] = {
 
 STACKED = {
     name: PREDICTORS[name]
-    for name in ("context mean", "perturbation mean", "additive", "ridge", "log space", "features")
+    for name in ("context mean", "perturbation mean", "additive", "ridge", "log space", "shrunk", "features")
 }
 """Those that `stacked` weighs."""

@@ -165,8 +165,8 @@ def _rows(training: TrainingMeans, rows: np.ndarray) -> TrainingMeans:
         control_mean=training.control_mean[rows],
         perturbed_mean=training.perturbed_mean[rows],
         n_cells=training.n_cells[rows],
-        control_noise=None,
-        perturbed_noise=None,
+        control_noise=None if training.control_noise is None else training.control_noise[rows],
+        perturbed_noise=None if training.perturbed_noise is None else training.perturbed_noise[rows],
     )
 
 

@@ -20,6 +20,7 @@ from perturbdiff.means.described import FeatureFit
 from perturbdiff.means.log_space import LogSpaceFit, log_expression
 from perturbdiff.means.newness import Condition, Known
 from perturbdiff.means.ridge import RidgeFit
+from perturbdiff.means.signal import signal
 from perturbdiff.means.variation import BatchVariation
 
 EXPRESSED = 0.05  # mean log1p value in controls from which on a target says what a knock-down leaves of it
@@ -222,6 +223,13 @@ class TrainingMeans:
     def fit_across_cell_types(self) -> LogSpaceFit:
         """The model behind `log_space`, for a cell type in which the perturbation was not seen."""
         return LogSpaceFit(self.seen, self.cell_type, self.control_mean, self.perturbed_mean)
+
+    @cached_property
+    def signal(self) -> dict[Parts, np.ndarray] | None:
+        """(G,) of each perturbation: the part of its mean effect that is no noise; None where that is not known."""
+        if self.control_noise is None or self.perturbed_noise is None:
+            return None
+        return signal(self.seen, self.effect, self.control_noise + self.perturbed_noise)
 
     @cached_property
     def perturbed_variation(self) -> BatchVariation | None:

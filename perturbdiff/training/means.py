@@ -22,7 +22,15 @@ from scipy import sparse
 
 from perturbdiff.data.batch import Moves
 from perturbdiff.data.conditions import ConditionIndex, ControlPools
-from perturbdiff.data.expression import Cells, gene_means, log1p_of, log1p_taken, one_count, overdispersion
+from perturbdiff.data.expression import (
+    Cells,
+    gene_moments,
+    log1p_of,
+    log1p_taken,
+    noise_of_means,
+    one_count,
+    overdispersion,
+)
 from perturbdiff.data.notation import Notation
 from perturbdiff.means.predictors import Start, response_kept, start_shift
 from perturbdiff.means.shifts import moves
@@ -52,7 +60,7 @@ class Starts:
         of_pool: dict[int, tuple[np.ndarray, np.ndarray, int]] = {}
         for condition in self.numbers:
             if (pool := int(self.pools.of[condition])) not in of_pool:
-                of_pool[pool] = _moments(log1p_of(self.cells, self.pools.rows(condition)))
+                of_pool[pool] = gene_moments(log1p_of(self.cells, self.pools.rows(condition)))
         mean, variance, n = zip(*(of_pool[int(self.pools.of[condition])] for condition in self.numbers), strict=True)
         return np.stack(mean), np.stack(variance), np.array(n)
 
@@ -64,7 +72,7 @@ class Starts:
             for condition in self.numbers:
                 taken = self.cells.take(self.index.cells(condition))
                 log1p = log1p_taken(taken, n_genes, preprocessing)
-                moments.append(_moments(log1p))
+                moments.append(gene_moments(log1p))
                 yield log1p, one_count(taken, preprocessing)
 
         of_counts = overdispersion(parts(), n_genes)
@@ -74,7 +82,7 @@ class Starts:
         for condition, (_, _, batch) in zip(self.numbers, self.labels, strict=True):
             batches.setdefault(int(self.pools.of[condition]), set()).add(batch)
         shared = np.array([len(batches[int(self.pools.of[condition])]) > 1 for condition in self.numbers])
-        control_noise = _noise(control_variance, n_controls)
+        control_noise = noise_of_means(control_variance, n_controls)
         return TrainingMeans(
             [perturbation for perturbation, _, _ in self.labels],
             [cell_type for _, cell_type, _ in self.labels],
@@ -86,7 +94,7 @@ class Starts:
             self.cells.genes,
             overdispersion=of_counts,
             control_noise=None if control_noise is None else np.where(shared[:, None], 0.0, control_noise),
-            perturbed_noise=_noise(variance, n_cells),
+            perturbed_noise=noise_of_means(variance, n_cells),
         )
 
     def trained_moves(self, means: TrainingMeans, start: Start) -> Moves:
@@ -114,20 +122,3 @@ class Starts:
         for condition, mean, shift in zip(self.numbers, self.control[0], shifts, strict=True):
             every[condition] = moves(mean, shift)
         return every
-
-
-def _moments(X: sparse.csr_matrix) -> tuple[np.ndarray, np.ndarray, int]:
-    """Mean of cells, the variance between them (unbiased; 0 of a single one), how many they are."""
-    n, mean, exact = X.shape[0], gene_means(X), X.astype(np.float64)
-    variance = np.maximum(gene_means(exact.multiply(exact)) - mean**2, 0.0) * (n / max(n - 1, 1))
-    return mean, variance, n
-
-
-def _noise(variance: np.ndarray, n_cells: np.ndarray) -> np.ndarray | None:
-    """(k, G) of means. The variance of a single cell is the mean of the others'; None if all are single."""
-    several = n_cells > 1
-    if not several.any():
-        return None
-    between = np.where(several[:, None], variance, variance[several].mean(axis=0))
-    noise: np.ndarray = between / n_cells[:, None]
-    return noise

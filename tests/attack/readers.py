@@ -334,7 +334,7 @@ def change_run(folder: Path, random: Random) -> Files:
 
 def read_run(folder: Path, random: Random, before: Files) -> None:
     out = folder / "report.html"
-    with mock.patch.object(report, "find_spec", lambda name: None):  # without figures, which take long
+    with mock.patch.object(report, "find_spec", return_value=None):  # without figures, which take long
         report.write_report(folder / "run", out)
     text = out.read_text()
     out.unlink()

@@ -89,8 +89,8 @@ def test_a_sets_counts_do_not_depend_on_its_neighbours():
     assert not torch.equal(rounded(x0, both, 3), rounded(x0, both, 4))
 
 
-def drawn(estimate, control, one, phi=None, seed=0):
-    return draw_counts(estimate, control, one, phi, seed, (0, 1))
+def drawn(estimate, control, one, phi=None, seed=0, evenly=False):
+    return draw_counts(estimate, control, one, phi, seed, (0, 1), evenly)
 
 
 def depths(n, seed=0):
@@ -120,6 +120,27 @@ def test_values_between_counts_become_one_of_them_and_keep_their_mean():
     np.testing.assert_allclose(
         np.mean([log1p_of(of, depth).mean(axis=0) for of in counts], axis=0), estimate.mean(axis=0), atol=0.02
     )
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 60])
+def test_cells_that_stand_for_a_mean_have_it_and_each_its_own_chance(n):
+    """Drawn together, the mean of a gene is off by less than one count of one cell; each cell is as often one more."""
+    depth, rng = depths(n), np.random.default_rng(3)
+    one = np.log1p(1e4 / depth)
+    estimate = rng.uniform(0, 3, (n, 20)) * (rng.random((n, 20)) < 0.8)
+    below = np.floor(np.expm1(estimate) * depth[:, None] / 1e4 + 1e-6)
+    low, high = log1p_of(below, depth), log1p_of(below + 1, depth)
+    more, off = np.zeros(estimate.shape), []
+    for seed in range(2000):
+        counts = drawn(estimate, estimate, one, seed=seed, evenly=True)
+        assert np.isin(counts - below, [0, 1]).all()
+        assert np.abs((counts - below - (estimate - low) / (high - low)).sum(axis=0)).max() < 1 + 1e-9
+        more += counts - below
+        off.append(log1p_of(counts, depth).mean(axis=0) - estimate.mean(axis=0))
+    np.testing.assert_allclose(more / 2000, (estimate - low) / (high - low), atol=0.06)
+    apart = [log1p_of(drawn(estimate, estimate, one, seed=seed), depth).mean(axis=0) for seed in range(2000)]
+    noise = np.sqrt(np.mean((np.array(apart) - estimate.mean(axis=0)) ** 2))
+    assert np.sqrt(np.mean(np.square(off))) < noise * {1: 1.05, 2: 0.95, 7: 0.75, 60: 0.5}[n]
 
 
 @pytest.mark.parametrize("phi", [0.0, 0.3, 2.0])

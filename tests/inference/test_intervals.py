@@ -10,7 +10,8 @@ from anndata import AnnData
 from scipy import sparse
 
 from perturbdiff.hub.records import Calibration, Coverage, Width
-from perturbdiff.inference.intervals import certainty, latent_share, median_width, population_summary
+from perturbdiff.inference.intervals import calibration_for, certainty, latent_share, median_width, population_summary
+from tests.untrained import untrained
 
 COVERAGE = Coverage("test", 3, of_all=0.88, of_responding=0.86)
 CALIBRATION = Calibration(0.9, 0.2, Width(2.0, 0.3), Width(3.0, 0.5), n_conditions=4, coverage=COVERAGE)
@@ -121,3 +122,14 @@ def test_what_is_said_of_coverage_names_the_conditions_and_the_genes_that_respon
     left_out = replace(CALIBRATION, coverage=Coverage("validation", 1, 0.9, None))
     assert "covered 90% of means on 1 validation condition, left out in turn" in certainty(left_out, np.array([np.nan]))
     assert certainty(None, np.array([0.5])).startswith("not calibrated")
+    assert certainty(None, np.array([0.5]), otherwise=True).startswith("not known: intervals were calibrated for draws")
+
+
+def test_intervals_are_those_of_the_sampling_that_was_calibrated():
+    model = untrained()
+    model.training = replace(model.training, calibration=CALIBRATION)
+    own = model.config.sampling
+    for same in ({}, {"steps": own.n_steps, "guidance_scale": own.guidance_scale}, {"sampler": own.sampler}):
+        assert calibration_for(model, **same, all_genes=True) is CALIBRATION
+    for other in ({"steps": own.n_steps + 1}, {"guidance_scale": own.guidance_scale + 1}, {"varied": False}):
+        assert calibration_for(model, **other) is None

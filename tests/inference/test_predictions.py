@@ -84,8 +84,8 @@ def interrupt_after(monkeypatch, n):
 def test_a_single_prediction_is_a_file_of_what_the_model_predicts(model, screen, controls, tmp_path, suffix):
     model.training = replace(model.training, calibration=CALIBRATION)
     out, genes = tmp_path / f"one.{suffix}", tmp_path / "genes.csv"
-    done = predict_request(model, screen, REQUESTS[1], out, summary=genes, steps=1)
-    expected = alone(model, controls, REQUESTS[1], steps=1)
+    done = predict_request(model, screen, REQUESTS[1], out, summary=genes)
+    expected = alone(model, controls, REQUESTS[1])
     found = read(out)
     np.testing.assert_array_equal(found.X.toarray(), expected.X.toarray())
     assert list(found.obs_names) == list(expected.obs_names)
@@ -182,9 +182,9 @@ def test_the_file_says_what_was_asked_and_how_it_was_made(model, controls, tmp_p
     other = controls.copy()
     other.obs["cell_type"] = other.obs["cell_type"].astype(str).replace("T", "B cell")
     requests = [Request("A", "NK"), Request("B", "B cell", n_populations=3), Request("B", "B cell", seed=4)]
-    done = predict_requests(model, other, requests, tmp_path / f"all.{suffix}", steps=1)
+    done = predict_requests(model, other, requests, tmp_path / f"all.{suffix}")
     said = read(tmp_path / f"all.{suffix}").uns["perturbdiff"]
-    assert (said["n_steps"], said["x_kind"], said["target_sum"]) == (1, "log1p", 1e4)
+    assert (said["n_steps"], said["x_kind"], said["target_sum"]) == (2, "log1p", 1e4)
     assert "seed" not in said  # they differ
     assert list(said["unseen"]) == ["cell_type B cell"]
     assert {name: list(values) for name, values in said["requests"].items()} == {

@@ -32,6 +32,7 @@ def training_means(
     rng = np.random.default_rng(seed)
     contexts = {c[1:]: rng.gamma(1.0, size=genes) for c in conditions}
     perturbation, cell_type, batch = (list(column) for column in zip(*conditions, strict=True))
+    noise = np.random.default_rng(seed).gamma(1.0, size=(len(conditions), genes)) * 0.1
     return TrainingMeans(
         perturbation,
         cell_type,
@@ -41,6 +42,8 @@ def training_means(
         rng.integers(1, 500, size=len(conditions)),
         notation or Notation(()),
         None if names is None else GeneVocab(names),
+        control_noise=noise * 0.1,
+        perturbed_noise=noise,
     )
 
 

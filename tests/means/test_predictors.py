@@ -17,6 +17,7 @@ from perturbdiff.means.training import Context, TrainingMeans
 from tests.means.examples import CONDITIONS, GENES, asked, training_means
 from tests.screens import quality_file
 
+MATRICES = ("control_mean", "perturbed_mean", "n_cells", "control_noise", "perturbed_noise")
 NAMES = ("A", "B", "C", "D", "Z", "g", "h")
 
 
@@ -33,7 +34,7 @@ def test_shifts_are_finite_leave_the_means_alone_and_do_not_depend_on_the_order_
     shuffled = replace(
         training,
         **{field: [getattr(training, field)[i] for i in order] for field in ("perturbation", "cell_type", "batch")},
-        **{field: getattr(training, field)[order] for field in ("control_mean", "perturbed_mean", "n_cells")},
+        **{field: getattr(training, field)[order] for field in MATRICES},
     )
     other = PREDICTORS[name](shuffled, context)
     if shift is None:
@@ -49,7 +50,7 @@ def test_one_condition_one_cell_one_gene(name):
     training = TrainingMeans(["g"], ["T"], ["1"], np.ones((1, 1)), np.full((1, 1), 0.5), np.ones(1, int))
     training = replace(training, genes=GeneVocab(("g",)))
     shift = PREDICTORS[name](training, Context("g", "NK", "2", np.ones((1, 1), dtype=np.float32)))
-    if name in ("additive", "covariance", "features", "stacked"):
+    if name in ("additive", "covariance", "features", "shrunk", "stacked"):
         assert shift is None
     else:
         rounded = 5e-3 if name == "own target" else 1e-12  # ratios are those of expression + 0.01

@@ -123,7 +123,8 @@ def trained(noise: bool = True) -> TrainingMeans:
     conditions = [(p, "T", b) for p in ("A", "B") for b in ("1", "2", "3")] + [("A", "NK", "1")]
     means = training_means(conditions)
     zeros = np.full(means.effect.shape, 1e-9)
-    return replace(means, control_noise=zeros, perturbed_noise=zeros) if noise else means
+    known = zeros if noise else None
+    return replace(means, control_noise=known, perturbed_noise=known)
 
 
 def test_of_a_trained_batch_nothing_is_drawn_and_of_a_new_one_how_responses_differ() -> None:

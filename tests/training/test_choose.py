@@ -189,8 +189,18 @@ def test_nothing_to_leave_out_is_said(screen, tmp_path, capsys):
     adata = anndata.read_h5ad(screen)
     adata = adata[(adata.obs["cell_type"] == "type_0") & (adata.obs["batch"] != "batch_1")].copy()
     run = train(adata, tmp_path / "run", hold_out=HELD_OUT, overrides=TINY, score=False)
-    assert "no training condition can be left out" in capsys.readouterr().out
-    assert choice_of(run.folder)["recipe"] == "new_batch"
+    said = capsys.readouterr().out
+    assert "no training condition can be left out" in said
+    assert "what the network changes of the mean response is not known" in said
+    assert (choice_of(run.folder)["recipe"], choice_of(run.folder)["words"]) == (
+        "new_batch",
+        ["sampling.network_weight=0"],
+    )
+    assert run.model.config.sampling.network_weight == 0
+    words = [*TINY, "sampling.network_weight=1"]
+    run = train(adata, tmp_path / "own", hold_out=HELD_OUT, overrides=words, score=False)
+    assert (choice_of(run.folder)["words"], run.model.config.sampling.network_weight) == ([], 1)
+    assert "what the network changes" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("environment", [{"WORLD_SIZE": "2"}, {}])
