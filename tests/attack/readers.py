@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
+import pickle
+import pickletools
+import shutil
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from html.parser import HTMLParser
@@ -16,6 +21,7 @@ from unittest import mock
 
 import anndata
 import numpy as np
+import torch
 import yaml
 from markdown_it import MarkdownIt
 from safetensors.numpy import save_file
@@ -53,7 +59,8 @@ from perturbdiff.inference.requests import read_requests
 from perturbdiff.model import PerturbDiff
 from perturbdiff.nn.lora import BACKBONE, changed_layers
 from tests.atlases import write_atlas
-from tests.attack.mutate import changed_bytes, changed_json, changed_text
+from tests.attack.mutate import VALUES, changed_bytes, changed_json, changed_text
+from tests.reference.test_convert import write_checkpoint
 from tests.simulated import write_screen
 from tests.untrained import untrained
 
@@ -221,6 +228,76 @@ def change_adapter(folder: Path, random: Random) -> Files:
 def read_adapter(folder: Path, random: Random, before: Files) -> None:
     check_adapter(folder / "model")
     assert_unchanged_or_forged(folder, before)
+
+
+# Published checkpoints: a pickle of which nothing is run, and tensors, in a zip archive
+
+
+def write_published(folder: Path) -> None:
+    shapes = {
+        "pert_encoder.weight": (8, 16), "celltype_encoder.weight": (4, 16), "batch_encoder.weight": (3, 16),
+        "transform.weight": (48, 48), "transform.bias": (48,),
+    }  # fmt: skip
+    write_checkpoint(folder / "published.ckpt", {name: torch.ones(shape) for name, shape in shapes.items()})
+
+
+def change_published(folder: Path, random: Random) -> Files:
+    content = (folder / "published.ckpt").read_bytes()
+    if random.random() < 0.3:
+        return {"published.ckpt": changed_bytes(random, content, near=b"PK")}
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    name = random.choice(sorted(entries))
+    if random.random() < 0.9:
+        name = next(name for name in entries if name.endswith("data.pkl"))
+        entries[name] = changed_pickle(random, entries[name])
+    else:
+        entries[name] = changed_bytes(random, entries[name])
+    written = io.BytesIO()
+    with zipfile.ZipFile(written, "w") as archive:
+        for name, entry in entries.items():
+            archive.writestr(name, entry)
+    return {"published.ckpt": written.getvalue()}
+
+
+PICKLED = [pickle.dumps(value, 2)[2:-1] for value in VALUES]  # opcodes that put a value on the stack
+PROGRAMS = (
+    b"cos\nsystem\nU\x02id\x85R",
+    b"cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R",
+    b"(((" * 1000,
+    b"2t" * 1000,
+    *(bytes([code]) for code in b"(tRbQ.021"),
+)
+
+
+def changed_pickle(random: Random, program: bytes) -> bytes:
+    """Opcodes removed, repeated, moved or replaced by others: most often a value by a value."""
+    starts = [place for _, _, place in pickletools.genops(program)]
+    codes = [program[start:end] for start, end in zip(starts, [*starts[1:], len(program)], strict=True)]
+    for _ in range(random.choice((1, 1, 1, 2, 4))):
+        place = random.randrange(len(codes))
+        match random.randrange(8):
+            case 0:
+                codes[place] = random.choice(PROGRAMS)
+            case 1:
+                del codes[place : place + random.choice((1, 2, 10))]
+            case 2:
+                codes[place:place] = codes[place : place + 10] * random.choice((1, 1, 100))
+            case 3:
+                codes[place] = random.choice(codes)
+            case _:  # a text or a number, where one follows soon
+                scalars = (i for i, code in enumerate(codes[place:], place) if code[:1] in b"XKMJG\x8a\x88\x89N")
+                codes[next(scalars, place)] = random.choice(PICKLED)
+    return b"".join(codes)
+
+
+def read_published(folder: Path, random: Random, before: Files) -> None:
+    model = PerturbDiff.from_reference(folder / "published.ckpt")
+    model.save_pretrained(folder / "model")
+    try:
+        assert_printable(model_info(find_model(folder / "model")))
+    finally:
+        shutil.rmtree(folder / "model")
 
 
 # Cards and reports: names of strangers in them are text
@@ -506,6 +583,7 @@ READERS = {
     "json": Reader(write_model, change_model_json, read_model_json),
     "tensors": Reader(write_model, change_tensors, read_tensors),
     "adapter": Reader(write_adapter, change_adapter, read_adapter),
+    "published": Reader(write_published, change_published, read_published),
     "cards": Reader(write_for_cards, change_names, read_cards),
     "run": Reader(write_run, change_run, read_run),
     "registry": Reader(write_registry, one_of("registry.yaml"), read_a_registry),

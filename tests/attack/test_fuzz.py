@@ -11,8 +11,8 @@ from tests.screens import ROOT
 pytestmark = pytest.mark.slow
 
 INPUTS = {
-    "json": 3000, "tensors": 500, "adapter": 500, "cards": 500, "run": 400, "registry": 1000, "splits": 500,
-    "recipe": 300, "requests": 1500, "features": 800, "atlas": 500, "parquet": 500, "hdf5": 500,
+    "json": 3000, "tensors": 500, "adapter": 500, "published": 300, "cards": 500, "run": 400, "registry": 1000,
+    "splits": 500, "recipe": 300, "requests": 1500, "features": 800, "atlas": 500, "parquet": 500, "hdf5": 500,
 }  # fmt: skip
 
 
