@@ -41,6 +41,16 @@ CONDITIONS = (
 )
 
 
+def words_beyond(path: Path, name: str, last: int = 1) -> None:
+    """Write a Parquet file anew, with numbers of words that are not there in the `last` bytes of a column of texts."""
+    pq.write_table(pq.read_table(path), path, compression="none", use_dictionary=[name], write_statistics=False)
+    group = pq.read_metadata(path).row_group(0)
+    (column,) = (of for of in map(group.column, range(group.num_columns)) if of.path_in_schema == name)
+    end, content = column.dictionary_page_offset + column.total_compressed_size, bytearray(path.read_bytes())
+    content[end - last : end] = b"\xff" * last
+    path.write_bytes(content)
+
+
 def random_cells(
     n_cells: int, n_genes: int, seed: int = 0, value_type: str = "uint16", gene_type: str = "uint16"
 ) -> sparse.csr_matrix:

@@ -472,8 +472,11 @@ def _read_table(path: Path, schema: pa.Schema, info: AtlasInfo, n_rows: int, n_e
     texts = [field.name for field in schema if field.type == pa.string()]
     try:
         table = pq.ParquetFile(path, read_dictionary=texts).read()
+        table.validate(full=True)  # pyarrow keeps numbers of words as the file has them, beyond the last one too
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is damaged ({short(error)}). {AGAIN}") from error
+    if len(table) != n_rows:  # the footer's number of all rows is not read
+        raise ValueError(f"{path} has {len(table):,} rows, not {n_rows:,} as {MANIFEST} states. {AGAIN}")
     for i, name in enumerate(table.column_names):
         if table[name].null_count:
             raise ValueError(f"{path} has missing values in {name}. {AGAIN}")

@@ -335,6 +335,7 @@ class Atlas:
                     file = pq.ParquetFile(path, read_dictionary=list(DICTIONARY))
                     row = int(self.shard_first[i])
                     for batch in file.iter_batches(ROW_GROUP):
+                        batch.validate(full=True)  # as of tables, in format.py
                         self._verify_cells(batch, row)
                         row += len(batch)
                         bar.update(len(batch))

@@ -197,6 +197,7 @@ def _columns(path: Path, titles: list[str], texts: list[int], numbers: list[int]
                     raise Unfit(f"column {field.name[:80]} holds {field.type}; all but the names must be numbers.")
             wanted = [titles[i] for i in (*texts, *numbers)]
             table = file.read(wanted, use_threads=False)
+            table.validate(full=True)  # pyarrow keeps numbers of words as the file has them, beyond the last one too
             return [table.column(title) for title in wanted]
     with open(path, "rb") as lines:
         blocks = iter(lambda: lines.read(CSV_BLOCK), b"")

@@ -33,7 +33,7 @@ from perturbdiff.config import Preprocessing
 from perturbdiff.data.vocab import GeneVocab
 from perturbdiff.files import sha256
 from tests.atlases import CONDITIONS as CELLS
-from tests.atlases import atlas_of_screen, change_shard, random_cells, seal, write_atlas
+from tests.atlases import atlas_of_screen, change_shard, random_cells, seal, words_beyond, write_atlas
 from tests.processes import PATIENCE
 from tests.screens import counts_screen, read
 
@@ -538,6 +538,23 @@ def test_parquet_with_damaged_pages_is_refused_though_its_checksum_is_right(fold
     refused(f"{name} is damaged", lambda: Atlas.open(folder))
 
 
+@pytest.mark.parametrize(("name", "column", "last"), [(GENES, "name", 3), (CONDITIONS, "perturbation", 1)])
+def test_numbers_of_words_that_are_not_there_are_refused(folder, name, column, last):
+    words_beyond(folder / name, column, last)
+    seal(folder)
+    refused(f"{name} is damaged .*out of bounds", lambda: Atlas.open(folder))
+
+
+def test_a_table_without_the_rows_that_its_footer_states_is_refused(folder):
+    pq.write_table(pq.read_table(folder / GENES)[:0], folder / GENES, store_schema=False, compression="none")
+    content = (folder / GENES).read_bytes()
+    number, stated = b"\x16\x00\x19", bytes([0x16, 2 * N_GENES, 0x19])  # of rows, before the list of row groups
+    assert content.count(number) == 1
+    (folder / GENES).write_bytes(content.replace(number, stated))
+    seal(folder)
+    refused(f"{GENES} has 0 rows, not {N_GENES} as {MANIFEST} states", lambda: Atlas.open(folder))
+
+
 # Shards
 
 
@@ -574,6 +591,13 @@ def test_a_shard_with_damaged_pages_is_refused_though_its_checksum_is_right(fold
     atlas = Atlas.open(folder)
     refused(f"{shard_name(1)} of .* is damaged", atlas.verify)
     refused(f"{shard_name(1)} of .* is damaged", lambda: atlas.arrow_cells(None, COUNTS, tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("column", ["perturbation", "source"])
+def test_labels_of_cells_that_are_not_there_are_refused(folder, column):
+    words_beyond(folder / shard_name(1), column)
+    seal(folder)
+    refused(f"{shard_name(1)} of .* is damaged .*out of bounds", Atlas.open(folder).verify)
 
 
 def test_the_arrow_cache_is_made_once_and_goes_on_where_it_was(folder, tmp_path, monkeypatch):

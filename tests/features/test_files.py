@@ -20,6 +20,7 @@ from hypothesis.extra import numpy as hnp
 
 from perturbdiff.features import files
 from perturbdiff.features.tables import read_table
+from tests.atlases import words_beyond
 
 NAMES = ("STAT1", "IRF1", "NA", "βeta-1, 2", 'a "quoted" one')
 VALUES = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
@@ -164,6 +165,13 @@ def test_csv_of_other_systems_are_read(tmp_path):
     text = "name,a,b\r\nSTAT1,1,-2e3\r\nIRF1,.5,4"
     (tmp_path / "t.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
     assert_holds(tmp_path / "t.csv", ("STAT1", "IRF1"), [[1, -2000], [0.5, 4]])
+
+
+def test_numbers_of_names_that_are_not_there_are_refused(tmp_path):
+    write_parquet(tmp_path / "t.parquet", NAMES, VALUES)
+    words_beyond(tmp_path / "t.parquet", "name", last=3)
+    with pytest.raises(ValueError, match=r"t\.parquet.*out of bounds"):
+        read_table(tmp_path / "t.parquet")
 
 
 def parquet(columns):

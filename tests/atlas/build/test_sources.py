@@ -19,10 +19,10 @@ from scipy import sparse
 
 from perturbdiff.atlas.build.sources import h5ad as source_h5ad
 from perturbdiff.atlas.build.sources.base import Selection, open_source
-from perturbdiff.atlas.build.sources.parquet import lists
+from perturbdiff.atlas.build.sources.parquet import batches, lists
 from perturbdiff.config import DataConfig, SourceConfig
 from perturbdiff.data.screen import LABELS, Screen
-from tests.atlases import atlas_of_screen, write_atlas
+from tests.atlases import atlas_of_screen, words_beyond, write_atlas
 from tests.screens import counts_screen, real_screen, written
 from tests.spaces import SPACES, counts
 
@@ -451,6 +451,14 @@ def test_damage_inside_a_compressed_block_is_refused_when_it_is_read(tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"a.h5ad is damaged or not of its kind"):
         whole(open_h5ad(path))
+
+
+def test_numbers_of_labels_that_are_not_there_are_refused(tmp_path):
+    pq.write_table(pa.table({"drug": ["a", "b", "c"] * 5}), tmp_path / "a.parquet")
+    assert len(list(batches(tmp_path / "a.parquet", ["drug"], 0, 15, ["drug"]))) == 1
+    words_beyond(tmp_path / "a.parquet", "drug")
+    with pytest.raises(ValueError, match=r"a.parquet is damaged or not of its kind .*out of bounds"):
+        list(batches(tmp_path / "a.parquet", ["drug"], 0, 15, ["drug"]))
 
 
 def test_csc_is_refused_with_the_way_out(tmp_path):

@@ -188,6 +188,7 @@ def batches(
         for batch in file.iter_batches(_ROWS, row_groups=groups, columns=list(columns)):
             start, stop = max(first - row, 0), min(last - row, len(batch))
             if stop > start:
+                batch.validate(full=True)  # pyarrow keeps numbers of words as the file has them
                 yield batch.slice(start, stop - start)
             row += len(batch)
 
