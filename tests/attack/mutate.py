@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from copy import deepcopy
 from random import Random
 from typing import Any
 
@@ -78,7 +79,7 @@ def changed_json(random: Random, text: str) -> str:
         parent, key = random.choice(nodes)
         match random.randrange(8):
             case 0 | 1 | 2:
-                parent[key] = random.choice(VALUES)
+                parent[key] = deepcopy(random.choice(VALUES))  # which may be changed in turn
             case 3:
                 raw.append(random.choice(RAW))
                 parent[key] = f"RAW={len(raw) - 1}="

@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import pickletools
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -565,7 +566,21 @@ def write_hdf5(folder: Path) -> None:
 
 def change_hdf5(folder: Path, random: Random) -> Files:
     name = random.choice(("plain.h5ad", "packed.h5ad"))
-    return {name: changed_bytes(random, (folder / name).read_bytes(), near=HDF5)}
+    content = (folder / name).read_bytes()
+    if random.random() < 0.3:
+        return {name: changed_addresses(random, content)}
+    return {name: changed_bytes(random, content, near=HDF5)}
+
+
+def changed_addresses(random: Random, content: bytes) -> bytes:
+    """Parts of the file that name others, or themselves: trees with circles, headers that go on in each other."""
+    parts = {found.start() for found in re.finditer(HDF5, content)}
+    numbers = np.lib.stride_tricks.sliding_window_view(np.frombuffer(content, np.uint8), 8) @ (256 ** np.arange(8.0))
+    places = np.flatnonzero(np.isin(numbers, list(parts - {0})))
+    changed = bytearray(content)
+    for place in random.choices(places.tolist(), k=random.choice((1, 1, 2, 4))):
+        changed[place : place + 8] = random.choice(sorted(parts)).to_bytes(8, "little")
+    return bytes(changed)
 
 
 def read_hdf5(folder: Path, random: Random, before: Files) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 
 from tests.attack.fuzz import one, run
+from tests.attack.mutate import VALUES, changed_json
 from tests.attack.readers import READERS, Reader, write_seeds
 from tests.screens import ROOT
 
@@ -32,6 +35,13 @@ def test_an_input_is_told_by_its_number_and_its_files_are_as_before(tmp_path, na
     first = [one(name, tmp_path / name, i) for i in range(3)]
     assert first == [one(name, tmp_path / name, i) for i in range(3)]
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+
+
+def test_a_change_leaves_no_trace_in_the_next(tmp_path):
+    before = repr(VALUES)
+    for i in range(2000):
+        changed_json(Random(i), '{"a": [1, {"b": 2}], "c": "d"}')
+    assert repr(VALUES) == before
 
 
 @pytest.mark.parametrize(
