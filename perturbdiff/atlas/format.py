@@ -254,7 +254,7 @@ def read_checksums(folder: Path) -> dict[str, tuple[str, int]]:
             right = isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) is not None
             right = right and type(size) is int and 0 <= size < 1 << 62
         if not right:
-            raise ValueError(f"{path} has {str(entry)[:80]} for {name!r}; it must be a sha256 and a size. {AGAIN}")
+            raise ValueError(f"{path} has {str(entry)[:80]} for {name[:80]!r}; it must be a sha256 and a size. {AGAIN}")
     return {name: (entry["sha256"], entry["size"]) for name, entry in files.items()}
 
 

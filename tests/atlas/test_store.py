@@ -66,6 +66,7 @@ def refused(match: str, call, kind: type[Exception] = ValueError) -> None:
         tracemalloc.stop()
     assert pa.default_memory_pool().bytes_allocated() - arrow < 64 << 20
     assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 4000
 
 
 def change_json(folder: Path, name: str, change) -> None:
@@ -415,6 +416,7 @@ def test_a_file_of_the_manifest_that_was_changed_or_lost_is_named(folder, name):
         (lambda c: c.update(more=1), "must hold format_version and files, not files, more"),
         (lambda c: c.update(files=[]), "must hold format_version and files"),
         (lambda c: c["files"].update(x={}), "{} for 'x'; it must be a sha256 and a size"),
+        (lambda c: c["files"].update({"x" * 100_000: {}}), "{} for 'x{80}'; it must be a sha256 and a size"),
         (lambda c: c["files"][GENES].update(size=-1), "for 'genes.parquet'; it must be"),
         (lambda c: c["files"][GENES].update(size=10**30), "10+ is not a number of 64 bits"),
         (lambda c: c["files"][GENES].update(sha256="x" * 64), "for 'genes.parquet'; it must be"),
