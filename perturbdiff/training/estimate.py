@@ -55,8 +55,10 @@ READ_MAPPED, READ_STREAMED, READ_VALUES = 460_000, 40_000, 1_010
 # and writes it; the average reads two and writes one. Each is float32.
 ADAMW, CLIPPING, AVERAGING = 7 * FLOAT32, 3 * FLOAT32, 3 * FLOAT32
 LAUNCH = 5e-6  # s of the host for each operation
-# Of each weight a save writes state (weights, average, two moments) and model, by one process, the others waiting, at
-# so many bytes/s with hashes and the way to disk.
+# Of each weight a save copies weight, average and two moments into the memory of one process, the others waiting, at so
+# many bytes/s of one core. State and model are then written beside the training, with hashes and the way to disk; a
+# save that comes before the end of that waits for it.
+COPIED, COPYING = 4 * FLOAT32, 8e9
 SAVED, SAVING = 5 * FLOAT32, 1e9
 SAMPLE = 4096  # cells of a screen whose values are counted
 
@@ -411,7 +413,8 @@ def estimate(config: Config, cluster: Cluster) -> Estimate:
     step = max(busy, seconds["network"], seconds["data"])
     limit = next((name for name in ("data", "network") if seconds[name] == step), slowest)
     between = max(config.training.save_every * step, 60 * config.training.save_minutes)  # s from save to save
-    seconds["saves"] = step * n * SAVED / SAVING / between
+    waits = n * COPIED / COPYING + max(n * SAVED / SAVING - between, 0.0)
+    seconds["saves"] = step * waits / between
     step += seconds["saves"]
     cells = config.data.sets_per_batch * set_size
     result = Estimate(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,7 +32,7 @@ from perturbdiff.training.distributed import engine, idle_note, launch
 from perturbdiff.training.ema import EMA
 from perturbdiff.training.logging import Metrics, check_trackers
 from perturbdiff.training.optim import learning_rate, make_optimizer
-from perturbdiff.training.partition import full_moments, full_weights, load_moments
+from perturbdiff.training.partition import full_moments, full_weights, load_moments, on_host
 from perturbdiff.training.run_folder import (
     alone_in,
     begin_folder,
@@ -162,12 +164,16 @@ class _Run:
             self.ema.load(saved.tensors("ema.safetensors"), self.progress.ema_updates)
             load_moments(self.module, self.optimizer, saved.tensors("optimizer.safetensors"))
             self.best = saved.tensors("best.safetensors") or None
-        self.saved_at, self.saved_time, self.save_due = self.progress.step, time.monotonic(), False
+        self.saved_at, self.save_due = self.progress.step, False
+        self.saving_at: int | None = None  # the step of a save that was begun and not waited for
+        self.saving_since = time.monotonic()
+        self.writer, self.written = ThreadPoolExecutor(1, "save"), False
+        self.writing: Future[None] | None = None  # on rank 0
         self.loss = DiffusionLoss(config.diffusion, in_step=self.world_size > 1)
         self.sampler = data.train.sampler(config)
         self.validation = None if data.validation is None else (data.validation, data.validation.sampler(config))
         self.stop = StopRequest()
-        self.watchdog = Watchdog(accelerator, config.training.timeout, lambda: _advice(self.saved_at))
+        self.watchdog = Watchdog(accelerator, config.training.timeout, lambda: _advice(_last_saved(self.out)))
         self.pace = Pace(self.progress.cells_seen)
 
     def summary(self) -> str:
@@ -207,6 +213,7 @@ class _Run:
             Metrics(self.out, done.step, self.config) if main else nullcontext() as metrics,
             progress(training.n_steps, "train", "step", initial=done.step, shown=main) as bar,
             Trace(self.out / "profile", self.rank, training.profile_steps) as profiler,
+            self.writer,  # a save that was begun ends, whatever happens
         ):
             if done.step == 0 and self.start.said is not None and training.early_stop_patience is not None:
                 self._validated(metrics)  # fine-tuning may do worse than the checkpoint as it is
@@ -238,10 +245,14 @@ class _Run:
                     stopped_by = f"stop_at={stop_at}"
                 if stopped_by is not None:
                     break
+                if self.written:
+                    self._saved()
                 if done.step % training.save_every == 0 and self.save_due:
                     self._save()
+            self._saved()
             if done.step != self.saved_at or not (ended or (self.out / "model").is_dir()):
                 self._save()
+                self._saved()
         if failure is not None:
             if main:
                 print(_advice(self.saved_at), flush=True)
@@ -255,7 +266,7 @@ class _Run:
             print(
                 f"stopped     by {stopped_by} after step {done.step}; the same command goes on from there", flush=True
             )
-        return TrainingResult(self._model(self.best or self.ema.full()), self.out, done.step, stopped_by)
+        return TrainingResult(self._model(self.best or self.ema.full(), self.device), self.out, done.step, stopped_by)
 
     def _batches(self, step: int) -> tuple[list[CellSetBatch], int]:
         """This process's part of a step, cut for accumulation, and the cells of the whole step."""
@@ -326,22 +337,23 @@ class _Run:
     def _agree(self, sums: Tensor, bad: list[str], abandoned: bool) -> tuple[dict[str, float], str | None, bool]:
         """What all processes must know before any takes the step: its means, a signal, whether one gave up waiting.
 
-        And whether it is time to save.
+        And whether it is time to save, or a save is written.
 
         Raises FloatingPointError everywhere if a loss is not finite anywhere.
         """
         signals = [name == self.stop.signal_name for name in SIGNALS]
         self.watchdog.doing(WAITING)
-        save_due = time.monotonic() - self.saved_time >= 60 * self.config.training.save_minutes
-        own = torch.cat([sums, sums.new_tensor([self.pace.waited, bool(bad), abandoned, save_due, *signals])])
-        rows = self.accelerator.gather(own[None]).cpu()  # (N, 10), one a process
+        save_due = time.monotonic() - self.saving_since >= 60 * self.config.training.save_minutes
+        written = self.writing is not None and self.writing.done()
+        own = torch.cat([sums, sums.new_tensor([self.pace.waited, bool(bad), abandoned, save_due, written, *signals])])
+        rows = self.accelerator.gather(own[None]).cpu()  # (N, 11), one a process
         self.pace.add_wait(float(rows[:, 3].max()))
         if rows[:, 4].any():
             self._refuse_non_finite(bad, rows[:, 4].nonzero()[:, 0].tolist())
         n_shares = self.world_size * self.config.training.accumulation_steps
         means = dict(zip(("loss", "mse", "mmd"), (rows[:, :3].sum(0) / n_shares).tolist(), strict=True))
-        got = [name for name, by in zip(SIGNALS, rows[:, 7:].any(0).tolist(), strict=True) if by]
-        self.save_due = bool(rows[0, 6])  # by the clock of the one that writes
+        got = [name for name, by in zip(SIGNALS, rows[:, 8:].any(0).tolist(), strict=True) if by]
+        self.save_due, self.written = bool(rows[0, 6]), bool(rows[0, 7])  # as the one says that writes
         return means, got[0] if got else None, bool(rows[:, 5].any())
 
     def _refuse_non_finite(self, bad: list[str], ranks: list[int]) -> None:
@@ -362,7 +374,7 @@ class _Run:
         weights = self.ema.full()
         with self.pace.paused():
             scores = validate(
-                self._denoiser_with(weights),
+                self._denoiser_with(weights, self.device),
                 cells,
                 sampler,
                 self.config,
@@ -391,55 +403,74 @@ class _Run:
         return done.step - done.best_step >= patience * self.config.training.validate_every
 
     def _save(self) -> None:
-        """The model folder, then the state, so that a state never stands without its model."""
+        """Begin a save: all gather, and a thread of rank 0 writes copies while training goes on; see `_saved`."""
+        self._saved()
         done, main = self.progress, self.accelerator.is_main_process
         self.watchdog.doing(f"saving step {done.step}")
         done.ema_updates = self.ema.n_updates
-        averaged, failure = self.ema.full(), None
-        tensors = {
-            "denoiser.safetensors": lambda: full_weights(self.module, main),
-            "ema.safetensors": lambda: averaged,
-            "optimizer.safetensors": lambda: full_moments(self.module, self.optimizer, main),
-            "best.safetensors": lambda: self.best or {},
-        }
+        self.saving_at, self.saving_since = done.step, time.monotonic()
         with self.pace.paused():
-            try:
-                if self.lock is not None:
-                    self.lock.check()
-                if main:
-                    self._model(self.best or averaged).save_pretrained(self.out / "model")
-                    self.start.save_adapter(self.out, self.best or averaged)
-            except OSError as error:
-                failure = error
-            try:
-                writes = main and failure is None
-                save_state(self.out / "states", done, tensors, self.config.training.keep_states, writes)
-            except OSError as error:
-                failure = failure or error
-            self.watchdog.doing(WAITING)
-            failed = self.accelerator.gather(torch.tensor([failure is not None], device=self.device))
-        if isinstance(failure, FileExistsError):  # not ours to write
-            raise failure
-        if failure is not None:
+            averaged, trained = self.ema.full(), full_weights(self.module, main)
+            moments = full_moments(self.module, self.optimizer, main)
+            if main:
+                tensors = {
+                    "denoiser.safetensors": trained,
+                    "ema.safetensors": {name: on_host(weight) for name, weight in averaged.items()},
+                    "optimizer.safetensors": moments,
+                    "best.safetensors": {name: weight.cpu() for name, weight in (self.best or {}).items()},
+                }
+                weights = tensors["best.safetensors"] or tensors["ema.safetensors"]
+                model = self._model(weights, torch.device("cpu"))
+                self.writing = self.writer.submit(self._write, deepcopy(done), tensors, model, weights)
+
+    def _write(
+        self,
+        done: Progress,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        model: PerturbDiff,
+        weights: Mapping[str, Tensor],
+    ) -> None:
+        """The model folder, then the state, so that a state never stands without its model."""
+        if self.lock is not None:
+            self.lock.check()
+        model.save_pretrained(self.out / "model")
+        self.start.save_adapter(self.out, weights)
+        save_state(self.out / "states", done, tensors, self.config.training.keep_states)
+
+    def _saved(self) -> None:
+        """Wait until the save that was begun is on disk; raises on all processes where it could not be written."""
+        if self.saving_at is None:
+            return
+        failure = None
+        if self.writing is not None:
+            self.watchdog.doing(f"saving step {self.saving_at}")
+            with self.pace.paused():
+                failure = self.writing.exception()
+        step, self.saving_at, self.writing = self.saving_at, None, None
+        self.watchdog.doing(WAITING)
+        failed = self.accelerator.gather(torch.tensor([failure is not None], device=self.device))
+        if isinstance(failure, OSError) and not isinstance(failure, FileExistsError):
             raise OSError(
-                f"step {done.step} could not be saved ({failure}); step {self.saved_at} still is. Make room, and the "
+                f"step {step} could not be saved ({failure}); step {self.saved_at} still is. Make room, and the "
                 "same command goes on from there."
             ) from failure
+        if failure is not None:  # the folder is another process's, not ours to write
+            raise failure
         if failed.any():
-            raise OSError(f"step {done.step} could not be saved by rank 0, which says why.")
-        self.saved_at, self.saved_time = done.step, time.monotonic()
+            raise OSError(f"step {step} could not be saved by rank 0, which says why.")
+        self.saved_at = step
 
-    def _denoiser_with(self, weights: dict[str, Tensor]) -> Denoiser:
+    def _denoiser_with(self, weights: Mapping[str, Tensor], device: torch.device) -> Denoiser:
         with shapes_only():
             denoiser = build_denoiser(self.config.denoiser, len(self.data.cells.genes), self.data.vocabularies)
         denoiser.load_state_dict(self.start.own_weights(weights), assign=True)
-        return denoiser.to(self.device).eval().requires_grad_(False)
+        return denoiser.to(device).eval().requires_grad_(False)
 
-    def _model(self, weights: dict[str, Tensor]) -> PerturbDiff:
+    def _model(self, weights: Mapping[str, Tensor], device: torch.device) -> PerturbDiff:
         config, done = self.config, self.progress
         steps = done.best_step if self.best is not None else done.step
         return PerturbDiff(
-            self._denoiser_with(weights).float(),  # an engine may hold what does not train as bf16
+            self._denoiser_with(weights, device).float(),  # an engine may hold what does not train as bf16
             self.data.cells.genes,
             self.data.vocabularies,
             self.data.cells.preprocessing,
@@ -467,6 +498,11 @@ def _latest_state(out: Path, accelerator: Accelerator) -> SavedState | None:
         ) from error
 
 
+def _last_saved(out: Path) -> int:
+    """By what is on disk: a save may be written and not yet waited for."""
+    return int(states[0].name.removeprefix("step_")) if (states := saved_states(out / "states")) else 0
+
+
 def _advice(saved_step: int) -> str:
     return f"The last saved step is {saved_step}; the same command goes on from there."
 
@@ -478,9 +514,8 @@ def _ended_by_others(accelerator: Accelerator, out: Path) -> Iterator[None]:
         yield
     except RuntimeError as error:
         if accelerator.num_processes > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            saved = [int(state.name.removeprefix("step_")) for state in saved_states(out / "states")]
             raise ConnectionError(
-                f"another process has ended; its message, or the launcher's, says why. {_advice(max(saved, default=0))}"
+                f"another process has ended; its message, or the launcher's, says why. {_advice(_last_saved(out))}"
             ) from error
         raise
 

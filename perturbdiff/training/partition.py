@@ -44,25 +44,30 @@ def joined(own: Tensor, shape: torch.Size, world_size: int) -> Tensor:
     return whole[: shape.numel()].view(shape)
 
 
+def on_host(tensor: Tensor) -> Tensor:
+    """A copy in the memory of this machine, contiguous: what trains on does not change it."""
+    return tensor.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
+
+
 def full_weights(denoiser: nn.Module, wanted: bool = True) -> dict[str, Tensor]:
-    """The weights by name."""
+    """The weights by name, `on_host`."""
     weights = {}
     for name, p in denoiser.named_parameters():
         whole = _full_zero3(p, None) if hasattr(p, "ds_id") else p.detach()
         if wanted:
-            weights[name] = whole.cpu()
+            weights[name] = on_host(whole)
     return weights
 
 
 def full_moments(denoiser: nn.Module, optimizer: Any, wanted: bool = True) -> dict[str, Tensor]:
-    """`step`, and exp_avg and exp_avg_sq by moment and name of what trains; empty before the first step.
+    """`step`, and exp_avg and exp_avg_sq by moment and name of what trains, `on_host`; empty before the first step.
 
     `optimizer` is what Accelerate prepared.
     """
     states = _adamw(optimizer).state
     if not states:
         return {}
-    flat_of, moments = _flat_of(optimizer), {"step": next(iter(states.values()))["step"].detach().clone()}
+    flat_of, moments = _flat_of(optimizer), {"step": on_host(next(iter(states.values()))["step"])}
     for name, p in _trained(denoiser):
         for moment in MOMENTS:
             if hasattr(p, "ds_id"):
@@ -76,7 +81,7 @@ def full_moments(denoiser: nn.Module, optimizer: Any, wanted: bool = True) -> di
             else:
                 whole = states[p][moment].detach()
             if wanted:
-                moments[f"{moment}.{name}"] = whole.cpu()
+                moments[f"{moment}.{name}"] = on_host(whole)
     return moments if wanted else {}
 
 

@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -49,51 +49,35 @@ class SavedState:
         return {name: tensor.clone() for name, tensor in load_file(self.folder / file).items()}
 
 
-def save_state(
-    folder: Path, progress: Progress, tensors: Mapping[str, Callable[[], Mapping[str, Tensor]]], keep: int, writes: bool
-) -> None:
+def save_state(folder: Path, progress: Progress, tensors: Mapping[str, Mapping[str, Tensor]], keep: int) -> None:
     """Write `folder`/step_NNNNNNNN under a temporary name, flush it, rename it; only the `keep` newest stay.
 
     Parameters
     ----------
     tensors
-        What gives the whole tensors of each of TENSOR_FILES. All processes must call it, and so this.
-    writes
-        True on the one process that writes.
+        The whole tensors of each of TENSOR_FILES, on the CPU, none a view of another.
 
     Raises
     ------
     OSError
-        On that process; earlier states are as they were. One that cannot be removed afterwards is a warning only.
+        Earlier states are as they were. One that cannot be removed afterwards is a warning only.
     """
-    if not writes:
-        for name in TENSOR_FILES:
-            tensors[name]()
-        return
-    failure: Exception | None = None
-    temporary, hashes = None, {}
+    temporary, aside, final = None, None, folder / f"step_{progress.step:08d}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         remove_left_over(folder)
         temporary = Path(tempfile.mkdtemp(prefix=".state-", dir=folder))
-    except OSError as error:
-        failure = error
-    try:
+        hashes = {}
         for name in TENSOR_FILES:
-            whole = tensors[name]()  # also after a failure: the others expect this process to gather with them
-            if temporary is not None and failure is None:
-                try:
-                    save_file({k: t.detach().cpu().contiguous().clone() for k, t in whole.items()}, temporary / name)
-                    hashes[name] = _flushed_hash(temporary / name)
-                except (OSError, SafetensorError) as error:
-                    failure = error
-        if temporary is None or failure is not None:
-            what = f"the state of step {progress.step} could not be written"
-            raise OSError(f"{what} to {folder} ({failure})") from failure
+            try:
+                save_file(dict(tensors[name]), temporary / name)
+            except SafetensorError as error:  # the disk is full
+                what = f"the state of step {progress.step} could not be written"
+                raise OSError(f"{what} to {folder} ({error})") from error
+            hashes[name] = _flushed_hash(temporary / name)
         content = {"progress": asdict(progress), "sha256": hashes}
         (temporary / "state.json").write_text(json.dumps({**content, "own_sha256": json_sha256(content)}))
         _flushed_hash(temporary / "state.json")
-        final = folder / f"step_{progress.step:08d}"
         aside = set_aside(final) if final.exists() else None  # damaged, or the run would have gone on from there
         temporary.rename(final)
         to_disk(folder)  # the new name itself must outlive a power cut before the old states go

@@ -49,6 +49,7 @@ def test_kills_and_a_damaged_state_cost_only_the_steps_since_the_last_save(recip
     held = Held(tmp_path / "again", 10)
     with Launch("ddp", recipe, out, fault=held.fault) as run:
         held.wait(run)
+        run.until(lambda: steps(out) == [4, 8])
         os.kill(held.pid(0), signal.SIGKILL)
         assert run.ends() == 1
     assert steps(out) == [4, 8]

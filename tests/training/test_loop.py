@@ -5,7 +5,9 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import wait
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -165,6 +167,75 @@ def test_saves_are_so_many_minutes_apart_and_at_the_end(screen, tmp_path, monkey
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0]))
     fit(tiny_config(screen, tmp_path / "run", "training.save_every=2", f"training.save_minutes={minutes}"))
     assert steps == saved
+
+
+def test_training_goes_on_while_a_save_is_written_and_the_bytes_are_those_of_a_save_that_waits(
+    screen, tmp_path, monkeypatch
+):
+    words = ("training.save_every=2", "training.save_minutes=0", "training.keep_states=3")
+    save, write, agree = loop._Run._save, loop.save_state, loop._Run._agree
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "_save", lambda run: (save(run), run._saved()))
+        fit(tiny_config(screen, tmp_path / "waits", *words))
+    step, further = [0], threading.Condition()
+
+    def agreed(run, *given, **more):
+        with further:
+            step[0] = run.progress.step
+            further.notify()
+        return agree(run, *given, **more)
+
+    def written(folder, progress, *rest):
+        with further:  # the next step is taken, but of the last one
+            assert progress.step == 6 or further.wait_for(lambda: step[0] > progress.step, PATIENCE)
+        write(folder, progress, *rest)
+
+    monkeypatch.setattr(loop, "save_state", written)
+    monkeypatch.setattr(loop._Run, "_agree", agreed)
+    fit(tiny_config(screen, tmp_path / "run", *words))
+    files = sorted(path.relative_to(tmp_path / "run") for part in ("states", "model") for path in
+                   (tmp_path / "run" / part).rglob("*") if path.is_file())  # fmt: skip
+    assert len(files) > 3 * 5
+    for file in files:
+        assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "waits" / file).read_bytes(), file
+
+
+def test_a_save_that_fails_ends_the_run_at_the_next_step(screen, tmp_path, monkeypatch):
+    agree = loop._Run._agree
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    def agreed(run, *given, **more):
+        if run.writing is not None:
+            wait([run.writing], PATIENCE)
+        return agree(run, *given, **more)
+
+    monkeypatch.setattr(loop, "save_state", full)
+    monkeypatch.setattr(loop._Run, "_agree", agreed)
+    with pytest.raises(OSError, match=r"step 2 could not be saved .*No space.*; step 0 still is\."):
+        fit(tiny_config(screen, tmp_path / "run", "training.save_every=2", "training.save_minutes=0"))
+    assert [line["step"] for line in losses(tmp_path / "run") if "loss" in line] == [1, 2, 3]
+
+
+def test_a_save_that_was_begun_is_finished_though_training_fails(screen, tmp_path, monkeypatch):
+    write, step, failed = loop.save_state, loop._Run._step, threading.Event()
+
+    def failing(run, made):
+        if run.progress.step == 3:
+            failed.set()
+            raise FloatingPointError("not finite")
+        return step(run, made)
+
+    def written(*given):
+        assert failed.wait(PATIENCE)
+        write(*given)
+
+    monkeypatch.setattr(loop, "save_state", written)
+    monkeypatch.setattr(loop._Run, "_step", failing)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        fit(tiny_config(screen, tmp_path / "run", "training.save_every=2", "training.save_minutes=0"))
+    assert [path.name for path in (tmp_path / "run" / "states").iterdir()] == ["step_00000002"]
 
 
 def test_data_that_fail_cost_no_step_that_was_taken(screen, tmp_path, monkeypatch):
