@@ -19,6 +19,7 @@ from perturbdiff.cli.atlas import add_atlas_commands
 from perturbdiff.cli.command import HelpText
 from perturbdiff.cli.features import add_features_commands
 from perturbdiff.cli.hub import add_hub_commands
+from perturbdiff.cli.interrupts import heard
 from perturbdiff.cli.report import add_report_command
 from perturbdiff.cli.runs import add_run_commands, rank
 from perturbdiff.cli.settings import add_settings_commands
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _arguments(argv)
     warnings.showwarning = _note
     try:
-        with redirect_stdout(_Shown(sys.stdout)):
+        with redirect_stdout(_Shown(sys.stdout)), heard():
             arguments.run(arguments)
     except (*USER_ERRORS, MemoryError, OverflowError, RecursionError) as error:
         if arguments.debug:

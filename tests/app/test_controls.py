@@ -13,7 +13,7 @@ from perturbdiff.app.upload import Limits
 from perturbdiff.data.h5ad import ALWAYS_READ
 from perturbdiff.data.screen import control_cells
 from tests.app.test_page import bad_files
-from tests.screens import shared
+from tests.screens import never_returns, shared
 
 
 def refused(path, model, match, **limits):
@@ -77,19 +77,6 @@ def test_groups_that_hold_each_other_are_walked_once(upload, model):
     with h5py.File(upload, "a") as file:
         file["obs/loop"] = file["obs"]
     assert read_controls(upload, "a file", model, Limits()).cells.n_obs == expected.cells.n_obs
-
-
-def never_returns(path):
-    """Give the free room of each heap no size: the library goes round and round in it."""
-    content = bytearray(path.read_bytes())
-    heaps = [found.start() for found in re.finditer(b"GCOL\1\0\0\0", content)]
-    for heap in heaps:
-        place, end = heap + 16, heap + int.from_bytes(content[heap + 8 : heap + 16], "little") - 16
-        while place <= end and content[place : place + 2] != b"\0\0":
-            place += 16 + (int.from_bytes(content[place + 8 : place + 16], "little") + 7) // 8 * 8
-        if place <= end:
-            content[place + 8 : place + 16] = bytes(8)
-    path.write_bytes(content)
 
 
 @pytest.mark.slow
