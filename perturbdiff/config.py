@@ -560,6 +560,8 @@ def check_bounds(settings: Any, prefix: str = "") -> None:
 def check_config(config: Config) -> None:
     """Refuse values that no data could make sensible. Raises ValueError."""
     check_bounds(config)
+    if not config.out:  # "$OUT" of a script that has none: it would be the folder that one is in
+        raise ValueError("out is empty; name a run folder (--out).")
     _check_data(config.data)
     if config.denoiser.conditioning == "reference" and (config.data.perturbation_features or config.data.dose_marker):
         raise ValueError(

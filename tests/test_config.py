@@ -237,7 +237,10 @@ def test_the_spacing_decides_which_number_of_steps_must_fit_the_schedule():
 
 def test_what_has_no_default_must_be_given():
     nothing, no_out = {"out": "x"}, {"data": {"screen": "x"}}
-    for given_, said in ((nothing, "give one of them"), (no_out, "out is not set; give it")):
+    empty_out = {**no_out, "out": ""}
+    for given_, said in (
+        (nothing, "give one of them"), (no_out, "out is not set; give it"), (empty_out, "out is empty; name a run"),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             load_config(None, [], given_)
 

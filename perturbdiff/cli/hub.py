@@ -253,6 +253,8 @@ def _merge(arguments: argparse.Namespace) -> None:
     refuse_missing(arguments.adapter)
     from perturbdiff.model import PerturbDiff
 
+    if not _find(arguments.adapter).read()[0].is_adapter:
+        raise ValueError(f"{arguments.adapter} is a whole model, not an adapter: there is nothing to merge.")
     model = PerturbDiff.from_pretrained(arguments.adapter, device="cpu", base=arguments.base)
     model.save_pretrained(arguments.out)
     print(f"merged      {arguments.adapter}: {model.n_parameters:,} parameters, its golden output checked")

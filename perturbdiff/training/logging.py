@@ -96,11 +96,11 @@ class MetricsFile:
         self.path = path
         kept = []
         if path.exists():
-            for line in path.read_text().splitlines():
+            for line in path.read_text(errors="replace").splitlines():
                 try:
                     if json.loads(line)["step"] <= resume_step:
                         kept.append(line)
-                except (ValueError, KeyError):
+                except (ValueError, KeyError, TypeError):
                     continue  # a line that a kill cut short
         write_text(path, "".join(f"{line}\n" for line in kept))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shlex
@@ -20,7 +19,8 @@ from perturbdiff.config import COEXPRESSION, Config, ModelConfig, ObsColumns, as
 from perturbdiff.data.identity import screen_identity
 from perturbdiff.data.screen import Screen
 from perturbdiff.features.tables import FeatureTable
-from perturbdiff.files import json_sha256, remove, restore_folder, write_json
+from perturbdiff.files import json_sha256, parse_json, remove, restore_folder, write_json
+from perturbdiff.hub.model_folder import CONFIG
 from perturbdiff.hub.records import AtlasRecord, TrainingRecord
 from perturbdiff.lock import Lock, alone
 from perturbdiff.training.dataset import TrainingSet
@@ -89,6 +89,8 @@ def check_resumable(out: Path, config: Config) -> None:
     if not saved_states(out / "states"):
         if out.exists() and not out.is_dir():
             raise FileExistsError(f"out ({out}) is a file; choose another run folder.")
+        if (out / CONFIG).is_file():
+            raise FileExistsError(f"out ({out}) is a model folder; choose another run folder.")
         return
     before, now = _flat(as_dict(load_config(out / "config.yaml"))), _flat(as_dict(config))
     free = FREE_ON_RESUME | (set() if config.training.early_stop_patience else FREE_WITHOUT_EARLY_STOPPING)
@@ -152,7 +154,7 @@ def check_same_data(out: Path, now: dict[str, Any]) -> None:
         return
     before = _recorded(out)
     names = {"screen", "atlases", "sha256"} if before else {"screen", "sha256"}
-    before = {**(before or now), "split": json.loads((out / "split.json").read_text())}
+    before = {**(before or now), "split": _json(out / "split.json")}
     if changed := _differences(before, now, names):
         raise ValueError(
             f"the data of run folder {out} are not those it was started with ({'; '.join(changed)}); give those to go "
@@ -191,7 +193,11 @@ def _table_sha256(table: FeatureTable) -> str:
 def _recorded(out: Path) -> dict[str, Any]:
     """data.json of a run that can go on; empty where there is none."""
     there = saved_states(out / "states") and (out / DATA).is_file()
-    return dict(json.loads((out / DATA).read_text())) if there else {}
+    return _json(out / DATA) if there else {}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return parse_json(path.read_bytes(), str(path))
 
 
 @contextmanager

@@ -188,6 +188,10 @@ def test_an_adapter_is_pushed_loaded_and_merged_to_the_model_of_its_run(hub, ada
     assert agree(merged, PerturbDiff.from_pretrained(adapter.parent / "model"))
     main(["hub", "merge", "lab/lora@v1", "--base", "lab/base", "--out", str(tmp_path / "merged")])
     assert agree(merged, PerturbDiff.from_pretrained(tmp_path / "merged"))
+    with pytest.raises(SystemExit):
+        main(["hub", "merge", str(checkpoint), "--out", str(tmp_path / "again")])
+    assert "is a whole model, not an adapter: there is nothing to merge" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
     repo = hub.models["lab/lora"]
     card = repo.commits[repo.resolve("v1")]["README.md"].decode()
     assert "library_name: perturbdiff" in card

@@ -54,7 +54,9 @@ def wandb(tmp_path, monkeypatch):
 
 def test_resuming_forgets_lines_after_the_state_and_half_written_ones(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "loss": 1.0}\n{"step": 4, "lo')
+    path.write_bytes(
+        b'{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n\xff\x00\n[3]\n{"step": 3, "loss": 1.0}\n{"step": 4, "lo'
+    )
     metrics = MetricsFile(path, resume_step=2)
     metrics.write(step=3, loss=1.5)
     assert lines(path) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 1.5}]

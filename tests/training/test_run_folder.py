@@ -82,6 +82,20 @@ def test_a_model_that_a_kill_amid_a_save_left_under_no_name_is_there_when_the_ru
     assert list(stopped.glob(".model*")) == []
 
 
+@pytest.mark.parametrize("name", ["data.json", "split.json"])
+def test_what_a_run_kept_of_its_data_is_named_where_it_is_damaged(screen, stopped, name):
+    (stopped / name).write_text("")
+    with pytest.raises(ValueError, match=rf"{name} is not valid JSON"):
+        fit(tiny_config(screen, stopped))
+
+
+def test_a_model_folder_is_no_run_folder(screen, straight):
+    before = sorted((straight / "model").iterdir())
+    with pytest.raises(FileExistsError, match=r"out \(.*model\) is a model folder; choose another run folder"):
+        fit(tiny_config(screen, straight / "model"))
+    assert sorted((straight / "model").iterdir()) == before
+
+
 def test_a_marker_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     leave_marker(tmp_path, "SIGTERM", 3)
 
