@@ -206,6 +206,7 @@ def split_of(stored: Any, screen: Screen, where: str) -> Split:
             raise ValueError("it was made for an atlas, whose cells are not listed; give one made for a screen")
         cells = {part: list(map(str, stored["cells"][part])) for part in ("validation", "test")}
         reserved = list(map(str, stored["cells"].get("controls", ())))
+        n_cells = int(stored.get("n_cells", len(screen)))
         hold_out, kept_in, chosen = (
             [str(s) for s in stored.get(key, ())] for key in ("hold_out", "train", "validation")
         )
@@ -224,7 +225,7 @@ def split_of(stored: Any, screen: Screen, where: str) -> Split:
                 f"({few(missing)}); give the screen the split was made for."
             )
     _refuse_other_values(stored.get("content"), _content(screen, cells), where, screen)
-    if len(screen) > (n_cells := int(stored.get("n_cells", len(screen)))):
+    if len(screen) > n_cells:
         raise ValueError(
             f"{screen.path} has {len(screen):,} cells and {where} was made of {n_cells:,}: of the others nobody knows "
             "whether they were held out. Give the screen of the run, read as there."
@@ -244,9 +245,15 @@ def _content(screen: Screen, cells: dict[str, list[str]]) -> dict[str, Any]:
     }
 
 
-def _refuse_other_values(then: dict[str, Any] | None, now: dict[str, Any], path: str | Path, screen: Screen) -> None:
+def _refuse_other_values(then: Any, now: dict[str, Any], path: str | Path, screen: Screen) -> None:
     if then is None or then == now:  # None: written before there was one
         return
+    if not (
+        isinstance(then, dict)
+        and isinstance(then.get("n_genes"), int)
+        and isinstance(then.get("target_sum", ""), int | float | None)
+    ):
+        raise ValueError(f"{path} does not say what its cells hold (content is {str(then)[:80]!r}); take it anew.")
     if None not in (then["target_sum"], now["target_sum"]) and then["target_sum"] != now["target_sum"]:
         warnings.warn(
             f"whether the cells of {screen.path} are those of {path} is not known: they became log1p values of "

@@ -280,6 +280,25 @@ def test_any_change_of_a_split_is_noticed(stored, change):
         read_split(path, screen)
 
 
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"content": 1.5}, "does not say what its cells hold"),
+        ({"content": {"n_genes": 3}}, "does not say what its cells hold"),
+        ({"content": {"n_genes": "x", "target_sum": None}}, "does not say what its cells hold"),
+        ({"content": {"n_genes": 3, "target_sum": []}}, "does not say what its cells hold"),
+        ({"n_cells": None}, "is not a split.json"),
+    ],
+)
+def test_a_split_of_a_hash_that_agrees_is_looked_at_too(stored, changed, match):
+    screen, _, path = stored
+    content = {**json.loads(path.read_text()), **changed}
+    del content["sha256"]
+    path.write_text(json.dumps({**content, "sha256": json_sha256(content)}))
+    with pytest.raises(ValueError, match=match):
+        read_split(path, screen)
+
+
 def test_layout_and_order_of_the_json_do_not_matter(stored):
     screen, split, path = stored
     content = json.loads(path.read_text())
