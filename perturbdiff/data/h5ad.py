@@ -128,7 +128,8 @@ def _values_beside_x(file: h5py.File | AnnData) -> tuple[list[str], bool]:
     if isinstance(file, AnnData):
         return sorted(map(str, file.layers)), file.raw is not None
     layers = file.get("layers", getlink=True)
-    layers = sorted(file["layers"]) if isinstance(layers, h5py.HardLink) else []
+    names = file["layers"] if isinstance(layers, h5py.HardLink) else []
+    layers = sorted(name for name in names if isinstance(name, str))  # bytes that are no text nobody can give
     raw = file.get("raw", getlink=True)
     return layers, isinstance(raw, h5py.HardLink) and isinstance(file["raw"], h5py.Group) and "X" in file["raw"]
 

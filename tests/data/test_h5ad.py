@@ -271,3 +271,13 @@ def test_a_layer_that_lies_elsewhere_is_refused(beside, secret):
         file["layers"] = h5py.ExternalLink(secret, "/")
     with pytest.raises(KeyError, match="there is no layer 'counts'; name other values that it holds: raw"):
         perturbdiff.Screen.read(path, DataConfig(layer="counts"))
+
+
+def test_a_layer_whose_name_is_no_text_is_not_among_those_that_can_be_given(tmp_path):
+    adata = counts_screen()
+    adata.layers["log"] = adata.X.copy()
+    path = written(adata, tmp_path / "a.h5ad")
+    with h5py.File(path, "a") as file:
+        file["layers"].move("log", b"\xff")
+    with pytest.raises(KeyError, match=r"there are none, and no \.raw"):
+        read_h5ad_parts(path, "other")
