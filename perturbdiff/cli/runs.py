@@ -14,6 +14,7 @@ from perturbdiff.cli.check import add_check_command
 from perturbdiff.cli.command import SETTINGS, add_command, add_settings, refuse_missing
 from perturbdiff.cli.predict import add_predict_commands
 from perturbdiff.cli.rank import add_rank_command
+from perturbdiff.cli.simulate import add_simulate_command
 from perturbdiff.training.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ def add_run_commands(commands: Any) -> None:
     demo.add_argument("--out", default="runs/demo", metavar="DIR", help="run folder (default: %(default)s)")
     _recipe(demo)
     add_settings(demo)
+
+    add_simulate_command(commands)
 
     about = "look at a screen, and choose what to screen next"
     screen = commands.add_parser("screen", help=about, description=f"{about[0].upper()}{about[1:]}.")

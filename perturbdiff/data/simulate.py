@@ -86,6 +86,13 @@ class SimulationConfig:
         if not 0 < self.mean_library_size < math.inf:
             raise ValueError(f"mean_library_size ({self.mean_library_size}) must be positive and finite; try 3000.")
 
+    @property
+    def n_cells(self) -> int:
+        """Of the whole screen, control cells included."""
+        treatments = (self.n_perturbations + self.n_pairs) * len(self.doses)
+        contexts = self.n_cell_types * self.n_batches
+        return contexts * (treatments * self.cells_per_condition + self.control_cells_per_context)
+
 
 @dataclass(frozen=True, eq=False)
 class GroundTruth:
