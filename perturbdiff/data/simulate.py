@@ -276,7 +276,7 @@ def _write_screen(file: h5py.File, truth: GroundTruth, chunk_cells: int) -> None
     x.attrs["shape"] = np.array([len(obs), len(truth.genes)])
     for name in ("data", "indices"):
         x.create_dataset(name, shape=(0,), maxshape=(None,), dtype=np.int32, chunks=(HDF5_CHUNK,))
-    indptr = x.create_dataset("indptr", shape=(len(obs) + 1,), dtype=np.int64)
+    indptr = np.zeros(len(obs) + 1, dtype=np.int64)
 
     step = BLOCK_CELLS * max(1, chunk_cells // BLOCK_CELLS)
     with progress(len(obs), "simulate", "cell") as bar:
@@ -290,6 +290,8 @@ def _write_screen(file: h5py.File, truth: GroundTruth, chunk_cells: int) -> None
                 x[name][written:] = values
             indptr[start + 1 : stop + 1] = written + np.cumsum(row_lengths)
             bar.update(stop - start)
+    # Of one type with the indices where that can be: scipy refuses to work with two.
+    x.create_dataset("indptr", data=indptr.astype(np.int32) if indptr[-1] <= np.iinfo(np.int32).max else indptr)
 
 
 def _cells(truth: GroundTruth) -> pd.DataFrame:
