@@ -22,6 +22,8 @@ settings:
 
 MAX_WIDTH = 100  # columns of a text to read, however wide the terminal is
 COMMAND = re.compile(r" +(perturbdiff|torchrun|accelerate|sbatch) ")
+KEPT = re.compile(r"--[a-z-]+ (?!-)('[^']*'|\S+)|'[^']*'")
+NO_BREAK = "\0"  # in place of a space
 ENTRY = re.compile(r"( *\S+(?: \S+)* {3,})\S")
 
 
@@ -51,12 +53,14 @@ def _filled(line: str, width: int) -> str:
     margin = len(found[1]) if found else _margin(line) + (4 if command else 0)
     words, end = line.strip(), " \\\n" if command else "\n"
     own = " " * _margin(line)
+    if command:  # an option stays with its value, and quoted words with each other
+        words = KEPT.sub(lambda kept: kept[0].replace(" ", NO_BREAK), words)
     return end.join(
         textwrap.wrap(
             words, width - 2 * command, initial_indent=own, subsequent_indent=" " * margin,
             break_long_words=False, break_on_hyphens=False,
         )
-    )  # fmt: skip
+    ).replace(NO_BREAK, " ")  # fmt: skip
 
 
 def add_command(

@@ -37,15 +37,14 @@ def add_settings_commands(commands: Any) -> None:
 
 def _recipes(arguments: argparse.Namespace) -> None:
     from perturbdiff.config import RECIPES, find_recipe, list_recipes
+    from perturbdiff.files import hanging
 
     if arguments.name is not None:
         print(find_recipe(arguments.name).read_text(), end="")
         return
-    recipes = list_recipes()
-    width = max((len(name) for name, _, _ in recipes), default=0)
-    for _, group in groupby(recipes, key=lambda recipe: recipe[2].parent):
-        print("\n".join(f"{name:{width}}  {about}" for name, about, _ in group), end="\n\n")
-    print(f"perturbdiff recipes NAME prints one; all are in {RECIPES}")
+    for _, group in groupby(list_recipes(), key=lambda recipe: recipe[2].parent):
+        print("\n".join(f"{name}\n{hanging(f'    {about}', 4)}" for name, about, _ in group), end="\n\n")
+    print(f"perturbdiff recipes NAME prints one; all are in\n{RECIPES}")
 
 
 def _settings(arguments: argparse.Namespace) -> None:

@@ -27,7 +27,7 @@ from perturbdiff.data.rng import cell_order_key
 from perturbdiff.data.selectors import ANY, LABELS, Selectors
 from perturbdiff.data.space import RAW_COUNTS, SAME, found, renormalised, space_of
 from perturbdiff.data.vocab import ENSEMBL_ID, GeneVocab, nearest
-from perturbdiff.files import few, printable
+from perturbdiff.files import few, hanging, printable
 
 IN_MEMORY = "screen in memory"  # in place of a path
 READ_BY = (
@@ -286,7 +286,8 @@ class Screen:
                 f"conditions  {len(sizes)} (perturbation, cell type, batch) with {sizes.min():,} to {sizes.max():,} "
                 f"cells, median {sizes.median():,.0f}"
             )
-        return "\n".join([*lines, *(f"note        {note}" for note in self.notes)])
+        notes = [f"note        {note}" for note in self.notes]
+        return "\n".join([lines[0], *(hanging(line, 12) for line in [*lines[1:], *notes])])  # not the path
 
     def panel_note(self) -> str:
         """What to set for a panel of genes, whose counts are a part of a cell's; may be nothing."""

@@ -674,7 +674,7 @@ def test_commands_in_help_go_on_behind_a_backslash():
         "examples:\n  perturbdiff train --screen a.h5ad --out b\nA paragraph of words\nthat flows.", 30, ""
     )
     assert text == (
-        "examples:\n  perturbdiff train --screen \\\n      a.h5ad --out b\nA paragraph of words that\nflows."
+        "examples:\n  perturbdiff train \\\n      --screen a.h5ad \\\n      --out b\nA paragraph of words that\nflows."
     )
 
 
@@ -685,3 +685,12 @@ def test_perturbdiff_alone_prints_help(capsys):
     assert stop.value.code == 0
     assert said.out.startswith("usage: perturbdiff")
     assert said.err == ""
+
+
+def test_an_option_in_help_stays_with_its_value():
+    command = "  perturbdiff train --screen a.h5ad --hold-out A:T 'split.validation=[B:T, C:T]' --out runs/a"
+    for width in range(30, 100):
+        text = HelpText("perturbdiff", width=width)._fill_text(command, width, "")
+        for kept in ("--screen a.h5ad", "--hold-out A:T", "'split.validation=[B:T, C:T]'", "--out runs/a"):
+            assert kept in text
+        assert " ".join(text.replace("\\\n", " ").split()) == command.strip()

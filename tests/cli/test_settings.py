@@ -1,5 +1,6 @@
 import inspect
 import io
+import re
 import subprocess
 import sys
 import tokenize
@@ -64,14 +65,15 @@ def test_an_unknown_section_is_an_error_that_names_the_nearest(capsys):
     assert "did you mean training?" in capsys.readouterr().err
 
 
-def test_the_list_of_recipes_has_each_with_its_first_line(capsys):
+def test_the_list_of_recipes_has_each_with_its_first_line_in_80_columns(capsys):
     text = printed(capsys, "recipes")
     files = [path for path in RECIPES.rglob("*") if path.is_file()]
     assert len(files) > 30
     for path in files:
         first = next(line for line in path.read_text().splitlines() if not line.startswith("#!"))
-        [line] = [line for line in text.splitlines() if line.split(" ")[0] == f"{path.parent.name}/{path.stem}"]
-        assert line.endswith(first.removeprefix("# "))
+        [entry] = re.findall(rf"^{path.parent.name}/{path.stem}\n((?:    .+\n)+)", text, re.MULTILINE)
+        assert " ".join(entry.split()) == first.removeprefix("# ")
+    assert max(len(line) for line in text.splitlines() if line != str(RECIPES)) <= 80
     assert str(RECIPES) in text
 
 
