@@ -8,7 +8,7 @@ if [ "${1:-}" = --fast ]; then
   part=(-m "not slow" --hypothesis-profile=fast)
   shift
 fi
-bash scripts/bootstrap.sh test eval
+bash scripts/bootstrap.sh test eval docs
 if [ ${#part[@]} = 0 ] && ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
   (apt-get update && apt-get install -y --no-install-recommends chromium) >/dev/null 2>&1 ||
     echo "test: chromium could not be installed; the tests of the app in a browser will skip themselves" >&2

@@ -14,7 +14,7 @@ MAX_SCORED = 500  # cells of a side whose distances are scored: memory and time 
 
 
 def energy_mmd(x: Tensor, y: Tensor, x_mask: Tensor | None = None, y_mask: Tensor | None = None) -> Tensor:
-    """MMD^2 with the energy distance's kernel, E|x-y| - E|x-x'|/2 - E|y-y'|/2 (V-statistic).
+    """MMD^2 with the energy distance's kernel, `E|x-y| - E|x-x'|/2 - E|y-y'|/2` (V-statistic).
 
     Parameters
     ----------
@@ -62,7 +62,7 @@ def mse(x: Tensor, y: Tensor, mask: Tensor | None = None, genes: Tensor | None =
 
 
 def energy_distance(x: Tensor, y: Tensor, x_mask: Tensor | None = None, y_mask: Tensor | None = None) -> Tensor:
-    """Energy distance of each pair of sets, 2 E|x-y| - E|x-x'| - E|y-y'| over distinct cells (U-statistic).
+    """Energy distance of each pair of sets, `2 E|x-y| - E|x-x'| - E|y-y'|` over distinct cells (U-statistic).
 
     Shapes and masks as in `energy_mmd`, of which it is twice, less the bias of pairs of a cell with itself: sets of
     other sizes compare, and a set and itself are at less than 0.

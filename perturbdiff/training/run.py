@@ -87,7 +87,7 @@ def train(
     score
         False ends after the training.
     **settings
-        Sections or single settings, as training={"n_steps": 1000} or **{"training.n_steps": 1000}; `perturbdiff
+        Sections or single settings, as `training={"n_steps": 1000}` or `**{"training.n_steps": 1000}`; `perturbdiff
         settings` lists all. They win over the recipe, and overrides over them.
 
     Returns

@@ -491,7 +491,7 @@ def test_the_summary_says_what_was_found(adata):
 
 def test_the_summary_of_a_screen_of_controls_alone_can_be_written(adata):
     screen = read(adata[adata.obs["perturbation"] == "control"].copy())
-    assert "perturbations 0: " in screen.summary()
+    assert "perturbations 0:\n" in screen.summary()
 
 
 # ---------------------------------------------------------------- real screens
