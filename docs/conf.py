@@ -22,4 +22,4 @@ napoleon_use_ivar = True
 
 html_theme = "sphinx_book_theme"
 html_title = "PerturbDiff"
-html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True}
+html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True, "navbar_persistent": []}  # one search field

@@ -81,6 +81,7 @@ def test_every_page_is_read_and_every_block_says_how_it_runs():
     assert sorted((ROOT / "docs").glob("*.md")) == sorted([*PAGES[1:], ROOT / "docs" / "index.md"])
     assert blocks_of((ROOT / "docs" / "index.md").read_text()) == []
     assert [block.where for block in BLOCKS if block.tag is None or block.language not in ("bash", "python")] == []
+    assert [block.where for block in BLOCKS if max(map(len, block.code.splitlines())) > 82] == []  # none scrolls
     assert len(BLOCKS) > 30
     assert sum(block.tag == "data" for block in BLOCKS) <= 5
 
@@ -137,7 +138,11 @@ words = sys.argv[sys.argv.index("perturbdiff") + 1 :]
 arguments = _arguments(words)
 load_config(find_recipe(arguments.recipe, "pretrain"), arguments.settings)
 """
-COMMAND = "#!{python}\nfrom perturbdiff.cli.main import main\nmain()\n"
+COMMAND = """#!{python}
+from perturbdiff.cli.main import main
+if __name__ == "__main__":  # processes that it starts read this file
+    main()
+"""
 
 
 @pytest.fixture
