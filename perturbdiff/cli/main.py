@@ -117,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Functional diffusion models of single-cell perturbation responses: train on a screen, predict\n"
         "the cells of conditions nobody measured, and score them beside honest baselines.",
         epilog="Start with: perturbdiff demo    (five minutes, no data needed)\n"
+        "By steps:   perturbdiff simulate screen.h5ad, which says the next one\n"
         "Then:       perturbdiff screen info FILE.h5ad",
         formatter_class=HelpText,
     )
