@@ -283,7 +283,7 @@ class Screen:
             lines.append(f"doses       {few(known)}{unit}")
         if len(sizes):
             lines.append(
-                f"conditions  {len(sizes)} (perturbation, cell type, batch) with {sizes.min():,} to {sizes.max():,} "
+                f"conditions  {len(sizes)} (perturbation, cell type, batch) of {sizes.min():,} to {sizes.max():,} "
                 f"cells, median {sizes.median():,.0f}"
             )
         notes = [f"note        {note}" for note in self.notes]

@@ -485,7 +485,7 @@ def test_the_summary_says_what_was_found(adata):
     assert "raw counts" in text
     assert f"largest value {adata.X.max():g}" in text
     assert f"median {np.median(adata.X.toarray().sum(1)):,.0f} counts a cell, from row sums of X" in text
-    assert "conditions  12 (perturbation, cell type, batch) with 6 to 6 cells, median 6" in text
+    assert "conditions  12 (perturbation, cell type, batch) of 6 to 6 cells, median 6" in text
     assert re.search(r"^perturbations 3: ", text, re.MULTILINE)
 
 
