@@ -185,3 +185,26 @@ def test_logarithms_and_means_undo_each_other():
     for eps in EPS:
         np.testing.assert_allclose(mean_of(log_expression(mean, eps), eps), mean, atol=1e-12)
     np.testing.assert_allclose(log_expression(mean, 1.0), mean, atol=1e-12)
+
+
+def test_what_alike_contexts_taught_is_not_carried_to_a_far_one():
+    rng = np.random.default_rng(7)
+    control = 2 + rng.uniform(0, 0.1, size=(5, 40))
+    training = TrainingMeans(["A"] * 5, list("12345"), ["b"] * 5, control, np.tile(control[0] + 1, (5, 1)), np.ones(5))
+    fit = training.fit_across_cell_types
+    assert fit.convergence == 1.0  # all reach the same
+    learned_at = np.mean(
+        [np.square(own - np.delete(control, i, 0).mean(axis=0)).sum() for i, own in enumerate(control)]
+    )
+    mean = control.mean(axis=0)
+    kept = []
+    for far in (0.5, 1.9, 20.0, 1000.0):
+        new = mean + far * np.sqrt(learned_at / 40)
+        without = log_expression(np.tile(control[0] + 1, (5, 1)), fit.eps).mean(0) - log_expression(
+            control, fit.eps
+        ).mean(0)
+        unlike = log_expression(new, fit.eps) - log_expression(control, fit.eps).mean(axis=0)
+        kept.append(float(np.mean((without - fit.log_change(np.arange(5), new)) / unlike)))
+    if np.isinf(fit.bandwidth):
+        np.testing.assert_allclose(kept, [1, 1, 4 / 400, 4 / 1000**2], rtol=1e-6)
+    assert kept[0] > 0.99 > 0.1 > kept[2] > kept[3]

@@ -118,6 +118,26 @@ def test_what_is_not_of_the_network_is_at_the_mean_that_simple_methods_tell(fold
         np.testing.assert_allclose(predicted.mean(axis=0), expected, atol=1e-3)
 
 
+@pytest.mark.parametrize(("weight", "told"), [(0.0, True), (1.0, False)])
+def test_cells_that_are_told_their_mean_add_up_to_one_number_that_keeps_it(folder, tmp_path, weight, told):
+    words = ("diffusion.start=controls", f"sampling.network_weight={weight}", "optim.lr=0.05")
+    config = config_of(folder, tmp_path / "run", *words)
+    model = fit(config, Screen.read(config.data.screen, config.data)).model
+    adata = anndata.read_h5ad(folder / "screen.h5ad")
+    controls = adata[(adata.obs["perturbation"] == "control") & (adata.obs["cell_type"] == "type_1")].copy()
+    controls.obs["batch"] = "batch_0"  # one condition
+    made = model.predict(controls, perturbation="pert_0", cell_type="type_1", seed=1, varied=False)
+    sums, target = np.expm1(made.X.toarray().astype(float)).sum(axis=1), model.preprocessing.target_sum
+    np.testing.assert_allclose(sums, sums.mean(), rtol=1e-4)
+    model.config = replace(model.config, sampling=replace(model.config.sampling, whole_counts=False))
+    estimate = model.predict(controls, perturbation="pert_0", cell_type="type_1", seed=1, varied=False)
+    if told:
+        assert sums.mean() != pytest.approx(target, rel=1e-3)
+        assert made.X.toarray().mean() == pytest.approx(estimate.X.toarray().mean(), rel=1e-4)
+    else:
+        assert sums.mean() == pytest.approx(target, rel=1e-4)
+
+
 def test_a_saved_model_predicts_the_same_cells(trained, folder):
     config, model = trained
     again = PerturbDiff.from_pretrained(config.out)
