@@ -688,7 +688,6 @@ def test_perturbdiff_alone_prints_help(capsys):
     assert said.err == ""
 
 
-<<<<<<< HEAD
 def test_an_option_in_help_stays_with_its_value():
     command = "  perturbdiff train --screen a.h5ad --hold-out A:T 'split.validation=[B:T, C:T]' --out runs/a"
     for width in range(30, 100):
@@ -696,7 +695,8 @@ def test_an_option_in_help_stays_with_its_value():
         for kept in ("--screen a.h5ad", "--hold-out A:T", "'split.validation=[B:T, C:T]'", "--out runs/a"):
             assert kept in text
         assert " ".join(text.replace("\\\n", " ").split()) == command.strip()
-=======
+
+
 FAULTS = """
 import resource
 import numpy as np
@@ -722,4 +722,3 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_commands_use_freed_memory_again():
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, timeout=PATIENCE, check=True)
     assert int(done.stdout.splitlines()[-1]) < 4000  # pages; 80,000 where each array is given back
->>>>>>> 8e1aa12 ([cli] Commands use freed memory again: fresh pages were a fifth of a training step on a CPU)
