@@ -44,8 +44,8 @@ class LogSpaceFit:
 
     where s is the root mean square distance between controls of training conditions. The second term is there since
     contexts become alike: b = 1 gives all the same profile. What was learned of contexts that differ little is not
-    carried to one that is far: beyond FAR times the mean squared distance d^2 at which b was learned, b falls as
-    FAR d^2 over the squared distance of c to sum_k w_k control_k. eps, h and b, the same for all perturbations and
+    carried to one that is far: with d^2 the mean squared distance at which b was learned and D^2 that of c to
+    sum_k w_k control_k, b is b min(1, FAR d^2 / D^2)^2. eps, h and b, the same for all perturbations and
     genes, are those with the smallest sum of squared errors of mean log1p values when each training condition is
     predicted from those of the same perturbation in other contexts; of equals, the first ones. Where no perturbation
     was seen in two contexts, they are eps 0.1, h infinite, b 0.
@@ -110,7 +110,7 @@ class LogSpaceFit:
         perturbed = weights @ log_expression(self._perturbed[conditions], self.eps)
         change: np.ndarray = (perturbed - control) * kept
         unlike = np.square(control_mean - weights @ self._control[conditions]).sum()
-        near = min(1.0, FAR * self._learned_at / unlike) if unlike > 0 else 1.0
+        near = min(1.0, FAR * self._learned_at / unlike) ** 2 if unlike > 0 else 1.0
         return change - near * self.convergence * (log_expression(control_mean, self.eps) - control)
 
     def predict(self, changes: Sequence[np.ndarray], control_mean: np.ndarray) -> np.ndarray:

@@ -206,5 +206,5 @@ def test_what_alike_contexts_taught_is_not_carried_to_a_far_one():
         unlike = log_expression(new, fit.eps) - log_expression(control, fit.eps).mean(axis=0)
         kept.append(float(np.mean((without - fit.log_change(np.arange(5), new)) / unlike)))
     if np.isinf(fit.bandwidth):
-        np.testing.assert_allclose(kept, [1, 1, 4 / 400, 4 / 1000**2], rtol=1e-6)
+        np.testing.assert_allclose(kept, [1, 1, (4 / 400) ** 2, (4 / 1000**2) ** 2], rtol=1e-6)
     assert kept[0] > 0.99 > 0.1 > kept[2] > kept[3]
