@@ -289,10 +289,15 @@ def changed_together(x: Tensor, mask: Tensor, change: Tensor) -> Tensor:
         loses the same part of its value in every cell, and no more than all.
     """
     kept, by = change[:, :1], change[:, 1:]
-    mean = ((x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp_min(1))[:, None]  # (B, 1, G)
+    mean = _mean_of_sets(x, mask)
     x = torch.lerp(mean.expand_as(x), x, kept.expand_as(x))
     left = torch.where((by < 0) & (mean > 0), 1 + by / mean.clamp_min(1e-30), 1.0).clamp_min(0)
     return (x * left + by.clamp_min(0)) * mask[..., None]
+
+
+def _mean_of_sets(x: Tensor, mask: Tensor) -> Tensor:
+    """(B, 1, G) over the cells (B, S, G) that there are."""
+    return ((x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp_min(1))[:, None]
 
 
 def sample_batch(
@@ -342,6 +347,9 @@ def sample_batch(
     if weight > 0:
         made = sample(denoise, draw(), control, shown(batch.labels, diffusion), sampling, schedule, draw)
         x0 = torch.lerp(x0, made, weight)
+        if diffusion.start == "mean":  # it was told: a network that starts from it learns the shape of a response
+            off = _mean_of_sets(control, batch.mask) - _mean_of_sets(x0, batch.mask)
+            x0 = changed_together(x0, batch.mask, torch.cat([torch.ones_like(off), off], dim=1))
     if change is not None:
         x0 = changed_together(x0, batch.mask, change)
     if sampling.whole_counts:

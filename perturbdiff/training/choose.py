@@ -74,13 +74,13 @@ def candidates(new: New, n_perturbations: int) -> tuple[Candidate, ...]:
     what, *place = axes(new)
     elsewhere = NEW_PLACE if place else ()
     if what == "cell type":
-        return Candidate("cross_cell_type", (), ((), HALF)), Candidate("cross_cell_type", FROM_MEANS, ((), HALF, NONE))
+        return Candidate("cross_cell_type", (), ((), HALF)), Candidate("cross_cell_type", FROM_MEANS, ((), NONE))
     if what == "perturbation":
         recipe, on_means = "unseen_perturbations", (*elsewhere, *FROM_MEANS)
-        return Candidate(recipe, elsewhere, ((), GUIDED, HALF)), Candidate(recipe, on_means, ((), HALF, NONE))
+        return Candidate(recipe, elsewhere, ((), GUIDED, HALF)), Candidate(recipe, on_means, ((), NONE))
     # A combination starts from the mean that its parts tell, as what is new to a batch does from that of other batches.
     recipe = "across_patients" if n_perturbations <= FEW and what != "combination" else "new_batch"
-    return Candidate(recipe, (), ((), HALF, NONE)), Candidate(recipe, FROM_CONTROLS, ((), HALF))
+    return Candidate(recipe, (), ((), NONE)), Candidate(recipe, FROM_CONTROLS, ((), HALF))
 
 
 def tuned(new: New, n_perturbations: int) -> tuple[Candidate, ...]:
@@ -139,7 +139,7 @@ class Choice:
         else:
             lines.append("choosing    by what is new alone: no training condition can be left out to be as new")
             if NONE[0] in self.words:
-                lines.append("            so what the network changes of the mean response is not known to be right")
+                lines.append("            so what the network changes of a mean response is not known to be right")
         lines += [f"failed      {name}: {why}" for name, why in self.failed.items()]
         return "\n".join([*lines, f"chosen      {' '.join(['--recipe', self.recipe, *self.words])}"])
 
@@ -154,7 +154,7 @@ def choose(
     """Score the candidates; take the best of those that beat the first in every fold, or else that one at its best.
 
     Where nothing can be left out it is the first, and if that starts from the mean of simple methods, this mean alone:
-    nobody knows whether the network makes it better (left-out replicates of papalexi 2021: it made it worse each time).
+    nobody knows whether a network makes cells of it that are more like measured ones.
     Of a run that was begun it is the one that was taken then.
 
     Parameters

@@ -118,6 +118,22 @@ def test_what_is_not_of_the_network_is_at_the_mean_that_simple_methods_tell(fold
         np.testing.assert_allclose(predicted.mean(axis=0), expected, atol=1e-3)
 
 
+def test_a_network_that_starts_from_a_told_mean_keeps_it_and_changes_cells(folder, tmp_path):
+    config = config_of(folder, tmp_path / "run", "diffusion.start=mean", "sampling.whole_counts=false", "optim.lr=0.05")
+    model = fit(config, Screen.read(config.data.screen, config.data)).model
+    adata = anndata.read_h5ad(folder / "screen.h5ad")
+    controls = adata[(adata.obs["perturbation"] == "control") & (adata.obs["cell_type"] == "type_1")].copy()
+    cells = {}
+    for weight in (1.0, 0.0):
+        model.config = replace(model.config, sampling=replace(model.config.sampling, network_weight=weight))
+        made = model.predict(controls, perturbation="pert_0", cell_type="type_1", seed=1, varied=False)
+        cells[weight] = made.X.toarray().astype(float)
+    assert np.abs(cells[1.0] - cells[0.0]).max() > 0.1
+    for batch in made.obs["batch"].unique():
+        here = (made.obs["batch"] == batch).to_numpy()
+        np.testing.assert_allclose(cells[1.0][here].mean(axis=0), cells[0.0][here].mean(axis=0), atol=1e-4)
+
+
 @pytest.mark.parametrize(("weight", "told"), [(0.0, True), (1.0, False)])
 def test_cells_that_are_told_their_mean_add_up_to_one_number_that_keeps_it(folder, tmp_path, weight, told):
     words = ("diffusion.start=controls", f"sampling.network_weight={weight}", "optim.lr=0.05")
