@@ -149,7 +149,9 @@ class Generation:
         else:
             changes = self._changes(drawn, pilots, found)
         sets = [self._sets(of, i, draws) for i, (of, draws) in enumerate(zip(wanted, drawn, strict=True))]
-        X, one = self._pool.denoise([own for of in sets for own in of], labels, moved, changes, self._seed, bar)
+        X, one = self._pool.denoise(
+            [own for of in sets for own in of], labels, moved, changes, self._seed, bar, self._to_mean
+        )
         end = 0
         for own, draws, of in zip(sets, drawn, asked, strict=True):
             start, end = end, end + sum(len(each.rows) for each in own)

@@ -82,9 +82,8 @@ def values(path):
 
 def test_labels_of_gears(case, run):
     case("screens", "c01")
-    assert "columns as of GEARS: data.perturbation_col=condition data.control_label=ctrl" in run(
-        "screen", "info", "gears.h5ad"
-    )
+    said = " ".join(run("screen", "info", "gears.h5ad").split())
+    assert "columns as of GEARS: data.perturbation_col=condition data.control_label=ctrl" in said
     run("train", "--screen", "gears.h5ad", "--out", "run", "--hold-out", "FOSB+ctrl", "--no-score", *TINY)
     assert conditions("run", "test") == {"FOSB": 80}
     assert conditions("run", "train") == {"CEBPE": 40, "CEBPE+FOSB": 40}

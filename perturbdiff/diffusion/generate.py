@@ -165,6 +165,7 @@ class ControlPool:
         changes: Sequence[Change | None],
         seed: int,
         bar: tqdm[Any],
+        of_mean: bool = False,
     ) -> tuple[sparse.csr_matrix, np.ndarray | None]:
         """Predicted cells of all sets in their order, (cells, G) log1p; labels, moves, changes by condition number.
 
@@ -173,7 +174,8 @@ class ControlPool:
         of the sum of a cell's own counts, as measured cells are, if the genes are all of a library; where their mean is
         that of simple methods, times one number for all cells that keeps the mean of all values.
 
-        Sets are denoised together, and a set has the same cells, to rounding, whatever the others are.
+        Sets are denoised together, and a set has the same cells, to rounding, whatever the others are; `of_mean`, where
+        cells stand for a mean, whatever other populations and conditions are: counts are drawn for all cells of one.
         """
         device = next(self._denoiser.parameters()).device
         estimates = [np.zeros(0)] * len(sets)
@@ -194,16 +196,14 @@ class ControlPool:
             return sparse.vstack([sparse.csr_matrix(cells) for cells in estimates], format="csr"), None
         together: dict[tuple[int, ...], list[int]] = {}
         for number, of in enumerate(sets):
-            given = changes[of.condition]
-            drawn = given is not None and given.drawn
-            # Cells that stand for a mean are drawn together, those of a population set by set.
-            together.setdefault((of.condition, of.key[0], number if drawn else -1), []).append(number)
+            together.setdefault((of.condition, of.key[0], -1 if of_mean else number), []).append(number)
         blocks, units = [sparse.csr_matrix((0, 0))] * len(sets), [np.zeros(0)] * len(sets)
-        for (_, _, alone), numbers in together.items():
+        for (condition, _, _), numbers in together.items():
+            given = changes[condition]
             X, one = self._with_counts(
                 np.concatenate([estimates[number] for number in numbers]),
                 np.concatenate([sets[number].control_rows for number in numbers]),
-                sets[numbers[0]].key, seed, of_mean=alone < 0,
+                sets[numbers[0]].key, seed, given is None or not given.drawn, of_mean,
             )  # fmt: skip
             ends = np.cumsum([len(sets[number].rows) for number in numbers])[:-1]
             for number, own, unit in zip(numbers, np.split(X, ends), np.split(one, ends), strict=True):
@@ -211,7 +211,7 @@ class ControlPool:
         return sparse.vstack(blocks, format="csr"), np.concatenate(units)
 
     def _with_counts(
-        self, estimate: np.ndarray, rows: np.ndarray, key: Sequence[int], seed: int, of_mean: bool
+        self, estimate: np.ndarray, rows: np.ndarray, key: Sequence[int], seed: int, by_own_sum: bool, of_mean: bool
     ) -> tuple[np.ndarray, np.ndarray]:
         """(S, G) cells that start from controls `rows`, and (S,) one count in each."""
         assert self._one is not None, "counts are drawn"
@@ -219,7 +219,7 @@ class ControlPool:
         counts = draw_counts(estimate.astype(np.float64), control, unit, self._overdispersion, seed, key, of_mean)
         one = np.expm1(unit)[:, None]
         sums = counts.sum(axis=1, keepdims=True)
-        if self._total is not None and of_mean and sums.any():
+        if self._total is not None and by_own_sum and sums.any():
             one = np.where(sums > 0, self._total / np.maximum(sums, 1), one)
             # Cells that differ less than measured ones have larger logarithms at the same sum. A network's own mean
             # says less of sums than that they are all the same.

@@ -87,8 +87,8 @@ def test_every_method_is_scored_on_every_held_out_condition(screen, split, repor
     for _, rows in report.conditions.groupby("method"):
         assert {tuple(row) for row in rows[["perturbation", "cell_type", "batch"]].to_numpy()} == conditions
     assert list(report.means().index) == [
-        MODEL, "no change", "context mean", "perturbed mean", "perturbation mean", "ridge", "log space", "stacked",
-        "transplant", CEILING,
+        MODEL, "no change", "context mean", "perturbed mean", "perturbation mean", "ridge", "log space", "shrunk",
+        "stacked", "transplant", CEILING,
     ]  # fmt: skip
 
 
