@@ -243,15 +243,25 @@ def test_killed_at_any_point_the_same_command_goes_on(screen, run, tmp_path, num
         assert torch.equal(x, y)
 
 
-def test_a_checkpoint_that_tuning_spoils_stays_as_it_is(screen, run, tmp_path):
+def test_a_checkpoint_that_tuning_spoils_is_not_tuned(screen, tmp_path):
+    words = [*FAST, "diffusion.start=controls"]  # a mean that is told cannot be spoilt
+    run = train(screen, tmp_path / "run", hold_out=HELD_OUT, recipe="new_batch", overrides=[*TINY, *words], score=False)
     tuned = finetune(
-        screen, run.folder / "model", tmp_path / "tuned", hold_out=HELD_OUT, overrides=["optim.lr=0.3", *FAST]
+        screen, run.folder / "model", tmp_path / "tuned", hold_out=HELD_OUT, overrides=["optim.lr=0.3", *words]
     )
-    scores = {tuple(row["words"]): row for row in choice_of(tuned.folder)["scores"]}
-    assert {row["recipe"].split("/")[0] for row in scores.values()} == {"finetune", "train"}
     choice = choice_of(tuned.folder)
-    assert (choice["recipe"], choice["words"][0]) == ("finetune/new_screen", "training.n_steps=0")
-    assert tuned.step == 0
-    assert tuned.scores is not None
-    for name, weights in tuned.model.denoiser.state_dict().items():
+    assert {row["recipe"].split("/")[0] for row in choice["scores"]} == {"finetune", "train"}
+    best: dict[tuple[str, bool], float] = {}
+    for row in choice["scores"]:
+        kind = row["recipe"].split("/")[0], "training.n_steps=0" in row["words"]
+        best[kind] = min(row["sum"], best.get(kind, np.inf))
+    assert best["finetune", True] < best["finetune", False]
+    assert (choice["recipe"] == "finetune/new_screen") <= ("training.n_steps=0" in choice["words"])
+    kept = finetune(
+        screen, run.folder / "model", tmp_path / "kept", hold_out=HELD_OUT, recipe="new_screen",
+        overrides=["training.n_steps=0", *words],
+    )  # fmt: skip
+    assert kept.step == 0
+    assert kept.scores is not None
+    for name, weights in kept.model.denoiser.state_dict().items():
         assert torch.equal(weights, run.model.denoiser.state_dict()[name])
