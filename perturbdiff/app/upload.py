@@ -111,9 +111,8 @@ def _main() -> None:
         said = {"n_cells": n_cells}
     except Exception as error:
         text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-        if (
-            isinstance(error, MemoryError) or "alloc" in text
-        ):  # "after H5MM_realloc()": HDF5 has words of its own for it
+        # HDF5 has words of its own for it: "image null after H5MM_realloc()".
+        if isinstance(error, MemoryError) or "alloc" in text:
             text = f"{path} takes more than {_megabytes(limits.memory_bytes)} of memory; upload fewer cells."
         elif not isinstance(error, ValueError | KeyError):
             text = short(error)

@@ -223,11 +223,10 @@ class ControlPool:
             one = np.where(sums > 0, self._total / np.maximum(sums, 1), one)
             # Cells that differ less than measured ones have larger logarithms at the same sum. A network's own mean
             # says less of sums than that they are all the same.
+            goal = estimate.mean(dtype=np.float64)
             for _ in range(KEEP_MEAN if self._mean_is_told else 0):
                 value = counts * one
-                one = one * np.exp(
-                    (estimate.mean(dtype=np.float64) - np.log1p(value).mean()) / (value / (1 + value)).mean()
-                )
+                one = one * np.exp((goal - np.log1p(value).mean()) / (value / (1 + value)).mean())
         return np.log1p(counts * one).astype(estimate.dtype), np.log1p(one[:, 0])
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 
+from perturbdiff.data.notation import Parts
 from perturbdiff.means.newness import New, axes
 from perturbdiff.means.shifts import additive, context_mean, no_change, perturbation_mean, perturbed_mean
 from perturbdiff.means.stack import MOST_FOLDS, MOST_PERTURBATIONS, Stack
@@ -35,7 +36,7 @@ def log_space(training: TrainingMeans, context: Context) -> np.ndarray | None:
     perturbation, contexts otherwise. A dose never seen is the nearest one, a combination never seen the sum of the
     changes of its parts. None where the perturbation, or a part, was never seen.
     """
-    return _log_space(training, context, shrink=False)
+    return _log_space(training, context, {})
 
 
 def shrunk(training: TrainingMeans, context: Context) -> np.ndarray | None:
@@ -43,10 +44,11 @@ def shrunk(training: TrainingMeans, context: Context) -> np.ndarray | None:
 
     None where that says nothing, or nobody knows the noise.
     """
-    return None if training.signal is None else _log_space(training, context, shrink=True)
+    return None if training.signal is None else _log_space(training, context, training.signal)
 
 
-def _log_space(training: TrainingMeans, context: Context, shrink: bool) -> np.ndarray | None:
+def _log_space(training: TrainingMeans, context: Context, kept: Mapping[Parts, np.ndarray]) -> np.ndarray | None:
+    # Of effects that `kept` does not have, all is kept.
     control, parts = training.control_of(context), training.parts(context.perturbation)
     found = [training.of_perturbation(parts)]
     if not len(found[0]):
@@ -55,8 +57,7 @@ def _log_space(training: TrainingMeans, context: Context, shrink: bool) -> np.nd
         return None
     known = {training.cell_type[i] for rows in found for i in rows}
     fit = training.fit_across_batches if context.cell_type in known else training.fit_across_cell_types
-    kept = [training.signal[training.seen[rows[0]]] if shrink and training.signal else 1.0 for rows in found]
-    changes = [fit.log_change(rows, control, part) for rows, part in zip(found, kept, strict=True)]
+    changes = [fit.log_change(rows, control, kept.get(training.seen[rows[0]], 1.0)) for rows in found]
     return fit.predict(changes, control) - control
 
 
