@@ -253,12 +253,17 @@ def simulate(config: SimulationConfig, path: str | Path, chunk_cells: int = 4096
     The ground truth. The file has X (CSR of int32 raw counts), obs (perturbation, cell_type, batch, dose), gene names
     in var, and in uns `x_kind` and `simulation` (the config).
     """
+    truth = ground_truth(config)
+    draw_cells(truth, path, chunk_cells)
+    return truth
+
+
+def draw_cells(truth: GroundTruth, path: str | Path, chunk_cells: int = 4096) -> None:
+    """The cells of a ground truth, also of one that was changed; path and chunk_cells as of `simulate`."""
     if chunk_cells < 1:
         raise ValueError(f"chunk_cells ({chunk_cells}) must be at least 1; 4096 is the default.")
-    truth = ground_truth(config)
     with written(Path(path)) as temporary, h5py.File(temporary, "w") as file:
         _write_screen(file, truth, chunk_cells)
-    return truth
 
 
 def _write_screen(file: h5py.File, truth: GroundTruth, chunk_cells: int) -> None:
