@@ -50,8 +50,9 @@ MADE = {
         "Interferon-beta in cell types of blood (Kang et al. 2018, GEO GSE96583, batch 2), all 4,805 genes that were "
         "measured in common. `kang.h5ad` holds 4,502 of its cells, merged of the public files of theislab/scgen "
         "(data/valid.h5ad), immunogenomics/harmony (data/pbmc_stim.RData), hjames1/seuratTools (data/ifnb1k.rda) and "
-        "HelenaLC/muscat (data/kang_se.rda, data/example_sce.rda). The same numbers need this very file, whose sha256 "
-        "stands above; the merged file is not published.",
+        "HelenaLC/muscat (data/kang_se.rda, data/example_sce.rda). The same numbers need "
+        "this very file (sha256 09301ba8ce02f1767283a92529a38fb1427310d994b32db373f72aea497d08c6), "
+        "which is not published.",
     ),
     "papalexi-knock-outs": Checkpoint(
         ("papalexi.h5ad", "pbmc.h5ad", "org.Hs.eg.sqlite"),
@@ -65,7 +66,7 @@ MADE = {
         ),
         "Knock-outs of 25 genes in THP-1 cells (Papalexi et al. 2021, GEO GSE153056), of which five were held out "
         "whole, on a random sample of 299 genes (Katsevich-Lab/sceptredata, data/lowmoi_example_data.rda). Genes "
-        "that no cell lacked are described by GO annotations without electronic evidence (org.Hs.eg.db 3.16, GO of July "
+        "that no cell lacked are described by GO annotations, but electronic ones (org.Hs.eg.db 3.16, GO of July "
         "2022, CC BY 4.0) and by loadings in blood cells (Stoeckius et al. 2018, GEO GSE108313). Few unseen knock-outs "
         "can be told: `perturbdiff predict` says of each whether it can.",
     ),

@@ -193,7 +193,8 @@ def _list(arguments: argparse.Namespace) -> None:
     print(f"registered  {len(known)}")
     for entry in known.values():
         scores = ", ".join(f"{name} {value:g}" for name, value in list(entry.metrics.items())[:3])
-        print(f"  {entry.name:<24}{entry.repo}@{entry.revision or 'folder'}  {scores}")
+        where = f"{entry.repo}@{entry.revision}" if entry.revision else "a folder"
+        print(f"  {entry.name:<24}{where}  {scores}")
     try:
         found = list_models(arguments.owner, arguments.search)
     except OSError as error:  # what is registered may be folders, or in the cache

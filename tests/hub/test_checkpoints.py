@@ -1,40 +1,69 @@
-"""What hub/ says of the checkpoints we publish."""
+"""The checkpoints of the package: they open without a network, their cards tell all, and one is scored again."""
 
-import json
+import re
 from pathlib import Path
+from runpy import run_path
 
 import pytest
+import yaml
 
-from perturbdiff.config import load_config
+from perturbdiff.data.simulate import SimulationConfig, simulate
+from perturbdiff.evaluation.held_out import reproduce
 from perturbdiff.hub.card import check_card
-from perturbdiff.hub.records import read_evaluation
 from perturbdiff.hub.registry import REGISTRY, read_registry
+from perturbdiff.model import PerturbDiff
 
-HUB = Path(__file__).parents[2] / "hub"
-CHECKPOINTS = sorted(path.parent for path in HUB.glob("*/recipe.yaml"))
-
-
-def test_there_is_a_checkpoint_and_the_registry_of_the_package_is_the_one_in_hub():
-    assert CHECKPOINTS
-    assert (HUB / "registry.yaml").resolve() == REGISTRY.resolve()
+ROOT = Path(__file__).parents[2]
+CHECKPOINTS = REGISTRY.parent / "checkpoints"
+NAMES = sorted(path.name for path in CHECKPOINTS.iterdir())
+MAX_BYTES = 15 << 20
 
 
-def test_every_registered_checkpoint_has_a_folder():
-    assert set(read_registry()) <= {folder.name for folder in CHECKPOINTS}
+@pytest.fixture(autouse=True)
+def without_network(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("PERTURBDIFF_REGISTRY", raising=False)
 
 
-@pytest.mark.parametrize("folder", CHECKPOINTS, ids=lambda folder: folder.name)
-def test_a_checkpoint_has_a_card_a_recipe_and_scores_that_agree(folder):
-    lines = (folder / "recipe.yaml").read_text().splitlines()
-    assert lines[0].startswith("# ")
-    assert f"--recipe hub/{folder.name}/recipe.yaml" in lines[1]
-    load_config(folder / "recipe.yaml", [], {"out": "unused", "data": {"screen": "screen.h5ad"}})
-    scores = json.loads((folder / "scores.json").read_text())
-    read_evaluation(scores)
-    card = (folder / "README.md").read_text()
+def test_the_registry_has_them_and_is_the_one_in_hub():
+    assert len(NAMES) == 3
+    assert list(read_registry()) == NAMES
+    assert (ROOT / "hub" / "registry.yaml").resolve() == REGISTRY.resolve()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_opens_offline_with_scores_split_and_license(name):
+    model = PerturbDiff.from_pretrained(name, device="cpu")  # every hash and the golden output
+    entry = read_registry()[name]
+    assert model.training.license == "mit"
+    assert model.evaluation is not None
+    for metric, value in entry.metrics.items():
+        assert model.evaluation.scores[metric] == pytest.approx(value, abs=1e-4)
+    assert (CHECKPOINTS / name / "split.json").is_file()
+    assert sum(path.stat().st_size for path in (CHECKPOINTS / name).rglob("*")) <= MAX_BYTES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_card_has_the_commands_that_the_script_runs(name):
+    made = run_path(str(ROOT / "scripts" / "checkpoints.py"))["MADE"]
+    assert sorted(made) == NAMES
+    card = (CHECKPOINTS / name / "README.md").read_text()
     check_card(card)
-    for method, row in scores["mean"].items():
-        line = next(line for line in card.splitlines() if line.startswith("| ") and f"{method}" in line)
-        assert f"{row['energy_distance']:.3f}" in line
-    for selector in scores["split"]["hold_out"]:
-        assert f"--hold-out {selector}" in lines[1]
+    assert yaml.safe_load(card.split("---")[1])["license"] == "mit"
+    assert "\n".join(made[name].commands) in card
+    assert made[name].about in card
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_file_names_a_path_of_the_machine_that_made_it(name):
+    for path in CHECKPOINTS.joinpath(name).rglob("*.*"):
+        if path.suffix in (".json", ".md"):
+            assert not re.search(r"\"/|[( `]/(?:home|root|tmp|work|data)", path.read_text()), path
+
+
+@pytest.mark.slow
+def test_the_simulated_one_is_scored_again_as_its_card_says(tmp_path):
+    simulate(SimulationConfig(), tmp_path / "screen.h5ad")
+    found = reproduce("simulated-screen", tmp_path / "screen.h5ad")
+    assert not found.differing()
+    assert len(found.then.scores) >= 8
