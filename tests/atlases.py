@@ -51,6 +51,19 @@ def words_beyond(path: Path, name: str, last: int = 1) -> None:
     path.write_bytes(content)
 
 
+def odd_histogram(path: Path) -> None:
+    """Make the last column of a Parquet file, of lists, contradict itself: three counts of levels, of which it has two.
+
+    Asked for that column, pyarrow ends the process.
+    """
+    content = path.read_bytes()
+    length = int.from_bytes(content[-8:-4], "little")
+    cells, footer = content[: -8 - length], content[-8 - length : -8]
+    at = footer.rindex(b"\x19\x26")  # the next field, a list of two whole numbers
+    footer = footer[:at] + b"\x19\x36\x00" + footer[at + 2 :]
+    path.write_bytes(cells + footer + len(footer).to_bytes(4, "little") + content[-4:])
+
+
 def random_cells(
     n_cells: int, n_genes: int, seed: int = 0, value_type: str = "uint16", gene_type: str = "uint16"
 ) -> sparse.csr_matrix:

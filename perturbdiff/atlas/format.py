@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -399,10 +400,52 @@ def check_size(folder: Path, name: str, digests: Mapping[str, tuple[str, int]]) 
     return path
 
 
+class _FooterRead(Exception):
+    """All that was wanted of a file."""
+
+
+class _Footer:
+    """A Parquet file, nothing of which is read once its footer is."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.is_read = file, False
+
+    def read(self, n_bytes: int = -1) -> bytes:
+        if self.is_read:
+            raise _FooterRead
+        return self._file.read(n_bytes)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def footer_of(file: BinaryIO) -> pq.FileMetaData:
+    """Of a Parquet file, safe to be asked for its columns.
+
+    Where what is said of a column contradicts itself (sizes of histograms, keys), `row_group(i).column(j)` ends the
+    process: no Python error is made of that of C++. Reading looks at the same before it turns to the cells, and raises.
+
+    Raises pyarrow's errors and OSError.
+    """
+    footer = _Footer(file)
+    parquet = pq.ParquetFile(footer)
+    footer.is_read = True
+    with suppress(_FooterRead):
+        parquet.read_row_groups(range(parquet.num_row_groups), use_threads=False)
+    return parquet.metadata
+
+
+def columns_of(footer: pq.FileMetaData) -> list[pq.ColumnChunkMetaData]:
+    """What a footer as of `footer_of` says of each column of each row group."""
+    groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
+    return [group.column(i) for group in groups for i in range(footer.num_columns)]
+
+
 def read_footer(path: Path, schema: pa.Schema, n_rows: int) -> pq.FileMetaData:
-    """Of a Parquet file that has these columns and rows. Raises ValueError otherwise."""
+    """Of a Parquet file that has these columns and rows, as `footer_of`. Raises ValueError otherwise."""
     try:
-        footer = pq.read_metadata(path)
+        with open(path, "rb") as file:
+            footer = footer_of(file)
         columns = footer.schema.to_arrow_schema().remove_metadata()
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a readable Parquet file ({short(error)}). {AGAIN}") from error
@@ -458,15 +501,11 @@ def _read_table(path: Path, schema: pa.Schema, info: AtlasInfo, n_rows: int, n_e
     if info.format_version < 3:
         schema = pa.schema([field for field in schema if not pa.types.is_list(field.type)])
     footer = read_footer(path, schema, n_rows)
-    groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
-    size = sum(group.column(i).total_uncompressed_size for group in groups for i in range(group.num_columns))
+    chunks = columns_of(footer)
+    size = sum(column.total_uncompressed_size for column in chunks)
     if size > MAX_BYTES[path.name]:
         raise ValueError(f"{path} holds {size:,} bytes; at most {MAX_BYTES[path.name]:,} are read. {AGAIN}")
-    stated = sum(
-        column.num_values
-        for column in (group.column(i) for group in groups for i in range(group.num_columns))
-        if column.path_in_schema.endswith(".list.element")
-    )
+    stated = sum(column.num_values for column in chunks if column.path_in_schema.endswith(".list.element"))
     if stated > n_elements:
         raise ValueError(f"{path} states {stated:,} elements of lists; it must be at most {n_elements:,}. {AGAIN}")
     texts = [field.name for field in schema if field.type == pa.string()]

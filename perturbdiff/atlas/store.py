@@ -37,6 +37,7 @@ from perturbdiff.atlas.format import (
     AtlasInfo,
     check_file,
     check_size,
+    columns_of,
     read_checksums,
     read_conditions,
     read_footer,
@@ -473,9 +474,7 @@ class Atlas:
         widths = {"genes": self.info.gene_type, self.info.value_column: self.info.value_type}
         for shard in self.info.shards:
             path = check_size(folder, shard.file, self.digests)
-            footer = read_footer(path, self.info.schema, shard.n_cells)
-            groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
-            columns = [group.column(i) for group in groups for i in range(group.num_columns)]
+            columns = columns_of(read_footer(path, self.info.schema, shard.n_cells))
             for name, kind in widths.items():
                 n_values = sum(c.num_values for c in columns if c.path_in_schema == f"{name}.list.element")
                 n_values -= shard.n_cells  # a cell without values counts as one

@@ -21,7 +21,6 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -31,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from perturbdiff.atlas.format import columns_of, read_footer
 from perturbdiff.atlas.store import Atlas
 from perturbdiff.config import Config
 from perturbdiff.data.screen import Screen
@@ -164,9 +164,8 @@ def _counted(config: Config) -> DataSize:
 def _stored_values(atlas: Atlas) -> int:
     # By the footers of its shards; a cell without any counts as one.
     assert atlas.folder is not None, "only folders are counted"
-    footers = [pq.read_metadata(atlas.folder / shard.file) for shard in atlas.info.shards]
-    groups = [footer.row_group(i) for footer in footers for i in range(footer.num_row_groups)]
-    columns = [group.column(i) for group in groups for i in range(group.num_columns)]
+    footers = [read_footer(atlas.folder / of.file, atlas.info.schema, of.n_cells) for of in atlas.info.shards]
+    columns = [column for footer in footers for column in columns_of(footer)]
     return sum(column.num_values for column in columns if column.path_in_schema.startswith("genes."))
 
 

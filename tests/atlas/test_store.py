@@ -23,6 +23,7 @@ from perturbdiff.atlas.format import (
     MANIFEST,
     MAX_BYTES,
     AtlasSource,
+    footer_of,
     parquet_options,
     shard_name,
     shard_schema,
@@ -33,7 +34,7 @@ from perturbdiff.config import Preprocessing
 from perturbdiff.data.vocab import GeneVocab
 from perturbdiff.files import sha256
 from tests.atlases import CONDITIONS as CELLS
-from tests.atlases import atlas_of_screen, change_shard, random_cells, seal, words_beyond, write_atlas
+from tests.atlases import atlas_of_screen, change_shard, odd_histogram, random_cells, seal, words_beyond, write_atlas
 from tests.processes import PATIENCE
 from tests.screens import counts_screen, read
 
@@ -545,6 +546,22 @@ def test_numbers_of_words_that_are_not_there_are_refused(folder, name, column, l
     words_beyond(folder / name, column, last)
     seal(folder)
     refused(f"{name} is damaged .*out of bounds", lambda: Atlas.open(folder))
+
+
+@pytest.mark.parametrize("name", [GENES, CONDITIONS, shard_name(1)])
+def test_a_column_that_would_end_the_process_is_refused(folder, name):
+    odd_histogram(folder / name)
+    seal(folder)
+    refused(f"{name} is not a readable Parquet file .*histogram size mismatch", lambda: Atlas.open(folder))
+
+
+def test_of_a_footer_no_cells_are_read(folder):
+    path = folder / shard_name(1)
+    content = path.read_bytes()
+    length = int.from_bytes(content[-8:-4], "little") + 8
+    path.write_bytes(b"PAR1" + b"\xff" * (len(content) - length - 4) + content[-length:])
+    with open(path, "rb") as file:
+        assert footer_of(file).equals(pq.read_metadata(path))
 
 
 def test_a_table_without_the_rows_that_its_footer_states_is_refused(folder):

@@ -19,10 +19,10 @@ from scipy import sparse
 
 from perturbdiff.atlas.build.sources import h5ad as source_h5ad
 from perturbdiff.atlas.build.sources.base import Selection, open_source
-from perturbdiff.atlas.build.sources.parquet import batches, lists
+from perturbdiff.atlas.build.sources.parquet import LocalFiles, RowGroups, batches, lists
 from perturbdiff.config import DataConfig, SourceConfig
 from perturbdiff.data.screen import LABELS, Screen
-from tests.atlases import atlas_of_screen, words_beyond, write_atlas
+from tests.atlases import atlas_of_screen, odd_histogram, words_beyond, write_atlas
 from tests.screens import counts_screen, real_screen, written
 from tests.spaces import SPACES, counts
 
@@ -451,6 +451,15 @@ def test_damage_inside_a_compressed_block_is_refused_when_it_is_read(tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"a.h5ad is damaged or not of its kind"):
         whole(open_h5ad(path))
+
+
+def test_lists_that_would_end_the_process_are_refused(tmp_path):
+    pq.write_table(pa.table({"drug": ["a"], "genes": [[1, 2]]}), tmp_path / "a.parquet")
+    files = LocalFiles.open(tmp_path)
+    assert RowGroups.open(files, files.names, "genes").values.tolist() == [2]
+    odd_histogram(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a.parquet is damaged or not of its kind .*histogram size mismatch"):
+        RowGroups.open(files, files.names, "genes")
 
 
 def test_numbers_of_labels_that_are_not_there_are_refused(tmp_path):

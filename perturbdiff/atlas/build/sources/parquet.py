@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from perturbdiff.atlas.build.sources.checks import reading, row_of
+from perturbdiff.atlas.format import footer_of
 from perturbdiff.files import short
 from perturbdiff.hub_client import asked_again
 
@@ -38,7 +39,7 @@ class ParquetFiles(Protocol):
         """The file on this machine, fetched if need be."""
 
     def footer(self, name: str) -> pq.FileMetaData:
-        """What a Parquet file says of itself; the file is not fetched for it."""
+        """What a Parquet file says of itself (`footer_of`); the file is not fetched for it."""
 
 
 def _is_passing(path: PurePath) -> bool:
@@ -72,8 +73,8 @@ class LocalFiles:
         return self.folder / name
 
     def footer(self, name: str) -> pq.FileMetaData:
-        with reading(self.local(name)):
-            return pq.read_metadata(self.local(name))
+        with reading(self.local(name)), open(self.local(name), "rb") as file:
+            return footer_of(file)
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class HubFiles:
 
         remote = huggingface_hub.HfFileSystem().open(f"datasets/{self.repo}@{self.commit}/{name}", block_size=1 << 16)
         with reading(f"{self.repo}/{name}"), remote as file:
-            return pq.read_metadata(file)
+            return footer_of(file)
 
 
 @dataclass(frozen=True)
