@@ -1,4 +1,4 @@
-"""Ctrl-C while the HDF5 library reads: Python hears of it once the library comes back, in some files never."""
+"""Signals while the HDF5 library reads: Python hears of them once the library comes back, in some files never."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ from contextlib import contextmanager
 from types import FrameType
 
 PATIENCE = 3.0  # seconds
+LATER = 20.0  # of a job: it ends in order where the library comes back, and Slurm kills it 30 s after a SIGTERM
+SAID = {signal.SIGINT: "interrupted", signal.SIGTERM: "ended by SIGTERM", signal.SIGUSR1: "ended by SIGUSR1"}
 READERS = (f"{os.sep}h5py{os.sep}", f"{os.sep}data{os.sep}h5ad.py")
 
 
 @contextmanager
 def heard() -> Iterator[None]:
-    """Within, a SIGINT ends the process also where its main thread stays in one call of HDF5; others end in time."""
+    """Within, SIGINT, SIGTERM and SIGUSR1 end the process also where its main thread stays in one call of HDF5.
+
+    Without a handler of Python's, SIGTERM and SIGUSR1 do so at once.
+    """
     if threading.current_thread() is not threading.main_thread():  # only there signals are dealt with
         yield
         return
@@ -37,12 +42,13 @@ def _listen(read: int, main: int) -> None:
     with os.fdopen(read, "rb", buffering=0) as signals:
         while number := signals.read(1):
             call = _hdf5_call(main)
-            if number[0] != signal.SIGINT or call is None:
+            if number[0] not in SAID or call is None:
                 continue
-            time.sleep(PATIENCE)
+            time.sleep(PATIENCE if number[0] == signal.SIGINT else LATER)
             if call == _hdf5_call(main):
-                print("perturbdiff: interrupted; the HDF5 library did not come back", file=sys.stderr, flush=True)
-                os._exit(130)
+                said = SAID[signal.Signals(number[0])]
+                print(f"perturbdiff: {said}; the HDF5 library did not come back", file=sys.stderr, flush=True)
+                os._exit(128 + number[0])
 
 
 def _hdf5_call(thread: int) -> tuple[FrameType, int] | None:

@@ -121,6 +121,11 @@ def read_h5ad_parts(path: str | Path, layer: str | None = None) -> tuple[Any, pd
 
 
 def _damaged(path: str | Path, error: Exception) -> ValueError:
+    under = error.__context__
+    while under is not None:  # a signal that comes while h5py calls us back ends as an error of h5py's
+        if not isinstance(under, Exception):
+            raise under
+        under = under.__context__
     return ValueError(f"{path} is not a readable .h5ad ({short(error)}); write it with AnnData.")
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import perturbdiff
 from perturbdiff.atlas.build.sources.h5ad import H5adSource
 from perturbdiff.config import DataConfig, ObsColumns, SourceConfig
+from perturbdiff.data import h5ad
 from perturbdiff.data.h5ad import MAX_TEXT, _text_lengths, open_h5ad, read_h5ad_parts, unpacked_bytes
 from perturbdiff.data.screen import control_cells
 from tests.screens import counts_screen, written
@@ -281,3 +282,14 @@ def test_a_layer_whose_name_is_no_text_is_not_among_those_that_can_be_given(tmp_
         file["layers"].move("log", b"\xff")
     with pytest.raises(KeyError, match=r"there are none, and no \.raw"):
         read_h5ad_parts(path, "other")
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit])
+def test_a_signal_while_the_library_calls_back_is_no_damage_of_the_file(path, monkeypatch, end):
+    class Signal:
+        def __lt__(self, number):
+            raise end
+
+    monkeypatch.setattr(h5ad, "MAX_OBJECTS", Signal())
+    with pytest.raises(end):
+        read_h5ad_parts(path)
