@@ -352,12 +352,18 @@ def _scores(arguments: argparse.Namespace) -> Scores:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    from perturbdiff.evaluation.scores import OTHER
     from perturbdiff.hub.download import own_folder
 
     folder = None if arguments.model is None else own_folder(arguments.model)
     if arguments.out is not None and Path(arguments.out).exists() and not Path(arguments.out).is_dir():
         raise FileExistsError(f"--out {arguments.out} is a file; give a folder.")
     scores = _scores(arguments)
+    if folder is not None and scores.model == OTHER:
+        raise ValueError(
+            f"{arguments.predictions} does not say that a model of perturbdiff predicted it (uns['perturbdiff']), and "
+            f"--model would put its scores on the card of {folder}; leave --model out."
+        )
     print(scores.table())
     if folder is not None:
         from perturbdiff.model import PerturbDiff

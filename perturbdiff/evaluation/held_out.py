@@ -22,10 +22,9 @@ from perturbdiff.evaluation.fair import Condition, held_out_rows
 from perturbdiff.evaluation.metrics import METRICS
 from perturbdiff.evaluation.report import write_report
 from perturbdiff.evaluation.scores import MODEL, Scores, evaluate, read_measured, score_conditions
-from perturbdiff.files import few, progress, read_json, short
+from perturbdiff.files import few, progress, short
 from perturbdiff.generation import Wanted
 from perturbdiff.hub.download import own_folder
-from perturbdiff.hub.model_folder import MAX_JSON_BYTES
 from perturbdiff.hub.records import Calibration, EvaluationRecord
 from perturbdiff.inference.calibration import MEANS, calibrate, coverage_on_test, held_out_means, write_means
 from perturbdiff.inference.output import write_predicted
@@ -74,7 +73,7 @@ def score_held_out(config: Config, screen: Screen) -> Scored:
         calibrate(model, screen, validated, match, seed=config.training.seed)
     tested = _cover_test(model, screen, split, match, seed=config.training.seed)
     write_means(tested, out / MEANS)
-    model.evaluation, model.split = scores.record(), _travelling(out / "split.json")
+    model.evaluation = scores.record()
     model.save_pretrained(out / "model")  # scores and card; the weights stay as they are
     names = ("config.yaml", "split.json", "metrics.jsonl", "model", "predicted.h5ad", MEANS)
     return Scored(scores, [*(out / name for name in names), *scores.save(out), *_report(out)])
@@ -148,11 +147,6 @@ def predict_held_out(model: PerturbDiff, screen: Screen, split: Split, match: Co
         own.obs_names = pd.Index([f"predicted_{done + i}" for i in range(own.n_obs)])
         done += own.n_obs
     return concat(predictions, merge="same", uns_merge="first")
-
-
-def _travelling(path: Path) -> dict[str, Any] | None:
-    """What a split.json holds, if a model folder takes files as large."""
-    return read_json(path, MAX_JSON_BYTES) if path.stat().st_size <= MAX_JSON_BYTES // 2 else None
 
 
 def evaluate_model(

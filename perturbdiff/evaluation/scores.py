@@ -73,6 +73,7 @@ from perturbdiff.inference.output import read_predicted
 from perturbdiff.means.trust import Verdict
 
 MODEL = "PerturbDiff"
+OTHER = "predictions"  # of another tool, whose name is not in its files
 CEILING = "ceiling (half predicts half)"
 SHOWN = 4  # metrics in the terminal
 WIDTH = 80  # of the terminal
@@ -112,6 +113,8 @@ class Scores:
         What a reader has to know, for people.
     field
         What cell-eval says of the same cells; None where it was not asked.
+    model
+        The method that is compared with the simple ones.
     """
 
     conditions: pd.DataFrame
@@ -124,6 +127,7 @@ class Scores:
     spread: float | None = None
     notes: tuple[str, ...] = ()
     field: FieldScores | None = None
+    model: str = MODEL
 
     @property
     def n_conditions(self) -> int:
@@ -150,8 +154,8 @@ class Scores:
 
     def best_simple(self, metric: str) -> str | None:
         """The simple method with the best mean, by these very conditions; None without any but no change."""
-        means = self.means()[metric].drop([MODEL, CEILING], errors="ignore").dropna()
-        complete = means[self.undefined().loc[means.index, metric] <= self.undefined().loc[MODEL, metric]]
+        means = self.means()[metric].drop([self.model, CEILING], errors="ignore").dropna()
+        complete = means[self.undefined().loc[means.index, metric] <= self.undefined().loc[self.model, metric]]
         if not len(complete):
             return None
         return str(complete.index[int(np.argmin(loss(METRICS[metric])(complete.to_numpy())))])
@@ -176,7 +180,7 @@ class Scores:
 
     def _beside(self, method: str, metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(C,) scores of the model, of another method, and standard errors of their difference."""
-        own, other = (self.conditions[self.conditions["method"] == name] for name in (MODEL, method))
+        own, other = (self.conditions[self.conditions["method"] == name] for name in (self.model, method))
         paired = own.merge(other, on=CONDITION, suffixes=("", " of other"))
         columns = metric, f"{metric} of other", f"difference error {metric} of other"
         return tuple(paired[column].to_numpy() for column in columns)  # type: ignore[return-value]
@@ -198,7 +202,7 @@ class Scores:
                 gain, (low, high) = difference
                 word = "better" if low > 0 else "worse" if high < 0 else "not distinguishable"
                 over_all = f"; over all it is {word} (by {gain:.3f}, 95 % {low:.3f} to {high:.3f})"
-            said.append(f"By {metric}, {MODEL} is {', '.join([f'{better} {conditions}', *rest])}{over_all}.")
+            said.append(f"By {metric}, {self.model} is {', '.join([f'{better} {conditions}', *rest])}{over_all}.")
         return " ".join(said)
 
     def _by_method(self, column: str) -> pd.DataFrame:
@@ -219,7 +223,7 @@ class Scores:
         own = [
             f"{metric} {found[0]:.3f} to {found[1]:.3f}"
             for metric in list(METRICS)[:SHOWN]
-            if (found := self.interval(MODEL, metric)) is not None
+            if (found := self.interval(self.model, metric)) is not None
         ]
         n, kind = self.n_conditions, "measured" if self.hold_out is None else "held-out"
         nowhere = ", [n] undefined on n conditions" if undefined[list(METRICS)[:SHOWN]].to_numpy().any() else ""
@@ -227,7 +231,7 @@ class Scores:
             f"mean over {n} {kind} condition{'s' if n > 1 else ''}, log1p space; + higher is better, - lower is "
             f"better, 1 ideal is 1{nowhere}; the ceiling, a half of the cells predicting the other, is a lower bound "
             "of what can be reached",
-            f"95 % intervals of {MODEL}: {', '.join(own)}" if own else "",
+            f"95 % intervals of {self.model}: {', '.join(own)}" if own else "",
             self.verdict(),
             *self.notes,
         ]
@@ -240,7 +244,7 @@ class Scores:
         undefined: Any = self.undefined().astype(int).to_dict("index")
         return EvaluationRecord(
             library_version=__version__,
-            model=MODEL,
+            model=self.model,
             ceiling=CEILING,
             data=self.data,
             split=None if self.hold_out is None else SplitRecord(self.hold_out, self.split_sha256),
@@ -333,6 +337,7 @@ def score_conditions(
     rows: list[dict[str, object]] = []
     told: dict[str, list[float]] = {}  # Pearson delta of the model, by verdict
     responses: dict[tuple[str, str], list[Response]] = {}
+    n_single = 0
     squared = np.zeros(2)  # measured response, of the predicted genes and of all
     sides: list[tuple[Condition, np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
     with progress(len(common), "evaluate", "condition") as bar:
@@ -350,6 +355,7 @@ def score_conditions(
             )
             true, other = in_own_order(true), in_own_order(other)
             n_equal = min(len(cells), len(true), len(control))
+            n_single += min(len(cells), len(true)) == 1
             made = {NO_CHANGE: control} if simple is None else simple.cells(condition, start, len(true), choices, seed)
             reference = None if simple is None else simple.others(*context)
             response = (true.mean(axis=0) - other.mean(axis=0)) ** 2
@@ -391,6 +397,11 @@ def score_conditions(
         notes.append(
             f"{alone} of {len(common)} conditions have one control cell: the change from it cannot be scored, as it "
             "would be in the prediction and in the truth."
+        )
+    if n_single:
+        notes.append(
+            f"{n_single} of {len(common)} conditions have one cell, measured or predicted: how cells differ cannot be "
+            "scored there."
         )
     if len(common) < len(real):
         notes.append(f"{len(real) - len(common)} of {len(real)} measured conditions were not predicted.")
@@ -560,6 +571,9 @@ def evaluate(
     scores = score_conditions(predicted, screened, match, chosen, field=field, tables=tables)
     if "one draw" in str(uns.get("populations_differ", "")):
         scores = replace(scores, notes=(DRAWN, *scores.notes))
+    if not uns:
+        table = scores.conditions.replace({"method": {MODEL: OTHER}})
+        scores = replace(scores, conditions=table, model=OTHER)
     return scores
 
 

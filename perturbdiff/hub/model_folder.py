@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from perturbdiff.files import few, inside, json_sha256, memory_bytes, parse_json, short
+from perturbdiff.files import few, inside, json_sha256, memory_bytes, parse_json, read_json, short
 
 FORMAT_VERSION = 6
 CONFIG = "config.json"
@@ -119,6 +119,11 @@ def read_folder(path: str | Path) -> ModelFolder:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return ModelFolder(path, config, json_files, tensor_files, hashlib.sha256(content).hexdigest())
+
+
+def travelling_split(path: Path) -> dict[str, Any] | None:
+    """What the split.json of a run holds, if a model folder takes files as large."""
+    return read_json(path, MAX_JSON_BYTES) if path.stat().st_size <= MAX_JSON_BYTES // 2 else None
 
 
 def read_verified(folder: Path, name: str, digest: str, max_bytes: int) -> bytes:

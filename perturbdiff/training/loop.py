@@ -23,6 +23,7 @@ from perturbdiff.data.screen import Screen
 from perturbdiff.diffusion.draws import training_draws
 from perturbdiff.diffusion.losses import DiffusionLoss
 from perturbdiff.files import progress
+from perturbdiff.hub.model_folder import SPLIT, travelling_split
 from perturbdiff.lock import Lock
 from perturbdiff.model import PerturbDiff
 from perturbdiff.nn.denoiser import Denoiser, build_denoiser
@@ -477,6 +478,7 @@ class _Run:
             model_config(config),
             training_record(config, self.start, steps, done.cells_seen),
             means=self.data.means,
+            split=travelling_split(self.out / SPLIT) if self.accelerator.is_main_process else None,
             name=str(Path(config.out) / "model"),
         )
 

@@ -2,6 +2,7 @@
 
 import json
 
+import anndata
 import pytest
 import torch
 
@@ -84,3 +85,11 @@ def test_scores_of_predictions_are_put_into_the_folder_of_their_model(capsys, tm
     assert model.evaluation == read_evaluation(json.loads((tmp_path / "scores" / "scores.json").read_text()))
     assert model.evaluation.split.hold_out == ("pert_0:type_0",)
     assert (folder / "model.safetensors").read_bytes() == weights
+    card = (folder / "README.md").read_bytes()
+    others = anndata.read_h5ad(predicted)
+    del others.uns["perturbdiff"]
+    others.write_h5ad(tmp_path / "others.h5ad")
+    with pytest.raises(SystemExit):
+        run(capsys, "evaluate", tmp_path / "others.h5ad", "--screen", screen, "--model", folder)
+    assert "others.h5ad does not say that a model of perturbdiff predicted it" in capsys.readouterr().err
+    assert (folder / "README.md").read_bytes() == card

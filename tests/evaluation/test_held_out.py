@@ -11,9 +11,9 @@ from perturbdiff.cli.main import main
 from perturbdiff.config import DataConfig, SplitConfig
 from perturbdiff.data.screen import Screen
 from perturbdiff.data.splits import make_split, read_split, write_split
-from perturbdiff.evaluation import held_out
 from perturbdiff.evaluation.held_out import evaluate_model, evaluate_run, reproduce
 from perturbdiff.evaluation.scores import MODEL
+from perturbdiff.hub import model_folder
 from perturbdiff.hub.model_folder import read_folder
 from perturbdiff.model import PerturbDiff
 from perturbdiff.training import run as training_run
@@ -122,5 +122,6 @@ def test_evaluate_takes_a_run_a_model_and_predictions(run, tmp_path, capsys, ref
 
 
 def test_a_split_that_is_too_large_stays_behind(run, monkeypatch):
-    monkeypatch.setattr(held_out, "MAX_JSON_BYTES", 100)
-    assert held_out._travelling(run / "out" / "split.json") is None
+    assert model_folder.travelling_split(run / "out" / "split.json") is not None
+    monkeypatch.setattr(model_folder, "MAX_JSON_BYTES", 100)
+    assert model_folder.travelling_split(run / "out" / "split.json") is None

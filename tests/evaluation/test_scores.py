@@ -265,7 +265,10 @@ def test_files_and_arrays_score_alike(run, screen, split, truth, report, tmp_pat
     by_file = evaluate(tmp_path / "p.h5ad", run.data.screen, tmp_path / "split.json")
     in_memory = evaluate(truth, measured, tmp_path / "split.json")
     for found in (by_file, in_memory):
-        pd.testing.assert_frame_equal(found.conditions, report.conditions, rtol=1e-9)
+        own = report.conditions.replace({"method": {MODEL: "predictions"}})  # nothing says who predicted them
+        pd.testing.assert_frame_equal(found.conditions, own, rtol=1e-9)
+        assert found.verdict() == report.verdict().replace(MODEL, "predictions")
+        assert found.record().model == "predictions"
         sha256 = json.loads((tmp_path / "split.json").read_text())["sha256"]
         assert found.record().split == SplitRecord(("pert_0:type_0", "pert_2:type_1:batch_1"), sha256)
     assert (by_file.data, in_memory.data) == ("screen.h5ad", "screen in memory")
@@ -408,6 +411,16 @@ def test_the_change_from_one_control_cell_is_not_scored():
     assert scores.conditions["pearson_delta"].isna().all()
     assert scores.conditions["energy_distance"].notna().any()
     assert "1 of 1 conditions have one control cell" in scores.notes[0]
+
+
+def test_why_a_condition_of_one_cell_lacks_scores_is_said(screen, split, truth):
+    rows = np.flatnonzero((truth.obs["perturbation"] == "pert_0").to_numpy())[1:]
+    scores = score_conditions(truth[np.setdiff1d(np.arange(truth.n_obs), rows)].copy(), screen, "batch", split)
+    said = [note for note in scores.notes if "have one cell" in note]
+    own = scores.conditions[scores.conditions["method"] == MODEL]
+    single = own["n_pred"] == 1
+    assert own.loc[single, "variance_ratio"].isna().all()
+    assert said[0].startswith(f"{single.sum()} of {len(own)} conditions have one cell, measured or predicted")
 
 
 def test_the_order_of_genes_changes_no_score(screen, split, truth, report):

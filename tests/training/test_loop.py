@@ -126,6 +126,13 @@ def test_early_stopping_ends_the_run_and_keeps_the_weights_of_least_energy_dista
     assert_same_weights(tmp_path / "run" / "model", tmp_path / "best" / "model")
 
 
+def test_the_split_travels_with_a_model_that_nobody_scored(screen, tmp_path):
+    model = fit(tiny_config(screen, tmp_path / "run")).folder / "model"
+    split = json.loads((tmp_path / "run" / "split.json").read_text())
+    assert split["cells"]["test"]
+    assert PerturbDiff.from_pretrained(model, device="cpu").split == split
+
+
 def test_early_stopping_resumes_bit_identically(screen, tmp_path):
     words = ("split.validation=[pert_1:type_1]", "training.early_stop_patience=50", "training.n_steps=8")
     fit(tiny_config(screen, tmp_path / "straight", *words))
