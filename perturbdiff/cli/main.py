@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import faulthandler
 import os
 import re
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -46,9 +47,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _arguments(argv)
     warnings.showwarning = _note
     _keep_memory()
+    if not faulthandler.is_enabled():  # a library that crashes, as HDF5 on some damaged files, says where
+        faulthandler.enable(2, all_threads=False)
     try:
-        with redirect_stdout(_Shown(sys.stdout)), heard():
+        with (
+            redirect_stdout(sys.stdout and _Shown(sys.stdout)),  # None where the caller closed it
+            redirect_stderr(sys.stderr and _Lasting(sys.stderr)),
+            heard(),
+        ):
             arguments.run(arguments)
+            print(end="", flush=True)
     except (*USER_ERRORS, MemoryError, OverflowError, RecursionError) as error:
         if arguments.debug:
             raise
@@ -71,17 +79,39 @@ def _keep_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
-class _Shown:
-    """Standard output on which names of strangers do nothing to a terminal."""
+class _Lasting:
+    """A stream that may lose its reader (`| head`): what was begun is finished, as if somebody still read."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        return self._stream.write("".join(c if c in "\n\t" else printable(c) for c in text))
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            return self._unread(len(text))
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._unread(0)
+
+    def _unread(self, n: int) -> int:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())  # where what is still in its buffer goes too
+        os.close(nowhere)
+        return n
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+class _Shown(_Lasting):
+    """Standard output on which names of strangers do nothing to a terminal."""
+
+    def write(self, text: str) -> int:
+        return super().write("".join(c if c in "\n\t" else printable(c) for c in text))
 
 
 def _message(error: Exception) -> str:

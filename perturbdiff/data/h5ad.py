@@ -6,6 +6,7 @@ that a million cells point at, and claim arrays that nobody wrote. Files that An
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -45,7 +46,7 @@ def open_h5ad(path: str | Path, parts: tuple[str, ...] = PARTS) -> Iterator[h5py
         raise FileNotFoundError(f"{path} does not exist or is not a file; give the path of an .h5ad.")
     with ExitStack() as opened:
         try:
-            file = opened.enter_context(h5py.File(path, "r"))
+            file = opened.enter_context(_open(path))
             _looked_at(file, str(path), parts)
         except _Refused:
             raise
@@ -55,6 +56,17 @@ def open_h5ad(path: str | Path, parts: tuple[str, ...] = PARTS) -> Iterator[h5py
             yield file
         except RuntimeError as error:  # h5py's, of parts of a damaged file that nobody has looked at yet
             raise _damaged(path, error) from error
+
+
+def _open(path: str | Path) -> h5py.File:
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        if "unable to lock file" not in str(error):
+            raise
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise _Refused(f"{path} is open in another program that may write to it; close it there.") from error
+        return h5py.File(path, "r", locking=False)  # some network file systems have no locks
 
 
 def unpacked_bytes(path: str | Path, parts: tuple[str, ...] = PARTS) -> int:

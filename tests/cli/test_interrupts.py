@@ -1,4 +1,4 @@
-"""Ctrl-C in real processes that read files."""
+"""Signals in real processes that read files."""
 
 import os
 import signal
@@ -70,6 +70,16 @@ def test_a_job_ends_though_the_library_stays_in_a_file(tmp_path):
         (143, "perturbdiff: ended by SIGTERM; the HDF5 library did not come back\n"),
         (0, ""),  # where it came before the library was where it stays
     )
+
+
+@pytest.mark.parametrize(("number", "what"), [(signal.SIGSEGV, "Segmentation fault"), (signal.SIGABRT, "Aborted")])
+def test_a_library_that_crashes_says_where(tmp_path, number, what):
+    reading = READING.format(before="import signal").replace("print(", f"signal.raise_signal({number:d}); print(")
+    command = [sys.executable, "-c", reading, str(write_screen(tmp_path))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert done.returncode == -number
+    assert done.stderr.startswith(f"Fatal Python error: {what}\n")
+    assert "h5ad.py" in done.stderr
 
 
 def test_nothing_is_left_where_nothing_was_interrupted():

@@ -19,7 +19,7 @@ from perturbdiff.cli.command import HelpText
 from perturbdiff.cli.main import _parser, main
 from perturbdiff.hub.model_folder import config_hash
 from tests.processes import PATIENCE
-from tests.screens import counts_screen, log1p_cp10k, written
+from tests.screens import ROOT, counts_screen, log1p_cp10k, written
 from tests.simulated import DEFAULTS
 from tests.trust.attacks import ESCAPES
 
@@ -722,3 +722,17 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_commands_use_freed_memory_again():
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, timeout=PATIENCE, check=True)
     assert int(done.stdout.splitlines()[-1]) < 4000  # pages; 80,000 where each array is given back
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", [">&3", ">&-", ">&3 2>&3", ">&- 2>&-"])
+def test_a_command_ends_well_though_nobody_reads_what_it_says(where):
+    read, write = os.pipe()
+    os.close(read)
+    words = 'exec 3>&"$1"; "$0" -m perturbdiff recipes ' + where
+    done = subprocess.run(
+        ["bash", "-c", words, sys.executable, str(write)], pass_fds=[write], cwd=ROOT,
+        capture_output=True, text=True, timeout=PATIENCE, check=False,
+    )  # fmt: skip
+    os.close(write)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

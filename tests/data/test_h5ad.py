@@ -1,5 +1,9 @@
 """The opener of .h5ad files: nothing outside the file is read, and nothing grows."""
 
+import errno
+import subprocess
+import sys
+
 import h5py
 import numpy as np
 import pandas as pd
@@ -13,6 +17,7 @@ from perturbdiff.config import DataConfig, ObsColumns, SourceConfig
 from perturbdiff.data import h5ad
 from perturbdiff.data.h5ad import MAX_TEXT, _text_lengths, open_h5ad, read_h5ad_parts, unpacked_bytes
 from perturbdiff.data.screen import control_cells
+from tests.processes import PATIENCE
 from tests.screens import counts_screen, written
 from tests.untrained import untrained
 
@@ -293,3 +298,22 @@ def test_a_signal_while_the_library_calls_back_is_no_damage_of_the_file(path, mo
     monkeypatch.setattr(h5ad, "MAX_OBJECTS", Signal())
     with pytest.raises(end):
         read_h5ad_parts(path)
+
+
+def test_a_file_that_another_program_writes_is_said_to_be_open(path):
+    with h5py.File(path, "r+"):
+        writing = subprocess.run(
+            [sys.executable, "-c", f"from perturbdiff.data.h5ad import *; read_h5ad_parts({str(path)!r})"],
+            capture_output=True, text=True, timeout=PATIENCE, check=False,
+        )  # fmt: skip
+    assert writing.stderr.endswith(f"{path} is open in another program that may write to it; close it there.\n")
+
+
+def test_a_file_system_without_locks_is_read(path, monkeypatch):
+    def without_locks(given, mode, locking=None, of=h5py.File):
+        if locking is not False:
+            raise OSError(errno.ENOLCK, "Unable to synchronously open file (unable to lock file, errno = 37)")
+        return of(given, mode, locking=locking)
+
+    monkeypatch.setattr(h5ad.h5py, "File", without_locks)
+    assert len(h5ad.PARTS) == len(read_h5ad_parts(path))
