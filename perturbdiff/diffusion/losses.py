@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from perturbdiff.config import DiffusionConfig
 from perturbdiff.data.batch import CellSetBatch
 from perturbdiff.diffusion.counts import with_whole_counts
-from perturbdiff.diffusion.distances import energy_mmd, mse, self_pairs
+from perturbdiff.diffusion.distances import energy_mmd, mse
 from perturbdiff.diffusion.draws import Draws
 from perturbdiff.diffusion.schedule import Schedule
 
@@ -59,8 +59,6 @@ class DiffusionLoss:
         set_mse = mse(x0, x0_pred, batch.mask, batch.measured)
         if draws.rounding is not None:  # the gradient is that of the mean, which rounding keeps
             x0_pred = x0_pred + (with_whole_counts(x0_pred, batch.one_count(), draws.rounding) - x0_pred).detach()
-        set_mmd = energy_mmd(x0, x0_pred, batch.mask, batch.mask)
-        if self.config.unbiased:
-            set_mmd = set_mmd - self_pairs(x0_pred, batch.mask)
+        set_mmd = energy_mmd(x0, x0_pred, batch.mask, batch.mask, self.config.unbiased)
         total = self.config.mse_weight * set_mse + self.config.mmd_weight * set_mmd
         return LossOutput(total, set_mse, set_mmd)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from perturbdiff.diffusion.distances import cell_distances, energy_distance, energy_mmd, energy_of, mse, self_pairs
+from perturbdiff.diffusion.distances import cell_distances, energy_distance, energy_mmd, energy_of, mse
 from tests.cell_sets import cells, random_mask
 
 ENERGY_TAGS = [
@@ -114,9 +114,8 @@ def test_masked_cells_have_no_influence_and_no_gradient(function):
         if function is energy_distance:  # a score
             values.append(function(one, two, *masks))
             continue
-        value = function(one.requires_grad_(), two.requires_grad_(), *masks)
+        value = function(one, two.requires_grad_(), *masks)
         value.sum().backward()
-        assert not one.grad[~mask].any()
         assert not two.grad[~mask].any()
         values.append(value.detach())
         gradients.append(two.grad[mask])
@@ -128,15 +127,45 @@ def test_masked_cells_have_no_influence_and_no_gradient(function):
 
 @pytest.mark.parametrize(("n_x", "n_y"), [(0, 4), (4, 0), (0, 0)])
 def test_energy_mmd_to_an_empty_set_is_0_with_finite_gradients(n_x, n_y):
-    x, y = cells(2, 5, 6, seed=10, scale=3).requires_grad_(), cells(2, 5, 6, seed=11, scale=3).requires_grad_()
+    x, y = cells(2, 5, 6, seed=10, scale=3), cells(2, 5, 6, seed=11, scale=3).requires_grad_()
     value = energy_mmd(x, y, random_mask([n_x, 5], 5), random_mask([n_y, 5], 5))
     value.sum().backward()
     assert value[0] == 0
     assert value[1] > 0
-    for gradient in (x.grad, y.grad):
-        assert gradient.isfinite().all()
-        assert not gradient[0].any()
-        assert gradient[1].any()
+    assert y.grad.isfinite().all()
+    assert not y.grad[0].any()
+    assert y.grad[1].any()
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_the_gradient_of_energy_mmd_is_that_of_autograd(unbiased):
+    """Also of equal cells, whose distance is at its floor, and of sets whose values count differently."""
+    x, y = cells(4, 6, 5, seed=12).double(), cells(4, 7, 5, seed=13).double()
+    y[0, 1], y[1, 2] = y[0, 0], x[1, 3]
+    x_mask, y_mask = random_mask([6, 5, 3, 1], 6), random_mask([7, 4, 1, 2], 7)
+    of_sets = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
+    slopes = []
+    for distance_in_torch in (False, True):
+        own = y.clone().requires_grad_()
+        if distance_in_torch:
+            value = mmd_in_torch(x, own, x_mask, y_mask, unbiased)
+        else:
+            value = energy_mmd(x, own, x_mask, y_mask, unbiased)
+        (value * of_sets).sum().backward()
+        slopes.append(own.grad)
+    torch.testing.assert_close(*slopes, rtol=1e-6, atol=1e-9)
+
+
+def mmd_in_torch(x: Tensor, y: Tensor, x_mask: Tensor, y_mask: Tensor, unbiased: bool) -> Tensor:
+    def mean(a: Tensor, b: Tensor) -> Tensor:
+        return (a[:, None] - b[None]).square().sum(-1).clamp_min(1e-8).sqrt().mean()
+
+    values = []
+    for b in range(len(x)):
+        one, other = x[b][x_mask[b]], y[b][y_mask[b]]
+        distinct = len(other) / (len(other) - 1) if unbiased and len(other) > 1 else 1.0
+        values.append(mean(one, other) - mean(one, one) / 2 - distinct * mean(other, other) / 2)
+    return torch.stack(values)
 
 
 def test_energy_mmd_under_bf16_autocast_is_that_in_float32():
@@ -155,7 +184,7 @@ def test_energy_mmd_under_bf16_autocast_is_that_in_float32():
 def test_without_self_pairs_energy_mmd_is_a_mean_over_distinct_cells():
     x, y = cells(4, 6, 5, seed=1), cells(4, 6, 5, seed=2)
     mask = random_mask([6, 3, 2, 1], 6)
-    unbiased = energy_mmd(x, y, mask, mask) - self_pairs(y, mask)
+    unbiased = energy_mmd(x, y, mask, mask, unbiased=True)
     for b in range(4):
         one, other = (values[b][mask[b]].double().numpy() for values in (x, y))
         within = mean_of_distinct(other) if len(other) > 1 else 0.0
@@ -169,7 +198,7 @@ def test_only_without_self_pairs_is_energy_mmd_least_for_sets_as_wide_as_the_tar
     drawn = cells(400, 8, 3, seed=4) - 0.15
     widths = torch.linspace(0.7, 1.3, 25)
     biased = [energy_mmd(target, drawn * w).mean().item() for w in widths]
-    unbiased = [(energy_mmd(target, drawn * w) - self_pairs(drawn * w)).mean().item() for w in widths]
+    unbiased = [energy_mmd(target, drawn * w, unbiased=True).mean().item() for w in widths]
     assert widths[np.argmin(biased)] < 0.95
     assert abs(widths[np.argmin(unbiased)] - 1) < 0.05
 

@@ -170,8 +170,8 @@ def denoiser_flops(config: Config, n_sets: int, g: int) -> tuple[float, float, f
 
 
 def mmd_flops(n_sets: int, s: int, g: int) -> float:
-    """Three distance matrices; the gradient of x-y to one side, of y-y to both."""
-    return (3 + 1 + 2) * linear(n_sets * s, g, s)
+    """Three distance matrices; the gradients of x-y and of y-y, to y."""
+    return (3 + 2) * linear(n_sets * s, g, s)
 
 
 @pytest.mark.parametrize(
