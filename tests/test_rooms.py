@@ -147,6 +147,17 @@ def test_help_does_not_wait_for_heavy_libraries(argv):
     assert run.returncode == 0, run.stderr
 
 
+def test_predictions_rankings_and_scores_do_not_wait_for_the_statistics_of_scipy():
+    """A third of what a command imports; of it they need the draws of populations alone."""
+    modules = ("inference.predictions", "inference.ranking", "evaluation.scores", "training.run")
+    code = (
+        "".join(f"import perturbdiff.{module}\n" for module in modules)
+        + "import sys\nprint('scipy.stats' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout == "False\n", run.stderr
+
+
 def test_the_package_has_what_its_list_says_and_nothing_else():
     assert dir(perturbdiff) == sorted(perturbdiff.__all__)
     for name in perturbdiff.__all__:

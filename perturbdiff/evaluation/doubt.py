@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 from torch import Tensor
 
 from perturbdiff.evaluation.metrics import in_own_order, own_distances, pearson_of_changes
@@ -153,7 +153,7 @@ def _largest(errors: np.ndarray) -> float:
 
 @cache
 def _width(n_folds: int) -> float:
-    return float(stats.t.ppf((1 + LEVEL) / 2, n_folds - 1))
+    return float(stdtrit(n_folds - 1, (1 + LEVEL) / 2))
 
 
 def spread_of_responses(

@@ -32,7 +32,6 @@ import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 from scipy.special import ndtr, ndtri, stdtr
-from scipy.stats import rankdata
 
 from perturbdiff.data.expression import as_csr, gene_means
 from perturbdiff.data.h5ad import read_h5ad_parts
@@ -299,7 +298,7 @@ def _table(
     with np.errstate(divide="ignore", invalid="ignore"):  # populations without spread are certain
         t = np.where((error == 0) & (mean == 0), 0.0, mean / error)
     above = np.where(calibrated, ndtr(t), stdtr(n - 1, t)) if n > 1 else np.full(len(labels), np.nan)
-    ranks = rankdata(-scores, method="min", axis=0).astype(int)
+    ranks = np.stack([1 + np.searchsorted(np.sort(own), own) for own in -scores.T], axis=1)
     table = pd.DataFrame(
         {
             "perturbation": labels,
