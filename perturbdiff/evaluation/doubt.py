@@ -12,7 +12,7 @@ import numpy as np
 from scipy.special import stdtrit
 from torch import Tensor
 
-from perturbdiff.evaluation.metrics import in_own_order, own_distances, pearson_of_changes
+from perturbdiff.evaluation.metrics import Measured, in_own_order, pearson_of_changes
 
 COMPARED = ("pearson_delta", "energy_distance", "mse_of_means")  # metrics whose noise within a condition is known
 FOLDS = 10
@@ -22,10 +22,32 @@ ENOUGH_CONDITIONS = 5  # to speak of other conditions than these
 ALIKE = 1 / 3  # of the measured spread between perturbations; predictions with less look alike
 
 
+class LeftOut:
+    """Scores of a condition's methods without each of `n_folds` folds of its cells."""
+
+    def __init__(self, measured: Measured, n_folds: int) -> None:
+        self._measured, self._n_folds = measured, n_folds
+        if n_folds >= 2:
+            self._mean = _without_each(measured.real, n_folds)  # (K, G)
+            self._change = self._mean - _without_each(measured.truth_control, n_folds)
+
+    def scores(self, pred: np.ndarray, distances: tuple[Tensor, Tensor, Tensor] | None = None) -> dict[str, np.ndarray]:
+        """`leave_out` of predicted cells; `distances` of these in their own order, where they are known."""
+        if self._n_folds < 2:
+            return {name: np.empty(0) for name in COMPARED}
+        mean = pred.mean(axis=0)
+        if distances is None:
+            distances = self._measured.distances(in_own_order(pred))
+        return {
+            "pearson_delta": pearson_of_changes(mean - self._measured.control_mean, self._change),
+            "energy_distance": _energies(distances, self._n_folds),
+            "mse_of_means": ((mean - self._mean) ** 2).mean(axis=1),
+        }
+
+
 def leave_out(
-    pred: np.ndarray, real: np.ndarray, control: np.ndarray, truth_control: np.ndarray,
-    distances: tuple[Tensor, Tensor, Tensor] | None = None, n_folds: int | None = None,
-) -> dict[str, np.ndarray]:  # fmt: skip
+    pred: np.ndarray, real: np.ndarray, control: np.ndarray, truth_control: np.ndarray, n_folds: int | None = None
+) -> dict[str, np.ndarray]:
     """(K,) scores by name of COMPARED, each without a tenth of the measured cells; arguments as of `score_condition`.
 
     The energy distance is without a tenth of the predicted cells too; the mean that is predicted is what it is. An
@@ -33,15 +55,7 @@ def leave_out(
     cells, so that methods compare fold by fold, with as many `n_folds`; by default those of `folds_of` these cells.
     """
     n_folds = folds_of(len(pred), len(real)) if n_folds is None else n_folds
-    if n_folds < 2:
-        return {name: np.empty(0) for name in COMPARED}
-    pred, real = in_own_order(pred), in_own_order(real)
-    pred_mean, control_mean = pred.mean(axis=0), control.mean(axis=0)
-    real_mean, truth_mean = (_without_each(cells, n_folds) for cells in (real, in_own_order(truth_control)))
-    pearson = pearson_of_changes(pred_mean - control_mean, real_mean - truth_mean)
-    mse = ((pred_mean - real_mean) ** 2).mean(axis=1)
-    energy = _energies(own_distances(pred, real) if distances is None else distances, n_folds)
-    return {"pearson_delta": pearson, "energy_distance": energy, "mse_of_means": mse}
+    return LeftOut(Measured(real, control, truth_control), n_folds).scores(pred)
 
 
 def folds_of(*n_cells: int) -> int:

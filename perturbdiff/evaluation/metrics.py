@@ -8,7 +8,7 @@ no noise of theirs is in both.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, cached_property
 from typing import Literal
 
 import numpy as np
@@ -110,24 +110,20 @@ def variance_ratio(pred: np.ndarray, real: np.ndarray) -> float:
     uniform. NaN if there is no such gene or fewer than 2 cells on a side.
     """
     pred, real = checked_arrays(2, pred=pred, real=real)
-    if min(len(pred), len(real)) < 2:
-        return float("nan")
-    real_variance = real.var(axis=0, ddof=1)
-    genes = ((real > DETECTED).mean(axis=0) >= MIN_DETECTION_RATE) & (real_variance > NO_SPREAD)
-    return float(np.median(pred[:, genes].var(axis=0, ddof=1) / real_variance[genes])) if genes.any() else float("nan")
+    return _variance_ratio(pred, _Real(real))
 
 
 def wasserstein(pred: np.ndarray, real: np.ndarray) -> float:
     """Mean over genes of the Wasserstein distance of order 1 of the (n, G) predicted and the (n, G) real values, as
     many cells of each: the mean difference of sorted values."""
     pred, real = checked_arrays(2, pred=pred, real=real)
-    return float(np.abs(np.sort(pred, axis=0) - np.sort(real, axis=0)).mean())
+    return _wasserstein(pred, _Real(real))
 
 
 def zero_fraction(pred: np.ndarray, real: np.ndarray) -> float:
     """Mean over genes of the difference in the part of the cells that have none."""
     pred, real = checked_arrays(2, pred=pred, real=real)
-    return float(np.abs((pred <= DETECTED).mean(axis=0) - (real <= DETECTED).mean(axis=0)).mean())
+    return _zero_fraction(pred, _Real(real))
 
 
 def correlation(pred: np.ndarray, real: np.ndarray) -> float:
@@ -137,13 +133,66 @@ def correlation(pred: np.ndarray, real: np.ndarray) -> float:
     correlates with none. NaN for fewer than 3 cells or 2 genes.
     """
     pred, real = checked_arrays(2, pred=pred, real=real)
-    variance = real.var(axis=0)
-    seen = np.flatnonzero(((real > DETECTED).mean(axis=0) >= MIN_DETECTION_RATE) & (variance > NO_SPREAD))
-    chosen = seen[np.argsort(-variance[seen], kind="stable")[:CORRELATED_GENES]]
-    if min(len(pred), len(real)) < 3 or len(chosen) < 2:
+    return _correlation(pred, _Real(real))
+
+
+class _Real:
+    """What scores ask of (m, G) real cells, found once for all methods."""
+
+    def __init__(self, cells: np.ndarray) -> None:
+        self.cells = cells
+
+    @cached_property
+    def in_order(self) -> np.ndarray:
+        """(m, G) each gene's values, rising."""
+        return np.sort(self.cells, axis=0)
+
+    @cached_property
+    def zeros(self) -> np.ndarray:
+        """(G,) part of the cells that have none."""
+        return (self.cells <= DETECTED).mean(axis=0)
+
+    @cached_property
+    def seen(self) -> np.ndarray:
+        """(G,) whether a gene is in enough cells."""
+        return (self.cells > DETECTED).mean(axis=0) >= MIN_DETECTION_RATE
+
+    @cached_property
+    def varying(self) -> tuple[np.ndarray, np.ndarray]:
+        """(G,) whether a gene is seen and varies, and the variances of those that do; of two cells and more."""
+        variance = self.cells.var(axis=0, ddof=1)
+        genes = self.seen & (variance > NO_SPREAD)
+        return genes, variance[genes]
+
+    @cached_property
+    def correlated(self) -> tuple[np.ndarray, np.ndarray]:
+        """Genes that vary most, and the correlations of each pair of them."""
+        variance = self.cells.var(axis=0)
+        genes = np.flatnonzero(self.seen & (variance > NO_SPREAD))
+        chosen = genes[np.argsort(-variance[genes], kind="stable")[:CORRELATED_GENES]]
+        return chosen, _correlations(self.cells[:, chosen])
+
+
+def _variance_ratio(pred: np.ndarray, real: _Real) -> float:
+    if min(len(pred), len(real.cells)) < 2:
         return float("nan")
-    pairs = np.triu_indices(len(chosen), 1)
-    return float(np.abs(_correlations(pred[:, chosen]) - _correlations(real[:, chosen]))[pairs].mean())
+    genes, variance = real.varying
+    return float(np.median(pred[:, genes].var(axis=0, ddof=1) / variance)) if genes.any() else float("nan")
+
+
+def _wasserstein(pred: np.ndarray, real: _Real) -> float:
+    return float(np.abs(np.sort(pred, axis=0) - real.in_order).mean())
+
+
+def _zero_fraction(pred: np.ndarray, real: _Real) -> float:
+    return float(np.abs((pred <= DETECTED).mean(axis=0) - real.zeros).mean())
+
+
+def _correlation(pred: np.ndarray, real: _Real) -> float:
+    chosen, correlations = real.correlated
+    if min(len(pred), len(real.cells)) < 3 or len(chosen) < 2:
+        return float("nan")
+    return float(np.abs(_correlations(pred[:, chosen]) - correlations)[np.triu_indices(len(chosen), 1)].mean())
 
 
 def _correlations(x: np.ndarray) -> np.ndarray:
@@ -205,15 +254,81 @@ def _direction(n_genes: int) -> np.ndarray:
     return np.random.default_rng(0).normal(size=n_genes)
 
 
-def own_distances(
-    pred: np.ndarray, real: np.ndarray, within_real: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`pair_distances` of the first MAX_SCORED predicted (n, G) and real (m, G) cells in their own order.
+class Measured:
+    """The measured side of a condition: what all methods are scored against, found once.
 
-    `within_real` is the last of them, where it is known from another method.
+    Parameters
+    ----------
+    real, control, truth_control, others
+        As of `score_condition`.
+
+    Attributes
+    ----------
+    real
+        (m, G) in their own order.
     """
-    pred, real = (in_own_order(cells)[:MAX_SCORED] for cells in (pred, real))
-    return pair_distances(torch.from_numpy(pred), torch.from_numpy(real), within_y=within_real)
+
+    def __init__(
+        self,
+        real: np.ndarray,
+        control: np.ndarray,
+        truth_control: np.ndarray | None = None,
+        others: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> None:
+        shared = control if truth_control is None else truth_control
+        real, control, shared = checked_arrays(2, real=real, control=control, truth_control=shared)
+        self.real, self.others = in_own_order(real), others
+        self.control_mean, self.n_control = control.mean(axis=0), len(control)
+        self._truth_control = shared
+        self._mean, self._truth_mean = self.real.mean(axis=0), shared.mean(axis=0)
+        self._all, self._first = _Real(self.real), dict[int, _Real]()
+        self._within: Tensor | None = None
+
+    @cached_property
+    def truth_control(self) -> np.ndarray:
+        """(k, G) controls that the real change is measured from, in their own order."""
+        return in_own_order(self._truth_control)
+
+    def distances(self, pred: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """`pair_distances` of the first MAX_SCORED predicted cells in their own order, (n, G), and the real ones."""
+        between, within_pred, self._within = pair_distances(
+            torch.from_numpy(pred[:MAX_SCORED]), torch.from_numpy(self.real[:MAX_SCORED]), within_y=self._within
+        )
+        return between, within_pred, self._within
+
+    def scores(
+        self, pred: np.ndarray, n_equal: int | None = None, distances: tuple[Tensor, Tensor, Tensor] | None = None
+    ) -> dict[str, float]:
+        """`score_condition` of predicted cells; `distances` of these in their own order, where they are known."""
+        (pred,) = checked_arrays(2, pred=pred)
+        if pred.shape[1] != self.real.shape[1]:
+            raise ValueError(
+                f"number of genes (pred {pred.shape[1]}, real {self.real.shape[1]}) must agree; put all on the same "
+                "genes in the same order."
+            )
+        pred, real = in_own_order(pred), self.real
+        pred_mean = pred.mean(axis=0)
+        distances = self.distances(pred) if distances is None else distances
+        between, within_pred, within_real = (values.numpy() for values in distances)
+        n = min(len(pred), len(real), len(pred) if n_equal is None else n_equal)
+        some = min(n, MAX_SCORED)
+        first = self._first.setdefault(n, _Real(real[:n]))
+        others = self.others
+        return {
+            "pearson_delta": float(pearson_of_changes(pred_mean - self.control_mean, self._mean - self._truth_mean)),
+            "energy_distance": float(energy_of(distances)),
+            "mse_of_means": mse_of_means(pred_mean, self._mean),
+            "variance_ratio": _variance_ratio(pred, self._all),
+            "pearson_perturbed": float("nan") if others is None else pearson_delta(pred_mean, self._mean, *others),
+            "rbf_mmd": rbf_mmd(between, within_pred, within_real),
+            "wasserstein": _wasserstein(pred[:n], first),
+            "zero_fraction": _zero_fraction(pred[:n], first),
+            "correlation": _correlation(pred[:n], first),
+            "classifier_auc": classifier_auc(
+                between[:some, :some], within_pred[:some, :some], within_real[:some, :some]
+            ),
+            **_counts(pred, real, self.n_control),
+        }
 
 
 def score_condition(
@@ -223,7 +338,6 @@ def score_condition(
     truth_control: np.ndarray | None = None,
     n_equal: int | None = None,
     others: tuple[np.ndarray, np.ndarray] | None = None,
-    distances: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> dict[str, float]:
     """All `METRICS` of one condition.
 
@@ -241,8 +355,6 @@ def score_condition(
     others
         (G,) means of cells of other perturbations in this context, one for each side: `pearson_perturbed` is of the
         changes from these. NaN if None.
-    distances
-        `own_distances(pred, real)`, where they are known.
 
     Returns
     -------
@@ -260,25 +372,7 @@ def score_condition(
     """
     shared = control if truth_control is None else truth_control
     pred, real, control, shared = checked_arrays(2, pred=pred, real=real, control=control, truth_control=shared)
-    pred, real = in_own_order(pred), in_own_order(real)
-    pred_mean, real_mean = pred.mean(axis=0), real.mean(axis=0)
-    distances = own_distances(pred, real) if distances is None else distances
-    between, within_pred, within_real = (values.numpy() for values in distances)
-    n = min(len(pred), len(real), len(pred) if n_equal is None else n_equal)
-    some = min(n, MAX_SCORED)
-    return {
-        "pearson_delta": pearson_delta(pred_mean, real_mean, control.mean(axis=0), shared.mean(axis=0)),
-        "energy_distance": float(energy_of(distances)),
-        "mse_of_means": mse_of_means(pred_mean, real_mean),
-        "variance_ratio": variance_ratio(pred, real),
-        "pearson_perturbed": float("nan") if others is None else pearson_delta(pred_mean, real_mean, *others),
-        "rbf_mmd": rbf_mmd(between, within_pred, within_real),
-        "wasserstein": wasserstein(pred[:n], real[:n]),
-        "zero_fraction": zero_fraction(pred[:n], real[:n]),
-        "correlation": correlation(pred[:n], real[:n]),
-        "classifier_auc": classifier_auc(between[:some, :some], within_pred[:some, :some], within_real[:some, :some]),
-        **_counts(pred, real, control),
-    }
+    return Measured(real, control, shared, others).scores(pred, n_equal)
 
 
 def mean_scores(scores: Sequence[Mapping[str, float]] | pd.DataFrame) -> pd.DataFrame:
@@ -344,12 +438,12 @@ def split_half_ceiling(
     real = in_own_order(real)
     half, other = np.split(real, [len(real) // 2])
     if len(real) < 4:
-        return {**dict.fromkeys(METRICS, float("nan")), **_counts(half, other, control)}
+        return {**dict.fromkeys(METRICS, float("nan")), **_counts(half, other, len(control))}
     return score_condition(half, other, control, truth_control, n_equal, others)
 
 
-def _counts(pred: np.ndarray, real: np.ndarray, control: np.ndarray) -> dict[str, float]:
-    return {"n_pred": len(pred), "n_real": len(real), "n_control": len(control)}
+def _counts(pred: np.ndarray, real: np.ndarray, n_control: int) -> dict[str, float]:
+    return {"n_pred": len(pred), "n_real": len(real), "n_control": n_control}
 
 
 def checked_arrays(ndim: Literal[1, 2], **arrays: np.ndarray) -> list[np.ndarray]:

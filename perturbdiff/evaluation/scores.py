@@ -32,10 +32,10 @@ from perturbdiff.evaluation.doubt import (
     ALIKE,
     COMPARED,
     ENOUGH_CONDITIONS,
+    LeftOut,
     compare,
     folds_of,
     interval,
-    leave_out,
     spread_of_responses,
     standard_error,
 )
@@ -60,10 +60,9 @@ from perturbdiff.evaluation.fair import (
 from perturbdiff.evaluation.field import FieldScores, cell_eval_scores
 from perturbdiff.evaluation.metrics import (
     METRICS,
+    Measured,
     in_own_order,
     mean_scores,
-    own_distances,
-    score_condition,
     split_half_ceiling,
 )
 from perturbdiff.features.tables import FeatureTable
@@ -353,22 +352,22 @@ def score_conditions(
             true, control, other = (
                 log1p(some(screen.obs.index, of)).toarray().astype(np.float64) for of in (real[condition], start, truth)
             )
-            true, other = in_own_order(true), in_own_order(other)
             n_equal = min(len(cells), len(true), len(control))
             n_single += min(len(cells), len(true)) == 1
             made = {NO_CHANGE: control} if simple is None else simple.cells(condition, start, len(true), choices, seed)
             reference = None if simple is None else simple.others(*context)
+            against = Measured(true, control, other, reference)
             response = (true.mean(axis=0) - other.mean(axis=0)) ** 2
             known = dict(zip(CONDITION, condition, strict=True))
-            own, within_real = None, None
+            own = None
             made = {MODEL: cells, **made}
-            n_folds = folds_of(len(true), *map(len, made.values()))
+            left_out = LeftOut(against, folds_of(len(true), *map(len, made.values())))
             unknown = {"pearson_delta": np.nan} if len(controls[context]) == 1 else {}  # of what is in both changes
             for name, of_method in made.items():
                 of_method = in_own_order(of_method)
-                *_, within_real = distances = own_distances(of_method, true, within_real)
-                scores = score_condition(of_method, true, control, other, n_equal, reference, distances)
-                without = leave_out(of_method, true, control, other, distances, n_folds)
+                distances = against.distances(of_method)
+                scores = against.scores(of_method, n_equal, distances)
+                without = left_out.scores(of_method, distances)
                 if own is None and simple is not None:
                     trust = simple.trust(condition, start)
                     unknown_how = trust.verdict == "cannot tell" and not trust.n_left_out

@@ -23,12 +23,12 @@ from sklearn.metrics import mean_squared_error, roc_auc_score
 from perturbdiff.diffusion.distances import pair_distances
 from perturbdiff.evaluation.metrics import (
     METRICS,
+    Measured,
     classifier_auc,
     correlation,
     in_own_order,
     mean_scores,
     mse_of_means,
-    own_distances,
     pearson_delta,
     pearson_of_changes,
     score_condition,
@@ -182,17 +182,22 @@ def test_score_condition_is_the_single_metrics_in_the_order_of_the_table() -> No
         np.testing.assert_array_equal(array, copy)
 
 
-def test_distances_that_are_known_are_those_that_scores_compute() -> None:
+@pytest.mark.parametrize("n_real", [530, 6, 1])
+def test_scores_of_several_methods_are_those_of_each_alone(n_real) -> None:
     rng = np.random.default_rng()
-    real, control = cells(rng, 530, 15, 1.2), cells(rng, 40, 15)
-    within_real = None
-    for n in (520, 30):  # as two methods of one condition
+    real, control, other = cells(rng, n_real, 15, 1.2), cells(rng, 40, 15), cells(rng, 30, 15)
+    others = rng.random(15), rng.random(15)
+    measured = Measured(real, control, other, others)
+    for n, n_equal in ((520, 5), (5, 5), (30, None), (2, 1)):
         pred = cells(rng, n, 15)
-        *_, within_real = distances = own_distances(pred, real, within_real)
-        for found, expected in zip(distances, own_distances(pred[::-1], real[::-1]), strict=True):
-            np.testing.assert_array_equal(found, expected)
-        scores = score_condition(pred, real, control, distances=distances)
-        assert scores == pytest.approx(score_condition(pred, real, control), abs=1e-12, nan_ok=True)
+        distances = measured.distances(in_own_order(pred))
+        alone = score_condition(
+            pred[rng.permutation(n)], real[rng.permutation(n_real)], control, other, n_equal, others
+        )
+        for found in (measured.scores(pred, n_equal), measured.scores(pred, n_equal, distances)):
+            assert found == pytest.approx(alone, abs=1e-12, nan_ok=True)
+    with pytest.raises(ValueError, match="genes"):
+        measured.scores(pred[:, :3])
 
 
 def test_correlations_of_many_changes_are_those_of_each() -> None:
