@@ -4,8 +4,9 @@ Parameters are exact, and bytes and FLOPs of a step are counted by running it wi
 an estimate under these assumptions:
 
 - Every set is full, and nothing is compiled. Memory is what tensors take: fragments, CUDA and NCCL come on top.
-- A GPU's matrix products run at a given part of its peak, every operation moves its bytes at full bandwidth, and the
-  host launches one each LAUNCH seconds. The slowest of the three hides the other two; the optimizer comes after them.
+- A GPU's matrix products and attention run at a given part of its peak, every other operation moves its bytes at full
+  bandwidth, one after the other; the host launches one each LAUNCH seconds beside them, and the slower of the two hides
+  the other. The optimizer comes after them.
 - Gradients travel and batches are made beside all that, and cost only what they take longer.
 """
 
@@ -48,9 +49,10 @@ FLOAT32 = 4  # bytes
 VALUE = 4  # bytes of a stored value with its gene, as an atlas has them
 # Elements of weights that ZeRO-3 keeps gathered at most: DeepSpeed's default (stage3_max_live_parameters).
 LIVE_WEIGHTS = 1_000_000_000
-# Cells, controls counted too, that one core reads into sparse batches in a second, of 1,010 stored values each
-# (scripts/bench/loader.py; README, "Atlases"). One thread of a process makes its batches.
-READ_MAPPED, READ_STREAMED, READ_VALUES = 460_000, 40_000, 1_010
+# s of one core to read a cell, controls counted too, into a sparse batch, and for each of its stored values: 460,000
+# cells of 1,010 values a second, and 2,000,000 of 160; streamed, 40,000 of 1,010, nearly all of it decoding
+# (scripts/bench/loader.py). One thread of a process makes its batches.
+READ_CELL, READ_VALUE, DECODED_VALUE = 0.185e-6, 1.97e-9, 24.75e-9
 # Of each weight, AdamW reads weight, gradient and two moments and writes three; clipping reads the gradient, and reads
 # and writes it; the average reads two and writes one. Each is float32.
 ADAMW, CLIPPING, AVERAGING = 7 * FLOAT32, 3 * FLOAT32, 3 * FLOAT32
@@ -202,7 +204,7 @@ class StepWork:
     # what is saved for backward, autocast's copies of the weights, what is passing through.
     activations: int
     flops: Mapping[str, float]  # of matrix products and attention, by the type they run in ("bfloat16", "float32")
-    traffic: float  # bytes that operations read and write, each by itself
+    traffic: float  # bytes that operations read and write, each by itself; those of products are in their FLOPs
     operations: int  # those that move any
 
 
@@ -273,7 +275,8 @@ class _Counter(TorchDispatchMode):
         if outputs and not func.is_view:
             tensors = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)] + outputs
             self.operations += 1
-            self.traffic += sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in tensors)  # broadcast is read once
+            if func._overloadpacket not in FLOPS:  # what is broadcast is read once
+                self.traffic += sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in tensors)
         if count := FLOPS.get(func._overloadpacket):
             self.flops[str(outputs[0].dtype).removeprefix("torch.")] += count(*args, **kwargs, out_val=result)
         return result
@@ -396,8 +399,8 @@ def estimate(config: Config, cluster: Cluster) -> Estimate:
     updated = n if engine == "DDP" else -(-n // cluster.gpus)
     optimizer_bytes = updated * (ADAMW + CLIPPING) + n / cluster.gpus * AVERAGING / config.optim.ema_every
     peak = {"bfloat16": gpu.bf16, "float32": gpu.float32}
-    rate = float(READ_STREAMED if config.data.streamed else READ_MAPPED)
-    rate *= min(READ_VALUES / max(data.values_per_cell, 1), 1.0) * min(cluster.cores_per_gpu, 1.0)
+    cell, value = (0.0, DECODED_VALUE) if config.data.streamed else (READ_CELL, READ_VALUE)
+    read = (cell + value * max(data.values_per_cell, 1)) / min(cluster.cores_per_gpu, 1.0)
     sent = engine_link_bytes(engine, n, cluster.gpus, parts, config.diffusion.p_self_cond > 0)
     seconds = {
         "compute": sum(count / peak[kind] for kind, count in work.flops.items()) / cluster.efficiency * sets / part,
@@ -405,10 +408,13 @@ def estimate(config: Config, cluster: Cluster) -> Estimate:
         "launches": work.operations * LAUNCH * parts,
         "optimizer": optimizer_bytes / gpu.bandwidth,
         "network": sent / cluster.link,
-        "data": sets * set_size * (1 + data.with_controls) / rate,
+        "data": sets * set_size * (1 + data.with_controls) * read,
     }
-    slowest = max(("compute", "memory traffic", "launches"), key=lambda name: seconds[name])
-    busy = seconds[slowest] + seconds["optimizer"]
+    on_gpu = seconds["compute"] + seconds["memory traffic"]
+    slowest = max(("compute", "memory traffic"), key=lambda name: seconds[name])
+    if seconds["launches"] > on_gpu:
+        slowest = "launches"
+    busy = max(on_gpu, seconds["launches"]) + seconds["optimizer"]
     step = max(busy, seconds["network"], seconds["data"])
     limit = next((name for name in ("data", "network") if seconds[name] == step), slowest)
     between = max(config.training.save_every * step, 60 * config.training.save_minutes)  # s from save to save

@@ -336,7 +336,7 @@ def test_an_estimate_adds_up():
         "launches": work.operations * 5e-6,
         "optimizer": found.n_parameters * 4 * (10 + 3 / 16) / 3.35e12,
         "network": 2 * 15 / 16 * 4 * found.n_parameters / 50e9,
-        "data": 4 * 16 * 2 / 460_000,
+        "data": 4 * 16 * 2 * (0.185e-6 + 60 * 1.97e-9),
     }
     trained = seconds["launches"] + seconds["optimizer"]
     # Weights, average and two moments copied at 8 GB/s each ten minutes, in which there are more than 200 steps.
@@ -345,6 +345,7 @@ def test_an_estimate_adds_up():
     step = found.cells_per_step / found.cells_per_s
     assert math.isclose(step, trained + seconds["saves"])
     assert found.limit == "launches"
+    assert seconds["launches"] > seconds["compute"] + seconds["memory traffic"]
     assert math.isclose(found.days * 86_400, 1000 * step)
     assert math.isclose(found.epoch_days * 86_400, 10**6 / found.cells_per_s)
     assert json.loads(json.dumps(asdict(found)))["memory"]["DDP"] == found.memory["DDP"]
@@ -389,15 +390,28 @@ def test_a_large_model_does_not_fit_whole_and_fits_in_shares():
 
 
 def test_data_that_cannot_keep_up_set_the_speed():
-    slow = estimate(recipe("data.streamed=true"), Cluster(8, "b200", cores_per_gpu=0.1))
-    assert math.isclose(slow.cells_per_s, 8 * 0.1 * 40_000 / 2, rel_tol=1e-4)  # saves take a little
+    slow = estimate(recipe("data.streamed=true"), Cluster(8, "b200", cores_per_gpu=0.005))
+    # 40,000 cells of 1,010 values a core and second, here of 60; saves take a little
+    assert math.isclose(slow.cells_per_s, 8 * 0.005 * 40_000 * (1010 / 60) / 2, rel_tol=1e-3)
     assert slow.limit == "data"
     assert any(re.search("limit: data, .*GPUs wait 9.% of the time; data.streamed=false", n) for n in slow.notes)
 
 
-def test_values_beyond_those_measured_slow_the_reading():
-    sizes = {"cells": 10**6, "genes": 3000, "genes_per_cell": 2020}
-    assert math.isclose(estimate(recipe(expected=sizes), Cluster(8, "h100")).seconds["data"], 8 * 16 * 2 / 230_000)
+@pytest.mark.parametrize(("values", "cells_per_s"), [(160, 2_000_000), (1010, 460_000)])
+def test_cells_are_read_as_fast_as_was_measured_by_their_stored_values(values, cells_per_s):
+    sizes = {"cells": 10**6, "genes": 3000, "genes_per_cell": values}
+    found = estimate(recipe(expected=sizes), Cluster(8, "h100")).seconds["data"]
+    assert found == pytest.approx(8 * 16 * 2 / cells_per_s, rel=0.01)
+
+
+def test_products_and_other_operations_add_up_where_the_gpu_is_slower_than_the_host():
+    words = "denoiser.width=1024", "denoiser.depth=2", "data.set_size=256", "data.sets_per_batch=64"
+    found = estimate(recipe(*words), Cluster(1, "h100"))
+    on_gpu = found.seconds["compute"] + found.seconds["memory traffic"]
+    assert on_gpu > found.seconds["launches"]
+    step = found.cells_per_step / found.cells_per_s
+    assert step == pytest.approx(on_gpu + found.seconds["optimizer"] + found.seconds["saves"])
+    assert found.limit in ("compute", "memory traffic")
 
 
 @pytest.mark.parametrize(
