@@ -286,8 +286,9 @@ def attempts(cost: Path | None) -> list[dict[str, float] | None]:
 def score(bench: Bench, predicted: str, out: Path) -> None:
     """Score what another tool predicted."""
     scores = evaluate(predicted, bench.path(bench.task.file), bench.write_split(), overrides=bench.words())
+    own = scores.conditions.replace({"method": {scores.model: MODEL}})  # whose name is that of the folder
     out.mkdir(parents=True, exist_ok=True)
-    scores.save(out)
+    replace(scores, conditions=own, model=MODEL).save(out)
 
 
 def results(bench: Bench, identity: dict[str, Any]) -> list[dict[str, Any]]:
