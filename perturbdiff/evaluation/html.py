@@ -10,6 +10,7 @@ import base64
 import hashlib
 import html
 import re
+import sys
 import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
@@ -112,6 +113,8 @@ def as_svg(axes: Axes, prefix: str, alt: str) -> str:
     drawn = axes.get_figure(root=True)
     assert drawn is not None, "axes lie in a figure"
     drawn.savefig(buffer, format="svg", dpi=150, metadata=nothing)
+    if (pyplot := sys.modules.get("matplotlib.pyplot")) is not None:
+        pyplot.close(drawn)  # or a notebook would show what is for the page
     ET.register_namespace("", _SVG)
     ET.register_namespace("xlink", _XLINK)
     root = ET.fromstring(buffer.getvalue())

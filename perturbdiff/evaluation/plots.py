@@ -1,11 +1,13 @@
 """Figures of predicted beside measured cells, of rankings and of scores; `perturbdiff.pl`.
 
-Each draws into `ax`, or into a new figure that pyplot does not know, and returns the axes: `.figure.savefig(path)`
-keeps it. Expression is log1p; colours are those of Okabe & Ito 2008, which people with any colour vision tell apart.
+Each draws into `ax`, or into a new figure, and returns the axes: `.figure.savefig(path)` keeps it. A notebook shows new
+figures, being those of pyplot; in a script it does not know them and holds none. Expression is log1p; colours are
+those of Okabe & Ito 2008, which people with any colour vision tell apart.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 CONTROL = "control"  # the label
 CONTROL_COLOUR, MEASURED_COLOUR, PREDICTED_COLOUR = "#8C8C8C", "#0072B2", "#D55E00"
@@ -104,7 +107,7 @@ def embedding(measured: AnnData, predicted: AnnData, control: AnnData | None = N
     groups = _groups(measured, predicted, control, None)
     _, X = _in_common_genes(groups)
     known = sparse.vstack([X[name] for name in X if name != "predicted"], format="csr")
-    mean, axes, shares = _principal_axes(known)
+    mean, axes, shares = principal_axes(known)
     ax = _axes(ax, (3.6, 3.3))
     n_cells = sum(values.shape[0] for values in X.values())
     size = float(np.clip(3000 / n_cells, 3, 16))
@@ -159,7 +162,7 @@ def delta(
     ax.set_title(f"{len(x):,} genes, Pearson r {r}", fontsize=SMALL + 1, loc="left")
     ax.set_xlabel("measured mean change (log1p)")
     ax.set_ylabel("predicted mean change (log1p)")
-    _name_points(ax, x, y, names)
+    name_points(ax, x, y, names)
     return ax
 
 
@@ -376,7 +379,7 @@ def _known(genes: list[str], names: list[str]) -> list[str]:
     return genes
 
 
-def _principal_axes(X: sparse.csr_matrix) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def principal_axes(X: sparse.csr_matrix) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(G,) mean, (G, 2) axes and (2,) their shares of the variance; zeros where there is no second or no variance."""
     mean, (n, n_genes) = gene_means(X), X.shape
     total = float(X.multiply(X).sum() - n * (mean**2).sum())
@@ -401,8 +404,8 @@ def _principal_axes(X: sparse.csr_matrix) -> tuple[np.ndarray, np.ndarray, np.nd
     return mean, axes, shares
 
 
-def _name_points(ax: Axes, x: np.ndarray, y: np.ndarray, names: list[str]) -> None:
-    # The strongest genes, where their names cover neither each other nor a named dot.
+def name_points(ax: Axes, x: np.ndarray, y: np.ndarray, names: list[str]) -> None:
+    """Write the names of the strongest genes where they cover neither each other nor a named dot."""
     assert ax.figure is not None, "axes lie in a figure"
     strongest = np.argsort(-np.maximum(np.abs(x), np.abs(y)), kind="stable")[: 2 * N_NAMED]
     strongest = strongest[np.maximum(np.abs(x), np.abs(y))[strongest] > 0]
@@ -427,16 +430,27 @@ def _name_points(ax: Axes, x: np.ndarray, y: np.ndarray, names: list[str]) -> No
 
 def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
     if ax is None:
-        try:
-            from matplotlib.figure import Figure  # not pyplot, which would keep it
-        except ImportError as error:
-            raise ImportError("figures need matplotlib; pip install 'perturbdiff[plot]'.") from error
-        ax = Figure(figsize=size, layout="constrained").subplots()
+        ax = _figure(size).subplots()
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(labelsize=SMALL)
     ax.xaxis.label.set_fontsize(SMALL + 1)
     ax.yaxis.label.set_fontsize(SMALL + 1)
     return ax
+
+
+def _figure(size: tuple[float, float]) -> Figure:
+    """One of pyplot's in IPython or where `plt.ion()` was called; else one that pyplot does not keep."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("figures need matplotlib; pip install 'perturbdiff[plot]'.") from error
+    ipython: Any = sys.modules.get("IPython")
+    if matplotlib.is_interactive() or (ipython is not None and ipython.get_ipython() is not None):
+        import matplotlib.pyplot as plt
+
+        return plt.figure(figsize=size, layout="constrained")
+    return Figure(figsize=size, layout="constrained")
 
 
 def _legend(ax: Axes, n_columns: int) -> None:

@@ -1,5 +1,6 @@
 """Figures: what is drawn equals what a reader would compute, whatever the labels; nothing stays behind."""
 
+import os
 import subprocess
 import sys
 
@@ -319,6 +320,28 @@ def test_pyplot_is_not_touched_and_matplotlib_waits_until_a_figure_is_drawn():
         "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "import matplotlib; matplotlib.interactive(True)",
+        "from IPython.core.interactiveshell import InteractiveShell; InteractiveShell.instance()",
+    ],
+    ids=["plt.ion", "IPython"],
+)
+def test_where_pyplot_shows_figures_it_knows_new_ones_until_they_are_on_a_page(where):
+    if "IPython" in where:
+        pytest.importorskip("IPython")
+    code = (
+        f"{where}\nimport pandas\nfrom perturbdiff import pl\nfrom perturbdiff.evaluation.html import as_svg, drawing\n"
+        "table = pandas.DataFrame({'perturbation': ['a'], 'score': [1.0]})\naxes = pl.ranking(table)\n"
+        "import matplotlib.pyplot as plt\nassert plt.get_fignums() == [1] and plt.gcf() is axes.figure\n"
+        "with drawing():\n    as_svg(pl.ranking(table), 'a', 'a')\nassert plt.get_fignums() == [1]\n"
+    )
+    environment = {**os.environ, "MPLBACKEND": "agg"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
 
 
