@@ -19,7 +19,7 @@ from torch import Tensor
 
 from perturbdiff._version import __version__
 from perturbdiff.config import ModelConfig, Preprocessing, SamplingConfig, as_dict, check_sampling, from_dict
-from perturbdiff.data.expression import ONE_COUNT, counts_of
+from perturbdiff.data.expression import ONE_COUNT, counts_of, gene_means
 from perturbdiff.data.h5ad import values_of
 from perturbdiff.data.labels import ALL
 from perturbdiff.data.rng import torch_generator
@@ -58,7 +58,9 @@ from perturbdiff.hub.tensors import (
     with_means,
     write_model_folder,
 )
+from perturbdiff.means.training import Context as Asked
 from perturbdiff.means.training import TrainingMeans
+from perturbdiff.means.trust import Trust, least, trust
 from perturbdiff.nn.conditioning import FeatureEmbedding, LabelConditioning, VocabSizes
 from perturbdiff.nn.denoiser import Denoiser
 from perturbdiff.nn.transfer import tables_of
@@ -781,6 +783,30 @@ class PerturbDiff:
             else:
                 columns.append([None if pd.isna(label) else str(label) for label in obs[name]])
         return list(zip(*columns, strict=True))
+
+    def outlook(
+        self, controls: AnnData, perturbation: str, cell_type: str | None = None, batch: str | None = None
+    ) -> tuple[list[str], Trust | None]:
+        """What `generate` would say of its prediction from these cells, before it is made: what training never saw of
+        it, and whether the response can be told; None of a model without training means.
+
+        Raises as `generate`.
+        """
+        self.vocabularies.encode([(perturbation, None, None)])
+        contexts = self._contexts(controls.obs, cell_type, batch)
+        unseen = self._unseen(perturbation, sorted(set(contexts), key=str))
+        if self.means is None:
+            return unseen, None
+        expression = expression_of(controls, self.preprocessing)
+        expression = expression.with_genes(self.genes, self.genes.align(expression.genes, 0.0).columns)
+        cell_types, batches = self.vocabularies.cell_types.ids, self.vocabularies.batches.ids
+        known = [(c if c in cell_types else None, b if b in batches else None) for c, b in contexts]
+        found = []
+        for of in dict.fromkeys(known):
+            control = gene_means(expression.log1p(np.flatnonzero([own == of for own in known])))
+            c, b = of
+            found.append(trust(self.means, Asked(perturbation, c or "unknown", b or "unknown", control[None])))
+        return unseen, least(found)
 
     def _unseen(self, perturbation: str, conditions: list[Context]) -> list[str]:
         known = self.vocabularies

@@ -18,10 +18,11 @@ from anndata import AnnData
 
 from perturbdiff.config import ObsColumns
 from perturbdiff.data.h5ad import PARTS, open_h5ad, read_h5ad_parts, unpacked_bytes
-from perturbdiff.data.screen import control_cells
+from perturbdiff.data.screen import controls_and_perturbed
 from perturbdiff.files import short, typed
 
 MAX_SAID = 1 << 16  # characters of what the process says
+CONTROLS, PERTURBED = "controls.h5ad", "perturbed.h5ad"
 WRITE_ANEW = "write it with AnnData and upload that"
 
 
@@ -36,8 +37,10 @@ class Limits:
     seconds: int = 60  # of CPU
 
 
-def read_upload(path: str | Path, name: str, obs: ObsColumns, limits: Limits) -> tuple[AnnData, int]:
-    """Control cells of an uploaded .h5ad as `control_cells` gives them, and how many cells are in the file.
+def read_upload(
+    path: str | Path, name: str, obs: ObsColumns, limits: Limits, most: int
+) -> tuple[AnnData, AnnData, int]:
+    """Cells of an uploaded .h5ad as `controls_and_perturbed` gives them, and how many are in the file.
 
     The process writes them into a file of its own, which is read as any other: nothing of the upload is opened here.
 
@@ -49,8 +52,7 @@ def read_upload(path: str | Path, name: str, obs: ObsColumns, limits: Limits) ->
     if (size := Path(path).stat().st_size) > limits.file_bytes:
         raise ValueError(f"{name} has {_megabytes(size)}; the app takes at most {_megabytes(limits.file_bytes)}.")
     with tempfile.TemporaryDirectory(prefix="perturbdiff-upload-") as folder:
-        out = Path(folder) / "controls.h5ad"
-        job = {"path": str(path), "out": str(out), "obs": asdict(obs), "limits": asdict(limits)}
+        job = {"path": str(path), "out": folder, "obs": asdict(obs), "limits": asdict(limits), "most": most}
         command = [sys.executable, "-m", __name__]
         try:
             ended = subprocess.run(
@@ -66,8 +68,13 @@ def read_upload(path: str | Path, name: str, obs: ObsColumns, limits: Limits) ->
         said = json.loads(ended.stdout[:MAX_SAID])
         if "error" in said:
             raise ValueError(str(said["error"]).replace(str(path), name))
-        X, table, var = read_h5ad_parts(out)
-        return AnnData(X=X, obs=table, var=var), int(said["n_cells"])
+        controls, perturbed = (_taken(Path(folder) / file) for file in (CONTROLS, PERTURBED))
+        return controls, perturbed, int(said["n_cells"])
+
+
+def _taken(path: Path) -> AnnData:
+    X, table, var = read_h5ad_parts(path)
+    return AnnData(X=X, obs=table, var=var)
 
 
 def count_cells(path: str | Path, limits: Limits | None) -> int:
@@ -103,11 +110,12 @@ def _main() -> None:
     said: dict[str, Any]
     try:
         n_cells = count_cells(path, limits)
-        cells = control_cells(path, typed(ObsColumns, job["obs"], "obs"), None, None)
-        for table in (cells.obs, cells.var):  # AnnData reads texts of a kind that it does not write by itself
-            for column in table.columns[[isinstance(kind, pd.StringDtype) for kind in table.dtypes]]:
-                table[column] = table[column].astype(object)
-        cells.write_h5ad(Path(job["out"]))
+        both = controls_and_perturbed(path, typed(ObsColumns, job["obs"], "obs"), int(job["most"]))
+        for file, cells in zip((CONTROLS, PERTURBED), both, strict=True):
+            for table in (cells.obs, cells.var):  # AnnData reads texts of a kind that it does not write by itself
+                for column in table.columns[[isinstance(kind, pd.StringDtype) for kind in table.dtypes]]:
+                    table[column] = table[column].astype(object)
+            cells.write_h5ad(Path(job["out"]) / file)
         said = {"n_cells": n_cells}
     except Exception as error:
         text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)

@@ -328,6 +328,42 @@ def control_cells(
     FileNotFoundError, ValueError
         Not a readable .h5ad, or no such cell in it (the message lists what is there); as `warn_of_missing_columns`.
     """
+    return _read_cells(path, obs, layer, cell_type, batch).controls
+
+
+def controls_and_perturbed(path: str | Path, obs: ObsColumns, most: int) -> tuple[AnnData, AnnData]:
+    """`control_cells` of an .h5ad, and its perturbed cells in the same genes: of each label in each cell type at most
+    so many, evenly taken; none where no column says which are perturbed."""
+    cells = _read_cells(path, obs, None, None, None)
+    table = cells.table[~cells.is_control]
+    kinds = [column for column in (obs.perturbation, obs.cell_type) if column in table.columns]
+    chosen = np.zeros(len(table), dtype=bool)
+    if obs.perturbation in kinds:
+        for rows in table.reset_index(drop=True).groupby(kinds, observed=True).groups.values():
+            chosen[rows[np.linspace(0, len(rows) - 1, min(len(rows), most)).round().astype(np.int64)]] = True
+    return cells.controls, cells.take(np.flatnonzero(~cells.is_control)[chosen])
+
+
+@dataclass(frozen=True)
+class _Cells:
+    # Of a file, X cells by genes; a cell is no control as soon as any of its labels is not the one asked for.
+    X: sparse.csr_matrix
+    table: pd.DataFrame
+    var: pd.DataFrame
+    is_control: np.ndarray
+
+    @property
+    def controls(self) -> AnnData:
+        return self.take(np.flatnonzero(self.is_control))
+
+    def take(self, rows: np.ndarray) -> AnnData:
+        table = self.table.iloc[rows]
+        return AnnData(X=self.X[rows], obs=table.set_axis(unique_names(table.index)), var=self.var)
+
+
+def _read_cells(
+    path: str | Path, obs: ObsColumns, layer: str | None, cell_type: str | None, batch: str | None
+) -> _Cells:
     X, table, var = read_h5ad_parts(path, layer)
     genes_of(var[gene_rows(var)])  # refuses duplicates before AnnData merely warns of them
     matrix = _cells_by_genes(X, len(table), len(var), str(path))
@@ -340,7 +376,7 @@ def control_cells(
             warnings.warn(
                 f"{int(dropped.sum()):,} cells are left out, as training left them out (data.drop={list(obs.drop)})",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
             matrix, table, perturbations = matrix[~dropped], table[~dropped], perturbations[~dropped]
         guides = Guides.of_labels(var.index.astype(str), perturbations.categories, _plain(obs))
@@ -359,7 +395,7 @@ def control_cells(
             word = "; set data.control_label" if column == obs.perturbation else ""
             raise ValueError(f"{path} has no control cell with {column} {values[0]!r}; {there}{word}.")
         chosen &= named
-    return AnnData(X=matrix[chosen], obs=table[chosen].set_axis(unique_names(table.index[chosen])), var=var)
+    return _Cells(matrix, table, var, chosen)
 
 
 def dropped_cells(table: pd.DataFrame, obs: ObsColumns) -> np.ndarray:

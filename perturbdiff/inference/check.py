@@ -131,7 +131,9 @@ def check_file(model: PerturbDiff, path: str | Path, layer: str | None = None, m
         remarks.append(f"{len(missing):,} genes that the controls lack are left out of predictions, or flagged")
     with open_h5ad(path, ("obs",)) as file:
         obs = read_elem(file["obs"])
-    perturbed = _perturbed(model, obs, str(path))
+    perturbed: list[str] = []
+    if columns.perturbation in obs.columns:
+        perturbed = sorted({*perturbation_labels(model, obs, str(path))} - {columns.control_label})
     perturbations = Labels(*_parted(perturbed, [label for label in perturbed if known.knows(label)]))
     if perturbations.unknown:
         first = perturbations.unknown[0]
@@ -173,11 +175,12 @@ def _labels(obs: pd.DataFrame, column: str | None) -> list[str]:
     return sorted({*values.dropna().astype(str), *["unknown"] * bool(values.isna().any())})
 
 
-def _perturbed(model: PerturbDiff, obs: pd.DataFrame, path: str) -> list[str]:
-    # As training would read them; without a column of them there are none.
+def perturbation_labels(model: PerturbDiff, obs: pd.DataFrame, path: str) -> pd.Series:
+    """Perturbation of each cell that has a label, as training would read it; controls have the model's control label.
+
+    Raises as `read_labels`, and ValueError where doses have another unit than the model's.
+    """
     known, columns = model.vocabularies, model.config.obs
-    if columns.perturbation not in obs.columns:
-        return []
     config = DataConfig(
         perturbation_col=columns.perturbation, cell_type_col=None, batch_col=None, control_label=columns.control_label,
         other_control_labels=list(columns.other_control_labels), combination_separator=known.combination_separator,
@@ -186,7 +189,7 @@ def _perturbed(model: PerturbDiff, obs: pd.DataFrame, path: str) -> list[str]:
     named = obs[obs[columns.perturbation].notna()]
     labels = read_labels(named, config, path, known.perturbations.names)
     one_unit({known.dose_unit, labels.notation.dose_unit}, f"{model.name} and {path}")
-    return sorted({*labels.obs["perturbation"]} - {columns.control_label})
+    return labels.obs["perturbation"].set_axis(named.index)
 
 
 def _parted(labels: Sequence[str], known: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:

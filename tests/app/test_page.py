@@ -4,12 +4,15 @@ import os
 import re
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import anndata
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
+from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
 from perturbdiff.data.screen import control_cells
@@ -19,6 +22,10 @@ from tests.screens import ROOT
 
 pytestmark = pytest.mark.slow
 DEFAULT = {"n_cells": 100, "n_populations": 5}
+OWN_SETTINGS = (
+    ("Cells in a population", 30), ("Populations", 2), ("Emphasis of the perturbation", 1.5),
+    ("Rounds of refinement", 2),
+)  # fmt: skip
 DESKTOP, PHONE = (1280, 900), (390, 844)
 expect.set_options(timeout=PATIENCE * 1000)  # milliseconds
 
@@ -36,8 +43,8 @@ def visit(browser):
     """Opens pages; none may ask another address for anything, log an error or open a dialog."""
     contexts, wrong = [], []
 
-    def open_page(address, size=DESKTOP):
-        context = browser.new_context(viewport={"width": size[0], "height": size[1]})
+    def open_page(address, size=DESKTOP, scheme="light"):
+        context = browser.new_context(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
         context.set_default_timeout(PATIENCE * 1000)
         contexts.append(context)
         context.on("request", lambda r: r.url.startswith((address, "data:", "blob:")) or wrong.append(r.url))
@@ -79,7 +86,7 @@ def predict(page, said="Predicted"):
     expect(page.locator("#status")).to_contain_text(said)
     page.wait_for_function("old => document.querySelector('#panels').innerHTML !== old", arg=panels)
     expect(page.locator("#panels img")).to_have_count(6)
-    for image in page.locator("#panels img, #bars img").all():
+    for image in page.locator("#panels img, #overview img").all():
         assert image.evaluate("image => image.decode().then(() => image.naturalWidth)") > 100
     with page.expect_download() as download:
         page.locator("#download").click()
@@ -124,18 +131,68 @@ def test_a_combination_with_settings(app, visit, model, screen):
     choose(page, "#perturbation", "pert_0")
     choose(page, "#perturbation", "pert_1")
     choose(page, "#cell-type", "Every cell type")
-    page.get_by_role("button", name="Settings").click()
+    page.get_by_role("button", name="Advanced").click()
     predict(page)  # what is typed in the moment in which the panel opens can be lost
-    for label, value in (("Cells in a population", 30), ("Populations", 2), ("Guidance", 1.5), ("Steps", 2)):
+    for label, value in OWN_SETTINGS:
         set_number(page, f"number input for {label}", value)
-    set_number(page, "Seed", 7)
-    predicted = predict(page, "guidance 1.5, seed 7")
+    set_number(page, "Random seed", 7)
+    predicted = predict(page, "Seed 7")
     controls = control_cells(screen, model.config.obs, None, None)
     expected = model.predict(
         controls, perturbation="pert_0+pert_1", n_cells=30, n_populations=2, guidance_scale=1.5, steps=2, seed=7
     )
     assert_same_cells(predicted, expected)
     expect(page.locator("#status")).to_contain_text("30 cells in each of 2 populations under pert_0+pert_1 from 120")
+
+
+def test_any_gene_of_the_model_is_shown_without_predicting_again(app, visit, model):
+    page = visit(app.address)
+    choose(page, "#perturbation", "pert_1")
+    choose(page, "#cell-type", "type_0")
+    predict(page)
+    said = page.locator("#status").inner_text()
+    names = [model.gene_names[7], model.gene_names[23]]
+    for name in names:
+        field = page.locator("#genes input")
+        field.focus()
+        field.press_sequentially(name[:5])
+        page.get_by_role("option").filter(has_text=name).first.click()
+    expect(page.locator("#panels img")).to_have_count(2)
+    shown = [image.get_attribute("alt") for image in page.locator("#panels img").all()]
+    assert shown == [f"Distribution of {name}" for name in names]
+    assert page.locator("#status").inner_text() == said
+
+
+def test_measured_cells_scores_and_the_whole_table_are_there(app, visit, model):
+    page = visit(app.address)
+    expect(page.locator("#about")).to_contain_text("240 measured cells to compare with")
+    expect(page.locator("#model")).to_contain_text("Nobody measured how well it predicts")
+    expect(page.locator("#model summary")).to_have_text("Model card")
+    choose(page, "#perturbation", "pert_1")
+    choose(page, "#cell-type", "type_0")
+    expect(page.locator("#outlook")).to_contain_text(re.compile("Training saw this|New in this"))
+    predict(page)
+    expect(page.locator("#panels")).to_contain_text("40 measured cells")
+    expect(page.locator("#table th")).to_contain_text(["Gene", "Controls", "Predicted", "Change", "Measured change"])
+    with page.expect_download() as download:
+        page.locator("#download-table").click()
+    table = pd.read_csv(download.value.path())
+    assert list(table["gene"]) == list(model.gene_names)
+    shown = page.locator("#table tbody tr").first.locator("td").all_inner_texts()
+    row = table.loc[table["change"].abs().idxmax()]
+    assert [float(text) for text in shown[1:5]] == pytest.approx(
+        [row["controls"], row["predicted"], row["change"], row["measured_change"]], abs=1e-3
+    )
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_in_the_dark_nothing_is_white(app, visit, size):
+    page = visit(app.address, size, "dark")
+    choose(page, "#perturbation", "pert_1")
+    predict(page)
+    pixels = np.asarray(Image.open(BytesIO(page.screenshot(full_page=True))).convert("L"))
+    assert (pixels > 200).mean() < 0.1  # text and lines
+    assert (pixels < 80).mean() > 0.7
 
 
 def test_names_are_text_wherever_they_are_shown(app, visit):
@@ -161,6 +218,8 @@ def test_uploaded_controls_are_used_and_their_file_is_removed(app, visit, model,
     expect(page.locator("#about")).to_contain_text(f"mine.h5ad: {n_controls} control cells of {cells.n_obs} cells")
     assert "mine.h5ad" not in app.kept()
     choose(page, "#perturbation", "pert_0")
+    expect(page.locator("#cell-type input")).to_have_value(re.compile("a new type .*not seen in training"))
+    expect(page.locator("#outlook .warning")).to_contain_text("Not seen in training: cell_type a new type")
     predicted = predict(page)
     controls = control_cells(mine, model.config.obs, "a new type", None)
     assert_same_cells(predicted, model.predict(controls, perturbation="pert_0", cell_type="a new type", **DEFAULT))
@@ -227,7 +286,7 @@ def test_a_phone_shows_one_column_without_scrolling_sideways(app, visit):
     choose(page, "#perturbation", "pert_1")
     predict(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE[0]
-    boxes = [image.bounding_box() for image in page.locator("#panels img, #bars img").all()]
+    boxes = [image.bounding_box() for image in page.locator("#panels img, #overview img").all()]
     assert all(box["x"] >= 0 and box["x"] + box["width"] <= PHONE[0] and box["width"] > 280 for box in boxes)
     tops = [box["y"] for box in boxes]
     assert tops == sorted(set(tops))

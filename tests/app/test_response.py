@@ -7,11 +7,12 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
+from perturbdiff.app import plots
 from perturbdiff.app.controls import read_controls
-from perturbdiff.app.page import _predicted_file
-from perturbdiff.app.plots import distribution, mean_changes, short
-from perturbdiff.app.response import find_positions, predict_response
+from perturbdiff.app.page import _files
+from perturbdiff.app.response import outlook, predict_response
 from perturbdiff.app.upload import Limits
 from perturbdiff.hub.records import Calibration, Coverage, Width
 from perturbdiff.inference.intervals import population_summary
@@ -41,10 +42,69 @@ def test_changes_are_the_differences_of_means_largest_first(model, controls):
         assert row.gene == model.genes.names[row.position]
     assert changes[["lower", "upper"]].isna().all(axis=None)  # nobody calibrated this model
     assert "not calibrated" in response.certainty()
-    named = response.changes(7, find_positions(model, f" {model.genes.names[9]}, {model.genes.names[2]}"))
-    assert list(named["position"]) == [9, 2, *(g for g in expected if g not in (9, 2))]
-    with pytest.raises(KeyError, match="no gene 'nothing'"):
-        find_positions(model, "nothing")
+    named = response.of_genes([model.genes.names[9], model.genes.names[2]])
+    assert list(named["position"]) == [9, 2]
+
+
+def test_the_p_of_a_gene_is_that_of_welch(model, controls):
+    response = respond(model, controls, n_populations=2)
+    predicted, control = (X.toarray().astype(np.float64) for X in (response.predicted.X, response.control))
+    expected = stats.ttest_ind(predicted, control, equal_var=False).pvalue
+    some = np.isfinite(expected)
+    assert some.sum() > 30
+    np.testing.assert_allclose(response.table["p_welch"][some], expected[some], rtol=1e-4)
+
+
+def test_measured_cells_of_the_file_stand_beside_predicted_ones(model, controls, screen):
+    response = respond(model, controls)
+    adata = anndata.read_h5ad(screen)
+    own = (adata.obs["perturbation"] == "pert_0") & (adata.obs["cell_type"] == "type_0")
+    X = adata.X[own.to_numpy()].toarray()
+    log1p = np.log1p(X * 1e4 / X.sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(np.sort(response.measured.toarray(), axis=0), np.sort(log1p, axis=0), atol=1e-4)
+    measured = log1p.mean(axis=0) - response.control.toarray().mean(axis=0)
+    np.testing.assert_allclose(response.table["measured_change"], measured, atol=1e-4)
+    r = np.corrcoef(measured, response.table["change"])[0, 1]
+    assert f"{own.sum()} measured cells" in response.agreement()
+    assert f"changes {r:.2f}." in response.agreement()
+    assert respond(model, controls, cell_type=None).measured is None  # a mixture of other shares than the controls'
+
+
+def test_of_many_measured_cells_some_of_each_condition_are_kept(screen, model, monkeypatch):
+    monkeypatch.setattr("perturbdiff.app.controls.MOST_MEASURED", 7)
+    kept = read_controls(screen, "a file", model, None).measured.obs
+    assert set(kept.groupby(["perturbation", "cell_type"], observed=True).size()) == {7}
+    assert kept["perturbation"].nunique() == 3
+
+
+def test_measured_cells_with_labels_that_cannot_be_read_leave_the_controls(screen, model, tmp_path):
+    adata = anndata.read_h5ad(screen)
+    adata.obs["perturbation"] = adata.obs["perturbation"].astype(str).replace("pert_1", "a\nb")
+    adata.write_h5ad(tmp_path / "odd.h5ad")
+    found = read_controls(tmp_path / "odd.h5ad", "odd.h5ad", model, None)
+    assert found.cells.n_obs == 120
+    assert found.measured.n_obs == 0
+    assert "control character" in found.note
+
+
+def test_what_is_new_is_said_before_it_is_predicted(model, controls):
+    said = {
+        name: outlook(model, controls, [name], cell_type)
+        for name in model.perturbations
+        for cell_type in controls.cell_types
+        if model.outlook(controls.select(cell_type), name, cell_type)[1].verdict == "trained"
+    }
+    assert said
+    assert set(said.values()) == {("Training saw this perturbation in this context.", False)}
+    new = replace(controls, cells=controls.cells.copy())
+    new.cells.obs["cell_type"] = "new"
+    said, warning = outlook(model, new, ["pert_0"], "new")
+    assert "Not seen in training: cell_type new." in said
+    assert warning
+    response = respond(model, new, cell_type="new")
+    unseen, trust = model.outlook(new.cells, "pert_0", "new")
+    about = response.predicted.uns["perturbdiff"]
+    assert (unseen, trust.as_uns()) == (about["unseen"], about["trust"])
 
 
 def test_intervals_of_changes_are_the_calibrated_ones(model, controls, monkeypatch):
@@ -56,7 +116,7 @@ def test_intervals_of_changes_are_the_calibrated_ones(model, controls, monkeypat
     summary = population_summary(response.predicted, control, calibration).set_index("gene")
     changes = response.changes(40).set_index("gene")
     for name in ("lower", "upper"):
-        np.testing.assert_allclose(changes[name], (summary[name] - control)[changes.index], atol=1e-6)
+        np.testing.assert_allclose(changes[name], (summary[name] - control)[changes.index], atol=1e-5)
     assert "Lines are 90% intervals; such intervals covered 88% of means, 86% of genes" in response.certainty()
     alone = respond(model, controls)
     assert alone.changes(5)[["lower", "upper"]].isna().all(axis=None)
@@ -70,9 +130,11 @@ def test_genes_that_the_file_lacks_are_not_said_to_change(screen, model, tmp_pat
     response = respond(model, read_controls(path, "a file", model, Limits()))
     assert set(response.changes(40)["position"]) == set(range(5, 30))
     assert "25 of 40 genes matched by name" in response.sentence()
-    with pytest.raises(ValueError, match="control cells lack the gene"):
-        response.changes(5, [2])
-    file = anndata.read_h5ad(_predicted_file(response, tmp_path))  # what a visitor takes along has none of them
+    with pytest.raises(ValueError, match="control cells lack <b>2"):
+        response.of_genes([model.gene_names[2]])
+    cells, table = _files(response, tmp_path)
+    file = anndata.read_h5ad(cells)  # what a visitor takes along has none of them
+    assert list(pd.read_csv(table)["gene"]) == list(model.gene_names[5:30])
     assert list(file.var_names) == list(model.gene_names[5:30])
     assert file.var["measured"].all()
 
@@ -112,12 +174,14 @@ def test_an_unknown_perturbation_is_never_silent(model, controls):
 def test_figures_are_whole_images_and_hold_names_as_outlines_only(model, controls):
     response = respond(model, controls, n_populations=2)
     changes = response.changes(5)
-    for svg in (distribution(response, changes.iloc[3]), mean_changes(changes)):
+    one, table = plots.distribution(response, changes.iloc[3]), response.table
+    drawn = [one, plots.mean_changes(changes), plots.populations(changes), plots.volcano(table)]
+    for svg in (*drawn, plots.agreement(table), plots.cells(response)):
         tags = {element.tag.rpartition("}")[2] for element in ElementTree.fromstring(svg).iter()}
         assert "path" in tags
         assert not tags & {"script", "text", "image", "b", "foreignObject"}
 
 
 def test_short_names_are_one_line_of_at_most_so_many_characters():
-    assert short("a\n b\x00\u202ec", 20) == "a b c"
-    assert short("x" * 30, 10) == "x" * 9 + "…"
+    assert plots.short("a\n b\x00\u202ec", 20) == "a b c"
+    assert plots.short("x" * 30, 10) == "x" * 9 + "…"
