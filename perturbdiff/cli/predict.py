@@ -58,12 +58,12 @@ def add_predict_commands(commands: Any) -> None:
         "Predicts the validation conditions of a split, compares their means with the measured ones, and puts what\n"
         "makes intervals of spreads into the model folder, for genes that respond apart. Coverage is measured on the\n"
         "test conditions of the split, or else on validation conditions left out in turn.",
-        "example:\n  perturbdiff calibrate runs/kang/model --screen kang.h5ad --split runs/kang/split.json\n"
+        "example:\n  perturbdiff calibrate runs/kang/model --screen kang.h5ad\n"
         + SETTINGS,
     )  # fmt: skip
     calibrate.add_argument("model", metavar="FOLDER", help="model folder, which is replaced")
     calibrate.add_argument("--screen", required=True, metavar="FILE.h5ad", help="the measured cells and their controls")
-    calibrate.add_argument("--split", required=True, metavar="split.json", help="of the run folder")
+    calibrate.add_argument("--split", metavar="split.json", help="of the run folder (default: the one in FOLDER)")
     calibrate.add_argument("--n-populations", type=int, default=5, metavar="N", help="(default: %(default)s)")
     calibrate.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same cells (default: 0)")
     add_settings(calibrate)

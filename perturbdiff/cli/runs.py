@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -309,12 +310,18 @@ def _settings(arguments: argparse.Namespace) -> list[str]:
 
 
 def _print_run(run: Run) -> None:
+    from perturbdiff.files import printable
+
     if run.stopped_by is not None or rank() != 0:
         return
     if run.scores is not None:
         print(f"\n{run.scores.table()}")
     print(f"\nmodel       {run.folder / 'model'} (step {run.step})\nwritten:")
     print("\n".join(f"  {path}" for path in run.written))
+    if perturbations := run.model.vocabularies.trained:
+        words = ["perturbdiff", "predict", str(run.folder / "model"), "--controls", "CONTROLS.h5ad"]
+        words += ["--perturbation", perturbations[0], "--out", "predicted.h5ad"]
+        print(f"next        {printable(shlex.join(words))}")
 
 
 def _plan(arguments: argparse.Namespace) -> None:

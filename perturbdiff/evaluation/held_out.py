@@ -25,6 +25,7 @@ from perturbdiff.evaluation.scores import MODEL, Scores, evaluate, read_measured
 from perturbdiff.files import few, progress, short
 from perturbdiff.generation import Wanted
 from perturbdiff.hub.download import own_folder
+from perturbdiff.hub.model_folder import SPLIT
 from perturbdiff.hub.records import Calibration, EvaluationRecord
 from perturbdiff.inference.calibration import MEANS, calibrate, coverage_on_test, held_out_means, write_means
 from perturbdiff.inference.output import write_predicted
@@ -250,20 +251,22 @@ def _read_as(model: PerturbDiff) -> dict[str, Any]:
 def calibrate_model(
     folder: str | Path,
     screen: str | Path | AnnData,
-    split: str | Path,
+    split: str | Path | None = None,
     n_populations: int = 5,
     seed: int = 0,
     *,
     overrides: Sequence[str] = (),
     **settings: Any,
 ) -> Calibration:
-    """`calibrate` a model folder, which is replaced, on the validation conditions of a split; coverage is that of its
-    test conditions, where there are some.
+    """`calibrate` a model folder, which is replaced, on the validation conditions of a split, by default its own;
+    coverage is that of the test conditions, where there are some.
 
     The screen is read as the model's own was, where overrides and settings (as of `train`) say nothing else. Raises as
-    `calibrate`, `evaluate` and `PerturbDiff.from_pretrained`.
+    `calibrate`, `evaluate` and `PerturbDiff.from_pretrained`, and FileNotFoundError where there is no split.
     """
     folder = own_folder(folder)
+    if split is None and not (split := folder / SPLIT).is_file():
+        raise FileNotFoundError(f"{folder} has no {SPLIT}; say which conditions were held out (--split).")
     model = PerturbDiff.from_pretrained(folder)
     measured, match, chosen = read_measured(screen, split, _read_as(model), overrides, settings)
     assert chosen is not None, "there is a split"

@@ -278,6 +278,7 @@ def _chosen(config: Config, made: Made, adata: AnnData | None, score: bool, budg
     check = _refuse_unpredictable if score else None
     with stoppable(Path(config.out)):
         screen = Screen.read(adata if adata is not None else config.data.screen, config.data)
+        print(f"screen      {screen.path}: {len(screen):,} cells; choosing a recipe", flush=True)
         chosen = choose(config, screen, made, check, None if budget is None else 60 * budget)
     if isinstance(chosen, TrainingResult):
         return Run(chosen.model, Path(config.out), 0, None, (), chosen.stopped_by)

@@ -1,6 +1,7 @@
 """perturbdiff finetune, hub push and hub merge of adapters, and perturbdiff.finetune."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -88,7 +89,10 @@ def test_held_out_conditions_are_scored_beside_baselines_and_the_model_says_so(s
 
 def test_without_a_hold_out_there_is_a_model_and_no_score(screen, checkpoint, tmp_path, capsys):
     finetune(screen, checkpoint, tmp_path / "run")
-    assert capsys.readouterr().out.rstrip().endswith(f"written:\n  {tmp_path / 'run' / 'model'}")
+    written, following = capsys.readouterr().out.partition("written:\n")[2].splitlines()
+    assert written == f"  {tmp_path / 'run' / 'model'}"
+    words = ["next", "perturbdiff", "predict", str(tmp_path / "run" / "model"), "--controls", "CONTROLS.h5ad"]
+    assert shlex.split(following)[: len(words)] == words
     assert PerturbDiff.from_pretrained(tmp_path / "run" / "model").evaluation is None
 
 

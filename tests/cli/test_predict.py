@@ -1,6 +1,7 @@
 """predict with requests, calibrate, and screen rank as they are typed, and one line where something is wrong."""
 # ruff: noqa: F811 (fixtures)
 
+import json
 import shutil
 import subprocess
 import sys
@@ -179,6 +180,17 @@ def test_calibrate_puts_intervals_into_the_folder(here, capsys, screen):
     assert found.coverage.conditions == "validation"  # nothing is held out for test
     assert f"coverage    {found.coverage.of_all:.0%} of means" in said
     assert "on 4 validation conditions, left out in turn, of 90% wanted" in said
+
+
+def test_calibrate_takes_the_split_of_the_folder(here, refused, screen):
+    model = untrained(std=0.1)
+    model.save_pretrained(here / "model")
+    words = ("calibrate", "model", "--screen", screen, "--n-populations", 3)
+    assert_says(refused(*words), "has no split.json")
+    model.split = json.loads(split_of(screen, here, validation=["A+B"]).read_text())
+    model.save_pretrained(here / "model")
+    call(*words)
+    assert PerturbDiff.from_pretrained(here / "model").training.calibration.n_conditions == 4
 
 
 def test_coverage_is_of_the_conditions_that_are_held_out_for_test(here, capsys, screen):
