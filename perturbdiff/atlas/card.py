@@ -38,12 +38,15 @@ def atlas_card(info: AtlasInfo, name: str = ".") -> str:
             {"config_name": "conditions", "data_files": "conditions.parquet"},
         ],
     }
+    kinds = {"perturbation": info.n_perturbations, "cell type": info.n_cell_types, "gene": info.n_genes}
+    counts = {kind: f"{n:,} {kind}{'s' * (n != 1)}" for kind, n in kinds.items()}
+    counts["batch"] = f"{info.n_batches:,} batch{'es' * (info.n_batches != 1)}"
     parts = {
         "Summary": f"""\
 # Cells for PerturbDiff
 
-{info.n_cells:,} cells of {info.n_perturbations:,} perturbations, {info.n_cell_types:,} cell types and
-{info.n_batches:,} batches; {info.n_genes:,} genes. License: {escaped(license or "not stated of all sources", 400)}.""",
+{info.n_cells:,} cells of {counts["perturbation"]}, {counts["cell type"]} and {counts["batch"]}; {counts["gene"]}.
+License: {escaped(license or "not stated of all sources", 400)}.""",
         "How to read it": f"""\
 ## How to read it
 
