@@ -46,7 +46,7 @@ from perturbdiff.atlas.format import (
 )
 from perturbdiff.config import Preprocessing
 from perturbdiff.data.vocab import GeneVocab
-from perturbdiff.files import few, inside, json_sha256, printable, progress, short
+from perturbdiff.files import few, hanging, inside, json_sha256, printable, progress, short
 from perturbdiff.hub_client import REPO_ID, check_connection, hub_errors, no_folder, refuse_address
 
 
@@ -436,7 +436,7 @@ class Atlas:
             )
         if info.repeats_within or info.repeats_across:
             lines.append(self._repeats())
-        return "\n".join(lines)
+        return "\n".join([lines[0], *(hanging(line, 12) for line in lines[1:])])  # not the path
 
     def _mixed_contexts(self) -> list[str]:
         of, sets = self._source_sets

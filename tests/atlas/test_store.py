@@ -206,6 +206,7 @@ def test_the_summary_tells_a_person_what_is_in_it(folder):
         "conditions  4 ", "1 to 12 cells, median 6", "cc-by-4.0", "random.h5ad", "20 (union)", "raw counts",
     ):  # fmt: skip
         assert words in text
+    assert [line for line in text.splitlines() if len(line) > 80 and str(folder) not in line] == []
 
 
 # The manifest

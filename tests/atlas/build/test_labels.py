@@ -115,7 +115,7 @@ def test_two_studies_that_share_a_context_are_named_and_told_apart_by_source(tmp
     one = write(tmp_path / "one.h5ad", labels("control", "A"))
     two = write(tmp_path / "two.h5ad", labels("control", "B", "A:x") | {"batch": ["b"] * 4 + ["c"] * 2})
     atlas = built(tmp_path, SourceConfig(str(one)), SourceConfig(str(two)))
-    assert "their controls stand for each other: T:b (one, two)" in atlas.summary()
+    assert "their controls stand for each other: T:b (one, two)" in " ".join(atlas.summary().split())
     config = config_for("x", "unused", "data.n_hvg=null", split=SplitConfig(validation_fraction=0.0))
     config.data.screen, config.data.atlases = None, [AtlasConfig(str(tmp_path / "atlas"))]
     config.data.control_match = "cell_type"
