@@ -154,7 +154,8 @@ def _scores(evaluation: EvaluationRecord | None) -> list[str]:
         return [f"{'scores':<14}not evaluated"]
     lines = [f"{'scores':<14}mean over {evaluation.n_conditions} held-out conditions of {evaluation.data}"]
     for metric, direction in evaluation.metrics.items():
-        best = min(evaluation.baselines, key=lambda method: evaluation.distance(method, metric), default=None)
+        known = evaluation.comparable(metric)
+        best = min(known, key=lambda method: evaluation.distance(method, metric), default=None)
         own, other = (None if name is None else evaluation.mean[name][metric] for name in (evaluation.model, best))
         beside = "no baseline" if other is None else f"best baseline {other:.3f}"
         lines.append(f"  {metric:<24}{'-' if own is None else f'{own:.3f}'} ({beside}; {direction})")

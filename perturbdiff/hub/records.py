@@ -308,10 +308,15 @@ class EvaluationRecord:
     def baselines(self) -> list[str]:
         return [method for method in self.mean if method not in (self.model, self.ceiling)]
 
+    def comparable(self, metric: str) -> list[str]:
+        """The baselines that are defined on as many conditions as the model: others have means over easier ones."""
+        undefined = {method: of[metric] for method, of in self.n_undefined.items()}
+        return [method for method in self.baselines if undefined[method] <= undefined[self.model]]
+
     def better(self, metric: str) -> list[str]:
-        """The baselines that beat the model."""
+        """Those of them that beat the model."""
         own = self.distance(self.model, metric)
-        return [method for method in self.baselines if self.distance(method, metric) < own]
+        return [method for method in self.comparable(metric) if self.distance(method, metric) < own]
 
     def distance(self, method: str, metric: str) -> float:
         """From the best score there could be, up to a constant: less is better; infinite where undefined."""

@@ -98,6 +98,15 @@ def test_scores_stand_beside_the_best_baseline_and_not_the_ceiling(saved):
     assert "variance_ratio          0.800 (best baseline 1.050; ideal 1)" in text
 
 
+def test_a_baseline_that_is_defined_on_fewer_conditions_is_not_beside_the_score(saved):
+    fewer = {name: {**of, "pearson_delta": of["pearson_delta"] + (name == "ridge")} for name, of in
+             EVALUATION.n_undefined.items()}  # fmt: skip
+    partial = replace(EVALUATION, n_undefined=fewer)
+    text = model_info(find_model(saved("partial", lambda m: setattr(m, "evaluation", partial))))
+    assert EVALUATION.mean["ridge"]["pearson_delta"] == 0.883
+    assert "pearson_delta           0.920 (best baseline 0.883; higher)" not in text
+
+
 def test_names_of_strangers_do_not_reach_the_terminal_raw(saved, model):
     def change(model: PerturbDiff) -> None:
         model.training = replace(model.training, license=ODD, hold_out=(ODD,), screen=ODD, library_version=ODD)
