@@ -34,7 +34,7 @@ from perturbdiff.means.predictors import Start, response_kept, start_shift
 from perturbdiff.means.shifts import moves
 from perturbdiff.means.training import Context as Asked
 from perturbdiff.means.training import TrainingMeans
-from perturbdiff.means.trust import least, trust
+from perturbdiff.means.trust import Trust, least, trust
 from perturbdiff.nn.denoiser import Denoiser
 
 if TYPE_CHECKING:
@@ -106,19 +106,25 @@ class Generation:
     ) -> None:
         self._vocabularies, self._config, self._means = vocabularies, config, means
         self._expression, self._contexts, self._measured = expression, contexts, measured
-        self._weight, self._n_populations, self._seed, self._varied = (
-            sampling.network_weight, n_populations, seed, varied,
-        )  # fmt: skip
+        self._denoiser, self._sampling, self._weight = denoiser, sampling, sampling.network_weight
+        self._n_populations, self._seed, self._varied = n_populations, seed, varied
         # Older models keep what they predicted.
         self._to_mean = not varied and sampling.draw_counts and sampling.whole_counts
         cell_types, batches = vocabularies.cell_types.ids, vocabularies.batches.ids
         self._known = [(c if c in cell_types else None, b if b in batches else None) for c, b in contexts]
         _, self._conditions = assign_sets(self._known, [], config.set_size)
-        overdispersion = None if means is None else means.overdispersion
-        self._pool = ControlPool(denoiser, expression, config, sampling, overdispersion)
         self._sources: dict[tuple[int | None, int, bool], np.ndarray] = {}
         self._parts: dict[int | None, list[Change | None]] = {}
         self._pilots: dict[str | None, tuple[np.ndarray, np.ndarray]] = {}
+
+    @cached_property
+    def _pool(self) -> ControlPool:
+        overdispersion = None if self._means is None else self._means.overdispersion
+        return ControlPool(self._denoiser, self._expression, self._config, self._sampling, overdispersion)
+
+    def trust(self, perturbation: str) -> Trust | None:
+        """Of the context where it is known least; None where training left no means."""
+        return self._trust(self._asked(perturbation))
 
     def each(self, wanted: Sequence[Wanted], bar: tqdm[Any]) -> Iterator[Generated]:
         """One perturbation after the other: each has the cells that it has alone, to rounding."""
@@ -154,6 +160,7 @@ class Generation:
         )
         end = 0
         for own, draws, of in zip(sets, drawn, asked, strict=True):
+            told = self._trust(of)
             start, end = end, end + sum(len(each.rows) for each in own)
             yield Generated(
                 X[start:end],
@@ -161,7 +168,7 @@ class Generation:
                 np.concatenate([each.rows for each in own]),
                 np.concatenate([np.full(len(each.rows), each.key[0]) for each in own]),
                 "; ".join(sorted({each.how for each in draws.values()})) or NOT_ASKED,
-                {"verdict": ""} if self._means is None else least([trust(self._means, each) for each in of]).as_uns(),
+                {"verdict": ""} if told is None else told.as_uns(),
             )
 
     @cached_property
@@ -178,6 +185,9 @@ class Generation:
             return []
         contexts = zip(self._conditions, self._control_means, strict=True)
         return [Asked(perturbation, c or "unknown", b or "unknown", mean[None]) for (c, b), mean in contexts]
+
+    def _trust(self, asked: Sequence[Asked]) -> Trust | None:
+        return None if self._means is None else least([trust(self._means, of) for of in asked])
 
     def _moves(self, asked: Sequence[Sequence[Asked]]) -> Moves | None:
         """Where sets of the conditions start; None where from controls as they are."""

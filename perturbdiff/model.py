@@ -19,7 +19,7 @@ from torch import Tensor
 
 from perturbdiff._version import __version__
 from perturbdiff.config import ModelConfig, Preprocessing, SamplingConfig, as_dict, check_sampling, from_dict
-from perturbdiff.data.expression import ONE_COUNT, counts_of, gene_means
+from perturbdiff.data.expression import ONE_COUNT, counts_of
 from perturbdiff.data.h5ad import values_of
 from perturbdiff.data.labels import ALL
 from perturbdiff.data.rng import torch_generator
@@ -31,7 +31,7 @@ from perturbdiff.data.screen import (
     warn_of_missing_columns,
 )
 from perturbdiff.data.space import SAME, totals
-from perturbdiff.data.vocab import GeneVocab, LabelVocab, Vocabularies, nearest
+from perturbdiff.data.vocab import Alignment, GeneVocab, LabelVocab, Vocabularies, nearest
 from perturbdiff.diffusion.generate import Context
 from perturbdiff.features.tables import FeatureTable
 from perturbdiff.files import few, printable, progress
@@ -58,9 +58,8 @@ from perturbdiff.hub.tensors import (
     with_means,
     write_model_folder,
 )
-from perturbdiff.means.training import Context as Asked
 from perturbdiff.means.training import TrainingMeans
-from perturbdiff.means.trust import Trust, least, trust
+from perturbdiff.means.trust import Trust
 from perturbdiff.nn.conditioning import FeatureEmbedding, LabelConditioning, VocabSizes
 from perturbdiff.nn.denoiser import Denoiser
 from perturbdiff.nn.transfer import tables_of
@@ -468,9 +467,8 @@ class PerturbDiff:
         if controls.n_obs == 0:
             raise ValueError("controls has no cells; give the control cells of the context to predict.")
         self.vocabularies.encode([(of.perturbation, None, None) for of in wanted])  # unknown ones fail before the work
-        expression = expression_of(controls, self.preprocessing)
-        alignment = self.genes.align(expression.genes, min_gene_overlap)
-        expression, measured = expression.with_genes(self.genes, alignment.columns), alignment.columns >= 0
+        expression, alignment = self.in_own_genes(controls, min_gene_overlap)
+        measured = alignment.columns >= 0
         contexts = self._contexts(controls.obs, cell_type, batch)
         generation = Generation(
             self.denoiser, self.vocabularies, self.config, self.means, expression, contexts, measured, sampling,
@@ -736,6 +734,15 @@ class PerturbDiff:
             return cells
         return AnnData(X=expression.X, obs=cells.obs, var=cells.var.loc[list(expression.genes.names)])
 
+    def in_own_genes(self, cells: AnnData, min_gene_overlap: float) -> tuple[Expression, Alignment]:
+        """Cells in the model's genes, those that they lack as zeros, and where each lies in them.
+
+        Raises ValueError as `expression_of`, and where they have a smaller part of the model's genes.
+        """
+        expression = expression_of(cells, self.preprocessing)
+        alignment = self.genes.align(expression.genes, min_gene_overlap)
+        return expression.with_genes(self.genes, alignment.columns), alignment
+
     def sums_of(self, expression: Expression) -> np.ndarray:
         """(n_cells,) what the model's genes sum to in each cell, in normalised counts."""
         columns = self.genes.align(expression.genes, min_overlap=0.0).columns
@@ -794,19 +801,12 @@ class PerturbDiff:
         """
         self.vocabularies.encode([(perturbation, None, None)])
         contexts = self._contexts(controls.obs, cell_type, batch)
-        unseen = self._unseen(perturbation, sorted(set(contexts), key=str))
-        if self.means is None:
-            return unseen, None
-        expression = expression_of(controls, self.preprocessing)
-        expression = expression.with_genes(self.genes, self.genes.align(expression.genes, 0.0).columns)
-        cell_types, batches = self.vocabularies.cell_types.ids, self.vocabularies.batches.ids
-        known = [(c if c in cell_types else None, b if b in batches else None) for c, b in contexts]
-        found = []
-        for of in dict.fromkeys(known):
-            control = gene_means(expression.log1p(np.flatnonzero([own == of for own in known])))
-            c, b = of
-            found.append(trust(self.means, Asked(perturbation, c or "unknown", b or "unknown", control[None])))
-        return unseen, least(found)
+        expression, alignment = self.in_own_genes(controls, 0.0)
+        generation = Generation(
+            self.denoiser, self.vocabularies, self.config, self.means, expression, contexts, alignment.columns >= 0,
+            self.config.sampling, n_populations=1, seed=0, varied=False,
+        )  # fmt: skip
+        return self._unseen(perturbation, sorted(set(contexts), key=str)), generation.trust(perturbation)
 
     def _unseen(self, perturbation: str, conditions: list[Context]) -> list[str]:
         known = self.vocabularies

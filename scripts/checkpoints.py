@@ -30,6 +30,7 @@ CHECKPOINTS = REGISTRY.parent / "checkpoints"
 MAX_BYTES = 15 << 20  # of a checkpoint
 REGISTERED = ("pearson_delta", "energy_distance")
 LICENSE = "mit"
+TITLE = "## How this checkpoint was made"  # in its card
 ENTRIES = "checkpoints:"  # the line of the registry under which they stand
 
 
@@ -120,11 +121,9 @@ def made(name: str, checkpoint: Checkpoint, data: Path, work: Path) -> Path:
         for command in checkpoint.commands:
             subprocess.run([sys.executable, "-m", *shlex.split(command)], cwd=work, check=True)
     card = model / "README.md"
-    text, title = card.read_text(encoding="utf-8"), "## How this checkpoint was made"
-    if title not in text:
-        commands = "\n".join(checkpoint.commands)
-        more = f"{title}\n\n{checkpoint.about}\n\n```bash\n{commands}\n```\n"
-        card.write_text(f"{text.rstrip()}\n\n{more}", encoding="utf-8")
+    own = card.read_text(encoding="utf-8").partition(f"\n{TITLE}")[0].rstrip()
+    commands = "\n".join(checkpoint.commands)
+    card.write_text(f"{own}\n\n{TITLE}\n\n{checkpoint.about}\n\n```bash\n{commands}\n```\n", encoding="utf-8")
     return model
 
 

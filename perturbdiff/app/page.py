@@ -37,8 +37,7 @@ from perturbdiff.app.plots import (
     short,
     volcano,
 )
-from perturbdiff.app.response import Response, predict_response
-from perturbdiff.app.response import outlook as say_before
+from perturbdiff.app.response import Response, before_predicting, predict_response
 from perturbdiff.app.upload import Limits
 from perturbdiff.files import few
 from perturbdiff.hub.card import ARROWS
@@ -204,7 +203,7 @@ def build_page(model: PerturbDiff, source: Source, given: Controls | None, limit
             if controls is None or not names:
                 return ""
             try:
-                text, warning = say_before(model, controls, names, _cell_type(controls, position))
+                text, warning = before_predicting(model, controls, names, _cell_type(controls, position))
             except Exception as error:
                 return _status(_message(error), "error")
             return _status(text, "warning" if warning else "")

@@ -18,7 +18,6 @@ from scipy.special import stdtr
 
 from perturbdiff.app.controls import MIN_GENE_OVERLAP, Controls
 from perturbdiff.data.expression import gene_means
-from perturbdiff.data.screen import expression_of
 from perturbdiff.files import few
 from perturbdiff.hub.records import Calibration
 from perturbdiff.inference.intervals import calibration_for, covered, population_means, population_summary
@@ -191,12 +190,11 @@ def predict_response(
 
 def _in_model_genes(model: PerturbDiff, cells: AnnData) -> tuple[sparse.csr_matrix, np.ndarray]:
     """(n, G) log1p values, and which genes the cells have."""
-    expression = expression_of(cells, model.preprocessing)
-    columns = model.genes.align(expression.genes, MIN_GENE_OVERLAP).columns
-    return expression.with_genes(model.genes, columns).log1p(), columns >= 0
+    expression, alignment = model.in_own_genes(cells, MIN_GENE_OVERLAP)
+    return expression.log1p(), alignment.columns >= 0
 
 
-def outlook(
+def before_predicting(
     model: PerturbDiff, controls: Controls, perturbations: Sequence[str], cell_type: str | None
 ) -> tuple[str, bool]:
     """What can be said of a prediction before it is made, and whether it is a warning. Raises as `predict_response`."""

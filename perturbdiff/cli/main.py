@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             heard(),
         ):
             arguments.run(arguments)
-            print(end="", flush=True)
+            print(end="", flush=True)  # a reader that is gone is noticed here, not when the interpreter ends
     except (*USER_ERRORS, MemoryError, OverflowError, RecursionError) as error:
         if arguments.debug:
             raise

@@ -22,8 +22,13 @@ ENOUGH_CONDITIONS = 5  # to speak of other conditions than these
 ALIKE = 1 / 3  # of the measured spread between perturbations; predictions with less look alike
 
 
-class LeftOut:
-    """Scores of a condition's methods without each of `n_folds` folds of its cells."""
+class Jackknife:
+    """Scores of a condition's methods without each of `n_folds` folds of its cells, by name of COMPARED.
+
+    The energy distance is without a fold of the predicted cells too; the mean that is predicted is what it is. An
+    empty array where no fold would leave two cells of each. Folds are of cells in their own order, the same for all
+    methods, so that these compare fold by fold.
+    """
 
     def __init__(self, measured: Measured, n_folds: int) -> None:
         self._measured, self._n_folds = measured, n_folds
@@ -32,7 +37,7 @@ class LeftOut:
             self._change = self._mean - _without_each(measured.truth_control, n_folds)
 
     def scores(self, pred: np.ndarray, distances: tuple[Tensor, Tensor, Tensor] | None = None) -> dict[str, np.ndarray]:
-        """`leave_out` of predicted cells; `distances` of these in their own order, where they are known."""
+        """(K,) each, of predicted cells; `distances` of these in their own order, where they are known."""
         if self._n_folds < 2:
             return {name: np.empty(0) for name in COMPARED}
         mean = pred.mean(axis=0)
@@ -43,19 +48,6 @@ class LeftOut:
             "energy_distance": _energies(distances, self._n_folds),
             "mse_of_means": ((mean - self._mean) ** 2).mean(axis=1),
         }
-
-
-def leave_out(
-    pred: np.ndarray, real: np.ndarray, control: np.ndarray, truth_control: np.ndarray, n_folds: int | None = None
-) -> dict[str, np.ndarray]:
-    """(K,) scores by name of COMPARED, each without a tenth of the measured cells; arguments as of `score_condition`.
-
-    The energy distance is without a tenth of the predicted cells too; the mean that is predicted is what it is. An
-    empty array where there are fewer than 4 real or predicted cells. Which cell is in which fold follows from the
-    cells, so that methods compare fold by fold, with as many `n_folds`; by default those of `folds_of` these cells.
-    """
-    n_folds = folds_of(len(pred), len(real)) if n_folds is None else n_folds
-    return LeftOut(Measured(real, control, truth_control), n_folds).scores(pred)
 
 
 def folds_of(*n_cells: int) -> int:

@@ -32,7 +32,7 @@ from perturbdiff.evaluation.doubt import (
     ALIKE,
     COMPARED,
     ENOUGH_CONDITIONS,
-    LeftOut,
+    Jackknife,
     compare,
     folds_of,
     interval,
@@ -285,6 +285,7 @@ def score_conditions(
     *,
     field: bool = False,
     tables: Sequence[FeatureTable] = (),
+    model: str = MODEL,
 ) -> Scores:
     """Score predicted cells against the measured ones of the same conditions, over all genes of the screen.
 
@@ -305,6 +306,8 @@ def score_conditions(
         Also ask cell-eval (extra `eval`), on the same cells, genes and controls.
     tables
         What the model was told of perturbations besides their names, for the simple predictors too.
+    model
+        What the method that predicted is called in the scores.
 
     Raises
     ------
@@ -360,21 +363,21 @@ def score_conditions(
             response = (true.mean(axis=0) - other.mean(axis=0)) ** 2
             known = dict(zip(CONDITION, condition, strict=True))
             own = None
-            made = {MODEL: cells, **made}
-            left_out = LeftOut(against, folds_of(len(true), *map(len, made.values())))
+            made = {model: cells, **made}
+            jackknife = Jackknife(against, folds_of(len(true), *map(len, made.values())))
             unknown = {"pearson_delta": np.nan} if len(controls[context]) == 1 else {}  # of what is in both changes
-            for name, of_method in made.items():
+            for method, of_method in made.items():
                 of_method = in_own_order(of_method)
                 distances = against.distances(of_method)
                 scores = against.scores(of_method, n_equal, distances)
-                without = left_out.scores(of_method, distances)
+                without = jackknife.scores(of_method, distances)
                 if own is None and simple is not None:
                     trust = simple.trust(condition, start)
                     unknown_how = trust.verdict == "cannot tell" and not trust.n_left_out
                     key = UNKNOWN_TRUST if unknown_how else trust.verdict
                     told.setdefault(key, []).append(scores["pearson_delta"])
                 own = without if own is None else own
-                rows.append({"method": name, **known, **scores, **_errors(without, own), **unknown})
+                rows.append({"method": method, **known, **scores, **_errors(without, own), **unknown})
             ceiling = split_half_ceiling(true, control, other, max(n_equal // 2, 1), reference)
             rows.append({"method": CEILING, **known, **ceiling, **unknown})
             squared += response[kept].sum(), response.sum()
@@ -418,7 +421,7 @@ def score_conditions(
         notes.append(f"Predictions of different perturbations look alike: {spread:.0%} of the measured spread.")
     hold_out, sha256 = (None, None) if split is None else (tuple(split.config.hold_out), split.sha256)
     table, data = _complete(pd.DataFrame(rows)), Path(screen.path).name
-    return Scores(table, data, hold_out, sha256, len(kept), n_left_out, share, spread, tuple(notes), asked)
+    return Scores(table, data, hold_out, sha256, len(kept), n_left_out, share, spread, tuple(notes), asked, model)
 
 
 def _of_verdict(verdict: Verdict, pearson: Sequence[float]) -> str:
@@ -567,12 +570,10 @@ def evaluate(
     var = pd.DataFrame({"measured": [*measured(var), *[False] * len(left_out)]}, index=[*genes.names, *left_out])
     values = sparse.csr_matrix((values.data, values.indices, values.indptr), (len(obs), len(var)))
     predicted = AnnData(X=values, obs=obs.set_axis(unique_names(obs.index)), var=var)
-    scores = score_conditions(predicted, screened, match, chosen, field=field, tables=tables)
+    model = MODEL if uns else OTHER
+    scores = score_conditions(predicted, screened, match, chosen, field=field, tables=tables, model=model)
     if "one draw" in str(uns.get("populations_differ", "")):
         scores = replace(scores, notes=(DRAWN, *scores.notes))
-    if not uns:
-        table = scores.conditions.replace({"method": {MODEL: OTHER}})
-        scores = replace(scores, conditions=table, model=OTHER)
     return scores
 
 

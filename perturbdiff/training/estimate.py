@@ -411,9 +411,8 @@ def estimate(config: Config, cluster: Cluster) -> Estimate:
         "data": sets * set_size * (1 + data.with_controls) * read,
     }
     on_gpu = seconds["compute"] + seconds["memory traffic"]
-    slowest = max(("compute", "memory traffic"), key=lambda name: seconds[name])
-    if seconds["launches"] > on_gpu:
-        slowest = "launches"
+    kinds = ("launches",) if seconds["launches"] > on_gpu else ("compute", "memory traffic")
+    slowest = max(kinds, key=lambda name: seconds[name])
     busy = max(on_gpu, seconds["launches"]) + seconds["optimizer"]
     step = max(busy, seconds["network"], seconds["data"])
     limit = next((name for name in ("data", "network") if seconds[name] == step), slowest)

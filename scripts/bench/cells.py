@@ -22,15 +22,13 @@ from pathlib import Path
 import anndata
 import numpy as np
 import pandas as pd
-import torch
 
 from perturbdiff.config import load_config
 from perturbdiff.data.conditions import ConditionIndex, resolve_control_match
 from perturbdiff.data.screen import Screen
 from perturbdiff.data.splits import control_halves, read_split
-from perturbdiff.diffusion.distances import MAX_SCORED, pair_distances
+from perturbdiff.evaluation import metrics
 from perturbdiff.evaluation.fair import held_out_rows
-from perturbdiff.evaluation.metrics import classifier_auc, correlation, in_own_order, zero_fraction
 from perturbdiff.means.shifts import shift_cells
 
 LEAST_CELLS, RESPONDERS, SPLITS = 40, 50, 8
@@ -115,14 +113,13 @@ class Measured:
         seen = self.apart > 0
         strong = self.responders[seen[self.responders]]
         own, real = pairs[0]
-        ordered = (torch.from_numpy(in_own_order(of)[:MAX_SCORED]) for of in (own, real))
-        distances = (of.numpy() for of in pair_distances(*ordered))
+        distances = metrics.Measured(real, real).distances(metrics.in_own_order(own))
         return {
             "wasserstein": float(np.median(distance[seen] / self.apart[seen])),
             "of responders": float(np.median(distance[strong] / self.apart[strong])),
-            "zeros": zero_fraction(own, real),
-            "correlation": correlation(own, real),
-            "auc": classifier_auc(*distances),
+            "zeros": metrics.zero_fraction(own, real),
+            "correlation": metrics.correlation(own, real),
+            "auc": metrics.classifier_auc(*(of.numpy() for of in distances)),
         }
 
 

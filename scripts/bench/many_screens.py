@@ -34,6 +34,7 @@ from perturbdiff.training.run import finetune, train
 RECIPES = Path(__file__).parents[2] / "recipes"
 FROM_SCRATCH = RECIPES / "train" / "unseen_perturbations.yaml"
 FINE_TUNING = RECIPES / "finetune" / "unseen_perturbations.yaml"
+N_GENES, N_PERTURBATIONS = 300, 40  # of each screen
 N_FEATURES, N_RESPONDING, PROGRAM_FRACTION = 8, 120, 0.35  # of the features, the genes, and the genes of a program
 EFFECT, OWN_EFFECT, OWN_FRACTION, FEATURE_NOISE = 0.7, 0.3, 0.2, 0.3
 SHOWN = ("pearson_delta", "energy_distance")
@@ -44,26 +45,27 @@ class Programs:
 
     def __init__(self, seed: int) -> None:
         self._rng, self._seed = np.random.default_rng(seed), seed
-        self._truth = ground_truth(SimulationConfig(n_genes=300, n_effect_genes=N_RESPONDING, seed=seed))
+        self._truth = ground_truth(SimulationConfig(n_genes=N_GENES, n_effect_genes=N_RESPONDING, seed=seed))
         moved = self._rng.random((N_FEATURES, N_RESPONDING)) < PROGRAM_FRACTION
         self._programs = moved * self._rng.normal(size=moved.shape) / np.sqrt(N_FEATURES * PROGRAM_FRACTION)
-        self._responding = np.sort(self._rng.choice(300, N_RESPONDING, replace=False))
+        self._responding = np.sort(self._rng.choice(N_GENES, N_RESPONDING, replace=False))
         self.features: dict[str, np.ndarray] = {}
 
     def screen(self, name: str, path: Path) -> list[str]:
-        """Draw one of 40 perturbations; returns their names."""
+        """Draw one; returns its perturbations."""
         config = SimulationConfig(
-            n_genes=300, n_cell_types=1, n_perturbations=40, cells_per_condition=60, control_cells_per_context=300,
-            n_effect_genes=N_RESPONDING, seed=1000 * self._seed + len(self.features),
+            n_genes=N_GENES, n_cell_types=1, n_perturbations=N_PERTURBATIONS, cells_per_condition=60,
+            control_cells_per_context=300, n_effect_genes=N_RESPONDING, seed=1000 * self._seed + len(self.features),
         )  # fmt: skip
         truth, rng = ground_truth(config), self._rng
-        features = rng.normal(size=(40, N_FEATURES))
-        own = OWN_EFFECT * rng.normal(size=(40, N_RESPONDING)) * (rng.random((40, N_RESPONDING)) < OWN_FRACTION)
-        names = [f"{name}_{i}" for i in range(40)]
+        features = rng.normal(size=(N_PERTURBATIONS, N_FEATURES))
+        size = (N_PERTURBATIONS, N_RESPONDING)
+        own = OWN_EFFECT * rng.normal(size=size) * (rng.random(size) < OWN_FRACTION)
+        names = [f"{name}_{i}" for i in range(N_PERTURBATIONS)]
         changed = replace(
             truth,
             baseline=self._truth.baseline,
-            effect_genes=np.tile(self._responding, (40, 1)),
+            effect_genes=np.tile(self._responding, (N_PERTURBATIONS, 1)),
             effect=(EFFECT * features @ self._programs + own)[:, None, :],
             perturbations=(CONTROL, *names),
             cell_types=(f"line_{name}",),
@@ -78,10 +80,18 @@ class Programs:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--screens", type=int, default=4, help="that are pretrained on (default: %(default)s)")
-    parser.add_argument("--trained", type=int, nargs="+", default=[5, 20], help="perturbations of the last one, of 40")
+    parser.add_argument(
+        "--trained",
+        type=int,
+        nargs="+",
+        default=[5, 20],
+        help=f"perturbations of the last screen, fewer than {N_PERTURBATIONS}",
+    )
     parser.add_argument("--steps", type=int, default=800, help="of pretraining (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if not 0 < min(options.trained) <= max(options.trained) < N_PERTURBATIONS:
+        parser.error(f"--trained must be 1 to {N_PERTURBATIONS - 1}: the others are predicted.")
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(sys.stderr):
         folder, programs = Path(name), Programs(options.seed)
         sources = [folder / f"screen_{i}.h5ad" for i in range(options.screens)]

@@ -286,9 +286,8 @@ def attempts(cost: Path | None) -> list[dict[str, float] | None]:
 def score(bench: Bench, predicted: str, out: Path) -> None:
     """Score what another tool predicted."""
     scores = evaluate(predicted, bench.path(bench.task.file), bench.write_split(), overrides=bench.words())
-    own = scores.conditions.replace({"method": {scores.model: MODEL}})  # whose name is that of the folder
     out.mkdir(parents=True, exist_ok=True)
-    replace(scores, conditions=own, model=MODEL).save(out)
+    scores.save(out)
 
 
 def results(bench: Bench, identity: dict[str, Any]) -> list[dict[str, Any]]:
@@ -305,42 +304,43 @@ def results(bench: Bench, identity: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def record(task: Task, name: str, settings: list[str], runs: list[tuple[int, Path]]) -> dict[str, Any]:
-    scores = over_seeds([pd.read_parquet(folder / "run" / "scores.parquet") for _, folder in runs])
-    means = scores.means()
-    version = json.loads((runs[0][1] / "run" / "scores.json").read_text())["library_version"]
+    saved = json.loads((runs[0][1] / "run" / "scores.json").read_text())
+    model = saved["model"]  # of another tool's predictions not ours
+    scores = over_seeds([pd.read_parquet(folder / "run" / "scores.parquet") for _, folder in runs], model)
+    means, version = scores.means(), saved["library_version"]
     found: dict[str, Any] = {"task": task.name, "method": name, "settings": settings, "version": version}
     found |= {"seeds": [seed for seed, _ in runs], "n_conditions": scores.n_conditions}
     for metric in SHOWN:
         best, verdict = scores.compared(metric) or (None, {})
         column = {method: rounded(mean) for method, mean in means[metric].items()}
-        own, ceiling = column.pop(MODEL), column.pop(CEILING)
-        found[metric] = {"mean": own, "interval": scores.interval(MODEL, metric), "ceiling": ceiling}
+        own, ceiling = column.pop(model), column.pop(CEILING)
+        found[metric] = {"mean": own, "interval": scores.interval(model, metric), "ceiling": ceiling}
         gain, (low, high) = scores.difference(metric) or (None, (None, None))
         over_all = [None if number is None else round(number, 4) for number in (gain, low, high)]
         found[metric] |= {"best_simple": best, "verdict": verdict, "gain": over_all, "simple": column}
     spent = [attempts(folder / "cost.json") for _, folder in runs]
     known = [[attempt for attempt in of if attempt] for of in spent]
-    found["variance_ratio"] = rounded(means["variance_ratio"][MODEL])
+    found["variance_ratio"] = rounded(means["variance_ratio"][model])
     found["cpu_s"] = round(sum(a["cpu_s"] for of in known for a in of) / len(runs), 1) if any(known) else None
     found["cpu_s_at_least"] = any(None in of for of in spent)  # an attempt was killed before it could say
     found["peak_gb"] = max((a["peak_gb"] for of in known for a in of), default=None)
     return found | {"looks": len(task.looked_at), "looked_at": task.looked_at}
 
 
-def over_seeds(tables: list[pd.DataFrame]) -> Scores:
-    """Scores whose means are those over seeds; errors are those over cells and, of our own, over seeds."""
+def over_seeds(tables: list[pd.DataFrame], model: str) -> Scores:
+    """Scores whose means are those over seeds; errors are those over cells and, of `model`, over seeds."""
     first, *others = [of.set_index(["method", *CONDITION]) for of in tables]
     if not others:
-        return Scores(tables[0])
+        return Scores(tables[0], model=model)
     values = np.stack([first.to_numpy(float), *(of.reindex(first.index).to_numpy(float) for of in others)])
     mean = pd.DataFrame(values.mean(axis=0), first.index, first.columns)
-    noise = pd.DataFrame(values.var(axis=0, ddof=1) / len(values), first.index, first.columns).loc[MODEL]
+    noise = pd.DataFrame(values.var(axis=0, ddof=1) / len(values), first.index, first.columns).loc[model]
     for metric in COMPARED:  # cells are the same for all seeds, so their error stays
         of_seeds = noise[metric].reindex(first.index.droplevel("method")).to_numpy()
-        own = (first.index.get_level_values("method") == MODEL).astype(float)
+        own = (first.index.get_level_values("method") == model).astype(float)
         for name, added in ((f"error {metric}", of_seeds * own), (f"difference error {metric}", of_seeds)):
             mean[name] = np.sqrt(mean[name] ** 2 + added)
-    return Scores(mean.reset_index())
+    return Scores(mean.reset_index(), model=model)
 
 
 def table(records: list[dict[str, Any]]) -> str:

@@ -12,7 +12,7 @@ from scipy import stats
 from perturbdiff.app import plots
 from perturbdiff.app.controls import read_controls
 from perturbdiff.app.page import _files
-from perturbdiff.app.response import outlook, predict_response
+from perturbdiff.app.response import before_predicting, predict_response
 from perturbdiff.app.upload import Limits
 from perturbdiff.hub.records import Calibration, Coverage, Width
 from perturbdiff.inference.intervals import population_summary
@@ -89,7 +89,7 @@ def test_measured_cells_with_labels_that_cannot_be_read_leave_the_controls(scree
 
 def test_what_is_new_is_said_before_it_is_predicted(model, controls):
     said = {
-        name: outlook(model, controls, [name], cell_type)
+        name: before_predicting(model, controls, [name], cell_type)
         for name in model.perturbations
         for cell_type in controls.cell_types
         if model.outlook(controls.select(cell_type), name, cell_type)[1].verdict == "trained"
@@ -98,7 +98,7 @@ def test_what_is_new_is_said_before_it_is_predicted(model, controls):
     assert set(said.values()) == {("Training saw this perturbation in this context.", False)}
     new = replace(controls, cells=controls.cells.copy())
     new.cells.obs["cell_type"] = "new"
-    said, warning = outlook(model, new, ["pert_0"], "new")
+    said, warning = before_predicting(model, new, ["pert_0"], "new")
     assert "Not seen in training: cell_type new." in said
     assert warning
     response = respond(model, new, cell_type="new")

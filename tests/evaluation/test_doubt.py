@@ -6,18 +6,23 @@ import pytest
 from perturbdiff.evaluation.doubt import (
     COMPARED,
     FOLDS,
+    Jackknife,
     compare,
+    folds_of,
     interval,
-    leave_out,
     spread_of_responses,
     standard_error,
 )
-from perturbdiff.evaluation.metrics import in_own_order, score_condition
+from perturbdiff.evaluation.metrics import Measured, in_own_order, score_condition
 from perturbdiff.hub.records import loss
 
 
 def cells(rng, n, genes=30, rate=1.0):
     return np.log1p(rng.poisson(rate * np.linspace(0.05, 3, genes), size=(n, genes)).astype(float))
+
+
+def leave_out(pred, real, control, truth_control):
+    return Jackknife(Measured(real, control, truth_control), folds_of(len(pred), len(real))).scores(pred)
 
 
 @pytest.mark.parametrize(("n", "m"), [(60, 47), (9, 8), (620, 40)])
