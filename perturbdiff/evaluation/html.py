@@ -10,11 +10,11 @@ import base64
 import hashlib
 import html
 import re
-import sys
 import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 INK = "#010203"  # stands for the colour of the text while a figure is drawn
+ON_PAGE = ContextVar("ON_PAGE", default=False)  # whether new figures are for `as_svg`, and nobody else may show them
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 _TERMINAL = re.compile(
     "\x1b(?:\\[[0-?]*[ -/]*[@-~]|\\][^\x07\x1b]*(?:\x07|\x1b\\\\)?|.)?|\x9b[0-?]*[ -/]*[@-~]", re.DOTALL
@@ -103,7 +104,11 @@ def drawing() -> Iterator[None]:
     own: dict[Any, Any] = {k: v for k, v in rcParamsDefault.items() if not k.startswith(("backend", "interactive"))}
     with rc_context(own | style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the page is read with other fonts
-        yield
+        token = ON_PAGE.set(True)
+        try:
+            yield
+        finally:
+            ON_PAGE.reset(token)
 
 
 def as_svg(axes: Axes, prefix: str, alt: str) -> str:
@@ -113,8 +118,6 @@ def as_svg(axes: Axes, prefix: str, alt: str) -> str:
     drawn = axes.get_figure(root=True)
     assert drawn is not None, "axes lie in a figure"
     drawn.savefig(buffer, format="svg", dpi=150, metadata=nothing)
-    if (pyplot := sys.modules.get("matplotlib.pyplot")) is not None:
-        pyplot.close(drawn)  # or a notebook would show what is for the page
     ET.register_namespace("", _SVG)
     ET.register_namespace("xlink", _XLINK)
     root = ET.fromstring(buffer.getvalue())

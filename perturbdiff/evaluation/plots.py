@@ -19,6 +19,7 @@ from scipy.sparse.linalg import LinearOperator, svds
 from perturbdiff.data.expression import as_csr, gene_means
 from perturbdiff.data.space import check_values
 from perturbdiff.evaluation.fair import measured as had_by_controls
+from perturbdiff.evaluation.html import ON_PAGE
 from perturbdiff.evaluation.metrics import METRICS
 from perturbdiff.files import few
 
@@ -439,14 +440,18 @@ def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
 
 
 def _figure(size: tuple[float, float]) -> Figure:
-    """One of pyplot's in IPython or where `plt.ion()` was called; else one that pyplot does not keep."""
+    """One of pyplot's in IPython or where `plt.ion()` was called; else, and for a page, one that pyplot does not keep.
+
+    A page has its own settings, in which pyplot must not begin: a notebook would show no figure from there on.
+    """
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("figures need matplotlib; pip install 'perturbdiff[plot]'.") from error
     ipython: Any = sys.modules.get("IPython")
-    if matplotlib.is_interactive() or (ipython is not None and ipython.get_ipython() is not None):
+    shown = matplotlib.is_interactive() or (ipython is not None and ipython.get_ipython() is not None)
+    if shown and not ON_PAGE.get():
         import matplotlib.pyplot as plt
 
         return plt.figure(figsize=size, layout="constrained")

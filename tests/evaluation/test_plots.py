@@ -331,13 +331,15 @@ def test_pyplot_is_not_touched_and_matplotlib_waits_until_a_figure_is_drawn():
     ],
     ids=["plt.ion", "IPython"],
 )
-def test_where_pyplot_shows_figures_it_knows_new_ones_until_they_are_on_a_page(where):
+def test_where_pyplot_shows_figures_it_knows_new_ones_but_those_of_a_page(where):
     if "IPython" in where:
         pytest.importorskip("IPython")
     code = (
-        f"{where}\nimport pandas\nfrom perturbdiff import pl\nfrom perturbdiff.evaluation.html import as_svg, drawing\n"
-        "table = pandas.DataFrame({'perturbation': ['a'], 'score': [1.0]})\naxes = pl.ranking(table)\n"
-        "import matplotlib.pyplot as plt\nassert plt.get_fignums() == [1] and plt.gcf() is axes.figure\n"
+        f"{where}\nimport sys, pandas\nfrom perturbdiff import pl\n"
+        "from perturbdiff.evaluation.html import as_svg, drawing\n"
+        "table = pandas.DataFrame({'perturbation': ['a'], 'score': [1.0]})\n"
+        "with drawing():\n    as_svg(pl.ranking(table), 'a', 'a')\nassert 'matplotlib.pyplot' not in sys.modules\n"
+        "axes = pl.ranking(table)\nimport matplotlib.pyplot as plt\nassert plt.gcf() is axes.figure\n"
         "with drawing():\n    as_svg(pl.ranking(table), 'a', 'a')\nassert plt.get_fignums() == [1]\n"
     )
     environment = {**os.environ, "MPLBACKEND": "agg"}
