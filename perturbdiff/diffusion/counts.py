@@ -5,8 +5,8 @@ B = sets, S = cells per set, G = genes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -20,8 +20,11 @@ RESPONDS = 0.5  # log1p units: a gene whose mean moves by more is drawn anew
 DIGITS = 2  # of the mean that it gets: the last bits of a sum must not decide what is drawn
 LEAST_OVERDISPERSION = 1e-3  # under which counts are Poisson
 MOST_OVERDISPERSION = 50.0
-STEPS, DRAWS = 6, 128  # of finding a rate, and cells that it is found with
+STEPS, CELLS = 4, 64  # of finding a rate, and cells that it is found with
+FEW, FEW_AND_NOISE = 10.0, 28  # up to this mean, a Poisson count is summed over what it can be; and all but never more
+GOLDEN = 0.6180339887498949  # (sqrt(5) - 1) / 2
 ALIKE = 8  # cells among which their order is random
+AT_ONCE = 1 << 18  # values that are drawn anew
 CANDIDATES, CELLS_OF_ONE = 8, 4  # draws among which the one with the best mean is taken, one for so many cells
 
 
@@ -78,10 +81,11 @@ def draw_counts(
         counts = below + (generator.random(estimate.shape) < part)
     if overdispersion is not None:
         goal = estimate.mean(axis=0).round(DIGITS)
-        for gene in np.flatnonzero(np.abs(goal - control.mean(axis=0)) > RESPONDS).tolist():
-            generator = numpy_generator(seed, "prediction counts of a gene", *key, gene)
-            level = min(max(float(overdispersion[gene]), LEAST_OVERDISPERSION), MOST_OVERDISPERSION)
-            counts[:, gene] = _gamma_poisson(estimate[:, gene], float(goal[gene]), unit[:, 0], level, generator)
+        responding = np.flatnonzero(np.abs(goal - control.mean(axis=0)) > RESPONDS)
+        for genes in np.array_split(responding, 1 + responding.size * len(one) // AT_ONCE):
+            generators = [numpy_generator(seed, "prediction counts of a gene", *key, gene) for gene in genes.tolist()]
+            levels = overdispersion[genes].clip(LEAST_OVERDISPERSION, MOST_OVERDISPERSION)
+            counts[:, genes] = _gamma_poisson(estimate[:, genes], goal[genes], unit[:, 0], levels, generators)
     return counts
 
 
@@ -100,27 +104,90 @@ def _evenly(part: np.ndarray, one: np.ndarray, generator: np.random.Generator) -
 
 
 def _gamma_poisson(
-    estimate: np.ndarray, goal: float, unit: np.ndarray, overdispersion: float, generator: np.random.Generator
-) -> np.ndarray:
-    """(S,) counts whose log1p values have the mean `goal`, in the order of the estimates but for what is Poisson."""
-    n = len(estimate)
-    several = max(1, DRAWS // n)
-    depth = np.tile(1 / unit, several)
+    estimate: np.ndarray, goal: np.ndarray, unit: np.ndarray, overdispersion: np.ndarray,
+    generators: Sequence[np.random.Generator],
+) -> np.ndarray:  # fmt: skip
+    """(S, R) counts of R genes, in the order of the estimates but for what is Poisson: draws of a mean nearest `goal`.
 
-    def gamma(n: int) -> np.ndarray:  # rising, mean 1
-        rising: np.ndarray = gammaincinv(1 / overdispersion, (np.arange(n) + generator.random(n)) / n) * overdispersion
-        return rising
-
-    others = generator.permutation(gamma(len(depth))) * depth
-    wanted = rate = math.expm1(goal)
-    least = float(unit.min())
-    for _ in range(STEPS):
-        found = float(np.add.reduce(np.log1p(generator.poisson(others * rate) / depth))) / len(depth)
-        rate *= min(max((wanted + least) / (math.expm1(found) + least), 0.5), 2.0)
-    level = np.empty(n)
-    level[np.lexsort((generator.random(n), estimate))] = gamma(n)
+    Parameters
+    ----------
+    estimate
+        (S, R) of log1p values.
+    goal, overdispersion, generators
+        (R,) of the genes.
+    unit
+        (S,) one count in each cell, of the scale of rates.
+    """
+    n, n_genes = estimate.shape
+    random = np.array([generator.random((2, n)) for generator in generators]).reshape(n_genes, 2, n)
+    shape = 1 / overdispersion[:, None]
+    rising = gammaincinv(shape, (np.arange(n) + random[:, 0]) / n) / shape  # mean 1
+    level = np.empty_like(rising)
+    np.put_along_axis(level, np.lexsort((random[:, 1], estimate.T)), rising, axis=1)
+    mean = level * _rates(goal, unit, overdispersion)[:, None] / unit
     tries = max(1, min(CANDIDATES, n // CELLS_OF_ONE))
-    counts = generator.poisson(level * rate / unit, (tries, n))
-    off = np.abs(np.log1p(counts * unit).mean(axis=1) - goal)
-    best: np.ndarray = counts[off.argmin()]
-    return best
+    drawn = [generator.poisson(of, (tries, n)) for generator, of in zip(generators, mean, strict=True)]
+    counts = np.array(drawn).reshape(n_genes, tries, n)
+    off = np.abs(np.log1p(counts * unit).mean(axis=2) - goal[:, None])
+    best: np.ndarray = counts[np.arange(n_genes), off.argmin(axis=1)]
+    return best.T
+
+
+def _rates(goal: np.ndarray, unit: np.ndarray, overdispersion: np.ndarray) -> np.ndarray:
+    """(R,) rates, of the log1p scale, at which gamma-Poisson counts have these means of log1p values.
+
+    Parameters
+    ----------
+    goal, overdispersion
+        (R,) of the genes.
+    unit
+        (S,) one count in each cell, of the scale of rates. CELLS quantiles of them, each with another quantile of the
+        gamma distribution, stand for all.
+
+    Notes
+    -----
+    The secant method on the logarithm of the rate, for log(expm1(mean)), which is all but a line in it.
+    """
+    cells = (np.arange(CELLS) + 0.5) / CELLS
+    unit = np.sort(unit)[(cells * len(unit)).astype(int)]
+    along = np.argsort(np.argsort(cells * CELLS * GOLDEN % 1))  # a lattice rule: no gap in the square of both
+    rising = np.array([_rising(of) for of in overdispersion.tolist()]).reshape(-1, CELLS)
+    level = rising[:, along] / unit
+    wanted = _log_expm1(goal)
+    rate, before, slope = wanted, None, np.ones_like(wanted)
+    for _ in range(STEPS):
+        found = _log_expm1(_mean_log1p(level * np.exp(rate)[:, None], unit).mean(axis=1))
+        if before is not None:
+            moved = np.where(rate == before[0], 1.0, rate - before[0])
+            slope = ((found - before[1]) / moved).clip(0.2, 2.0)
+        before = rate, found
+        rate = rate + ((wanted - found) / slope).clip(-4, 4)
+    return np.exp(rate)
+
+
+@lru_cache(maxsize=1 << 14)
+def _rising(overdispersion: float) -> np.ndarray:
+    """(CELLS,) quantiles of the gamma distribution of mean 1; those of a gene serve all its sets."""
+    shape = 1 / overdispersion
+    quantiles: np.ndarray = gammaincinv(shape, (np.arange(CELLS) + 0.5) / CELLS) / shape
+    return quantiles
+
+
+def _log_expm1(x: np.ndarray) -> np.ndarray:
+    result: np.ndarray = np.log(np.expm1(x).clip(1e-12))  # a mean of nothing asks for next to nothing
+    return result
+
+
+def _mean_log1p(mean: np.ndarray, unit: np.ndarray) -> np.ndarray:
+    """(R, CELLS) expectation of log1p(unit * C) where C is Poisson: its sum, and for many its expansion about the mean.
+
+    Central moments of a Poisson count of mean m: m, m, 3 m^2 + m.
+    """
+    few = np.minimum(mean, FEW)
+    chance, total = np.exp(-few), np.zeros_like(few)
+    for c in range(1, FEW_AND_NOISE + 1):
+        chance *= few / c
+        total += chance * np.log1p(c * unit)
+    w = unit / (1 + unit * mean)
+    many = np.log1p(unit * mean) - w**2 * mean / 2 + w**3 * mean / 3 - w**4 * (3 * mean**2 + mean) / 4
+    return np.where(mean < FEW, total, many)
