@@ -55,6 +55,18 @@ def permuted(n: int, positions: np.ndarray, seed: int, purpose: str, *key: int) 
     return values.astype(np.int64)
 
 
+def uniform_at(positions: np.ndarray, seed: int, purpose: str, *key: int) -> np.ndarray:
+    """What a keyed stream of uniform numbers in 0..1 holds at these positions, in any order, at a few ns each.
+
+    Notes
+    -----
+    SplitMix64 (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators"), whose state is a counter.
+    """
+    start = _sequence(seed, purpose, key).generate_state(1, np.uint64)[0]
+    state = start + (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    return (_mixed(state) >> np.uint64(11)) * 2.0**-53
+
+
 def _mixed(x: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

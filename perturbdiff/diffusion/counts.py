@@ -10,10 +10,10 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from scipy.special import gammaincinv
+from scipy.special import gammaincinv, ndtri
 from torch import Tensor
 
-from perturbdiff.data.rng import numpy_generator
+from perturbdiff.data.rng import numpy_generator, uniform_at
 
 MOST = 30.0  # log1p units: more is in no cell, and overflows
 RESPONDS = 0.5  # log1p units: a gene whose mean moves by more is drawn anew
@@ -21,11 +21,12 @@ DIGITS = 2  # of the mean that it gets: the last bits of a sum must not decide w
 LEAST_OVERDISPERSION = 1e-3  # under which counts are Poisson
 MOST_OVERDISPERSION = 50.0
 STEPS, CELLS = 4, 64  # of finding a rate, and cells that it is found with
-FEW, FEW_AND_NOISE = 10.0, 28  # up to this mean, a Poisson count is summed over what it can be; and all but never more
+FEW, FEW_AND_NOISE = 6.0, 20  # up to this mean, a Poisson count is summed over what it can be; and all but never more
 GOLDEN = 0.6180339887498949  # (sqrt(5) - 1) / 2
 ALIKE = 8  # cells among which their order is random
 AT_ONCE = 1 << 18  # values that are drawn anew
-CANDIDATES, CELLS_OF_ONE = 8, 4  # draws among which the one with the best mean is taken, one for so many cells
+QUANTILES = 256  # of a gamma distribution
+TRIES = 4
 
 
 def with_whole_counts(x: Tensor, one: Tensor, uniform: Tensor) -> Tensor:
@@ -72,9 +73,13 @@ def draw_counts(
     the estimates, so that cells that are far along are so in all genes.
     """
     unit, estimate = np.expm1(one)[:, None], np.minimum(estimate, MOST)
-    below = np.floor(np.expm1(estimate) / unit + 1e-6)  # what is a whole count to float32 stays one
-    low, high = np.log1p(below * unit), np.log1p((below + 1) * unit)
-    generator, part = numpy_generator(seed, "prediction counts", *key), (estimate - low) / (high - low)
+    below, part = np.zeros_like(estimate), estimate / one[:, None]
+    several = part > 1 - 1e-6  # few values: the others lie between none and one
+    value, of_one = estimate[several], np.broadcast_to(unit, estimate.shape)[several]
+    whole = np.floor(np.expm1(value) / of_one + 1e-6)  # what is a whole count to float32 stays one
+    low = np.log1p(whole * of_one)
+    below[several], part[several] = whole, (value - low) / (np.log1p((whole + 1) * of_one) - low)
+    generator = numpy_generator(seed, "prediction counts", *key)
     if evenly:
         counts = below + _evenly(np.clip(part, 0, 1), one, generator)
     else:
@@ -83,9 +88,13 @@ def draw_counts(
         goal = estimate.mean(axis=0).round(DIGITS)
         responding = np.flatnonzero(np.abs(goal - control.mean(axis=0)) > RESPONDS)
         for genes in np.array_split(responding, 1 + responding.size * len(one) // AT_ONCE):
-            generators = [numpy_generator(seed, "prediction counts of a gene", *key, gene) for gene in genes.tolist()]
-            levels = overdispersion[genes].clip(LEAST_OVERDISPERSION, MOST_OVERDISPERSION)
-            counts[:, genes] = _gamma_poisson(estimate[:, genes], goal[genes], unit[:, 0], levels, generators)
+            of_gene = np.arange(2 * (1 + TRIES) * len(one)).reshape(2, 1 + TRIES, -1)
+            positions = genes[:, None, None, None] * of_gene.size + of_gene
+            counts[:, genes] = _gamma_poisson(
+                estimate[:, genes].T, goal[genes], unit[:, 0],
+                overdispersion[genes].clip(LEAST_OVERDISPERSION, MOST_OVERDISPERSION),
+                uniform_at(positions, seed, "prediction counts of genes", *key),
+            ).T  # fmt: skip
     return counts
 
 
@@ -104,45 +113,60 @@ def _evenly(part: np.ndarray, one: np.ndarray, generator: np.random.Generator) -
 
 
 def _gamma_poisson(
-    estimate: np.ndarray, goal: np.ndarray, unit: np.ndarray, overdispersion: np.ndarray,
-    generators: Sequence[np.random.Generator],
-) -> np.ndarray:  # fmt: skip
-    """(S, R) counts of R genes, in the order of the estimates but for what is Poisson: draws of a mean nearest `goal`.
+    estimate: np.ndarray, goal: np.ndarray, unit: np.ndarray, overdispersion: np.ndarray, uniform: np.ndarray
+) -> np.ndarray:
+    """(R, S) counts of R genes, whose gamma levels come in the order of the estimates.
 
     Parameters
     ----------
     estimate
-        (S, R) of log1p values.
-    goal, overdispersion, generators
-        (R,) of the genes.
+        (R, S) log1p values.
+    goal, overdispersion
+        (R,) mean of log1p values that counts get, and how much more than Poisson counts they vary.
     unit
         (S,) one count in each cell, of the scale of rates.
+    uniform
+        (R, 2, 1 + TRIES, S) in 0..1.
+
+    Notes
+    -----
+    A Latin hypercube of levels and of what is Poisson (McKay, Beckman & Conover 1979, Technometrics 21:239): each
+    S-th part of both is drawn once. Of TRIES for what is Poisson, the one whose mean is nearest `goal`.
     """
-    n, n_genes = estimate.shape
-    random = np.array([generator.random((2, n)) for generator in generators]).reshape(n_genes, 2, n)
-    shape = 1 / overdispersion[:, None]
-    rising = gammaincinv(shape, (np.arange(n) + random[:, 0]) / n) / shape  # mean 1
-    level = np.empty_like(rising)
-    np.put_along_axis(level, np.lexsort((random[:, 1], estimate.T)), rising, axis=1)
-    mean = level * _rates(goal, unit, overdispersion)[:, None] / unit
-    tries = max(1, min(CANDIDATES, n // CELLS_OF_ONE))
-    drawn = [generator.poisson(of, (tries, n)) for generator, of in zip(generators, mean, strict=True)]
-    counts = np.array(drawn).reshape(n_genes, tries, n)
+    n, rising = estimate.shape[1], np.array([_rising(of) for of in overdispersion.tolist()]).reshape(-1, QUANTILES)
+    order, within = uniform[:, 0], uniform[:, 1]
+    rank = np.argsort(np.lexsort((order[:, 0], estimate)))
+    level = np.take_along_axis(rising, ((rank + within[:, 0]) * (QUANTILES / n)).astype(int), axis=1)
+    mean = level * _rates(goal, unit, rising)[:, None] / unit
+    counts = _poisson_quantile((np.argsort(order[:, 1:]) + within[:, 1:]) / n, mean[:, None])
     off = np.abs(np.log1p(counts * unit).mean(axis=2) - goal[:, None])
-    best: np.ndarray = counts[np.arange(n_genes), off.argmin(axis=1)]
-    return best.T
+    best: np.ndarray = counts[np.arange(len(goal)), off.argmin(axis=1)]
+    return best
 
 
-def _rates(goal: np.ndarray, unit: np.ndarray, overdispersion: np.ndarray) -> np.ndarray:
+def _poisson_quantile(part: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """The least counts up to which this part of Poisson counts lies; of many, by Cornish & Fisher's expansion."""
+    few = np.minimum(mean, FEW)
+    chance = np.exp(-few)
+    upto, count = chance.copy(), np.zeros(np.broadcast_shapes(part.shape, few.shape))
+    for c in range(1, FEW_AND_NOISE + 1):
+        count += part > upto
+        chance *= few / c
+        upto += chance
+    z, spread = ndtri(part), np.sqrt(mean)
+    many = mean + spread * z + (z * z - 1) * (1 / 6 - z / (72 * np.maximum(spread, 1)))
+    return np.where(mean < FEW, count, np.ceil(many - 0.5))
+
+
+def _rates(goal: np.ndarray, unit: np.ndarray, rising: np.ndarray) -> np.ndarray:
     """(R,) rates, of the log1p scale, at which gamma-Poisson counts have these means of log1p values.
 
     Parameters
     ----------
-    goal, overdispersion
-        (R,) of the genes.
-    unit
-        (S,) one count in each cell, of the scale of rates. CELLS quantiles of them, each with another quantile of the
-        gamma distribution, stand for all.
+    goal, unit
+        As of `_gamma_poisson`. CELLS quantiles of `unit`, each with another part of the levels, stand for all cells.
+    rising
+        (R, QUANTILES) of levels.
 
     Notes
     -----
@@ -151,12 +175,12 @@ def _rates(goal: np.ndarray, unit: np.ndarray, overdispersion: np.ndarray) -> np
     cells = (np.arange(CELLS) + 0.5) / CELLS
     unit = np.sort(unit)[(cells * len(unit)).astype(int)]
     along = np.argsort(np.argsort(cells * CELLS * GOLDEN % 1))  # a lattice rule: no gap in the square of both
-    rising = np.array([_rising(of) for of in overdispersion.tolist()]).reshape(-1, CELLS)
-    level = rising[:, along] / unit
+    level = rising.reshape(-1, CELLS, QUANTILES // CELLS).mean(axis=2)[:, along] / unit
+    values = np.log1p(np.arange(1, FEW_AND_NOISE + 1)[:, None] * unit)
     wanted = _log_expm1(goal)
     rate, before, slope = wanted, None, np.ones_like(wanted)
     for _ in range(STEPS):
-        found = _log_expm1(_mean_log1p(level * np.exp(rate)[:, None], unit).mean(axis=1))
+        found = _log_expm1(_mean_log1p(level * np.exp(rate)[:, None], unit, values).mean(axis=1))
         if before is not None:
             moved = np.where(rate == before[0], 1.0, rate - before[0])
             slope = ((found - before[1]) / moved).clip(0.2, 2.0)
@@ -167,9 +191,9 @@ def _rates(goal: np.ndarray, unit: np.ndarray, overdispersion: np.ndarray) -> np
 
 @lru_cache(maxsize=1 << 14)
 def _rising(overdispersion: float) -> np.ndarray:
-    """(CELLS,) quantiles of the gamma distribution of mean 1; those of a gene serve all its sets."""
+    """(QUANTILES,) of the gamma distribution of mean 1; those of a gene serve all its sets."""
     shape = 1 / overdispersion
-    quantiles: np.ndarray = gammaincinv(shape, (np.arange(CELLS) + 0.5) / CELLS) / shape
+    quantiles: np.ndarray = gammaincinv(shape, (np.arange(QUANTILES) + 0.5) / QUANTILES) / shape
     return quantiles
 
 
@@ -178,16 +202,16 @@ def _log_expm1(x: np.ndarray) -> np.ndarray:
     return result
 
 
-def _mean_log1p(mean: np.ndarray, unit: np.ndarray) -> np.ndarray:
+def _mean_log1p(mean: np.ndarray, unit: np.ndarray, values: np.ndarray) -> np.ndarray:
     """(R, CELLS) expectation of log1p(unit * C) where C is Poisson: its sum, and for many its expansion about the mean.
 
-    Central moments of a Poisson count of mean m: m, m, 3 m^2 + m.
+    Central moments of a Poisson count of mean m: m, m, 3 m^2 + m. `values` are those of 1, 2, ... counts.
     """
     few = np.minimum(mean, FEW)
     chance, total = np.exp(-few), np.zeros_like(few)
     for c in range(1, FEW_AND_NOISE + 1):
         chance *= few / c
-        total += chance * np.log1p(c * unit)
+        total += chance * values[c - 1]
     w = unit / (1 + unit * mean)
-    many = np.log1p(unit * mean) - w**2 * mean / 2 + w**3 * mean / 3 - w**4 * (3 * mean**2 + mean) / 4
+    many = np.log1p(unit * mean) - w * w * mean * (1 / 2 - w / 3 + w * w * (3 * mean + 1) / 4)
     return np.where(mean < FEW, total, many)

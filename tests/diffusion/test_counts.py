@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from scipy import sparse
+from scipy import sparse, stats
 
 from perturbdiff.data.batch import make_batch
 from perturbdiff.data.expression import overdispersion
 from perturbdiff.data.samplers import CellSet
 from perturbdiff.data.vocab import NULL, Labels
+from perturbdiff.diffusion import counts as of_counts
 from perturbdiff.diffusion.counts import draw_counts, with_whole_counts
 from perturbdiff.diffusion.draws import uniform_draws
 from tests.screens import counts_screen, log1p_cp10k, read
@@ -158,6 +159,43 @@ def test_a_gene_that_responds_has_the_spread_of_counts_and_the_mean_of_the_estim
     mean, variance = np.mean(counts, axis=(0, 1)), np.mean([of.var(axis=0) for of in counts], axis=0)
     np.testing.assert_allclose(mean, 2000 * rate, rtol=0.15)
     np.testing.assert_allclose(variance, mean + phi * mean**2, rtol=0.35)
+
+
+@pytest.mark.parametrize("phi", [0.001, 0.2, 1.0, 5.0])
+@pytest.mark.parametrize("depth", [300, 3000, 40_000])
+def test_a_rate_is_the_one_at_which_negative_binomial_counts_have_the_mean(phi, depth):
+    goal, deep = np.array([0.05, 0.6, 1.5, 3.0, 5.0]), np.random.default_rng(0).uniform(0.5, 1.5, 20) * depth
+    rising = np.tile(of_counts._rising(phi), (5, 1))
+    rates = of_counts._rates(goal, 1e4 / deep, rising)
+    for rate, wanted in zip(rates, goal, strict=True):
+        found = []
+        for d in deep:
+            mean = rate * d / 1e4
+            n, p = 1 / phi, 1 / (1 + phi * mean)
+            many = np.geomspace(200, 60 * mean * (1 + 5 * phi) + 300, 4000)
+            k = np.unique(np.concatenate([np.arange(200), many]).astype(int))
+            upto = stats.nbinom.cdf(k, n, p)
+            found.append(np.sum(np.diff(upto, prepend=0) * np.log1p(k * 1e4 / d)))
+        assert np.mean(found) == pytest.approx(wanted, abs=0.02)
+
+
+def test_quantiles_are_those_of_poisson_counts():
+    mean = np.array([1e-4, 0.3, 2.0, 5.9, 6.1, 15.0, 80.0, 5e3])[:, None]
+    part = (np.arange(2000) + 0.5) / 2000
+    expected = stats.poisson.ppf(part, mean)
+    found = of_counts._poisson_quantile(np.broadcast_to(part, expected.shape), mean)
+    assert (np.abs(found - expected) <= 1).all()
+    assert (found != expected).mean() < 0.005
+
+
+def test_draws_of_a_gene_do_not_depend_on_which_others_respond():
+    rng, depth = np.random.default_rng(8), depths(32)
+    control, one = np.zeros((32, 6)), np.log1p(1e4 / depth)
+    estimate = rng.uniform(1, 3, (32, 6))
+    calm = estimate.copy()
+    calm[:, [0, 2]] = 0
+    counts = drawn(estimate, control, one, np.ones(6))
+    np.testing.assert_array_equal(drawn(calm, control, one, np.ones(6))[:, [1, 3, 4, 5]], counts[:, [1, 3, 4, 5]])
 
 
 def test_cells_that_are_far_along_are_so_in_all_genes():
