@@ -279,6 +279,7 @@ class TrainingConfig:
     save_every: int = bounded(200, above=0)  # steps; a state and the model, where save_minutes have passed
     save_minutes: float = bounded(10.0, least=0)  # from one save to the next at least; 0: each save_every steps
     keep_states: int = bounded(2, above=0)
+    keep_last_state: bool = False  # when training is done, too, so that more steps can follow
 
 
 @dataclass

@@ -49,7 +49,15 @@ from perturbdiff.training.run_folder import (
 from perturbdiff.training.signals import SIGNALS, StopRequest
 from perturbdiff.training.speed import Pace, Trace
 from perturbdiff.training.start import Start, prepare, write_adaptation
-from perturbdiff.training.state import Progress, SavedState, latest_state, open_state, save_state, saved_states
+from perturbdiff.training.state import (
+    Progress,
+    SavedState,
+    keep_newest,
+    latest_state,
+    open_state,
+    save_state,
+    saved_states,
+)
 from perturbdiff.training.validation import validate
 from perturbdiff.training.watchdog import WAITING, Watchdog
 
@@ -121,16 +129,23 @@ def fit(
         check_same_data(out, data)
         if check is not None:
             check(start.data)
-        with alone_in(out) if main else nullcontext() as lock:
-            if main and saved_states(out / "states")[:1] != newest:
-                raise FileExistsError(f"another process has trained in {out} meanwhile; give the command again.")
-            run = _Run(config, start, accelerator, saved, lock)
-            accelerator.wait_for_everyone()  # nobody looks at the run folder any more
+        if saved is not None and saved.progress.finished:
+            result = TrainingResult(PerturbDiff.from_pretrained(out / "model"), out, saved.progress.step, None)
             if main:
-                begin_folder(out, config, data)
-                write_adaptation(out, start)
-                print(f"{start.data.summary()}\n{run.summary()}", flush=True)
-            result = run.train(stop_at)
+                with alone_in(out):
+                    keep_newest(out / "states", 1)  # a kill may have left others
+                print(f"{start.data.summary()}\ntraining    is done, since step {result.step:,}", flush=True)
+        else:
+            with alone_in(out) if main else nullcontext() as lock:
+                if main and saved_states(out / "states")[:1] != newest:
+                    raise FileExistsError(f"another process has trained in {out} meanwhile; give the command again.")
+                run = _Run(config, start, accelerator, saved, lock)
+                accelerator.wait_for_everyone()  # nobody looks at the run folder any more
+                if main:
+                    begin_folder(out, config, data)
+                    write_adaptation(out, start)
+                    print(f"{start.data.summary()}\n{run.summary()}", flush=True)
+                result = run.train(stop_at)
     if accelerator.num_processes > 1:
         accelerator.end_training()  # the process group would complain of an end without it
     return result
@@ -248,10 +263,13 @@ class _Run:
                     break
                 if self.written:
                     self._saved()
-                if done.step % training.save_every == 0 and self.save_due:
+                if done.step % training.save_every == 0 and self.save_due and done.step < training.n_steps:
                     self._save()
             self._saved()
-            if done.step != self.saved_at or not (ended or (self.out / "model").is_dir()):
+            complete = done.step == training.n_steps or (stopped_by is None and failure is None and not ended)
+            done.finished = complete and not training.keep_last_state
+            saved = done.step == self.saved_at and (ended or (self.out / "model").is_dir())
+            if not saved or done.finished:
                 self._save()
                 self._saved()
         if failure is not None:
@@ -406,13 +424,14 @@ class _Run:
     def _save(self) -> None:
         """Begin a save: all gather, and a thread of rank 0 writes copies while training goes on; see `_saved`."""
         self._saved()
-        done, main = self.progress, self.accelerator.is_main_process
+        done, main, finished = self.progress, self.accelerator.is_main_process, self.progress.finished
         self.watchdog.doing(f"saving step {done.step}")
         done.ema_updates = self.ema.n_updates
         self.saving_at, self.saving_since = done.step, time.monotonic()
         with self.pace.paused():
-            averaged, trained = self.ema.full(), full_weights(self.module, main)
-            moments = full_moments(self.module, self.optimizer, main)
+            averaged = self.ema.full()
+            trained = {} if finished else full_weights(self.module, main)
+            moments = {} if finished else full_moments(self.module, self.optimizer, main)
             if main:
                 tensors = {
                     "denoiser.safetensors": trained,
@@ -421,6 +440,8 @@ class _Run:
                     "best.safetensors": {name: weight.cpu() for name, weight in (self.best or {}).items()},
                 }
                 weights = tensors["best.safetensors"] or tensors["ema.safetensors"]
+                if finished:
+                    tensors = {}
                 model = self._model(weights, torch.device("cpu"))
                 self.writing = self.writer.submit(self._write, deepcopy(done), tensors, model, weights)
 
@@ -436,7 +457,8 @@ class _Run:
             self.lock.check()
         model.save_pretrained(self.out / "model")
         self.start.save_adapter(self.out, weights)
-        save_state(self.out / "states", done, tensors, self.config.training.keep_states)
+        keep = self.config.training.keep_states if not done.finished else 1
+        save_state(self.out / "states", done, tensors, keep)
 
     def _saved(self) -> None:
         """Wait until the save that was begun is on disk; raises on all processes where it could not be written."""

@@ -26,7 +26,7 @@ from perturbdiff.lock import Lock, alone
 from perturbdiff.training.dataset import TrainingSet
 from perturbdiff.training.signals import Stopped, StopRequest
 from perturbdiff.training.start import Start
-from perturbdiff.training.state import remove_left_over, saved_states
+from perturbdiff.training.state import TENSOR_FILES, remove_left_over, saved_states
 
 STOPPED, DATA, LOCK = "stopped.json", "data.json", "run.lock"
 # Settings that may change between a run and its resumption: they move no number, or only its last digits.
@@ -37,6 +37,7 @@ FREE_ON_RESUME = {
     "training.accumulation_steps",
     "training.compile",
     "training.device",
+    "training.keep_last_state",
     "training.keep_states",
     "training.log_every",
     "training.profile_steps",
@@ -103,6 +104,11 @@ def check_resumable(out: Path, config: Config) -> None:
         flat[_SCHEDULE] = flat.get(_SCHEDULE) or flat[_N_STEPS]
     if now[_N_STEPS] > before[_N_STEPS]:
         free |= {_N_STEPS}
+        if not (saved_states(out / "states")[0] / TENSOR_FILES[0]).exists():
+            raise ValueError(
+                f"training in {out} is done and kept no state that more steps could follow (training.keep_last_state); "
+                f"start from its model in another --out (perturbdiff finetune --init-from {out / 'model'})."
+            )
     elif now[_N_STEPS] < before[_N_STEPS] and given is None:
         free |= {_SCHEDULE}
     keys = [*now, *(key for key in before if key not in now)]

@@ -35,6 +35,7 @@ class Progress:
     best_energy_distance: float | None = None  # of cells generated for the validation conditions
     best_step: int = 0
     window: dict[str, float] = field(default_factory=dict)  # sums since the last logged step
+    finished: bool = False  # of a run that is done, and then the state has no tensors
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def save_state(folder: Path, progress: Progress, tensors: Mapping[str, Mapping[s
     Parameters
     ----------
     tensors
-        The whole tensors of each of TENSOR_FILES, on the CPU, none a view of another.
+        The whole tensors of each of TENSOR_FILES, on the CPU, none a view of another; of a finished run none.
 
     Raises
     ------
@@ -68,9 +69,9 @@ def save_state(folder: Path, progress: Progress, tensors: Mapping[str, Mapping[s
         remove_left_over(folder)
         temporary = Path(tempfile.mkdtemp(prefix=".state-", dir=folder))
         hashes = {}
-        for name in TENSOR_FILES:
+        for name, of_file in tensors.items():
             try:
-                save_file(dict(tensors[name]), temporary / name)
+                save_file(dict(of_file), temporary / name)
             except SafetensorError as error:  # the disk is full
                 what = f"the state of step {progress.step} could not be written"
                 raise OSError(f"{what} to {folder} ({error})") from error
@@ -88,12 +89,22 @@ def save_state(folder: Path, progress: Progress, tensors: Mapping[str, Mapping[s
     if aside is not None:
         remove(aside)
     # Later ones were damaged, or the run would have gone on from there.
-    later = [saved for saved in saved_states(folder) if saved.name > final.name]
-    for old in [*later, *saved_states(folder)[len(later) + keep :]]:
+    _remove([saved for saved in saved_states(folder) if saved.name > final.name])
+    keep_newest(folder, keep)
+
+
+def keep_newest(folder: Path, n: int) -> None:
+    """Remove all but the newest `n` states, and what was half removed; where that fails, a warning."""
+    _remove(saved_states(folder)[n:])
+    remove_left_over(folder)
+
+
+def _remove(states: list[Path]) -> None:
+    for old in states:
         try:
             remove(set_aside(old))
         except OSError as error:
-            warnings.warn(f"state {old} could not be removed ({error}); it is tried again later", stacklevel=2)
+            warnings.warn(f"state {old} could not be removed ({error}); it is tried again later", stacklevel=3)
 
 
 def remove_left_over(folder: Path) -> None:
@@ -114,10 +125,11 @@ def latest_state(folder: Path) -> SavedState | None:
             meta = json.loads((saved / "state.json").read_text())
             if meta.pop("own_sha256") != json_sha256(meta):
                 raise ValueError("state.json changed")
-            damaged = [name for name in TENSOR_FILES if _flushed_hash(saved / name) != meta["sha256"][name]]
-            if damaged:
+            progress = Progress(**meta["progress"])
+            files = () if progress.finished else TENSOR_FILES
+            if damaged := [name for name in files if _flushed_hash(saved / name) != meta["sha256"][name]]:
                 raise ValueError(f"{', '.join(damaged)} changed")
-            return SavedState(saved, Progress(**meta["progress"]))
+            return SavedState(saved, progress)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             print(f"state {saved.name} is damaged ({error}); trying the one before.", file=sys.stderr)
     return None

@@ -41,7 +41,7 @@ sampling: {n_steps: 3}
 optim: {lr: 2.0e-3, warmup_steps: 2}
 training:
   {device: cpu, n_steps: 12, log_every: 1, validate_every: 6, save_every: 4, save_minutes: 0, timeout: 500,
-   trackers: []}
+   trackers: [], keep_last_state: true}
 """
 
 

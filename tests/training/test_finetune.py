@@ -152,7 +152,7 @@ def test_the_backbone_stays_bit_for_bit_and_the_rest_moves(method, checkpoint, s
 def test_what_does_not_train_has_no_gradient_and_no_moments(checkpoint, screen, tmp_path):
     from safetensors.torch import load_file
 
-    fit(tuned(screen, checkpoint, tmp_path / "run", "adapt.method=frozen"))
+    fit(tuned(screen, checkpoint, tmp_path / "run", "adapt.method=frozen", "training.keep_last_state=true"))
     [state] = (tmp_path / "run" / "states").iterdir()
     moments = {name.split(".", 1)[-1] for name in load_file(state / "optimizer.safetensors")}
     assert not any(name.startswith(BACKBONE) for name in moments)

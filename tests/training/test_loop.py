@@ -179,7 +179,12 @@ def test_saves_are_so_many_minutes_apart_and_at_the_end(screen, tmp_path, monkey
 def test_training_goes_on_while_a_save_is_written_and_the_bytes_are_those_of_a_save_that_waits(
     screen, tmp_path, monkeypatch
 ):
-    words = ("training.save_every=2", "training.save_minutes=0", "training.keep_states=3")
+    words = (
+        "training.save_every=2",
+        "training.save_minutes=0",
+        "training.keep_states=3",
+        "training.keep_last_state=true",
+    )
     save, write, agree = loop._Run._save, loop.save_state, loop._Run._agree
     with monkeypatch.context() as patch:
         patch.setattr(loop._Run, "_save", lambda run: (save(run), run._saved()))

@@ -55,7 +55,7 @@ def same_weights(a, b):
 
 
 def test_a_stopped_run_says_why_and_where_until_it_goes_on(tmp_path):
-    config = tiny_config(write_screen(tmp_path), tmp_path / "run")
+    config = tiny_config(write_screen(tmp_path), tmp_path / "run", "training.keep_last_state=true")
     fit(config, stop_at=2)
     marker = tmp_path / "run" / "stopped.json"
     assert json.loads(marker.read_text()) == {"stopped_by": "stop_at=2", "step": 2}
@@ -303,7 +303,7 @@ def test_the_settings_of_the_folder_are_a_recipe_that_goes_on(screen, straight, 
 def test_more_steps_are_those_of_a_run_that_had_them_from_the_start(screen, tmp_path, capsys, stop_at):
     """Wherever it was stopped: the first steps are as before, and the rate stays where it fell to."""
     run, once, words = tmp_path / "run", tmp_path / "once", ["training.n_steps=9", "optim.schedule_steps=6"]
-    fit(tiny_config(screen, run, "optim.warmup_steps=2"), stop_at=stop_at)
+    fit(tiny_config(screen, run, "optim.warmup_steps=2", "training.keep_last_state=true"), stop_at=stop_at)
     with pytest.raises(ValueError, match=r"with training\.n_steps=9 the learning rate would have been another") as no:
         fit(tiny_config(screen, run, "optim.warmup_steps=2", "training.n_steps=9"))
     assert words_to_go_on(no.value) == words[1]
@@ -324,3 +324,19 @@ def test_more_steps_are_those_of_a_run_that_had_them_from_the_start(screen, tmp_
 def test_a_rate_that_stays_at_zero_is_refused():
     with pytest.raises(ValueError, match=r"optim\.schedule_steps \(3\) under training\.n_steps \(6\) must come with"):
         tiny_config(Path("x"), Path("y"), "optim.schedule_steps=3", "optim.min_lr_ratio=0")
+
+
+def test_a_finished_run_keeps_its_model_and_no_state_that_could_go_on(tmp_path):
+    screen = write_screen(tmp_path)
+    first = fit(tiny_config(screen, tmp_path / "run", "training.save_every=2"))
+    (state,) = (tmp_path / "run" / "states").iterdir()
+    assert [path.name for path in state.iterdir()] == ["state.json"]
+    again = fit(tiny_config(screen, tmp_path / "run"))
+    assert (again.step, again.stopped_by) == (6, None)
+    for own, other in zip(first.model.denoiser.parameters(), again.model.denoiser.parameters(), strict=True):
+        assert torch.equal(own, other)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for words in (["training.n_steps=8"], ["training.n_steps=8", "optim.schedule_steps=6"]):
+        with pytest.raises(ValueError, match=r"kept no state.*keep_last_state.*--init-from"):
+            fit(tiny_config(screen, tmp_path / "run", *words))
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
