@@ -78,7 +78,8 @@ def draw_counts(
     value, of_one = estimate[several], np.broadcast_to(unit, estimate.shape)[several]
     whole = np.floor(np.expm1(value) / of_one + 1e-6)  # what is a whole count to float32 stays one
     low = np.log1p(whole * of_one)
-    below[several], part[several] = whole, (value - low) / (np.log1p((whole + 1) * of_one) - low)
+    gap = np.maximum(np.log1p((whole + 1) * of_one) - low, 1e-15)  # of very many counts the logarithms are the same
+    below[several], part[several] = whole, (value - low) / gap
     generator = numpy_generator(seed, "prediction counts", *key)
     if evenly:
         counts = below + _evenly(np.clip(part, 0, 1), one, generator)
@@ -153,9 +154,9 @@ def _poisson_quantile(part: np.ndarray, mean: np.ndarray) -> np.ndarray:
         count += part > upto
         chance *= few / c
         upto += chance
-    z, spread = ndtri(part), np.sqrt(mean)
+    z, spread = ndtri(part.clip(1e-16)), np.sqrt(mean)
     many = mean + spread * z + (z * z - 1) * (1 / 6 - z / (72 * np.maximum(spread, 1)))
-    return np.where(mean < FEW, count, np.ceil(many - 0.5))
+    return np.where(mean < FEW, count, np.ceil(many - 0.5).clip(0))
 
 
 def _rates(goal: np.ndarray, unit: np.ndarray, rising: np.ndarray) -> np.ndarray:

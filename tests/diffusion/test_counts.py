@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import sparse, stats
 
 from perturbdiff.data.batch import make_batch
@@ -186,6 +188,23 @@ def test_quantiles_are_those_of_poisson_counts():
     found = of_counts._poisson_quantile(np.broadcast_to(part, expected.shape), mean)
     assert (np.abs(found - expected) <= 1).all()
     assert (found != expected).mean() < 0.005
+    rare = np.array([0.0, 1e-15, 1e-9, 1e-6, 1 - 1e-6, 1 - 1e-9])
+    for of in mean:
+        found = of_counts._poisson_quantile(rare, of)
+        assert (found >= 0).all()
+        assert (found[-2:] <= stats.poisson.ppf(1 - 1e-12, of)).all()
+
+
+@given(st.integers(0, 2**31), st.integers(1, 70), st.sampled_from([200, 2000, 50_000]), st.floats(0, 60))
+@settings(deadline=None)
+def test_counts_are_finite_whole_and_not_negative(seed, n, depth, most):
+    rng = np.random.default_rng(seed)
+    estimate, control = rng.uniform(-1, most, (n, 30)), rng.uniform(0, 3, (n, 30))
+    phi = rng.choice([0, 1e-9, 0.3, 5, 1e6], 30)
+    counts = drawn(estimate, control, np.log1p(1e4 / rng.integers(depth // 2, depth, n)), phi, seed)
+    assert np.isfinite(counts).all()
+    assert (counts == np.rint(counts)).all()
+    assert (counts >= 0).all()
 
 
 def test_draws_of_a_gene_do_not_depend_on_which_others_respond():
