@@ -137,7 +137,8 @@ def _gamma_poisson(
     n, rising = estimate.shape[1], np.array([_rising(of) for of in overdispersion.tolist()]).reshape(-1, QUANTILES)
     order, within = uniform[:, 0], uniform[:, 1]
     rank = np.argsort(np.lexsort((order[:, 0], estimate)))
-    level = np.take_along_axis(rising, ((rank + within[:, 0]) * (QUANTILES / n)).astype(int), axis=1)
+    at = np.minimum((rank + within[:, 0]) * (QUANTILES / n), QUANTILES - 1).astype(int)
+    level = np.take_along_axis(rising, at, axis=1)
     mean = level * _rates(goal, unit, rising)[:, None] / unit
     counts = _poisson_quantile((np.argsort(order[:, 1:]) + within[:, 1:]) / n, mean[:, None])
     off = np.abs(np.log1p(counts * unit).mean(axis=2) - goal[:, None])
@@ -154,7 +155,7 @@ def _poisson_quantile(part: np.ndarray, mean: np.ndarray) -> np.ndarray:
         count += part > upto
         chance *= few / c
         upto += chance
-    z, spread = ndtri(part.clip(1e-16)), np.sqrt(mean)
+    z, spread = ndtri(part.clip(1e-16, 1 - 1e-16)), np.sqrt(mean)
     many = mean + spread * z + (z * z - 1) * (1 / 6 - z / (72 * np.maximum(spread, 1)))
     return np.where(mean < FEW, count, np.ceil(many - 0.5).clip(0))
 
