@@ -8,6 +8,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from perturbdiff.atlas.arrow import AtlasCells
-from perturbdiff.atlas.format import CHECKSUMS
+from perturbdiff.atlas.format import CHECKSUMS, ROW_GROUP
 from perturbdiff.atlas.store import Atlas
 from perturbdiff.config import Preprocessing
 from perturbdiff.data.expression import CellRows
@@ -28,6 +29,7 @@ RETRIES, LONGEST_WAIT = 10, 60.0  # waits of 1, 2, 4, ... s: five minutes withou
 PIECE = 16 << 20  # bytes after which failures are counted from 0 again
 SILENCE = 30.0  # seconds without a byte after which a connection counts as broken
 PASSING = (408, 429, 500, 502, 503, 504)  # HTTP statuses that may be others a minute later
+DECODED = 512 << 10  # bytes of a shard whose rows are decoded at a time, some MB that a core's cache holds
 CONTROL_BYTES = 2 << 30  # of control cells kept from shards that are not open
 
 
@@ -72,13 +74,18 @@ def prefetched(
             thread.shutdown(wait=True, cancel_futures=True)
 
 
-def read_shard(atlas: Atlas, i: int, closed: threading.Event | None = None) -> pa.Table:
+def read_shard(
+    atlas: Atlas, i: int, closed: threading.Event | None = None, stretches: np.ndarray | None = None
+) -> pa.Table:
     """Genes, values and library sizes of shard `i`, from the folder or, without a copy on disk, from the Hub.
 
     Parameters
     ----------
     closed
         Set by another thread to give up a download.
+    stretches
+        (n, 2) first row and end of each stretch of rows that is wanted, rising; all rows if None. Row groups without
+        any are not decoded, and the memory of other rows is not kept.
 
     Raises
     ------
@@ -87,21 +94,62 @@ def read_shard(atlas: Atlas, i: int, closed: threading.Event | None = None) -> p
     ConnectionError
         The server could not be reached for minutes, or refuses the shard; names it.
     """
-    file = atlas.info.shards[i].file
+    file, n_cells = atlas.info.shards[i].file, atlas.info.shards[i].n_cells
     if atlas.folder is not None:
-        source: object = atlas.check_shard(i)
+        source: Path | pa.Buffer = atlas.check_shard(i)
     else:
         content = _download(atlas.shard_url(i), atlas.shard_size(i), file, closed or threading.Event())
         atlas.check_shard_bytes(i, hashlib.sha256(content).hexdigest())
-        source = pa.BufferReader(pa.py_buffer(content))
-    columns = ["genes", atlas.info.value_column, "library_size"]
+        source = pa.py_buffer(content)
+    schema = pa.schema([atlas.info.schema.field(name) for name in ("library_size", "genes", atlas.info.value_column)])
+    rows_at_once = min(max(DECODED * n_cells // atlas.shard_size(i), 1), ROW_GROUP)
+    wanted = np.array([[0, n_cells]]) if stretches is None else stretches
     try:
-        table = pq.read_table(source, columns=columns, use_threads=False)
+        with pq.ParquetFile(source) as parquet:
+            footer, columns = parquet.metadata, parquet.schema_arrow.remove_metadata()
+        if pa.schema([field for field in columns if field.name in schema.names]) != schema:
+            raise ValueError(f"shard {file} of {atlas.name} has other columns than atlas.json says; get it again.")
+        if footer.num_rows != n_cells:
+            raise ValueError(
+                f"shard {file} of {atlas.name} has {footer.num_rows:,} cells, not {n_cells:,} as atlas.json says; get "
+                "it again."
+            )
+        pieces, first = [], 0
+        for group in range(footer.num_row_groups):
+            pieces += _decoded(source, footer, group, schema.names, rows_at_once, wanted - first)
+            first += footer.row_group(group).num_rows
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"shard {file} of {atlas.name} is not readable Parquet ({error}); get it again.") from error
-    if table.schema.remove_metadata() != pa.schema([atlas.info.schema.field(name) for name in columns]):
-        raise ValueError(f"shard {file} of {atlas.name} has other columns than atlas.json says; get it again.")
-    return table
+    return pa.Table.from_batches(pieces, schema)
+
+
+def _decoded(
+    source: Path | pa.Buffer,
+    footer: pq.FileMetaData,
+    group: int,
+    columns: Sequence[str],
+    rows_at_once: int,
+    stretches: np.ndarray,
+) -> list[pa.RecordBatch]:
+    # The wanted rows of a row group; `stretches` count from its first row.
+    n_rows, found, first = footer.row_group(group).num_rows, [], 0
+    stretches = np.clip(stretches, 0, n_rows)
+    stretches = stretches[stretches[:, 1] > stretches[:, 0]]
+    if not len(stretches):
+        return []
+    # Rows that are few decode into memory that was just used. Whole row groups, and pq.read_table all the more, take
+    # fresh pages from the system, which costs more than decoding.
+    with pq.ParquetFile(source, metadata=footer) as parquet:
+        for rows in parquet.iter_batches(rows_at_once, row_groups=[group], columns=columns, use_threads=False):
+            here = np.clip(stretches - first, 0, len(rows))
+            for start, end in here[here[:, 1] > here[:, 0]].tolist():
+                # take() copies, so that the other rows can go
+                whole = end - start == len(rows)
+                found.append(rows if whole else rows.take(pa.array(np.arange(start, end))))
+            first += len(rows)
+            if first >= stretches[-1, 1]:
+                break
+    return found
 
 
 class StreamedCells:
@@ -164,12 +212,12 @@ class StreamedCells:
         atlas, i = self._shards[shard]
         return atlas.shard_cells(self._table(shard), i, self._preprocessing)
 
-    def _table(self, shard: int) -> pa.Table:
+    def _table(self, shard: int, stretches: np.ndarray | None = None) -> pa.Table:
         if self._gone is not None:  # minutes were waited already; not again for each shard
             raise self._gone
         atlas, i = self._shards[shard]
         try:
-            return read_shard(atlas, i, self._closed)
+            return read_shard(atlas, i, self._closed, stretches)
         except ConnectionError as error:
             self._gone = error
             raise
@@ -178,10 +226,7 @@ class StreamedCells:
         if shard not in self._kept:
             inside = np.clip(self._controls, self.borders[shard], self._ends[shard])
             stretches = inside[inside[:, 1] > inside[:, 0]]
-            table = self._table(shard)
-            parts = [table.slice(a - self.borders[shard], b - a) for a, b in stretches.tolist()]
-            # take() copies, so that the rest of the shard can go
-            table = pa.concat_tables(parts).take(pa.array(np.arange(sum(len(part) for part in parts))))
+            table = self._table(shard, stretches - self.borders[shard])
             atlas, i = self._shards[shard]
             self._kept[shard] = (atlas.shard_cells(table, i, self._preprocessing), stretches, table.nbytes)
             while len(self._kept) > 1 and sum(size for _, _, size in self._kept.values()) > CONTROL_BYTES:
