@@ -83,6 +83,8 @@ class DataConfig:
     atlases: list[AtlasConfig] = field(default_factory=list)  # with one gene space, mixed by weight
     streamed: bool = False  # atlases: read whole shards as they come instead of a memory-mapped cache on disk
     n_streams: Optional[int] = bounded(None, least=1)  # shards open at once over all processes; null: one a process
+    # Of a process, for shards; no number depends on them. null: its share of the machine's cores, at most 4.
+    decoding_threads: Optional[int] = bounded(None, least=1)
     perturbation_col: str = "perturbation"  # obs columns
     cell_type_col: Optional[str] = "cell_type"  # null: all cells are of one type, called "all"
     batch_col: Optional[str] = "batch"  # null: all cells are of one batch, called "all"

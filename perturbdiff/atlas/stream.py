@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 import threading
 from collections import OrderedDict, deque
@@ -30,7 +31,13 @@ PIECE = 16 << 20  # bytes after which failures are counted from 0 again
 SILENCE = 30.0  # seconds without a byte after which a connection counts as broken
 PASSING = (408, 429, 500, 502, 503, 504)  # HTTP statuses that may be others a minute later
 DECODED = 512 << 10  # bytes of a shard whose rows are decoded at a time, some MB that a core's cache holds
+MOST_DECODERS = 4  # threads that decode a shard where nothing is said
 CONTROL_BYTES = 2 << 30  # of control cells kept from shards that are not open
+
+
+def own_cores(most: int) -> int:
+    """Cores of this machine for each of the processes of a launch that it runs, at least 1 and at most so many."""
+    return min(max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1), most)
 
 
 def prefetched(
@@ -75,7 +82,11 @@ def prefetched(
 
 
 def read_shard(
-    atlas: Atlas, i: int, closed: threading.Event | None = None, stretches: np.ndarray | None = None
+    atlas: Atlas,
+    i: int,
+    closed: threading.Event | None = None,
+    stretches: np.ndarray | None = None,
+    decoders: ThreadPoolExecutor | None = None,
 ) -> pa.Table:
     """Genes, values and library sizes of shard `i`, from the folder or, without a copy on disk, from the Hub.
 
@@ -86,6 +97,8 @@ def read_shard(
     stretches
         (n, 2) first row and end of each stretch of rows that is wanted, rising; all rows if None. Row groups without
         any are not decoded, and the memory of other rows is not kept.
+    decoders
+        Threads that decode row groups side by side; this thread alone if None. The table is the same.
 
     Raises
     ------
@@ -114,10 +127,15 @@ def read_shard(
                 f"shard {file} of {atlas.name} has {footer.num_rows:,} cells, not {n_cells:,} as atlas.json says; get "
                 "it again."
             )
-        pieces, first = [], 0
-        for group in range(footer.num_row_groups):
-            pieces += _decoded(source, footer, group, schema.names, rows_at_once, wanted - first)
-            first += footer.row_group(group).num_rows
+        n_rows = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
+        firsts = np.cumsum([0, *n_rows]).tolist()
+
+        def decoded(group: int) -> list[pa.RecordBatch]:
+            here = wanted - firsts[group]
+            return _decoded(source, footer, group, schema.names, rows_at_once, here)
+
+        in_groups = (decoders.map if decoders else map)(decoded, range(len(n_rows)))
+        pieces = [piece for group in in_groups for piece in group]
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"shard {file} of {atlas.name} is not readable Parquet ({error}); get it again.") from error
     return pa.Table.from_batches(pieces, schema)
@@ -132,42 +150,59 @@ def _decoded(
     stretches: np.ndarray,
 ) -> list[pa.RecordBatch]:
     # The wanted rows of a row group; `stretches` count from its first row.
-    n_rows, found, first = footer.row_group(group).num_rows, [], 0
-    stretches = np.clip(stretches, 0, n_rows)
-    stretches = stretches[stretches[:, 1] > stretches[:, 0]]
+    stretches = _inside(stretches, 0, footer.row_group(group).num_rows)
     if not len(stretches):
         return []
+    found, first = [], 0
     # Rows that are few decode into memory that was just used. Whole row groups, and pq.read_table all the more, take
     # fresh pages from the system, which costs more than decoding.
     with pq.ParquetFile(source, metadata=footer) as parquet:
         for rows in parquet.iter_batches(rows_at_once, row_groups=[group], columns=columns, use_threads=False):
-            here = np.clip(stretches - first, 0, len(rows))
-            for start, end in here[here[:, 1] > here[:, 0]].tolist():
-                # take() copies, so that the other rows can go
-                whole = end - start == len(rows)
-                found.append(rows if whole else rows.take(pa.array(np.arange(start, end))))
+            here = _inside(stretches - first, 0, len(rows))
+            whole = len(here) == 1 and here[0, 1] - here[0, 0] == len(rows)
+            found += [rows] if whole else _copied(rows, here)
             first += len(rows)
             if first >= stretches[-1, 1]:
                 break
     return found
 
 
+def _inside(stretches: np.ndarray, first: int, end: int) -> np.ndarray:
+    """The parts of stretches of rows that lie from `first` to `end`; empty ones are left out."""
+    parts = np.clip(stretches, first, end)
+    return parts[parts[:, 1] > parts[:, 0]]
+
+
+def _copied(rows: pa.RecordBatch, stretches: np.ndarray) -> list[pa.RecordBatch]:
+    # take() copies, so that the other rows can go
+    return [rows.take(pa.array(np.arange(start, end))) for start, end in stretches.tolist()]
+
+
 class StreamedCells:
     """Cells of atlases whose shards are opened and dropped as training goes on; rows count over all atlases.
 
     Rows of open shards can be taken, and control cells of any: those of a shard that is not open are copied out of it
-    and kept while there is room.
+    and kept while there is room. Once some were, those of each shard that is dropped are kept too, as far as they need
+    no other's room, for it would be read again for them.
     """
 
-    def __init__(self, atlases: Sequence[Atlas], preprocessing: Preprocessing, controls: np.ndarray) -> None:
-        """`controls` (n, 2): first row and end of each stretch of control cells."""
+    def __init__(
+        self,
+        atlases: Sequence[Atlas],
+        preprocessing: Preprocessing,
+        controls: np.ndarray,
+        n_threads: int | None = None,
+    ) -> None:
+        """`controls` (n, 2): first row and end of each stretch of control cells. Threads as data.decoding_threads."""
         self._atlases, self._preprocessing, self._controls = atlases, preprocessing, controls
         self._shards = [(atlas, i) for atlas in atlases for i in range(len(atlas.info.shards))]
         ends = np.cumsum([0, *(atlas.info.shards[i].n_cells for atlas, i in self._shards)])
         self.borders, self._ends = ends[:-1], ends[1:]
-        self._open: dict[int, Future[AtlasCells]] = {}
+        self._open: dict[int, Future[tuple[AtlasCells, pa.Table]]] = {}
         self._kept: OrderedDict[int, tuple[AtlasCells, np.ndarray, int]] = OrderedDict()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="shard")
+        n_threads = n_threads or own_cores(MOST_DECODERS)
+        self._decoders = ThreadPoolExecutor(n_threads, thread_name_prefix="decode") if n_threads > 1 else None
         self._closed = threading.Event()
         self._gone: ConnectionError | None = None
 
@@ -183,7 +218,7 @@ class StreamedCells:
         """Begin to read these shards, in this order, and drop all others."""
         wanted = set(shards)
         for shard in [shard for shard in self._open if shard not in wanted]:
-            self._open.pop(shard).cancel()
+            self._drop(shard)
         for shard in shards:
             if shard not in self._open:
                 self._open[shard] = self._reader.submit(self._read, shard)
@@ -192,6 +227,8 @@ class StreamedCells:
         """Give up reading, also where a download waits to try again; nothing can be taken any more."""
         self._closed.set()
         self._reader.shutdown(wait=False, cancel_futures=True)
+        if self._decoders is not None:
+            self._decoders.shutdown(wait=False, cancel_futures=True)
 
     def take(self, rows: np.ndarray) -> CellRows:
         """As `Cells.take`."""
@@ -203,32 +240,51 @@ class StreamedCells:
         for stretch in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(shard)) + 1):
             of = int(shard[stretch[0]])
             if of in self._open:
-                taken.append(self._open[of].result().take(rows[stretch] - self.borders[of]))
+                taken.append(self._open[of].result()[0].take(rows[stretch] - self.borders[of]))
             else:
                 taken.append(self._take_controls(of, rows[stretch]))
         return CellRows.concat(taken)
 
-    def _read(self, shard: int) -> AtlasCells:
+    def _read(self, shard: int) -> tuple[AtlasCells, pa.Table]:
+        table = self._table(shard)
+        return self._cells(shard, table), table
+
+    def _cells(self, shard: int, table: pa.Table) -> AtlasCells:
         atlas, i = self._shards[shard]
-        return atlas.shard_cells(self._table(shard), i, self._preprocessing)
+        return atlas.shard_cells(table, i, self._preprocessing)
+
+    def _drop(self, shard: int) -> None:
+        reading = self._open.pop(shard)
+        if reading.cancel() or not reading.done() or reading.exception() is not None:
+            return
+        stretches = self._controls_of(shard)
+        if not self._kept or shard in self._kept or not len(stretches):
+            return
+        table, within = reading.result()[1], stretches - self.borders[shard]
+        room = CONTROL_BYTES - sum(size for _, _, size in self._kept.values())
+        if sum(table.slice(first, end - first).nbytes for first, end in within.tolist()) > room:
+            return
+        copies, first = [], 0
+        for batch in table.to_batches():
+            copies += _copied(batch, _inside(within - first, 0, len(batch)))
+            first += len(batch)
+        self._keep(shard, pa.Table.from_batches(copies), stretches)
+        self._kept.move_to_end(shard, last=False)  # nobody asked for them yet
 
     def _table(self, shard: int, stretches: np.ndarray | None = None) -> pa.Table:
         if self._gone is not None:  # minutes were waited already; not again for each shard
             raise self._gone
         atlas, i = self._shards[shard]
         try:
-            return read_shard(atlas, i, self._closed, stretches)
+            return read_shard(atlas, i, self._closed, stretches, self._decoders)
         except ConnectionError as error:
             self._gone = error
             raise
 
     def _take_controls(self, shard: int, rows: np.ndarray) -> CellRows:
         if shard not in self._kept:
-            inside = np.clip(self._controls, self.borders[shard], self._ends[shard])
-            stretches = inside[inside[:, 1] > inside[:, 0]]
-            table = self._table(shard, stretches - self.borders[shard])
-            atlas, i = self._shards[shard]
-            self._kept[shard] = (atlas.shard_cells(table, i, self._preprocessing), stretches, table.nbytes)
+            stretches = self._controls_of(shard)
+            self._keep(shard, self._table(shard, stretches - self.borders[shard]), stretches)
             while len(self._kept) > 1 and sum(size for _, _, size in self._kept.values()) > CONTROL_BYTES:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(shard)
@@ -238,6 +294,12 @@ class StreamedCells:
         if (at < 0).any() or (rows >= stretches[at, 1]).any():
             raise ValueError(f"a cell of shard {shard} was asked for that is not open; this is a bug, report it.")
         return cells.take(rows - stretches[at, 0] + (np.cumsum(lengths) - lengths)[at])
+
+    def _controls_of(self, shard: int) -> np.ndarray:
+        return _inside(self._controls, int(self.borders[shard]), int(self._ends[shard]))
+
+    def _keep(self, shard: int, table: pa.Table, stretches: np.ndarray) -> None:
+        self._kept[shard] = (self._cells(shard, table), stretches, table.nbytes)
 
 
 def _download(url: str, size: int, file: str, closed: threading.Event) -> bytearray:

@@ -251,7 +251,8 @@ class TrainingSet:
         if config.data.streamed:
             _refuse_choosing_genes(len(atlases[0].genes), config)
             controls = _spans(index.select(index.is_control))
-            cells = StreamedCells(atlases, preprocessing, controls), StreamedCells(atlases, preprocessing, controls)
+            streams = (atlases, preprocessing, controls, config.data.decoding_threads)
+            cells = StreamedCells(*streams), StreamedCells(*streams)
         else:
             taken, said = _cached_cells(atlases, preprocessing, train, config.data.n_hvg, kept, measured)
             cells, note = (taken, taken), note + said

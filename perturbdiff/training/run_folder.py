@@ -32,6 +32,7 @@ STOPPED, DATA, LOCK = "stopped.json", "data.json", "run.lock"
 # Settings that may change between a run and its resumption: they move no number, or only its last digits.
 FREE_ON_RESUME = {
     "out",
+    "data.decoding_threads",
     "data.prefetch",
     "data.atlases.expected",
     "training.accumulation_steps",
