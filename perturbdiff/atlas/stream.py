@@ -137,7 +137,9 @@ def read_shard(
         in_groups = (decoders.map if decoders else map)(decoded, range(len(n_rows)))
         pieces = [piece for group in in_groups for piece in group]
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"shard {file} of {atlas.name} is not readable Parquet ({error}); get it again.") from error
+        raise ValueError(
+            f"shard {file} of {atlas.name} is not readable Parquet ({short(error)}); get it again."
+        ) from error
     return pa.Table.from_batches(pieces, schema)
 
 
@@ -195,6 +197,10 @@ class StreamedCells:
     ) -> None:
         """`controls` (n, 2): first row and end of each stretch of control cells. Threads as data.decoding_threads."""
         self._atlases, self._preprocessing, self._controls = atlases, preprocessing, controls
+        if "ARROW_DEFAULT_MEMORY_POOL" not in os.environ:
+            # Arrow's own pool gives what a shard took back to the system and takes it anew, zeroed, for the next one:
+            # a fifth of the time.
+            pa.set_memory_pool(pa.system_memory_pool())
         self._shards = [(atlas, i) for atlas in atlases for i in range(len(atlas.info.shards))]
         ends = np.cumsum([0, *(atlas.info.shards[i].n_cells for atlas, i in self._shards)])
         self.borders, self._ends = ends[:-1], ends[1:]

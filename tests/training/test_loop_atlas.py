@@ -94,6 +94,15 @@ def test_batches_made_ahead_change_nothing(atlas, tmp_path, ahead):
     assert losses(tmp_path / "other") == losses(tmp_path / "two")
 
 
+def test_threads_that_decode_change_nothing_also_where_a_run_goes_on_with_others(atlas, tmp_path):
+    words = ["data.n_hvg=null", "training.n_steps=13"]  # into the second epoch
+    run_of(tmp_path / "one", on(atlas, **STREAMED, decoding_threads=1), *words)
+    run_of(tmp_path / "three", on(atlas, **STREAMED, decoding_threads=3), *words, stop_at=5)
+    run_of(tmp_path / "three", on(atlas, **STREAMED, decoding_threads=1), *words, stop_at=9)
+    run_of(tmp_path / "three", on(atlas, **STREAMED, decoding_threads=3), *words)
+    assert losses(tmp_path / "three") == losses(tmp_path / "one")
+
+
 def test_a_run_does_not_go_on_with_an_atlas_that_changed(screen, atlas, tmp_path):
     shutil.copytree(atlas, tmp_path / "atlas")
     run_of(tmp_path / "run", on(tmp_path / "atlas"), "data.n_hvg=null", stop_at=2)
