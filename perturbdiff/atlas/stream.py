@@ -161,23 +161,19 @@ def _decoded(
     with pq.ParquetFile(source, metadata=footer) as parquet:
         for rows in parquet.iter_batches(rows_at_once, row_groups=[group], columns=columns, use_threads=False):
             here = _inside(stretches - first, 0, len(rows))
-            whole = len(here) == 1 and here[0, 1] - here[0, 0] == len(rows)
-            found += [rows] if whole else _copied(rows, here)
+            found += [rows.slice(start, end - start) for start, end in here.tolist()]
             first += len(rows)
             if first >= stretches[-1, 1]:
                 break
-    return found
+    if sum(map(len, found)) == first:
+        return found
+    return pa.Table.from_batches(found).combine_chunks().to_batches()  # a copy, so that the other rows can go
 
 
 def _inside(stretches: np.ndarray, first: int, end: int) -> np.ndarray:
     """The parts of stretches of rows that lie from `first` to `end`; empty ones are left out."""
     parts = np.clip(stretches, first, end)
     return parts[parts[:, 1] > parts[:, 0]]
-
-
-def _copied(rows: pa.RecordBatch, stretches: np.ndarray) -> list[pa.RecordBatch]:
-    # take() copies, so that the other rows can go
-    return [rows.take(pa.array(np.arange(start, end))) for start, end in stretches.tolist()]
 
 
 class StreamedCells:
@@ -267,15 +263,10 @@ class StreamedCells:
         if not self._kept or shard in self._kept or not len(stretches):
             return
         table, within = reading.result()[1], stretches - self.borders[shard]
-        room = CONTROL_BYTES - sum(size for _, _, size in self._kept.values())
-        if sum(table.slice(first, end - first).nbytes for first, end in within.tolist()) > room:
-            return
-        copies, first = [], 0
-        for batch in table.to_batches():
-            copies += _copied(batch, _inside(within - first, 0, len(batch)))
-            first += len(batch)
-        self._keep(shard, pa.Table.from_batches(copies), stretches)
-        self._kept.move_to_end(shard, last=False)  # nobody asked for them yet
+        controls = pa.concat_tables([table.slice(start, end - start) for start, end in within.tolist()])
+        if sum(size for _, _, size in self._kept.values()) + controls.nbytes <= CONTROL_BYTES:
+            self._keep(shard, controls.combine_chunks(), stretches)
+            self._kept.move_to_end(shard, last=False)  # nobody asked for them yet
 
     def _table(self, shard: int, stretches: np.ndarray | None = None) -> pa.Table:
         if self._gone is not None:  # minutes were waited already; not again for each shard

@@ -236,7 +236,7 @@ def _reading(atlas: Atlas, args: argparse.Namespace) -> tuple[dict[str, dict[str
         "the sampler alone": _of_sampler(training, config, args),
         "slices by datasets": _of_slices(datasets, atlas, args),
     }
-    config.data.streamed = True
+    config.data.streamed, config.data.decoding_threads = True, 1
     rates["streamed, a whole epoch"] = _of_stream(config, args)
     config.data.streamed = False
     config.data.atlases, config.data.screen = [], str(args.folder / "cells.h5ad")
