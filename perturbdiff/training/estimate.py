@@ -50,9 +50,9 @@ VALUE = 4  # bytes of a stored value with its gene, as an atlas has them
 # Elements of weights that ZeRO-3 keeps gathered at most: DeepSpeed's default (stage3_max_live_parameters).
 LIVE_WEIGHTS = 1_000_000_000
 # s of one core to read a cell, controls counted too, into a sparse batch, and for each of its stored values: 460,000
-# cells of 1,010 values a second, and 2,000,000 of 160; streamed, 40,000 of 1,010, nearly all of it decoding
+# cells of 1,010 values a second, and 2,000,000 of 160; streamed, 80,000 of 1,010, half of it decoding
 # (scripts/bench/loader.py). One thread of a process makes its batches.
-READ_CELL, READ_VALUE, DECODED_VALUE = 0.185e-6, 1.97e-9, 24.75e-9
+READ_CELL, READ_VALUE, DECODED_VALUE = 0.185e-6, 1.97e-9, 12.38e-9
 # Of each weight, AdamW reads weight, gradient and two moments and writes three; clipping reads the gradient, and reads
 # and writes it; the average reads two and writes one. Each is float32.
 ADAMW, CLIPPING, AVERAGING = 7 * FLOAT32, 3 * FLOAT32, 3 * FLOAT32

@@ -391,8 +391,8 @@ def test_a_large_model_does_not_fit_whole_and_fits_in_shares():
 
 def test_data_that_cannot_keep_up_set_the_speed():
     slow = estimate(recipe("data.streamed=true"), Cluster(8, "b200", cores_per_gpu=0.005))
-    # 40,000 cells of 1,010 values a core and second, here of 60; saves take a little
-    assert math.isclose(slow.cells_per_s, 8 * 0.005 * 40_000 * (1010 / 60) / 2, rel_tol=1e-3)
+    # 80,000 cells of 1,010 values a core and second, here of 60; saves take a little
+    assert math.isclose(slow.cells_per_s, 8 * 0.005 * 80_000 * (1010 / 60) / 2, rel_tol=1e-3)
     assert slow.limit == "data"
     assert any(re.search("limit: data, .*GPUs wait 9.% of the time; data.streamed=false", n) for n in slow.notes)
 
