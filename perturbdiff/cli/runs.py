@@ -253,13 +253,14 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _screen_info(arguments: argparse.Namespace) -> None:
+    from perturbdiff.data.conditions import control_note
     from perturbdiff.data.screen import Screen
     from perturbdiff.files import hanging
 
     config = _config(arguments, arguments.file, [], out="unused")
     screen = Screen.read(arguments.file, config.data)
     print(screen.summary())
-    if note := screen.panel_note():
+    for note in filter(None, (screen.panel_note(), control_note(screen))):
         print(hanging(f"note        {note}", 12))
     print(f"train with  {screen.train_command()}")
 
@@ -319,8 +320,9 @@ def _print_run(run: Run) -> None:
     print(f"\nmodel       {run.folder / 'model'} (step {run.step})\nwritten:")
     print("\n".join(f"  {path}" for path in run.written))
     if perturbations := run.model.vocabularies.trained:
+        of = perturbations[0] if run.scores is None else run.scores.conditions["perturbation"].iloc[0]
         words = ["perturbdiff", "predict", str(run.folder / "model"), "--controls", "CONTROLS.h5ad"]
-        words += ["--perturbation", perturbations[0], "--out", "predicted.h5ad"]
+        words += ["--perturbation", str(of), "--out", "predicted.h5ad"]
         print(f"next        {printable(shlex.join(words))}")
 
 

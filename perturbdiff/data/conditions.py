@@ -238,6 +238,21 @@ def resolve_control_match(index: ConditionIndex, preprocessing: Literal["auto", 
     return "cell_type" if len(perturbed_batches) and not np.isin(perturbed_batches, control_batches).any() else "batch"
 
 
+def control_note(screen: Screen) -> str:
+    """What a screen's own controls leave open: conditions without any, batches without both; may be nothing."""
+    index = ConditionIndex.build(screen, np.ones(len(screen), dtype=bool))
+    match = resolve_control_match(index, screen.config.control_match)
+    if not index.is_control.any() or index.is_control.all():
+        return ""
+    try:
+        match_controls(index, match)
+    except ValueError as error:
+        return str(error)
+    if match != screen.config.control_match and match == "cell_type":
+        return "No batch holds both controls and perturbed cells: controls are those of the cell type, of any batch."
+    return ""
+
+
 def match_controls(index: ConditionIndex, by: ControlMatch, needed: np.ndarray | None = None) -> ControlPools:
     """Find the controls of each perturbed condition: those of its source, cell type and batch, or of any batch.
 
@@ -265,9 +280,10 @@ def match_controls(index: ConditionIndex, by: ControlMatch, needed: np.ndarray |
             if by_cell_type[condition] in by_cell_type[controls]
             else "Add control cells of it, or drop these cells."
         )
+        others = f", nor have {lacking.size - 1:,} other conditions" if lacking.size > 1 else ""
         raise ValueError(
             f"condition (perturbation {perturbation!r}, cell type {name!r}, batch {batch_name!r}; "
-            f"{index.n_cells[condition]} cells) has no control cells of {where}. {remedy}"
+            f"{index.n_cells[condition]} cells) has no control cells of {where}{others}. {remedy}"
         )
     of[~found | index.is_control] = -1
     return ControlPools(of, groups)

@@ -80,19 +80,22 @@ def score_held_out(config: Config, screen: Screen) -> Scored:
     return Scored(scores, [*(out / name for name in names), *scores.save(out), *_report(out)])
 
 
-def _refuse_trained(model: PerturbDiff, screen: Screen, split: Split) -> None:
-    # Of another run: what it holds out may be what this model was trained on. On another screen nothing is.
-    if model.split is None:
+def refuse_trained(name: str, trained_by: dict[str, Any] | None, screen: Screen, split: Split) -> None:
+    """A split may hold out what a model was trained on by another one, `trained_by`: a ValueError then.
+
+    On another screen, or of a model that keeps no split, nobody can tell.
+    """
+    if trained_by is None:
         return
     try:
-        own = split_of(model.split, screen, f"split.json of {model.name}")
+        own = split_of(trained_by, screen, f"split.json of {name}")
     except ValueError:
         return
     held_out = split.test | split.validation
     if (trained := held_out & own.train & ~screen.is_control).any():
         raise ValueError(
-            f"{model.name} was trained on {trained.sum():,} of the {held_out.sum():,} cells that the split holds out: "
-            "scores and coverage would be of known answers. Give the split.json of its own run."
+            f"{name} was trained on {trained.sum():,} of the {held_out.sum():,} cells that the split holds out: "
+            "scores and coverage would be of known answers. Give the split.json of its own run (--split)."
         )
 
 
@@ -187,7 +190,7 @@ def evaluate_model(
         if model.split is None:
             raise ValueError(f"no split.json travels with {model.name}; give the one of its run folder (--split).")
         chosen = split_of(model.split, measured, f"split.json of {model.name}")
-    _refuse_trained(model, measured, chosen)
+    refuse_trained(model.name, model.split, measured, chosen)
     match = model.training.control_match or match
     seed = (model.training.settings.get("training") or {}).get("seed", 0)
     predicted = predict_held_out(model, measured, chosen, match, seed if isinstance(seed, int) else 0)
@@ -270,7 +273,7 @@ def calibrate_model(
     model = PerturbDiff.from_pretrained(folder)
     measured, match, chosen = read_measured(screen, split, _read_as(model), overrides, settings)
     assert chosen is not None, "there is a split"
-    _refuse_trained(model, measured, chosen)
+    refuse_trained(model.name, model.split, measured, chosen)
     match = model.training.control_match or match
     calibrate(model, measured, _untrained(measured, chosen), match, n_populations, seed=seed)
     _cover_test(model, measured, chosen, match, n_populations, seed)

@@ -367,7 +367,10 @@ def _in_common_genes(groups: Mapping[str, AnnData]) -> tuple[list[str], dict[str
             raise ValueError(f"genes of the {name} cells are named twice; var_names_make_unique() renames them.")
         X[name] = as_csr(cells.X)[:, columns]
         if check_values(X[name], list(common)) and X[name].nnz:
-            raise ValueError(f"X of the {name} cells holds raw counts; figures are of log1p values (sc.pp.log1p).")
+            raise ValueError(
+                f"X of the {name} cells holds raw counts; figures are of log1p values at the depth of predicted cells "
+                "(sc.pp.normalize_total(adata, target_sum=1e4), or the model's own, then sc.pp.log1p)."
+            )
     return list(common), X
 
 

@@ -314,5 +314,5 @@ def _table(
         }
     )
     table = table.sort_values(["score", "perturbation"], ascending=[False, True], ignore_index=True)
-    table.insert(0, "rank", np.arange(1, len(table) + 1))
+    table.insert(0, "rank", table["score"].rank(method="min", ascending=False).astype(int))  # the same where it is
     return table

@@ -184,9 +184,10 @@ def choose(
     out = Path(config.out)
     if saved_states(out / "states"):
         if not (out / CHOICE).is_file():
+            why = f"has lost its {CHOICE}" if (out / CANDIDATES).is_dir() else "holds a run whose recipe was given"
             raise ValueError(
-                f"run folder {out} holds a run whose recipe was given; give it again (--recipe {out / 'config.yaml'}) "
-                "to go on, or choose another --out."
+                f"run folder {out} {why}; give its settings (--recipe {out / 'config.yaml'}) to go on, or choose "
+                "another --out."
             )
         return Choice(**json.loads((out / CHOICE).read_text()))
     check_resumable(out, config)

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from anndata import AnnData
 from perturbdiff.config import Config, find_recipe, load_config, sections
 from perturbdiff.data.screen import IN_MEMORY, Screen
 from perturbdiff.data.simulate import SimulationConfig, simulate
-from perturbdiff.evaluation.held_out import score_held_out
+from perturbdiff.evaluation.held_out import refuse_trained, score_held_out
 from perturbdiff.evaluation.scores import Scores
 from perturbdiff.model import PerturbDiff
 from perturbdiff.training import loop
@@ -22,7 +23,14 @@ from perturbdiff.training.choose import CHOICE, Made, as_read, choose
 from perturbdiff.training.dataset import TrainingSet
 from perturbdiff.training.loop import TrainingResult
 from perturbdiff.training.run_folder import stoppable, with_commits
-from perturbdiff.training.start import prepare, refuse_another, settings_at_start, settings_of, started_from
+from perturbdiff.training.start import (
+    checkpoint_metadata,
+    prepare,
+    refuse_another,
+    settings_at_start,
+    settings_of,
+    started_from,
+)
 from perturbdiff.training.state import saved_states
 
 HELD_OUT_OF_SIMULATION = ("batch=batch_1",)  # all conditions of a batch, from another
@@ -248,7 +256,7 @@ def _run(config: Config, origin: AnnData | Screen | None, score: bool) -> Run:
     if screen is None and (origin is not None or config.data.screen is not None):
         screen = Screen.read(origin if origin is not None else config.data.screen, config.data)
     score = score and screen is not None and bool(config.split.hold_out or config.split.file)
-    result = loop.fit(config, screen, check=_refuse_unpredictable if score else None)
+    result = loop.fit(config, screen, check=partial(_refuse_unscorable, config) if score else None)
     folder, written = result.folder, [result.folder / "model"]
     if not score or screen is None or result.stopped_by is not None or os.environ.get("RANK", "0") != "0":
         return Run(result.model, folder, result.step, None, tuple(written), result.stopped_by)
@@ -275,7 +283,7 @@ def _chosen(config: Config, made: Made, adata: AnnData | None, score: bool, budg
             "across_patients or unseen_perturbations, by what is held out (with an atlas and "
             "diffusion.start=controls), or another of `perturbdiff recipes`."
         )
-    check = _refuse_unpredictable if score else None
+    check = partial(_refuse_unscorable, config) if score else None
     with stoppable(Path(config.out)):
         screen = Screen.read(adata if adata is not None else config.data.screen, config.data)
         print(f"screen      {screen.path}: {len(screen):,} cells; choosing a recipe", flush=True)
@@ -314,8 +322,13 @@ def _given(
     return given
 
 
-def _refuse_unpredictable(data: TrainingSet) -> None:
-    # Before the training, not after it: labels alone say nothing of a perturbation that no trained cell received.
+def _refuse_unscorable(config: Config, data: TrainingSet) -> None:
+    # Before the training, not after it. A run that goes on needs its checkpoint no more.
+    if config.adapt.init_from is not None and not saved_states(Path(config.out) / "states"):
+        base, _, checkpoint = checkpoint_metadata(config.adapt.init_from)
+        assert isinstance(data.origin, Screen), "scores are of a screen"
+        refuse_trained(base.name, checkpoint.split, data.origin, data.split)
+    # Labels alone say nothing of a perturbation that no trained cell received.
     held_out = set(data.origin.obs["perturbation"][data.split.test & ~data.origin.is_control])
     for perturbation in sorted(held_out):
         try:

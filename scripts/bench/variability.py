@@ -155,6 +155,8 @@ def names(model: PerturbDiff) -> Any:
 
 def real(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     screen = anndata.read_h5ad(options.screen)
+    with_controls = screen.obs["batch"][(screen.obs["perturbation"] == "control").to_numpy()].unique()
+    screen = screen[screen.obs["batch"].isin(with_controls).to_numpy()].copy()
     batches = sorted(set(screen.obs["batch"].astype(str)))
     is_control = (screen.obs["perturbation"] == "control").to_numpy()
     found: dict[str, list[float]] = {}

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perturbdiff.data.conditions import ConditionIndex, Groups, match_controls, resolve_control_match
+from perturbdiff.data.conditions import ConditionIndex, Groups, control_note, match_controls, resolve_control_match
 from perturbdiff.data.samplers import draw_controls
 from tests.screens import counts_screen, read, screen_with_cells
 
@@ -329,6 +329,20 @@ def test_a_condition_without_controls_in_its_batch_is_named_with_the_setting_tha
     with pytest.raises(ValueError, match=re.escape(expected)):
         match_controls(index_of(PARTLY), "batch")
     match_controls(index_of(PARTLY), "cell_type")  # what the message advises works
+
+
+def test_what_controls_leave_open_is_noted():
+    def note(*found, **settings):
+        return control_note(read(screen_with_cells(found), **settings))
+
+    both = [("control", "T", "b1", 4), ("A", "T", "b1", 3)]
+    assert note(*both) == ""
+    lacking = note(*both, ("A", "B", "b1", 5), ("C", "B", "b1", 2))
+    assert "has no control cells of cell type 'B' and batch 'b1', nor have 1 other conditions." in lacking
+    apart = [("control", "T", "b1", 4), ("A", "T", "b2", 3)]
+    assert note(*apart).startswith("No batch holds both controls and perturbed cells")
+    assert note(*apart, control_match="cell_type") == ""
+    assert note(("control", "T", "b1", 4)) == ""
 
 
 @pytest.mark.parametrize("by", ["batch", "cell_type"])

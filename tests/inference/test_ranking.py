@@ -13,6 +13,7 @@ from perturbdiff.config import DataConfig, ObsColumns, find_recipe, load_config
 from perturbdiff.data.screen import Screen, control_cells
 from perturbdiff.data.simulate import SimulationConfig, simulate
 from perturbdiff.hub.records import Calibration, Coverage, Width
+from perturbdiff.inference import ranking
 from perturbdiff.inference.intervals import population_summary
 from perturbdiff.inference.ranking import find_genes, rank_perturbations
 from perturbdiff.means.training import TrainingMeans
@@ -217,6 +218,15 @@ def test_one_population_says_nothing_of_uncertainty(model, controls, monkeypatch
     table = rank_perturbations(model, controls, up=UP, n_populations=1)
     assert table[["sd", "p_above"]].isna().all(axis=None)
     assert list(table["rank_low"]) == list(table["rank_high"]) == list(table["rank"])
+
+
+def test_perturbations_that_score_the_same_have_the_same_rank():
+    table = ranking._table(
+        ["b", "a", "c", "d"], np.array([[1.0], [1.0], [2.0], [0.0]]), np.full(4, np.nan), [False] * 4,
+        [{"verdict": ""}] * 4,
+    )  # fmt: skip
+    assert list(table["perturbation"]) == ["c", "a", "b", "d"]
+    assert list(table["rank"]) == [1, 2, 2, 4]
 
 
 def test_genes_are_found_by_name_or_ensembl_id(model):

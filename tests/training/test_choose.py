@@ -132,7 +132,7 @@ def test_other_settings_are_refused_by_name(run, screen, tmp_path):
 
 def test_a_run_whose_recipe_was_given_is_not_taken_for_one_that_chose(screen, tmp_path):
     train(screen, tmp_path / "run", hold_out=HELD_OUT, recipe="new_batch", overrides=TINY, score=False)
-    with pytest.raises(ValueError, match="whose recipe was given; give it again"):
+    with pytest.raises(ValueError, match="whose recipe was given; give its settings"):
         train(screen, tmp_path / "run", hold_out=HELD_OUT, overrides=TINY)
     assert not (tmp_path / "run" / CANDIDATES).exists()
 

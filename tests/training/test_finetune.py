@@ -24,7 +24,7 @@ from perturbdiff.training.start import prepare, settings_of
 from tests.localhub.client import led_to
 from tests.localhub.server import LocalHub, Repo
 from tests.screens import log1p_cp10k
-from tests.simulated import SIMULATION, TINY, tiny_config, write_screen
+from tests.simulated import DEFAULTS, SIMULATION, TINY, tiny_config, write_screen
 
 pytestmark = pytest.mark.slow
 
@@ -396,3 +396,15 @@ def test_a_run_goes_on_from_the_checkpoint_of_its_start_after_another_push(check
         ):
             go_on(screen, "lab/base@main", run)
     assert json.loads((run / "model" / "training.json").read_text())["init_from"]["revision"] == first
+
+
+def test_scores_of_what_the_checkpoint_was_trained_on_are_refused(tmp_path):
+    screen, words = write_screen(tmp_path), [*RUN, "training.n_steps=2"]
+    own = fit(tiny_config(screen, tmp_path / "run", "training.n_steps=2")).folder  # pert_0:type_0 is held out
+    known = {"init_from": own / "model", "recipe": DEFAULTS, "overrides": words}
+    with pytest.raises(ValueError, match=r"was trained on 40 of the 60 cells that the split holds out"):
+        perturbdiff.finetune(screen, out=tmp_path / "tuned", hold_out="pert_1:type_1", **known)
+    assert not (tmp_path / "tuned").exists()
+    perturbdiff.finetune(screen, out=tmp_path / "unscored", hold_out="pert_1:type_1", score=False, **known)
+    scored = perturbdiff.finetune(screen, out=tmp_path / "tuned", hold_out="pert_0:type_0", **known)
+    assert scored.scores is not None
