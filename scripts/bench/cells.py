@@ -75,7 +75,7 @@ def shape(run: Path) -> pd.DataFrame:
         against = Measured(measured, control)
         # One half is moved and compared with the other: a cell must not be beside itself.
         moved = shift_cells(half, X.mean(axis=0) - half.mean(axis=0))
-        named = {"run": run.name, "condition": ":".join(condition)}
+        named = {"run": str(run), "condition": ":".join(condition)}
         for method, made, truth in (
             ("PerturbDiff", X, measured),
             ("controls at its mean", shift_cells(control, X.mean(axis=0) - control.mean(axis=0)), measured),
