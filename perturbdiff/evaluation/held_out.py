@@ -80,8 +80,8 @@ def score_held_out(config: Config, screen: Screen) -> Scored:
     return Scored(scores, [*(out / name for name in names), *scores.save(out), *_report(out)])
 
 
-def refuse_trained(name: str, trained_by: dict[str, Any] | None, screen: Screen, split: Split) -> None:
-    """A split may hold out what a model was trained on by another one, `trained_by`: a ValueError then.
+def refuse_trained(name: str, trained_by: dict[str, Any] | None, screen: Screen, held_out: np.ndarray) -> None:
+    """Cells `held_out` may be what a model was trained on by another split, `trained_by`: a ValueError then.
 
     On another screen, or of a model that keeps no split, nobody can tell.
     """
@@ -91,7 +91,6 @@ def refuse_trained(name: str, trained_by: dict[str, Any] | None, screen: Screen,
         own = split_of(trained_by, screen, f"split.json of {name}")
     except ValueError:
         return
-    held_out = split.test | split.validation
     if (trained := held_out & own.train & ~screen.is_control).any():
         raise ValueError(
             f"{name} was trained on {trained.sum():,} of the {held_out.sum():,} cells that the split holds out: "
@@ -190,7 +189,7 @@ def evaluate_model(
         if model.split is None:
             raise ValueError(f"no split.json travels with {model.name}; give the one of its run folder (--split).")
         chosen = split_of(model.split, measured, f"split.json of {model.name}")
-    refuse_trained(model.name, model.split, measured, chosen)
+    refuse_trained(model.name, model.split, measured, chosen.test | chosen.validation)
     match = model.training.control_match or match
     seed = (model.training.settings.get("training") or {}).get("seed", 0)
     predicted = predict_held_out(model, measured, chosen, match, seed if isinstance(seed, int) else 0)
@@ -273,7 +272,7 @@ def calibrate_model(
     model = PerturbDiff.from_pretrained(folder)
     measured, match, chosen = read_measured(screen, split, _read_as(model), overrides, settings)
     assert chosen is not None, "there is a split"
-    refuse_trained(model.name, model.split, measured, chosen)
+    refuse_trained(model.name, model.split, measured, chosen.test | chosen.validation)
     match = model.training.control_match or match
     calibrate(model, measured, _untrained(measured, chosen), match, n_populations, seed=seed)
     _cover_test(model, measured, chosen, match, n_populations, seed)

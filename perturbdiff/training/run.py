@@ -327,7 +327,7 @@ def _refuse_unscorable(config: Config, data: TrainingSet) -> None:
     if config.adapt.init_from is not None and not saved_states(Path(config.out) / "states"):
         base, _, checkpoint = checkpoint_metadata(config.adapt.init_from)
         assert isinstance(data.origin, Screen), "scores are of a screen"
-        refuse_trained(base.name, checkpoint.split, data.origin, data.split)
+        refuse_trained(base.name, checkpoint.split, data.origin, data.split.test)
     # Labels alone say nothing of a perturbation that no trained cell received.
     held_out = set(data.origin.obs["perturbation"][data.split.test & ~data.origin.is_control])
     for perturbation in sorted(held_out):

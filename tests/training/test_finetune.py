@@ -402,7 +402,7 @@ def test_scores_of_what_the_checkpoint_was_trained_on_are_refused(tmp_path):
     screen, words = write_screen(tmp_path), [*RUN, "training.n_steps=2"]
     own = fit(tiny_config(screen, tmp_path / "run", "training.n_steps=2")).folder  # pert_0:type_0 is held out
     known = {"init_from": own / "model", "recipe": DEFAULTS, "overrides": words}
-    with pytest.raises(ValueError, match=r"was trained on 40 of the 60 cells that the split holds out"):
+    with pytest.raises(ValueError, match=r"was trained on 40 of the 40 cells that the split holds out"):
         perturbdiff.finetune(screen, out=tmp_path / "tuned", hold_out="pert_1:type_1", **known)
     assert not (tmp_path / "tuned").exists()
     perturbdiff.finetune(screen, out=tmp_path / "unscored", hold_out="pert_1:type_1", score=False, **known)
