@@ -58,7 +58,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     folded: dict[str, str] = {}
     for candidate in known:
         folded.setdefault(candidate.casefold(), candidate)
-    close = [folded[c] for c in difflib.get_close_matches(name.casefold(), folded, n=5, cutoff=0.5)]
+    key = name.casefold()
+    close = [folded[c] for c in ([key] if key in folded else difflib.get_close_matches(key, folded, n=5, cutoff=0.5))]
     if close:
         return f"did you mean {', '.join(close)}? ({len(known)} known)"
     return f"known: {', '.join(sorted(known)[:5]) or 'none'}{', ...' if len(known) > 5 else ''} ({len(known)})"

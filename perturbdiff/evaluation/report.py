@@ -244,7 +244,7 @@ def _write_report(run: Path, out: Path, screen: str | Path | None, figures: str 
         section("Conditions, worst first", _worst(results)) if results.worst_first() else "",
         section("Predicted beside measured", pictures) if pictures else "",
         section("Data and split", _data(results, cells)),
-        section("Left out", bullets(_left_out(results, cells, notes)) or "<p>Nothing.</p>\n"),
+        section("Notes", bullets(_left_out(results, cells, notes)) or "<p>None.</p>\n"),
         section("Training", curves) if curves else "",
         section("Calibration", _calibration(results)),
         section("Provenance", _provenance(results)),

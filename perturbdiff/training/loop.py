@@ -130,6 +130,10 @@ def fit(
         if check is not None:
             check(start.data)
         if saved is not None and saved.progress.finished:
+            if not (out / "model").is_dir():
+                raise FileNotFoundError(
+                    f"training in {out} is done and its model is gone; put it back, or train anew in another --out."
+                )
             result = TrainingResult(PerturbDiff.from_pretrained(out / "model"), out, saved.progress.step, None)
             if main:
                 with alone_in(out):

@@ -127,7 +127,7 @@ def test_sections_come_in_order_with_one_title(page, trained):
     page = page.read_text(encoding="utf-8")
     parsed = Parsed(page)
     assert headings(page) == [
-        "Verdict", "Scores", "Conditions, worst first", "Predicted beside measured", "Data and split", "Left out",
+        "Verdict", "Scores", "Conditions, worst first", "Predicted beside measured", "Data and split", "Notes",
         "Training", "Calibration", "Provenance",
     ]  # fmt: skip
     assert len(parsed.all("h1")) == len(parsed.all("title")) == len(parsed.all("main")) == 1

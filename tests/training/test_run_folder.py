@@ -335,6 +335,10 @@ def test_a_finished_run_keeps_its_model_and_no_state_that_could_go_on(tmp_path):
     assert (again.step, again.stopped_by) == (6, None)
     for own, other in zip(first.model.denoiser.parameters(), again.model.denoiser.parameters(), strict=True):
         assert torch.equal(own, other)
+    (tmp_path / "run" / "model").rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="is done and its model is gone; put it back"):
+        fit(tiny_config(screen, tmp_path / "run"))
+    (tmp_path / "elsewhere").rename(tmp_path / "run" / "model")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     for words in (["training.n_steps=8"], ["training.n_steps=8", "optim.schedule_steps=6"]):
         with pytest.raises(ValueError, match=r"kept no state.*keep_last_state.*--init-from"):
