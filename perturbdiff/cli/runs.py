@@ -354,7 +354,9 @@ def _scores(arguments: argparse.Namespace) -> Scores:
     if split is None and all((Path(given) / name).is_file() for name in RUN_FILES):
         return evaluate_run(given, screen, field=arguments.field, overrides=words)
     if screen is None:
-        raise ValueError("--screen is missing: the measured cells and their controls.")
+        run = Path(given).parent
+        own = f"; scores of its run: perturbdiff evaluate {run}" if (run / "predicted.h5ad").is_file() else ""
+        raise ValueError(f"--screen is missing: the measured cells and their controls{own}.")
     if is_file:
         return evaluate(given, screen, split, field=arguments.field, overrides=words)
     return evaluate_model(given, screen, split, field=arguments.field, overrides=words)

@@ -129,12 +129,14 @@ class Choice:
             lines += [
                 f"choosing    on training conditions of a new {self.left_out}, left out {how_often},",
                 "            by energy_distance over that of no change and its error, plus 1 - pearson;",
-                "            another candidate than the usual one must be better each time",
+                "            another candidate than the usual (u) must be better each time; * is chosen",
                 f"     sum  energy  pearson  candidate{of_one}",
             ]
             for row in sorted(self.scores, key=lambda row: float(row["sum"])):
                 words = " ".join(word.partition(".")[2] for word in row["words"])
-                columns = f"{row['sum']:8.3f}{row['energy_distance']:8.3f}{row['pearson_delta']:9.3f}"
+                chosen = (row["recipe"], row["words"]) == (self.recipe, self.words)
+                mark = ("u" if row["candidate"] == self.scores[0]["candidate"] else " ") + ("*" if chosen else " ")
+                columns = f"{mark}{row['sum']:6.3f}{row['energy_distance']:8.3f}{row['pearson_delta']:9.3f}"
                 lines.append(f"{columns}  {words if of_one else row['recipe'] + ' ' + words}")
         else:
             lines.append("choosing    by what is new alone: no training condition can be left out to be as new")

@@ -21,7 +21,7 @@ from perturbdiff.config import load_config
 from perturbdiff.data.simulate import simulate
 from perturbdiff.means.newness import New
 from perturbdiff.model import PerturbDiff
-from perturbdiff.training.choose import CANDIDATES, CHOICE, SCORED, candidates
+from perturbdiff.training.choose import CANDIDATES, CHOICE, SCORED, Choice, candidates
 from perturbdiff.training.loop import fit
 from perturbdiff.training.run import finetune, train
 from tests.processes import PATIENCE
@@ -265,3 +265,13 @@ def test_a_checkpoint_that_tuning_spoils_is_not_tuned(screen, tmp_path):
     assert kept.scores is not None
     for name, weights in kept.model.denoiser.state_dict().items():
         assert torch.equal(weights, run.model.denoiser.state_dict()[name])
+
+
+def test_the_table_marks_what_is_usual_and_what_was_chosen():
+    def row(candidate, total, *words):
+        numbers = {"sum": total, "sums": [total], "energy_distance": 0.5, "pearson_delta": 0.9}
+        return {"candidate": candidate, "recipe": "new_batch", "words": list(words), **numbers}
+
+    scores = [row(0, 0.3, "training.n_steps=9"), row(0, 0.4), row(1, 0.2, "diffusion.start=mean")]
+    choice = Choice("new_batch", ["training.n_steps=9"], {"batch": 1}, "batch", scores, 1.0)
+    assert [line[:8] for line in choice.text().splitlines()[5:8]] == ["   0.200", "u* 0.300", "u  0.400"]
