@@ -96,6 +96,14 @@ def test_the_loader_benchmark_builds_and_reads_in_every_way_and_runs_again_on_wh
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
+def test_whole_commands_are_timed():
+    report = run("commands", "--parts", "start")
+    assert set(report["start"]) == {"simulate", "--help", "hub info", "plan", "predict 100 cells"}
+    for found in report["start"].values():
+        assert found["cpu_s"] > 0
+        assert 0 < found["peak_gb"] < 4
+
+
 def test_the_scaling_benchmark_runs_one_and_two_processes_and_says_what_they_cost():
     model = ("--sets", 2, "--set-size", 16, "--genes", 200, "--width", 32, "--depth", 1)
     report = run("scaling", "--steps", 2, 6, "--repeats", 1, *model)

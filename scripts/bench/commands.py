@@ -1,11 +1,10 @@
 """CPU-seconds and peak memory of whole commands, from start to exit, on simulated screens.
 
-    python scripts/bench/commands.py            # start-up, a screen, many small conditions: ten minutes on a core
-    python scripts/bench/commands.py --large    # also 100,000 cells x 6,000 genes: a quarter of an hour, 8 GB
+    python scripts/bench/commands.py                       # start, screen, many: ten minutes on a core
+    python scripts/bench/commands.py --parts start,large   # large: 100,000 cells x 6,000 genes, a quarter of an hour
 
-Each command runs in a process of its own, of one thread, in a folder that is removed afterwards. Those of start-up are
-medians of three. `many conditions`: 1,000 perturbations of 20 cells in each of two batches, one of them held out.
-Prints JSON.
+Each command runs in a process of its own, of one thread, in a folder that is removed afterwards. Those of `start` are
+medians of three. `many`: 1,000 perturbations of 20 cells in each of two batches, one of them held out. Prints JSON.
 """
 
 from __future__ import annotations
@@ -21,12 +20,13 @@ from pathlib import Path
 
 RUN = Path(sys.prefix) / "bin" / "perturbdiff"
 ONE_STEP = ("--recipe", "new_batch", "--hold-out", "batch=batch_1", "training.n_steps=1")
-STARTING = {
+START = {
+    "simulate": ("simulate", "start.h5ad"),
     "--help": ("--help",),
     "hub info": ("hub", "info", "simulated-screen"),
     "plan": ("plan", "tahoe100m", "--gpus", "64", "--gpu", "h100"),
     "predict 100 cells": (
-        "predict", "simulated-screen", "--controls", "screen.h5ad", "--perturbation", "pert_0", "--cell-type", "type_0",
+        "predict", "simulated-screen", "--controls", "start.h5ad", "--perturbation", "pert_0", "--cell-type", "type_0",
         "--n-cells", "100", "--out", "hundred.h5ad", "--overwrite",
     ),
 }  # fmt: skip
@@ -72,19 +72,26 @@ LARGE = {
 }  # fmt: skip
 
 
+PARTS = {"start": START, "screen": SCREEN, "many": MANY, "large": LARGE}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--large", action="store_true")
+    parser.add_argument("--parts", metavar="A,B", default="start,screen,many", help="(default: %(default)s)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        found = {"a screen": {name: _measured(words, folder) for name, words in SCREEN.items()}}
-        found["start"] = {
-            name: _median([_measured(words, folder) for _ in range(3)]) for name, words in STARTING.items()
+        found = {
+            part: {
+                name: _median(
+                    [
+                        _measured(words, Path(temporary))
+                        for _ in range(3 if part == "start" and name != "simulate" else 1)
+                    ]
+                )
+                for name, words in PARTS[part].items()
+            }
+            for part in args.parts.split(",")
         }
-        found["many conditions"] = {name: _measured(words, folder) for name, words in MANY.items()}
-        if args.large:
-            found["100,000 cells x 6,000 genes"] = {name: _measured(words, folder) for name, words in LARGE.items()}
     print(json.dumps(found, indent=1))
 
 
