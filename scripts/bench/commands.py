@@ -54,7 +54,7 @@ MANY = {
         "evaluate", "many/model", "--screen", "many.h5ad", "--split", "many/split.json", "--out", "scores",
     ),
     "rank": (
-        "screen", "rank", "many/model", "--controls", "many.h5ad", "--up", "gene_1,gene_2", "--out", "ranking.csv",
+        "screen", "rank", "many/model", "--controls", "many.h5ad", "--up", "gene_100,gene_101", "--out", "ranking.csv",
     ),
 }  # fmt: skip
 LARGE = {
