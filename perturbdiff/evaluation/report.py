@@ -244,7 +244,7 @@ def _write_report(run: Path, out: Path, screen: str | Path | None, figures: str 
         section("Conditions, worst first", _worst(results)) if results.worst_first() else "",
         section("Predicted beside measured", pictures) if pictures else "",
         section("Data and split", _data(results, cells)),
-        section("Notes", bullets(_left_out(results, cells, notes)) or "<p>None.</p>\n"),
+        section("Notes", bullets(_all_notes(results, cells, notes)) or "<p>None.</p>\n"),
         section("Training", curves) if curves else "",
         section("Calibration", _calibration(results)),
         section("Provenance", _provenance(results)),
@@ -518,7 +518,7 @@ def _words(match: object) -> str | None:
     return {"batch": "cell type and batch", "cell_type": "cell type"}.get(str(match))
 
 
-def _left_out(results: Results, cells: Cells | None, notes: list[str]) -> list[str]:
+def _all_notes(results: Results, cells: Cells | None, notes: list[str]) -> list[str]:
     summary, lines = results.summary, [str(note) for note in results.summary.get("notes") or ()]
     n_left_out, n_genes, kept = (summary.get(name) for name in ("n_left_out", "n_genes", "kept_response"))
     if n_left_out and n_genes and not any("genes" in line for line in lines):

@@ -50,11 +50,13 @@ from perturbdiff.training.signals import SIGNALS, StopRequest
 from perturbdiff.training.speed import Pace, Trace
 from perturbdiff.training.start import Start, prepare, write_adaptation
 from perturbdiff.training.state import (
+    TENSOR_FILES,
     Progress,
     SavedState,
     keep_newest,
     latest_state,
     open_state,
+    remove_left_over,
     save_state,
     saved_states,
 )
@@ -138,6 +140,7 @@ def fit(
             if main:
                 with alone_in(out):
                     keep_newest(out / "states", 1)  # a kill may have left others
+                    remove_left_over(out / "states")
                 print(f"{start.data.summary()}\ntraining    is done, since step {result.step:,}", flush=True)
         else:
             with alone_in(out) if main else nullcontext() as lock:
@@ -437,15 +440,11 @@ class _Run:
             trained = {} if finished else full_weights(self.module, main)
             moments = {} if finished else full_moments(self.module, self.optimizer, main)
             if main:
-                tensors = {
-                    "denoiser.safetensors": trained,
-                    "ema.safetensors": {name: on_host(weight) for name, weight in averaged.items()},
-                    "optimizer.safetensors": moments,
-                    "best.safetensors": {name: weight.cpu() for name, weight in (self.best or {}).items()},
-                }
-                weights = tensors["best.safetensors"] or tensors["ema.safetensors"]
-                if finished:
-                    tensors = {}
+                ema = {name: on_host(weight) for name, weight in averaged.items()}
+                best = {name: weight.cpu() for name, weight in (self.best or {}).items()}
+                weights = best or ema
+                files = trained, ema, moments, best
+                tensors = {} if finished else dict(zip(TENSOR_FILES, files, strict=True))
                 model = self._model(weights, torch.device("cpu"))
                 self.writing = self.writer.submit(self._write, deepcopy(done), tensors, model, weights)
 

@@ -94,9 +94,8 @@ def save_state(folder: Path, progress: Progress, tensors: Mapping[str, Mapping[s
 
 
 def keep_newest(folder: Path, n: int) -> None:
-    """Remove all but the newest `n` states, and what was half removed; where that fails, a warning."""
+    """Remove all but the newest `n` states; where that fails, a warning."""
     _remove(saved_states(folder)[n:])
-    remove_left_over(folder)
 
 
 def _remove(states: list[Path]) -> None:
