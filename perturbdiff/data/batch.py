@@ -39,7 +39,10 @@ class SparseCells:
     library_size: Tensor
 
     def to(self, device: torch.device | str) -> SparseCells:
-        return SparseCells(*(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__))
+        parts = [getattr(self, name) for name in self.__dataclass_fields__]
+        if torch.device(device).type == "cuda":  # from other memory, a copy is slow and the host waits for it
+            parts = [part.pin_memory() for part in parts]
+        return SparseCells(*(part.to(device, non_blocking=True) for part in parts))
 
     def dense(self, n_sets: int, set_size: int, n_genes: int, preprocessing: Preprocessing) -> Tensor:
         """(B, S, G) float32 in model units, log1p(count * target_sum / library_size) / scale; empty positions are 0."""

@@ -26,7 +26,7 @@ class Draws:
     noise
         (B, S, G) standard normal.
     self_cond
-        (B,) True where a set sees its own first estimate.
+        (n,) numbers of the sets that see their own first estimate.
     labels
         Conditions after dropout.
     rounding
@@ -43,33 +43,38 @@ class Draws:
 def training_draws(batch: CellSetBatch, config: DiffusionConfig, seed: int, with_features: bool = False) -> Draws:
     """Draws keyed by (seed, epoch, set number): the same after a resume and on any number of processes.
 
-    `with_features` also draws the sets whose perturbations are known by their features alone.
+    `with_features` also draws the sets whose perturbations are known by their features alone. All but the noise is
+    drawn on the host, which needs not wait for a device to know how many sets are chosen.
     """
     n_sets, set_size = batch.mask.shape
     device = batch.mask.device
-    t = torch.empty(n_sets, dtype=torch.int64, device=device)
-    uniform = torch.empty(n_sets, 5, device=device)
+    t, uniform = torch.empty(n_sets, dtype=torch.int64), torch.empty(n_sets, 5)
     noise = torch.empty(n_sets, set_size, batch.n_genes, device=device)
     for b, key in enumerate(batch.keys):
-        generator = torch_generator(device, seed, "training draws", *key)
+        generator = torch_generator("cpu", seed, "training draws", *key)
         torch.randint(config.n_timesteps, (), generator=generator, out=t[b])
         torch.rand(5, generator=generator, out=uniform[b])
+        if device.type != "cpu":
+            generator = torch_generator(device, seed, "training draws", *key)
         torch.randn(set_size, batch.n_genes, generator=generator, out=noise[b])
     p_context, p_perturbation = config.p_drop_label, config.p_drop_perturbation
     p_drop = [p_context if p_perturbation is None else p_perturbation, p_context, p_context]
-    hide_perturbation, hide_cell_type, hide_batch = (uniform[:, :3] < torch.tensor(p_drop, device=device)).unbind(1)
+    p_chosen = torch.tensor([*p_drop, config.p_drop_cond, config.p_self_cond])
+    chosen = uniform < p_chosen
+    hide_perturbation, hide_cell_type, hide_batch, hide = chosen[:, :4].to(device).unbind(1)
     labels = replace(
         batch.labels,
         perturbation=batch.labels.perturbation.masked_fill(hide_perturbation[:, None], NULL),
         cell_type=batch.labels.cell_type.masked_fill(hide_cell_type, NULL),
         batch=batch.labels.batch.masked_fill(hide_batch, NULL),
-        hidden=uniform[:, 3] < config.p_drop_cond,
+        hidden=hide,
     )
     if with_features:  # draws of their own, under the key they always had, so that no number moves
         labels = replace(
             labels, features_only=_keyed(torch.rand, batch, (), seed, "unlabelled") < config.p_features_only
         )
-    return Draws(t, noise, uniform[:, 4] < config.p_self_cond, labels, _rounding(batch, config, seed))
+    self_cond = chosen[:, 4].nonzero()[:, 0]
+    return Draws(t.to(device), noise, self_cond.to(device), labels, _rounding(batch, config, seed))
 
 
 def validation_draws(batch: CellSetBatch, config: DiffusionConfig, seed: int, n_t: int = 8) -> Draws:
@@ -78,8 +83,7 @@ def validation_draws(batch: CellSetBatch, config: DiffusionConfig, seed: int, n_
     grid = [int((k + 0.5) / n_t * config.n_timesteps) for k in range(n_t)]
     t = torch.tensor([grid[number % n_t] for _, number in batch.keys], dtype=torch.int64, device=device)
     noise = _keyed(torch.randn, batch, (batch.mask.shape[1], batch.n_genes), seed, "validation noise")
-    never = torch.zeros(len(t), dtype=torch.bool, device=device)
-    return Draws(t, noise, never, shown(batch.labels, config), _rounding(batch, config, seed))
+    return Draws(t, noise, t[:0], shown(batch.labels, config), _rounding(batch, config, seed))
 
 
 def shown(labels: Labels, config: DiffusionConfig) -> Labels:

@@ -45,7 +45,7 @@ class DiffusionLoss:
         # Self-conditioning (Chen et al. 2023): a first estimate, without gradient, for the sets that drew it.
         self_cond = torch.zeros_like(x0)
         chosen = draws.self_cond
-        if self.config.p_self_cond > 0 and (self.in_step or chosen.any()):
+        if self.config.p_self_cond > 0 and (self.in_step or len(chosen)):
             mask = batch.mask[chosen]
             with torch.no_grad():
                 estimate = denoiser(

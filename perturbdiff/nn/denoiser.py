@@ -6,7 +6,8 @@ Two streams run side by side: the noisy perturbed cells `h` and their controls `
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,10 @@ from perturbdiff.nn.conditioning import (
     VocabSizes,
 )
 from perturbdiff.nn.layers import MLP, Attention, Modulation, TimeEmbedding, modulate, norm
+
+# Of a block: with gradient for two sizes of parts of a batch, and without for none, one or several sets; the first
+# block, those between and the last are of their own each.
+GRAPHS = 16
 
 
 class PairedAttention(nn.Module):
@@ -201,6 +206,26 @@ class Denoiser(nn.Module):
         if self.config.conditioning != "reference":
             raise ValueError("a covariate embedding was given; only denoiser.conditioning=reference takes one.")
         return cast(ReferenceConditioning, self.conditioning).from_covariates(cond)
+
+
+def compile_blocks(denoiser: Denoiser, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Compile each block twice: with gradient for as many sets as it is given, and without for any number of them.
+
+    A first estimate is made of other numbers of sets in each step. Left to find that out, torch would compile for the
+    first ones it sees, so that a resumed run had other code than one that was not stopped, and give up after some.
+    """
+    torch._dynamo.config.recompile_limit = GRAPHS
+    for block in denoiser.blocks:
+        block.forward = _Compiled(block.forward, backend)
+
+
+class _Compiled:
+    def __init__(self, forward: Callable[..., Any], backend: str | Callable[..., Any]) -> None:
+        self.with_gradient = torch.compile(forward, backend=backend, dynamic=False)
+        self.without = torch.compile(forward, backend=backend, dynamic=True)
+
+    def __call__(self, *args: Any) -> Any:
+        return (self.with_gradient if torch.is_grad_enabled() else self.without)(*args)
 
 
 def build_denoiser(config: DenoiserConfig, n_genes: int, vocabularies: Vocabularies) -> Denoiser:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from copy import deepcopy
@@ -26,7 +26,7 @@ from perturbdiff.files import progress
 from perturbdiff.hub.model_folder import SPLIT, travelling_split
 from perturbdiff.lock import Lock
 from perturbdiff.model import PerturbDiff
-from perturbdiff.nn.denoiser import Denoiser, build_denoiser
+from perturbdiff.nn.denoiser import Denoiser, build_denoiser, compile_blocks
 from perturbdiff.nn.layers import shapes_only
 from perturbdiff.training.dataset import TrainingSet
 from perturbdiff.training.distributed import engine, idle_note, launch
@@ -175,8 +175,7 @@ class _Run:
             start.load(saved.tensors("denoiser.safetensors"))
         self.module.to(self.device)
         if config.training.compile:
-            for block in self.module.blocks:
-                block.compile()
+            compile_blocks(self.module)
         self.ema = EMA(self.module, config.optim.ema_decay, self.rank, self.world_size)
         # `denoiser` is what the engine made of `module`, whose parameters keep their names, but perhaps only a stretch.
         optimizer = make_optimizer(self.module, config.optim, start.new_parts, config.adapt.lr_ratio)
@@ -317,13 +316,13 @@ class _Run:
             group["lr"] = lr * group["lr_ratio"]
         (*firsts, last), n_cells = made or self._nothing()
         self.denoiser.train()
-        sums, bad = torch.zeros(3, device=self.device), list[str]()
+        sums, totals = torch.zeros(3, device=self.device), list[tuple[CellSetBatch, Tensor]]()
         for part in firsts:
             with self.accelerator.accumulate(self.denoiser):
-                self.accelerator.backward(self._loss(part, n_cells, sums, bad))
+                self.accelerator.backward(self._loss(part, n_cells, sums, totals))
         with self.accelerator.accumulate(self.denoiser):
-            loss = self._loss(last, n_cells, sums, bad)
-            means, signal_name, abandoned = self._agree(sums, bad, abandoned=made is None)
+            loss = self._loss(last, n_cells, sums, totals)
+            means, signal_name, abandoned = self._agree(sums, totals, abandoned=made is None)
             if abandoned:
                 return None, signal_name
             self.watchdog.doing(f"in the backward pass of step {done.step + 1}")
@@ -342,8 +341,10 @@ class _Run:
             self.ema.update(self.module)
         return {**means, "grad_norm": norm, "lr": lr, "steps": 1}, signal_name
 
-    def _loss(self, part: CellSetBatch, n_cells: int, sums: Tensor, bad: list[str]) -> Tensor:
-        """The loss to go back from; adds loss, MSE and MMD to `sums`, and sets whose loss is not finite to `bad`."""
+    def _loss(
+        self, part: CellSetBatch, n_cells: int, sums: Tensor, totals: list[tuple[CellSetBatch, Tensor]]
+    ) -> Tensor:
+        """The loss to go back from; adds loss, MSE and MMD to `sums`, and the losses of the sets to `totals`."""
         self.watchdog.doing(f"computing step {self.progress.step + 1}")
         with_features = bool(self.data.vocabularies.tables)
         draws = training_draws(part, self.config.diffusion, self.config.training.seed, with_features)
@@ -353,17 +354,16 @@ class _Run:
         scale = self.world_size * self.config.training.accumulation_steps / n_cells
         weight = part.mask.sum(1) * scale  # (B,)
         sums += torch.stack([(of_sets * weight).sum() for of_sets in (output.total, output.mse, output.mmd)]).detach()
-        labels = self.data.train.index.labels
-        bad += [
-            "perturbation {!r}, cell type {!r}, batch {!r}".format(*labels(part.conditions[b]))
-            for b in (~output.total.isfinite()).nonzero()[:, 0].tolist()
-        ]
+        totals.append((part, output.total.detach()))
         return (output.total * weight).sum()
 
-    def _agree(self, sums: Tensor, bad: list[str], abandoned: bool) -> tuple[dict[str, float], str | None, bool]:
+    def _agree(
+        self, sums: Tensor, totals: Sequence[tuple[CellSetBatch, Tensor]], abandoned: bool
+    ) -> tuple[dict[str, float], str | None, bool]:
         """What all processes must know before any takes the step: its means, a signal, whether one gave up waiting.
 
-        And whether it is time to save, or a save is written.
+        And whether it is time to save, or a save is written. Here the host waits for a device, once before the backward
+        pass; nothing else of the losses may be read there.
 
         Raises FloatingPointError everywhere if a loss is not finite anywhere.
         """
@@ -371,21 +371,29 @@ class _Run:
         self.watchdog.doing(WAITING)
         save_due = time.monotonic() - self.saving_since >= 60 * self.config.training.save_minutes
         written = self.writing is not None and self.writing.done()
-        own = torch.cat([sums, sums.new_tensor([self.pace.waited, bool(bad), abandoned, save_due, written, *signals])])
-        rows = self.accelerator.gather(own[None]).cpu()  # (N, 11), one a process
-        self.pace.add_wait(float(rows[:, 3].max()))
-        if rows[:, 4].any():
-            self._refuse_non_finite(bad, rows[:, 4].nonzero()[:, 0].tolist())
+        bad = ~torch.cat([of_sets for _, of_sets in totals]).isfinite().all()
+        of_host = sums.new_tensor([self.pace.waited, abandoned, save_due, written, *signals])
+        rows = self.accelerator.gather(torch.cat([sums, bad[None].to(sums), of_host])[None]).cpu()  # (N, 11)
+        self.pace.add_wait(float(rows[:, 4].max()))
+        if rows[:, 3].any():
+            self._refuse_non_finite(totals, rows[:, 3].nonzero()[:, 0].tolist())
         n_shares = self.world_size * self.config.training.accumulation_steps
         means = dict(zip(("loss", "mse", "mmd"), (rows[:, :3].sum(0) / n_shares).tolist(), strict=True))
         got = [name for name, by in zip(SIGNALS, rows[:, 8:].any(0).tolist(), strict=True) if by]
         self.save_due, self.written = bool(rows[0, 6]), bool(rows[0, 7])  # as the one says that writes
         return means, got[0] if got else None, bool(rows[:, 5].any())
 
-    def _refuse_non_finite(self, bad: list[str], ranks: list[int]) -> None:
+    def _refuse_non_finite(self, totals: Sequence[tuple[CellSetBatch, Tensor]], ranks: list[int]) -> None:
         where = f"at step {self.progress.step + 1} (rank {', '.join(map(str, ranks[:8]))})"
-        names = sorted(set(bad))
-        shown = f"for {'; '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if bad else "in conditions it names"
+        labels = self.data.train.index.labels
+        names = sorted(
+            {
+                "perturbation {!r}, cell type {!r}, batch {!r}".format(*labels(part.conditions[b]))
+                for part, of_sets in totals
+                for b in (~of_sets.isfinite()).nonzero()[:, 0].tolist()
+            }
+        )
+        shown = f"for {'; '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else "in conditions it names"
         raise FloatingPointError(
             f"the loss is not finite {where} {shown}; the last state is kept. Lower optim.lr or look at these cells."
         )

@@ -52,7 +52,7 @@ def published_case(numbers: dict[str, Tensor], case: str) -> tuple[PublishedDeno
     control = numbers["in.cont_emb"] * (0 if case.startswith("dropctrl") else 1)
     labels = numbered_labels(3)
     batch = batch_of(numbers["in.x_start"], control, labels)
-    self_cond = torch.full((3,), case.endswith("selfcond_on"))
+    self_cond = torch.arange(3 if case.endswith("selfcond_on") else 0)
     return denoiser, batch, Draws(numbers["in.t"], numbers["in.noise"].float(), self_cond, labels)
 
 
@@ -131,7 +131,7 @@ def fresh_case(n_sets: int = 4, sizes: list[int] | None = None, seed: int = 0) -
     mask = torch.arange(6)[None] < torch.tensor(sizes or [6] * n_sets)[:, None]
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed + 2))
     t = torch.arange(n_sets) * 200
-    return batch_of(x0, control, labels, mask), Draws(t, noise, torch.zeros(n_sets, dtype=torch.bool), labels)
+    return batch_of(x0, control, labels, mask), Draws(t, noise, torch.zeros(0, dtype=torch.int64), labels)
 
 
 def estimate_of(denoiser: Recorded, call: int) -> Tensor:
@@ -200,7 +200,9 @@ def test_only_chosen_sets_see_their_own_first_estimate():
     batch, draws = fresh_case(sizes=[6, 4, 6, 2])
     chosen = torch.tensor([True, False, False, True])
     denoiser = Recorded()
-    loss = DiffusionLoss(DiffusionConfig())(denoiser, batch, Draws(draws.t, draws.noise, chosen, draws.labels))
+    loss = DiffusionLoss(DiffusionConfig())(
+        denoiser, batch, Draws(draws.t, draws.noise, chosen.nonzero()[:, 0], draws.labels)
+    )
     loss.total.sum().backward()
     first, second = denoiser.calls
     assert not first["gradient"]
@@ -258,15 +260,16 @@ def test_estimates_at_padded_positions_do_not_reach_the_loss():
 
 def test_loss_of_a_set_does_not_depend_on_the_other_sets():
     batch, draws = fresh_case(sizes=[6, 4, 5, 2])
-    self_cond = torch.tensor([True, False, True, False])
-    loss = DiffusionLoss(DiffusionConfig())(Recorded(), batch, Draws(draws.t, draws.noise, self_cond, draws.labels))
+    chosen = torch.tensor([True, False, True, False])
+    drawn = Draws(draws.t, draws.noise, chosen.nonzero()[:, 0], draws.labels)
+    loss = DiffusionLoss(DiffusionConfig())(Recorded(), batch, drawn)
     x0, control = batch.dense()
     for b in range(4):
         one = slice(b, b + 1)
         alone = DiffusionLoss(DiffusionConfig())(
             Recorded(),
             batch_of(x0[one], control[one], batch.labels.select(one), batch.mask[one]),
-            Draws(draws.t[one], draws.noise[one], self_cond[one], draws.labels.select(one)),
+            Draws(draws.t[one], draws.noise[one], chosen[one].nonzero()[:, 0], draws.labels.select(one)),
         )
         torch.testing.assert_close(alone.total, loss.total[one])
 
@@ -311,7 +314,7 @@ def test_a_set_trains_a_denoiser_as_if_genes_that_it_did_not_measure_were_not_th
             Draws(
                 draws.t[only],
                 draws.noise[only][..., kept],
-                draws.self_cond[only],
+                torch.zeros(int(b in draws.self_cond), dtype=torch.int64),
                 draws.labels.select(only),
                 None if draws.rounding is None else draws.rounding[only][..., kept],
             ),

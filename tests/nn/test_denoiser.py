@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from perturbdiff.config import DenoiserConfig
 from perturbdiff.data.vocab import NULL, Labels
 from perturbdiff.nn.conditioning import VocabSizes
-from perturbdiff.nn.denoiser import Denoiser
+from perturbdiff.nn.denoiser import Denoiser, compile_blocks
 
 SIZES = VocabSizes(perturbations=5, cell_types=3, batches=4)
 N_GENES = 9
@@ -281,6 +281,28 @@ def test_bf16_autocast_is_close_to_float32():
         out = denoiser(**given, mask=MASK)
     error = (out.float() - expected).square().mean().sqrt() / expected.std()
     assert 0 < error < 0.03  # bf16 keeps 8 bits
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler warns of itself
+def test_compiled_blocks_hold_whatever_sets_they_are_given(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    graphs, denoiser, compiled = [], build_random(depth=4), build_random(depth=4)
+
+    def as_it_is(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compile_blocks(compiled, as_it_is)
+    for n_sets in [3, 1, 0, 2, 3]:  # of a first estimate
+        given = {name: of.select(slice(n_sets)) if name == "cond" else of[:n_sets] for name, of in inputs().items()}
+        with torch.no_grad():
+            assert_same(compiled(**given, mask=MASK[:n_sets]), denoiser(**given, mask=MASK[:n_sets]))
+        if n_sets > 1:  # parts of a batch are of two sizes at most
+            for made in (compiled, denoiser):
+                made(**given, mask=MASK[:n_sets]).square().sum().backward()
+            for name, p in compiled.named_parameters():
+                assert_same(p.grad, denoiser.get_parameter(name).grad)
+    assert graphs
 
 
 # Conditions.

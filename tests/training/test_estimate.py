@@ -103,7 +103,7 @@ def allocated_peak(config: Config, denoiser: Denoiser, batch: CellSetBatch, seed
         p.grad = torch.zeros_like(p)
     loss = DiffusionLoss(config.diffusion)
     draws = training_draws(batch, config.diffusion, seed)
-    all_see = replace(draws, self_cond=torch.ones_like(draws.self_cond))
+    all_see = replace(draws, self_cond=torch.arange(len(draws.t)))
     in_bf16 = config.training.mixed_precision == "bf16"
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler, GpuNorms():
         with torch.autocast("cpu", torch.bfloat16, in_bf16):
