@@ -264,7 +264,7 @@ class OptimConfig:
 class TrainingConfig:
     n_steps: int = bounded(300, least=0)  # 0: a checkpoint as it is, with the genes and labels of the data
     seed: int = bounded(0, least=0)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one, else cpu
     mixed_precision: Literal["no", "bf16"] = "no"  # bf16: autocast; weights, gradients and optimizer stay float32
     accumulation_steps: int = bounded(1, above=0)  # parts into which a process cuts its share of a step, to save memory
     compile: bool = False  # torch.compile of each block

@@ -50,7 +50,7 @@ class SparseCells:
         values = self.values.float()
         if preprocessing.target_sum is not None and preprocessing.input_kind == "counts":
             factor = torch.where(self.library_size > 0, preprocessing.target_sum / self.library_size, 0.0)
-            values = torch.log1p(values * factor.repeat_interleave(per_cell))
+            values = torch.log1p(values * factor.repeat_interleave(per_cell, output_size=len(values)))
         fill = self._filled_by_scipy if values.device.type == "cpu" else self._filled
         return fill(values / preprocessing.scale, n_sets * set_size, n_genes).view(n_sets, set_size, n_genes)
 
@@ -63,7 +63,8 @@ class SparseCells:
             size = self.library_size
             values = torch.where(size > 0, torch.log1p(preprocessing.target_sum / size.clamp_min(1e-30)), 0.0)
         else:
-            cell = torch.arange(len(self.position), device=self.position.device).repeat_interleave(self.indptr.diff())
+            cell = torch.arange(len(self.position), device=self.position.device)
+            cell = cell.repeat_interleave(self.indptr.diff(), output_size=len(self.values))
             stored = torch.where(self.values > 0, self.values.float(), torch.inf)
             values = torch.full((len(self.position),), torch.inf, device=self.position.device)
             values = values.scatter_reduce(0, cell, stored, "amin")
@@ -74,7 +75,7 @@ class SparseCells:
 
     def _filled(self, values: Tensor, n_positions: int, n_genes: int) -> Tensor:
         flat = torch.zeros(n_positions * n_genes, device=values.device)
-        start = (self.position * n_genes).repeat_interleave(self.indptr.diff())
+        start = (self.position * n_genes).repeat_interleave(self.indptr.diff(), output_size=len(values))
         flat[start + self.genes.long()] = values
         return flat
 

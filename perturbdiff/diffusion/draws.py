@@ -61,7 +61,7 @@ def training_draws(batch: CellSetBatch, config: DiffusionConfig, seed: int, with
     p_drop = [p_context if p_perturbation is None else p_perturbation, p_context, p_context]
     p_chosen = torch.tensor([*p_drop, config.p_drop_cond, config.p_self_cond])
     chosen = uniform < p_chosen
-    hide_perturbation, hide_cell_type, hide_batch, hide = chosen[:, :4].to(device).unbind(1)
+    hide_perturbation, hide_cell_type, hide_batch, hide = chosen[:, :4].to(device, non_blocking=True).unbind(1)
     labels = replace(
         batch.labels,
         perturbation=batch.labels.perturbation.masked_fill(hide_perturbation[:, None], NULL),
@@ -73,8 +73,8 @@ def training_draws(batch: CellSetBatch, config: DiffusionConfig, seed: int, with
         labels = replace(
             labels, features_only=_keyed(torch.rand, batch, (), seed, "unlabelled") < config.p_features_only
         )
-    self_cond = chosen[:, 4].nonzero()[:, 0]
-    return Draws(t.to(device), noise, self_cond.to(device), labels, _rounding(batch, config, seed))
+    t, self_cond = (of_host.to(device, non_blocking=True) for of_host in (t, chosen[:, 4].nonzero()[:, 0]))
+    return Draws(t, noise, self_cond, labels, _rounding(batch, config, seed))
 
 
 def validation_draws(batch: CellSetBatch, config: DiffusionConfig, seed: int, n_t: int = 8) -> Draws:

@@ -53,7 +53,7 @@ class Schedule:
         t
             (B,) integers in 0..T-1, one per set.
         """
-        alpha_bar = self.alphas_cumprod.to(t.device)[t]  # (B,)
+        alpha_bar = self.alphas_cumprod.to(t.device, non_blocking=True)[t]  # (B,)
         signal = alpha_bar.sqrt().float()[:, None, None]
         sigma = (1 - alpha_bar).sqrt().float()[:, None, None]
         return signal * x0 + sigma * noise

@@ -48,9 +48,8 @@ def launch(config: Config) -> Accelerator:
     training = config.training
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     _check_launcher(os.environ, config)
-    on_cpu = training.device == "cpu" or (
-        training.device == "auto" and not torch.cuda.is_available() and not torch.backends.mps.is_available()
-    )
+    # Never Apple's GPU, which Accelerate would take: it has no float64 and no uint16.
+    on_cpu = training.device == "cpu" or (training.device == "auto" and not torch.cuda.is_available())
     expected, meeting = int(os.environ.get("WORLD_SIZE", "1")), None
     if expected > 1 and {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         meeting = _compare_devices(expected, on_cpu, training)  # until Accelerate has met there too

@@ -48,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     repeats = parser.parse_args().repeats
-    expression = _random_cells(4096)
+    expression = random_cells(4096)
     report: dict[str, object] = {"threads": torch.get_num_threads(), "reference": REFERENCE}
     residual = reference_denoiser()
     residual.output, residual.conditioning = "control_residual", "labels"
@@ -67,7 +67,7 @@ def _measure(config: DenoiserConfig, expression: Expression, repeats: int) -> di
     steps = iter(range(10**6))
 
     def step() -> None:
-        batch = _batch(expression, next(steps))
+        batch = random_batch(expression, next(steps))
         output = loss(denoiser, batch, training_draws(batch, loss.config, seed=0))
         output.total.mean().backward()
         torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
@@ -75,7 +75,7 @@ def _measure(config: DenoiserConfig, expression: Expression, repeats: int) -> di
         optimizer.zero_grad()
         ema.update(denoiser)
 
-    one_set = _batch(expression, 0, n_sets=1)
+    one_set = random_batch(expression, 0, n_sets=1)
     control = one_set.dense()[1]
 
     def sampling(settings: SamplingConfig) -> Callable[[], object]:
@@ -106,19 +106,19 @@ def _cpu_seconds(work: Callable[[], object], repeats: int) -> float:
     return round(statistics.median(seconds), 3)
 
 
-def _random_cells(n_cells: int) -> Expression:
+def random_cells(n_cells: int, n_genes: int = GENES) -> Expression:
     rng = np.random.default_rng(0)
-    X = sparse.random(n_cells, GENES, DENSITY, "csr", rng=rng)
+    X = sparse.random(n_cells, n_genes, DENSITY, "csr", rng=rng)
     X.data = rng.integers(1, 20, X.nnz).astype(np.uint16)
     library = np.asarray(X.sum(1, dtype=np.float64)).ravel().astype(np.float32)
-    return Expression(X, GeneVocab(tuple(map(str, range(GENES)))), library, Preprocessing("counts", 1e4, 10.0))
+    return Expression(X, GeneVocab(tuple(map(str, range(n_genes)))), library, Preprocessing("counts", 1e4, 10.0))
 
 
-def _batch(expression: Expression, step: int, n_sets: int = SETS) -> CellSetBatch:
+def random_batch(expression: Expression, step: int, n_sets: int = SETS, set_size: int = CELLS) -> CellSetBatch:
     rng = np.random.default_rng(step)
-    sets = [CellSet((0, step * SETS + i), i, *rng.integers(0, len(expression), (2, CELLS))) for i in range(n_sets)]
-    ids = torch.arange(SETS)
-    return make_batch(sets, CELLS, expression, Labels(ids[:, None], ids % 18, ids % 12))
+    sets = [CellSet((0, step * n_sets + i), i, *rng.integers(0, len(expression), (2, set_size))) for i in range(n_sets)]
+    ids = torch.arange(n_sets)
+    return make_batch(sets, set_size, expression, Labels(ids[:, None], ids % 18, ids % 12))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from perturbdiff.config import load_config
 from perturbdiff.training import distributed
@@ -213,3 +214,12 @@ def test_accelerate_launch_that_starts_one_process_instead_of_two_ends_with_an_e
     assert "perturbdiff: error: the launcher meant several processes" in done.stderr, done.stderr
     assert "Use --config_file recipes/accelerate/cpu_ddp.yaml" in done.stderr
     assert not out.exists()
+
+
+def test_a_mac_trains_on_its_processor(environment, monkeypatch):
+    """Its GPU has neither float64 nor uint16."""
+    environment({})
+    for what in ("is_available", "is_built"):
+        monkeypatch.setattr(torch.backends.mps, what, lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert launch(config_of("training.device=auto")).device == torch.device("cpu")
