@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,6 +65,11 @@ def _representative(expression: Expression, chosen: np.ndarray, seed: int, popul
     if exchanges == 0:  # so many controls that chance does well enough
         return chosen
     X = expression.log1p().astype(np.float64)
+
+    @cache  # cells leave and come several times
+    def products(cell: int) -> np.ndarray:
+        return X @ X[cell].toarray().ravel()
+
     n, generator = len(chosen), numpy_generator(seed, "prediction controls", population)
     off = np.asarray(X[chosen].mean(axis=0) - X.mean(axis=0)).ravel()  # (G,) of the chosen cells from all
     along = X @ off
@@ -73,14 +79,13 @@ def _representative(expression: Expression, chosen: np.ndarray, seed: int, popul
     chosen = chosen.copy()
     for _ in range(exchanges):
         position = generator.integers(n)
-        leaves = X[chosen[position]].toarray().ravel()
-        distance = square + square[chosen[position]] - 2 * (X @ leaves)  # |x - leaving cell|^2
-        change = 2 * n * (along - leaves @ off) + distance  # of n^2 |off|^2
+        leaves = int(chosen[position])
+        distance = square + square[leaves] - 2 * products(leaves)  # |x - leaving cell|^2
+        change = 2 * n * (along - along[leaves]) + distance  # of n^2 |off|^2
         change[~outside] = np.inf
         if change[comes := int(change.argmin())] < 0:
-            off += (X[comes].toarray().ravel() - leaves) / n
-            along = X @ off
-            outside[[chosen[position], comes]] = True, False
+            along += (products(comes) - products(leaves)) / n
+            outside[[leaves, comes]] = True, False
             chosen[position] = comes
     return chosen
 
