@@ -21,6 +21,7 @@ from dataclasses import is_dataclass
 from functools import cache
 from glob import escape
 from pathlib import Path
+from threading import RLock
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
@@ -316,6 +317,8 @@ def progress(total: int, what: str, unit: str, initial: int = 0, shown: bool = T
     """A tqdm bar on stderr; in a log file it writes a line now and then instead of redrawing one."""
     from tqdm import tqdm  # here: most that read this file show none
 
+    if not hasattr(tqdm, "_lock"):  # its own is a semaphore of all processes, which one that is ended would leave
+        tqdm.set_lock(RLock())
     interactive = sys.stderr.isatty()
     return tqdm(
         disable=not shown,

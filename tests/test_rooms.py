@@ -11,7 +11,8 @@ PACKAGE = Path(perturbdiff.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     "__main__", "cli", "app", "training", "evaluation", "inference", "model", "generation", "reference", "hub", "means",
-    "diffusion", "nn", "atlas", "features", "data", "cards", "hub_client", "config", "lock", "files", "_version",
+    "diffusion", "nn", "atlas", "features", "data", "cards", "hub_client", "config", "lock", "workers", "files",
+    "_version",
 ]  # fmt: skip
 CODE_LOADERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 

@@ -29,7 +29,8 @@ def add_rank_command(screen_commands: Any) -> None:
         "them by their score: the mean change, in standard deviations of the control cells, of the genes that should\n"
         "rise minus that of those that should fall; or with --towards, how much of the energy distance between the\n"
         "controls and a reference population goes away. No change scores 0. The column verdict says of which\n"
-        "candidates nobody can tell more than what all perturbations do, by training conditions left out.",
+        "candidates nobody can tell more than what all perturbations do, by training conditions left out.\n"
+        "What is done is kept beside --out, each minute: the same command goes on where it was ended.",
         "examples:\n  perturbdiff screen rank runs/kang/model --controls kang.h5ad --up ISG15,IFIT1,MX1 "
         "--out ranking.csv\n"
         "  perturbdiff screen rank owner/name --controls sick.h5ad --towards healthy.h5ad --out ranking.csv\n"
@@ -55,6 +56,10 @@ def add_rank_command(screen_commands: Any) -> None:
     rank.add_argument(
         "--n-populations", type=int, default=5, metavar="N",
         help="draws of each response distribution (default: %(default)s)",
+    )  # fmt: skip
+    rank.add_argument(
+        "--n-processes", type=int, default=1, metavar="N",
+        help="that share the candidates; each takes the memory of a prediction (default: %(default)s)",
     )  # fmt: skip
     add_sampling(rank)
     add_columns(rank)
@@ -87,6 +92,8 @@ def _rank(arguments: argparse.Namespace) -> None:
         n_cells=arguments.n_cells,
         n_populations=arguments.n_populations,
         seed=arguments.seed,
+        n_processes=arguments.n_processes,
+        kept=out.with_name(f"{out.name}.part"),
         **sampling_of(arguments),
     )
     with written(out) as temporary:

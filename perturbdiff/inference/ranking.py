@@ -23,7 +23,8 @@ K = populations, G = genes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,24 +32,20 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from scipy import sparse
-from scipy.special import ndtr, ndtri, stdtr
+from scipy.special import ndtr, stdtr
 
-from perturbdiff.data.expression import as_csr, gene_means
+from perturbdiff.data.expression import gene_means
 from perturbdiff.data.h5ad import read_h5ad_parts
 from perturbdiff.data.screen import Expression, expression_of, unique_names
 from perturbdiff.data.vocab import GeneVocab, nearest, stable_id
 from perturbdiff.diffusion.distances import NO_SPREAD, cell_distances, energy_of
-from perturbdiff.files import few, progress
-from perturbdiff.generation import Wanted
-from perturbdiff.hub.records import Calibration
-from perturbdiff.inference.intervals import calibration_for, population_summary
+from perturbdiff.files import few
+from perturbdiff.inference.candidates import Question, Score, answers
 from perturbdiff.inference.requests import controls_for
 from perturbdiff.model import PerturbDiff
 
 FLOOR = 0.5  # of the median sd over the genes that vary
 MAX_CELLS = 256  # of a population, by default
-
-Score = Callable[[sparse.csr_matrix, np.ndarray], float]  # cells of a population, rows of the controls they are from
 
 
 def rank_perturbations(
@@ -69,6 +66,8 @@ def rank_perturbations(
     sampler: str | None = None,
     seed: int = 0,
     min_gene_overlap: float = 0.5,
+    n_processes: int = 1,
+    kept: str | Path | None = None,
 ) -> pd.DataFrame:
     """Predict every candidate perturbation from the same control cells and order them by their score.
 
@@ -94,6 +93,10 @@ def rank_perturbations(
         Draws of each response distribution; their scores make the uncertainty.
     cell_type, batch, layer, guidance_scale, steps, sampler, seed, min_gene_overlap
         As `PerturbDiff.predict`.
+    n_processes
+        That share the candidates; a script that asks for several needs `if __name__ == "__main__":`.
+    kept
+        A file of what was done, for a long ranking: where this call is ended, the same one takes it up.
 
     Returns
     -------
@@ -114,10 +117,14 @@ def rank_perturbations(
         fall, no candidate, controls that are the reference; and as `PerturbDiff.predict`.
     FileNotFoundError
         No such file or model.
+    OSError
+        One of several processes was killed.
     """
     up, down = _names(up), _names(down)
     if (towards is None) == (not up and not down):
         raise ValueError("give genes (up, down) or a reference population (towards), one of them.")
+    if towards is not None and n_cells == 1:
+        raise ValueError("n_cells (1) must be at least 2 with towards: one cell has no energy distance.")
     if not isinstance(model, PerturbDiff):
         model = PerturbDiff.from_pretrained(model)
     if candidates is None:
@@ -132,26 +139,25 @@ def rank_perturbations(
     controls = controls_for(model, controls, cell_type, batch, layer).copy()
     controls.obs_names = unique_names(controls.obs_names.astype(str))
     expression, present = _in_model(model, controls, min_gene_overlap)
-    weights, calibration = None, calibration_for(model, guidance_scale, steps, sampler)
+    score: Score
+    weights = None
     if towards is None:
         weights = _signature(model.genes, expression, present, up, down)
-        score = _along(weights, expression)
+        score = _Along(weights, expression.log1p())
     else:
         score = _nearness(model, expression, present, _cells(towards, model), min_gene_overlap)
-    errors = np.full(len(labels), np.nan)
-    control_mean = pd.Series(gene_means(expression.log1p()), index=model.genes.names)
-    n_cells = min(controls.n_obs, MAX_CELLS) if n_cells is None else n_cells
-    scores, expected = np.empty((len(labels), n_populations)), list[dict[str, Any]]()
-    with progress(len(labels) * n_cells * n_populations, "rank", "cell") as bar:
-        made = model.generate_each(
-            controls, [Wanted(label, n_cells) for label in labels], cell_type, batch, n_populations, guidance_scale,
-            steps, sampler, seed, min_gene_overlap, True, bar,
-        )  # fmt: skip
-        for row, predicted in enumerate(made):
-            scores[row] = _population_scores(predicted, controls, score)
-            expected.append(predicted.uns["perturbdiff"]["trust"])
-            if weights is not None and calibration is not None:
-                errors[row] = _error(weights, population_summary(predicted, control_mean), calibration)
+    question = Question(
+        controls, score, weights, pd.Series(gene_means(expression.log1p()), index=model.genes.names),
+        min(controls.n_obs, MAX_CELLS) if n_cells is None else n_cells, n_populations,
+        {
+            "cell_type": cell_type, "batch": batch, "guidance_scale": guidance_scale, "steps": steps,
+            "sampler": sampler, "seed": seed, "min_gene_overlap": min_gene_overlap,
+        },
+    )  # fmt: skip
+    found = answers(model, question, labels, n_processes, None if kept is None else Path(kept))
+    scores = np.array([of.scores for of in found], dtype=float)
+    errors = np.array([of.error for of in found], dtype=float)  # NaN where there is none
+    expected = [of.trust for of in found]
     return _table(labels, scores, errors, _features_only(model, labels), expected)
 
 
@@ -214,16 +220,36 @@ def _signature(
     return weights
 
 
-def _along(weights: np.ndarray, controls: Expression) -> Score:
-    values = controls.log1p()
-    return lambda cells, source: float(weights @ (gene_means(cells) - gene_means(values[source])))  # Eq. 1
+@dataclass(frozen=True, eq=False)
+class _Along:
+    """Eq. 1; `values` are of the controls."""
+
+    weights: np.ndarray
+    values: sparse.csr_matrix
+
+    def __call__(self, cells: sparse.csr_matrix, source: np.ndarray) -> float:
+        return float(self.weights @ (gene_means(cells) - gene_means(self.values[source])))
+
+    def parts(self) -> list[np.ndarray]:
+        return [self.weights]
 
 
-def _error(weights: np.ndarray, summary: pd.DataFrame, calibration: Calibration) -> float:
-    # Standard error of a weighted sum of genes that err apart, by the half widths of their intervals.
-    half = calibration.half_width(summary["spread"].to_numpy(), summary["delta"].to_numpy())
-    used = weights != 0
-    return float(np.linalg.norm(weights[used] * half[used]) / ndtri((1 + calibration.level) / 2))
+@dataclass(frozen=True, eq=False)
+class _Nearness:
+    """Eq. 2, over some genes: `wanted` are the values of the reference, `apart` its distance from the controls."""
+
+    genes: np.ndarray
+    wanted: np.ndarray
+    apart: float
+
+    def __call__(self, cells: sparse.csr_matrix, source: np.ndarray) -> float:
+        return 1 - self.energy(cells) / self.apart
+
+    def energy(self, cells: sparse.csr_matrix) -> float:
+        return float(energy_of(cell_distances(cells[:, self.genes].toarray(), self.wanted)))
+
+    def parts(self) -> list[np.ndarray]:
+        return [self.genes, self.wanted]
 
 
 def _measured(genes: GeneVocab, present: np.ndarray, columns: Sequence[int], what: str) -> list[int]:
@@ -242,7 +268,7 @@ def _measured(genes: GeneVocab, present: np.ndarray, columns: Sequence[int], wha
 
 def _nearness(
     model: PerturbDiff, controls: Expression, present: np.ndarray, towards: AnnData, min_gene_overlap: float
-) -> Score:
+) -> _Nearness:
     # Over the genes that both files have: one that a file lacks is zero there, which is no likeness.
     if towards.n_obs < 2:
         raise ValueError(f"the reference population has {towards.n_obs} cells; give at least 2.")
@@ -250,18 +276,14 @@ def _nearness(
     genes = np.flatnonzero(present & there)
     if len(genes) == 0:
         raise ValueError("the controls and the reference population have no gene of the model in common.")
-    wanted = reference.log1p()[:, genes].toarray()
-
-    def energy(cells: sparse.csr_matrix) -> float:
-        return float(energy_of(cell_distances(cells[:, genes].toarray(), wanted)))
-
-    apart = energy(controls.log1p())
+    nearness = _Nearness(genes, reference.log1p()[:, genes].toarray(), 1.0)
+    apart = nearness.energy(controls.log1p())
     if not apart > 0:
         raise ValueError(
             f"the controls are no further from the reference population than its own cells (energy distance "
             f"{apart:.3g}); give one that differs, and two or more control cells."
         )
-    return lambda cells, source: 1 - energy(cells) / apart  # Eq. 2
+    return replace(nearness, apart=apart)
 
 
 def _in_model(model: PerturbDiff, cells: AnnData, min_gene_overlap: float) -> tuple[Expression, np.ndarray]:
@@ -269,12 +291,6 @@ def _in_model(model: PerturbDiff, cells: AnnData, min_gene_overlap: float) -> tu
     expression = expression_of(cells, model.preprocessing)
     columns = model.genes.align(expression.genes, min_gene_overlap).columns
     return expression.with_genes(model.genes, columns), columns >= 0
-
-
-def _population_scores(predicted: AnnData, controls: AnnData, score: Score) -> list[float]:
-    X, population = as_csr(predicted.X), predicted.obs["population"].to_numpy()
-    source = controls.obs_names.get_indexer(predicted.obs["source_control"])
-    return [score(X[population == k], source[population == k]) for k in np.unique(population)]
 
 
 def _features_only(model: PerturbDiff, labels: Sequence[str]) -> list[bool]:

@@ -13,7 +13,7 @@ from perturbdiff.config import DataConfig, ObsColumns, find_recipe, load_config
 from perturbdiff.data.screen import Screen, control_cells
 from perturbdiff.data.simulate import SimulationConfig, simulate
 from perturbdiff.hub.records import Calibration, Coverage, Width
-from perturbdiff.inference import ranking
+from perturbdiff.inference import candidates, ranking
 from perturbdiff.inference.intervals import population_summary
 from perturbdiff.inference.ranking import find_genes, rank_perturbations
 from perturbdiff.means.training import TrainingMeans
@@ -243,6 +243,7 @@ BAD = {
     "no candidate": ({"up": UP, "candidates": []}, ValueError, "no candidates"),
     "reference is controls": ({"towards": "controls"}, ValueError, "no further from the reference"),
     "one cell": ({"towards": "one"}, ValueError, "has 1 cells"),
+    "one predicted cell": ({"towards": "controls", "n_cells": 1}, ValueError, r"n_cells \(1\) must be at least 2"),
     "no cells": ({"up": UP, "n_cells": 0}, ValueError, r"n_cells \(0\)"),
     "no populations": ({"up": UP, "n_populations": 0}, ValueError, r"n_populations \(0\)"),
 }
@@ -338,3 +339,51 @@ def test_what_lowers_a_gene_is_its_own_knock_down_also_where_no_cell_received_it
         column = list(screen.expression.genes.names).index(gene)
         true = measured[gene][:, column].mean() - control[:, column].mean()
         assert 0.5 < (predicted.to_df()[gene].mean() - start) / true < 2
+
+
+# Many candidates.
+
+
+def test_several_processes_give_the_same_ranking(model, controls):
+    asked = {"up": UP, "down": DOWN, "candidates": [*NAMES, "A+B"], "n_cells": 9, "n_populations": 2, "seed": 3}
+    alone = rank_perturbations(model, controls, **asked)
+    pd.testing.assert_frame_equal(rank_perturbations(model, controls, **asked, n_processes=2), alone, rtol=1e-4)
+
+
+@pytest.mark.parametrize("towards", [False, True])
+def test_a_ranking_that_was_ended_is_taken_up(model, controls, towards, tmp_path, monkeypatch, capsys):
+    asked = {"towards": model.predict(controls, perturbation="C", n_cells=20)} if towards else {"up": UP}
+    asked |= {"n_populations": 2, "n_cells": 4}
+    whole, kept, seen = rank_perturbations(model, controls, **asked), tmp_path / "ranking.csv.part", []
+    score = candidates._of_populations
+
+    def ended(predicted, *others):
+        seen.append(predicted)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return score(predicted, *others)
+
+    monkeypatch.setattr(candidates, "_of_populations", ended)
+    with pytest.raises(KeyboardInterrupt):
+        rank_perturbations(model, controls, **asked, kept=kept)
+    assert f"2 of 4 candidates in {kept}" in capsys.readouterr().out
+    before = kept.read_text()
+    again = rank_perturbations(model, controls, **asked, kept=kept)
+    assert len(seen) == 3 + 2
+    assert not kept.exists()
+    pd.testing.assert_frame_equal(again, whole, rtol=1e-4)
+
+    kept.write_text(before)
+    other = controls[1:].copy()
+    rank_perturbations(model, other, **asked, kept=kept)  # other cells: nothing of them was done
+    assert "is of another question" in capsys.readouterr().out
+    assert len(seen) == 5 + 4
+
+
+def test_what_was_kept_and_is_damaged_is_refused(model, controls, tmp_path):
+    kept = tmp_path / "ranking.csv.part"
+    kept.write_text("{}")
+    with pytest.raises(ValueError, match=r"ranking\.csv\.part lacks"):
+        rank_perturbations(model, controls, up=UP, kept=kept)
+    with pytest.raises(ValueError, match=r"n_processes \(0\) must be at least 1"):
+        rank_perturbations(model, controls, up=UP, n_processes=0)

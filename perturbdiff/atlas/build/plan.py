@@ -21,7 +21,6 @@ from perturbdiff.atlas.build.genes import merge_genes, n_selected, read_gene_tab
 from perturbdiff.atlas.build.sort import CELL_BYTES, Conditions, Sort
 from perturbdiff.atlas.build.sources.base import Selection, Source
 from perturbdiff.atlas.build.sources.checks import parsed
-from perturbdiff.atlas.build.workers import Crew
 from perturbdiff.atlas.format import CONTROL_LABEL, PREPROCESSING, ROW_GROUP, SORTED_BY, gene_type
 from perturbdiff.config import BuildConfig
 from perturbdiff.data.expression import log1p_normalised
@@ -30,6 +29,7 @@ from perturbdiff.data.labels import DOSE
 from perturbdiff.data.notation import Notation, one_unit
 from perturbdiff.data.vocab import GeneVocab
 from perturbdiff.files import progress, write_json, written
+from perturbdiff.workers import Crew
 
 MB = 1 << 20
 PROCESS_BYTES = 320 * MB  # of a process that holds no cells: libraries, and memory that is not given back

@@ -34,7 +34,6 @@ from perturbdiff.atlas.build.repeats import find_repeats
 from perturbdiff.atlas.build.sort import Sort, merge_bucket, spill_chunk
 from perturbdiff.atlas.build.sources.atlas import OtherAtlas
 from perturbdiff.atlas.build.sources.base import Source, open_source
-from perturbdiff.atlas.build.workers import Crew
 from perturbdiff.atlas.card import atlas_card
 from perturbdiff.atlas.format import (
     CONDITIONS_SCHEMA,
@@ -52,6 +51,7 @@ from perturbdiff.config import BuildConfig
 from perturbdiff.data.labels import label_notes
 from perturbdiff.data.notation import Notation
 from perturbdiff.files import progress, sha256, to_disk, write_json
+from perturbdiff.workers import Crew
 
 
 def build(

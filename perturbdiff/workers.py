@@ -72,8 +72,8 @@ class Crew(Generic[Job]):
                 yield futures.pop(future), future.result()
         except BrokenProcessPool as error:
             raise OSError(
-                "a worker process was killed, perhaps for want of memory; give less max_memory or fewer workers and "
-                "run the same command again: it goes on where it was."
+                "a worker process was killed, perhaps for want of memory; give fewer of them, or less max_memory, "
+                "and run the same command again: it goes on where it was."
             ) from error
 
 
@@ -102,12 +102,13 @@ def memory_kept() -> Iterator[None]:
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 _job: Any = None  # of a worker process
+_memory = memory_kept()  # dropped, it would end
 
 
 def _start(job: Any, alive: Connection) -> None:
     global _job
     _job = job
-    memory_kept().__enter__()  # until the process ends
+    _memory.__enter__()  # until the process ends
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one tells the others
     threading.Thread(target=_end_with, args=(alive,), daemon=True).start()
 

@@ -1,0 +1,225 @@
+"""The scores of many candidates: by one process or several, and taken up where an earlier call was ended."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from scipy import sparse
+from scipy.special import ndtri
+
+from perturbdiff._version import __version__
+from perturbdiff.data.expression import as_csr
+from perturbdiff.files import json_sha256, progress, read_json, sha256, typed, write_json
+from perturbdiff.generation import Wanted
+from perturbdiff.hub.records import Calibration
+from perturbdiff.inference.intervals import calibration_for, population_summary
+from perturbdiff.model import PerturbDiff
+from perturbdiff.workers import Crew
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+SHARES = 2  # of each process, at least: what a share does not have in common with others is done anew for each
+MOST_AT_ONCE = 128  # candidates of a share: what was done is kept after each
+KEPT_EVERY = 60.0  # s
+MAX_KEPT_BYTES = 1 << 30
+
+
+class Score(Protocol):
+    """The score of a population of cells, (n, G) log1p values, that start from these rows of the controls, (n,)."""
+
+    def __call__(self, cells: sparse.csr_matrix, source: np.ndarray, /) -> float: ...
+
+    def parts(self) -> Sequence[np.ndarray]:
+        """What it is made of, besides the controls."""
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """What all candidates are asked.
+
+    weights
+        (G,) what the change of each gene counts, where the score is that of genes.
+    control_mean
+        Of the log1p values of the controls, by gene.
+    how
+        Arguments of `PerturbDiff.generate_each`.
+    """
+
+    controls: AnnData
+    score: Score
+    weights: np.ndarray | None
+    control_mean: pd.Series
+    n_cells: int
+    n_populations: int
+    how: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Of one candidate: the score of each population; its standard error by calibrated intervals, if there are any;
+    `Trust.as_uns`."""
+
+    scores: tuple[float, ...]
+    error: float | None
+    trust: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    of: str
+    answers: dict[str, Answer] = field(default_factory=dict)
+
+
+def answers(
+    model: PerturbDiff, question: Question, labels: Sequence[str], n_processes: int = 1, kept: Path | None = None
+) -> list[Answer]:
+    """Of each candidate, in their order.
+
+    Parameters
+    ----------
+    n_processes
+        That share the candidates. Each loads the model; a candidate has the same cells, to rounding, in any.
+    kept
+        A file of what was done, written each minute and where the call is ended; taken up by one that asks the same of
+        the same model and cells; gone once all is done.
+
+    Raises
+    ------
+    ValueError
+        n_processes is less than 1; `kept` is damaged.
+    OSError
+        A process was killed, perhaps for want of memory.
+    """
+    if n_processes < 1:
+        raise ValueError(f"n_processes ({n_processes}) must be at least 1.")
+    with TemporaryDirectory(prefix="perturbdiff-") as temporary:
+        copy = _Copy(model, question, Path(temporary) / "model")
+        found = _taken_up(kept, copy, labels)
+        left = [label for label in labels if label not in found]
+        of_each = question.n_cells * question.n_populations
+        total, done = len(labels) * of_each, len(found) * of_each
+        last = time.monotonic()
+        with progress(total, "rank", "cell", initial=done) as bar:
+            some = _alone(model, question, left, bar) if n_processes == 1 else _shared(copy, left, n_processes, bar)
+            try:
+                for label, answer in some:
+                    found[label] = answer
+                    if kept is not None and time.monotonic() - last > KEPT_EVERY:
+                        _keep(kept, copy, found)
+                        last = time.monotonic()
+            except BaseException:
+                if kept is not None and found:
+                    _keep(kept, copy, found)
+                    n = f"{len(found):,} of {len(labels):,}"
+                    print(f"kept        {n} candidates in {kept}; the same command goes on", flush=True)
+                raise
+    if kept is not None:
+        kept.unlink(missing_ok=True)
+    return [found[label] for label in labels]
+
+
+class _Copy:
+    """A question and the model it is asked, for other processes and calls: nothing is written before it is needed."""
+
+    def __init__(self, model: PerturbDiff, question: Question, folder: Path) -> None:
+        self.model, self.question, self._folder = model, question, folder
+
+    @property
+    def folder(self) -> Path:
+        if not self._folder.exists():
+            self.model.save_pretrained(self._folder)
+        return self._folder
+
+    def identity(self) -> str:
+        """By content: of the files of the model, the cells, and how they are scored."""
+        asked = self.question
+        cells, content = asked.controls, hashlib.sha256()
+        X = as_csr(cells.X)
+        names = (
+            pd.util.hash_pandas_object(of).to_numpy() for of in (cells.obs.astype(str), cells.var_names.to_frame())
+        )
+        for part in [X.indptr, X.indices, X.data, *names, *asked.score.parts()]:
+            content.update(np.ascontiguousarray(part).tobytes())
+        settings = [__version__, asked.n_cells, asked.n_populations, dict(asked.how)]
+        return json_sha256([sha256(self.folder / "config.json"), content.hexdigest(), settings])
+
+
+def _taken_up(kept: Path | None, copy: _Copy, labels: Sequence[str]) -> dict[str, Answer]:
+    if kept is None or not kept.is_file():
+        return {}
+    before: _Kept = typed(_Kept, read_json(kept, MAX_KEPT_BYTES), kept.name)
+    if before.of != copy.identity():
+        print(f"note        {kept} is of another question, and is written over", flush=True)
+        return {}
+    found = {label: before.answers[label] for label in labels if label in before.answers}
+    print(f"resuming    {len(found):,} of {len(labels):,} candidates are in {kept}", flush=True)
+    return found
+
+
+def _keep(kept: Path, copy: _Copy, found: Mapping[str, Answer]) -> None:
+    write_json(kept, asdict(_Kept(copy.identity(), dict(found))))
+
+
+def _alone(
+    model: PerturbDiff, question: Question, labels: Sequence[str], bar: tqdm[Any] | None
+) -> Iterator[tuple[str, Answer]]:
+    calibration = calibration_for(model, *(question.how[name] for name in ("guidance_scale", "steps", "sampler")))
+    wanted = [Wanted(label, question.n_cells) for label in labels]
+    made = model.generate_each(
+        question.controls, wanted, n_populations=question.n_populations, all_genes=True, bar=bar, **question.how
+    )
+    for label, predicted in zip(labels, made, strict=True):
+        error = None
+        if question.weights is not None and calibration is not None:
+            error = _error(question.weights, population_summary(predicted, question.control_mean), calibration)
+        scores = _of_populations(predicted, question.controls, question.score)
+        yield label, Answer(scores, error, predicted.uns["perturbdiff"]["trust"])
+
+
+def _shared(copy: _Copy, labels: Sequence[str], n_processes: int, bar: tqdm[Any]) -> Iterator[tuple[str, Answer]]:
+    size = min(MOST_AT_ONCE, -(-len(labels) // (n_processes * SHARES)))
+    shares = [tuple(labels[start : start + size]) for start in range(0, len(labels), size or 1)]
+    n_threads = max(1, (os.cpu_count() or 1) // n_processes)
+    job = copy.folder, copy.model.device, n_threads, copy.question
+    with Crew(job, n_processes) as crew:
+        for share, found in crew.run(_of_share, shares):
+            bar.update(len(share) * copy.question.n_cells * copy.question.n_populations)
+            yield from zip(share, found, strict=True)
+
+
+def _of_share(job: tuple[Path, torch.device, int, Question], labels: Sequence[str]) -> list[Answer]:
+    folder, device, n_threads, question = job
+    torch.set_num_threads(n_threads)
+    with progress(0, "rank", "cell", shown=False) as unseen:
+        return [answer for _, answer in _alone(_opened(folder, device), question, labels, unseen)]
+
+
+@lru_cache(maxsize=1)
+def _opened(folder: Path, device: torch.device) -> PerturbDiff:
+    return PerturbDiff.from_pretrained(folder, device=device, golden_check=False)
+
+
+def _error(weights: np.ndarray, summary: pd.DataFrame, calibration: Calibration) -> float:
+    # Standard error of a weighted sum of genes that err apart, by the half widths of their intervals.
+    half = calibration.half_width(summary["spread"].to_numpy(), summary["delta"].to_numpy())
+    used = weights != 0
+    return float(np.linalg.norm(weights[used] * half[used]) / ndtri((1 + calibration.level) / 2))
+
+
+def _of_populations(predicted: AnnData, controls: AnnData, score: Score) -> tuple[float, ...]:
+    X, population = as_csr(predicted.X), predicted.obs["population"].to_numpy()
+    source = controls.obs_names.get_indexer(predicted.obs["source_control"])
+    return tuple(score(X[population == k], source[population == k]) for k in np.unique(population))
