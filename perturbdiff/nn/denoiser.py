@@ -184,7 +184,7 @@ class Denoiser(nn.Module):
         shift, scale = self.final_modulation(c)
         x0_pred = self.head(modulate(norm(h), shift, scale))  # (B, S, G)
         if self.config.output == "control_residual":
-            x0_pred = x0_pred + self.config.control_weight * control
+            x0_pred = torch.add(x0_pred, control, alpha=self.config.control_weight)
         if self.effect is not None and isinstance(cond, Labels):
             x0_pred = x0_pred + self._mean_effect(cond)
         # At exactly 0 its gradient is 1, that of F.relu 0: a residual on no control would never leave 0.

@@ -69,6 +69,7 @@ LARGE = {
     "evaluate": (
         "evaluate", "large/model", "--screen", "large.h5ad", "--split", "large/split.json", "--out", "large/scores",
     ),
+    "report": ("report", "large/scores", "--out", "large.html"),
 }  # fmt: skip
 
 
