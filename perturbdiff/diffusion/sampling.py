@@ -71,7 +71,7 @@ def sample(
         x0 = predict_x0(denoiser, x_t, t, control, cond, x0, config)
         fresh = draw_noise() if stochastic and draw_noise is not None else None
         x_t = step(x_t, x0, t, t_next, schedule, config, fresh)
-    return torch.where(x_t < config.cutoff, torch.zeros_like(x_t), x_t)
+    return torch.where(x_t < config.cutoff, 0.0, x_t)
 
 
 def predict_x0(
@@ -92,22 +92,24 @@ def predict_x0(
     if config.guidance_scale > 0:
         w = config.guidance_scale
         x0 = (1 + w) * x0 - w * denoiser(x_t, times, control, None, self_cond)
-    return torch.where(x0 < config.cutoff, torch.zeros_like(x0), x0)
+    return torch.where(x0 < config.cutoff, 0.0, x0)
 
 
 def ddim_step(
     x_t: Tensor, x0: Tensor, t: int, t_next: int, schedule: Schedule, config: SamplingConfig, noise: Tensor | None
 ) -> Tensor:
-    """x at `t_next` (-1 is the end: x0 itself when eta is 0). Song et al. 2021, Eq. 12.
+    """x at `t_next` (-1 is the end: x0 itself). Song et al. 2021, Eq. 12.
 
     In float32 from ab on, as published: near t = 0, 1 - ab loses four digits there, and trajectories show it.
     """
+    if t_next < 0:
+        return x0
     ab, ab_next = schedule.alpha_bar(t).float(), schedule.alpha_bar(t_next).float()
     sigma = config.eta * ((1 - ab_next) / (1 - ab)).sqrt() * (1 - ab / ab_next).sqrt()
     recip, recip_m1 = (1 / schedule.alpha_bar(t)).sqrt().float(), (1 / schedule.alpha_bar(t) - 1).sqrt().float()
     eps = (recip * x_t - x0) / recip_m1
     x = ab_next.sqrt() * x0 + (1 - ab_next - sigma**2).clamp_min(0).sqrt() * eps
-    return x if noise is None or t_next < 0 else x + sigma * noise
+    return x if noise is None else x + sigma * noise
 
 
 def ddpm_step(
