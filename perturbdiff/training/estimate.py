@@ -196,16 +196,23 @@ def _expected(config: Config) -> DataSize:
 
 
 @dataclass(frozen=True)
-class StepWork:
+class Work:
+    """What some sets take of one GPU."""
+
+    flops: Mapping[str, float]  # of matrix products and attention, by the type they run in ("bfloat16", "float32")
+    traffic: float  # bytes that operations read and write, each by itself; those of products are in their FLOPs
+    operations: int  # those that move any
+
+
+@dataclass(frozen=True)
+class StepWork(Work):
     """Of a forward and backward of some sets on one GPU, with a first estimate for diffusion.p_self_cond of them."""
 
     parameters: tuple[int, ...]  # elements of each
     # Bytes at the fullest moment besides weights and gradients, all sets with a first estimate: the dense batch, noise,
     # what is saved for backward, autocast's copies of the weights, what is passing through.
     activations: int
-    flops: Mapping[str, float]  # of matrix products and attention, by the type they run in ("bfloat16", "float32")
-    traffic: float  # bytes that operations read and write, each by itself; those of products are in their FLOPs
-    operations: int  # those that move any
+    estimate: Work  # one call of the denoiser without gradient
 
 
 def step_work(config: Config, data: DataSize, n_sets: int) -> StepWork:
@@ -236,7 +243,8 @@ def step_work(config: Config, data: DataSize, n_sets: int) -> StepWork:
         parameters = tuple(p.numel() for p in denoiser.parameters())
     too_many = 1 - p_first if p_first else 0.0  # share of the sets whose first estimate was counted and is not made
     flops = {kind: count - too_many * first.flops[kind] for kind, count in step.flops.items()}
-    return StepWork(parameters, step.peak, flops, step.traffic - too_many * first.traffic, step.operations)
+    traffic, once = step.traffic - too_many * first.traffic, Work(first.flops, first.traffic, first.operations)
+    return StepWork(flops, traffic, step.operations, parameters, step.peak, once)
 
 
 def _forget(p: Tensor) -> None:
@@ -343,7 +351,7 @@ class Estimate:
     engine: str  # the first that fits, else DDP: the times are of this one
     flops_per_cell: Mapping[str, float]  # of a perturbed cell, by type
     # Of a step: matrix products, bytes of operations in GPU memory, their launches, AdamW and average, bytes between
-    # GPUs, batches, and its part of the next save.
+    # GPUs, batches, and its part of the next save and of the next validation.
     seconds: Mapping[str, float]
     limit: str  # "memory" where nothing fits, else the one of `seconds` that the others wait for
     cells_per_s: float
@@ -398,14 +406,11 @@ def estimate(config: Config, cluster: Cluster) -> Estimate:
 
     updated = n if engine == "DDP" else -(-n // cluster.gpus)
     optimizer_bytes = updated * (ADAMW + CLIPPING) + n / cluster.gpus * AVERAGING / config.optim.ema_every
-    peak = {"bfloat16": gpu.bf16, "float32": gpu.float32}
     cell, value = (0.0, DECODED_VALUE) if config.data.streamed else (READ_CELL, READ_VALUE)
     read = (cell + value * max(data.values_per_cell, 1)) / min(cluster.cores_per_gpu, 1.0)
     sent = engine_link_bytes(engine, n, cluster.gpus, parts, config.diffusion.p_self_cond > 0)
     seconds = {
-        "compute": sum(count / peak[kind] for kind, count in work.flops.items()) / cluster.efficiency * sets / part,
-        "memory traffic": work.traffic / gpu.bandwidth * sets / part,
-        "launches": work.operations * LAUNCH * parts,
+        **_seconds_on_gpu(work, cluster, sets / part, parts),
         "optimizer": optimizer_bytes / gpu.bandwidth,
         "network": sent / cluster.link,
         "data": sets * set_size * (1 + data.with_controls) * read,
@@ -419,7 +424,8 @@ def estimate(config: Config, cluster: Cluster) -> Estimate:
     between = max(config.training.save_every * step, 60 * config.training.save_minutes)  # s from save to save
     waits = n * COPIED / COPYING + max(n * SAVED / SAVING - between, 0.0)
     seconds["saves"] = step * waits / between
-    step += seconds["saves"]
+    seconds["validation"] = _validation(config, cluster, work, part) / config.training.validate_every
+    step += seconds["saves"] + seconds["validation"]
     cells = config.data.sets_per_batch * set_size
     result = Estimate(
         cluster, data, n, cells, sets, parts, memory, fits, engine,
@@ -428,6 +434,28 @@ def estimate(config: Config, cluster: Cluster) -> Estimate:
         config.training.n_steps * step / 86_400, data.n_cells / cells * step / 86_400,
     )  # fmt: skip
     return replace(result, notes=(_memory_note(result, config), *_speed_notes(result, config, busy)))
+
+
+def _seconds_on_gpu(work: Work, cluster: Cluster, times: float, launched: float) -> dict[str, float]:
+    gpu = GPUS[cluster.gpu]
+    peak = {"bfloat16": gpu.bf16, "float32": gpu.float32}
+    return {
+        "compute": sum(count / peak[kind] for kind, count in work.flops.items()) / cluster.efficiency * times,
+        "memory traffic": work.traffic / gpu.bandwidth * times,
+        "launches": work.operations * LAUNCH * launched,
+    }
+
+
+def _validation(config: Config, cluster: Cluster, work: StepWork, part: int) -> float:
+    """Seconds of one: every call of the denoiser, of cells that are generated and for the loss; `work` is of `part`
+    sets. There may be fewer sets than training.validate_sets, which only the data say."""
+    split, sampling = config.split, config.sampling
+    if not (split.validation or split.validation_fraction or split.validation_cells):
+        return 0.0
+    sets = -(-config.training.validate_sets // cluster.gpus)
+    calls = sampling.n_calls * (2 if sampling.guidance_scale > 0 else 1) + 1
+    once = _seconds_on_gpu(work.estimate, cluster, sets / part, math.ceil(sets / part))
+    return calls * max(once["compute"] + once["memory traffic"], once["launches"])
 
 
 def _memory_note(found: Estimate, config: Config) -> str:

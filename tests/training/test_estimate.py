@@ -341,9 +341,12 @@ def test_an_estimate_adds_up():
     trained = seconds["launches"] + seconds["optimizer"]
     # Weights, average and two moments copied at 8 GB/s each ten minutes, in which there are more than 200 steps.
     seconds["saves"] = 4 * 4 * found.n_parameters / 8e9 / (600 / trained)
+    # Two of 32 sets on each, each 50 steps: ten calls to generate, and one for the loss.
+    seconds["validation"] = 11 * work.estimate.operations * 5e-6 / 50
+    assert 4 * work.estimate.operations < work.operations
     assert found.seconds == pytest.approx(seconds)
     step = found.cells_per_step / found.cells_per_s
-    assert math.isclose(step, trained + seconds["saves"])
+    assert math.isclose(step, trained + seconds["saves"] + seconds["validation"])
     assert found.limit == "launches"
     assert seconds["launches"] > seconds["compute"] + seconds["memory traffic"]
     assert math.isclose(found.days * 86_400, 1000 * step)
@@ -390,7 +393,9 @@ def test_a_large_model_does_not_fit_whole_and_fits_in_shares():
 
 
 def test_data_that_cannot_keep_up_set_the_speed():
-    slow = estimate(recipe("data.streamed=true"), Cluster(8, "b200", cores_per_gpu=0.005))
+    slow = estimate(
+        recipe("data.streamed=true", "split.validation_fraction=0"), Cluster(8, "b200", cores_per_gpu=0.005)
+    )
     # 80,000 cells of 1,010 values a core and second, here of 60; saves take a little
     assert math.isclose(slow.cells_per_s, 8 * 0.005 * 80_000 * (1010 / 60) / 2, rel_tol=1e-3)
     assert slow.limit == "data"
@@ -405,7 +410,7 @@ def test_cells_are_read_as_fast_as_was_measured_by_their_stored_values(values, c
 
 
 def test_products_and_other_operations_add_up_where_the_gpu_is_slower_than_the_host():
-    words = "denoiser.width=1024", "denoiser.depth=2", "data.set_size=256", "data.sets_per_batch=64"
+    words = "denoiser.width=1024", "denoiser.depth=2", "data.set_size=256", "split.validation_fraction=0"
     found = estimate(recipe(*words), Cluster(1, "h100"))
     on_gpu = found.seconds["compute"] + found.seconds["memory traffic"]
     assert on_gpu > found.seconds["launches"]
@@ -457,3 +462,16 @@ def test_saves_that_follow_each_other_take_their_time():
 def test_a_recipe_without_faults_gets_no_more_notes_than_memory_and_limit():
     found = estimate(recipe(), Cluster(1, "h100"))
     assert [note.split(":")[0] for note in found.notes] == ["memory", "limit"]
+
+
+def test_validation_costs_what_its_calls_of_the_denoiser_do():
+    words = "denoiser.width=1024", "denoiser.depth=2", "data.set_size=256", "training.validate_sets=64"
+    found = [
+        estimate(recipe(*words, *more), Cluster(1, "h100")).seconds
+        for more in ((), ("sampling.guidance_scale=1.0",), ("training.validate_every=100",))
+    ]
+    once, guided, seldom = (of["validation"] for of in found)
+    # Without a gradient, a first estimate and what comes of it, a call is about a quarter of a step.
+    assert 11 / 6 < 50 * once / (found[0]["compute"] + found[0]["memory traffic"]) < 11 / 3
+    assert guided == pytest.approx(once * 21 / 11)
+    assert seldom == pytest.approx(once / 2)
