@@ -7,7 +7,7 @@ an estimate under these assumptions:
 - A GPU's matrix products and attention run at a given part of its peak, every other operation moves its bytes at full
   bandwidth, one after the other; the host launches one each LAUNCH seconds beside them, and the slower of the two hides
   the other. The optimizer comes after them.
-- Gradients travel and batches are made beside all that, and cost only what they take longer.
+- Gradients travel and batches are made, with their noise, beside all that, and cost only what they take longer.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ class StepWork(Work):
     """Of a forward and backward of some sets on one GPU, with a first estimate for diffusion.p_self_cond of them."""
 
     parameters: tuple[int, ...]  # elements of each
-    # Bytes at the fullest moment besides weights and gradients, all sets with a first estimate: the dense batch, noise,
+    # Bytes at the fullest moment besides weights and gradients, all sets with a first estimate: the dense batch,
     # what is saved for backward, autocast's copies of the weights, what is passing through.
     activations: int
     estimate: Work  # one call of the denoiser without gradient
@@ -233,10 +233,9 @@ def step_work(config: Config, data: DataSize, n_sets: int) -> StepWork:
         )  # fmt: skip
         with _Counter(denoiser) as first, torch.no_grad(), torch.autocast("cpu", torch.bfloat16, in_bf16):
             denoiser(torch.empty(shape), ids, torch.empty(shape), labels, None, mask)
+        rounding = torch.empty(shape) if config.diffusion.whole_counts else None
+        draws = Draws(ids, torch.empty(shape), torch.arange(n_sets), labels, rounding)  # all see a first estimate
         with _Counter(denoiser) as step:
-            rounding = torch.empty(shape) if config.diffusion.whole_counts else None
-            # All sets see a first estimate, by number: which ones a mask chooses depends on values.
-            draws = Draws(ids, torch.empty(shape), torch.arange(n_sets), labels, rounding)
             with torch.autocast("cpu", torch.bfloat16, in_bf16):
                 total = loss(denoiser, batch, draws).total
             total.sum().backward()
@@ -330,10 +329,12 @@ def engine_link_bytes(engine: str, n_parameters: int, gpus: int, parts: int, sel
 
 
 def batch_bytes(config: Config, data: DataSize, n_sets: int) -> float:
-    """Bytes of a `CellSetBatch` of full sets: values, positions, library sizes of cells and controls, labels, mask."""
+    """Bytes of a `CellSetBatch` of full sets: values, positions, library sizes of cells and controls, labels, mask; and
+    of the noise that is drawn when it is made."""
     cells = n_sets * config.data.set_size
     read = cells * (1 + data.with_controls)
-    return read * (VALUE * data.values_per_cell + 8 + 8 + 4) + 2 * 8 + cells + n_sets * 3 * 8
+    noise = cells * data.n_genes * FLOAT32 * (2 if config.diffusion.whole_counts else 1)
+    return read * (VALUE * data.values_per_cell + 8 + 8 + 4) + 2 * 8 + cells + n_sets * 3 * 8 + noise
 
 
 @dataclass(frozen=True)
@@ -399,7 +400,8 @@ def estimate(config: Config, cluster: Cluster) -> Estimate:
     parts = min(config.training.accumulation_steps, sets)
     part = -(-sets // parts)
     work = step_work(config, data, part)
-    n, batch = sum(work.parameters), round(batch_bytes(config, data, sets) * (1 + config.data.prefetch))
+    n, ahead = sum(work.parameters), 1 + config.data.prefetch
+    batch = round(batch_bytes(config, data, sets) * ahead)
     memory = {e: engine_memory(e, work.parameters, cluster.gpus, work.activations, batch) for e in ENGINES}
     fits = {engine: memory[engine]["total"] <= gpu.memory for engine in ENGINES}
     engine = next((engine for engine in ENGINES if fits[engine]), "DDP")

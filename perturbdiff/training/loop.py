@@ -20,7 +20,7 @@ from perturbdiff.atlas.stream import prefetched
 from perturbdiff.config import Config
 from perturbdiff.data.batch import CellSetBatch
 from perturbdiff.data.screen import Screen
-from perturbdiff.diffusion.draws import training_draws
+from perturbdiff.diffusion.draws import Draws, training_draws
 from perturbdiff.diffusion.losses import DiffusionLoss
 from perturbdiff.files import progress
 from perturbdiff.hub.model_folder import SPLIT, travelling_split
@@ -293,19 +293,26 @@ class _Run:
             )
         return TrainingResult(self._model(self.best or self.ema.full(), self.device), self.out, done.step, stopped_by)
 
-    def _batches(self, step: int) -> tuple[list[CellSetBatch], int]:
-        """This process's part of a step, cut for accumulation, and the cells of the whole step."""
+    def _batches(self, step: int) -> tuple[list[tuple[CellSetBatch, Draws]], int]:
+        """This process's part of a step, cut for accumulation, and the cells of the whole step; by a thread that is
+        ahead of the training."""
         epoch, position = self.sampler.position(step)
         n_parts = self.config.training.accumulation_steps
         parts = self.data.train.batches(self.sampler, epoch, position, self.rank, self.world_size, n_parts)
-        return [part.to(self.device) for part in parts], self.sampler.n_cells(epoch, position)
+        return [self._drawn(part.to(self.device)) for part in parts], self.sampler.n_cells(epoch, position)
 
-    def _nothing(self) -> tuple[list[CellSetBatch], int]:
+    def _drawn(self, part: CellSetBatch) -> tuple[CellSetBatch, Draws]:
+        with_features = bool(self.data.vocabularies.tables)
+        return part, training_draws(part, self.config.diffusion, self.config.training.seed, with_features)
+
+    def _nothing(self) -> tuple[list[tuple[CellSetBatch, Draws]], int]:
         """Empty batches, for a process without data: the others meet it in every pass through the denoiser."""
         empty = self.data.train.batch_of([], self.sampler).to(self.device)
-        return [empty] * self.config.training.accumulation_steps, 1
+        return [self._drawn(empty)] * self.config.training.accumulation_steps, 1
 
-    def _step(self, made: tuple[list[CellSetBatch], int] | None) -> tuple[dict[str, float] | None, str | None]:
+    def _step(
+        self, made: tuple[list[tuple[CellSetBatch, Draws]], int] | None
+    ) -> tuple[dict[str, float] | None, str | None]:
         """One optimizer step: means over all its cells, and the signal that any process got.
 
         Where a signal kept one of them from waiting for its data, all leave the weights as they are: no means then.
@@ -342,12 +349,15 @@ class _Run:
         return {**means, "grad_norm": norm, "lr": lr, "steps": 1}, signal_name
 
     def _loss(
-        self, part: CellSetBatch, n_cells: int, sums: Tensor, totals: list[tuple[CellSetBatch, Tensor]]
+        self,
+        drawn: tuple[CellSetBatch, Draws],
+        n_cells: int,
+        sums: Tensor,
+        totals: list[tuple[CellSetBatch, Tensor]],
     ) -> Tensor:
         """The loss to go back from; adds loss, MSE and MMD to `sums`, and the losses of the sets to `totals`."""
         self.watchdog.doing(f"computing step {self.progress.step + 1}")
-        with_features = bool(self.data.vocabularies.tables)
-        draws = training_draws(part, self.config.diffusion, self.config.training.seed, with_features)
+        part, draws = drawn
         output = self.loss(self.denoiser, part, draws)  # the denoiser under autocast, by its engine
         # Every cell of the step counts the same, whichever process, part and set it is in: gradients are averaged over
         # processes and parts.

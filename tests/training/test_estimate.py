@@ -111,8 +111,8 @@ def allocated_peak(config: Config, denoiser: Denoiser, batch: CellSetBatch, seed
         output.total.sum().backward()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     steps = np.array([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
-    # On the CPU the dense batch is numpy's memory, which the profiler does not see; the noise was there before.
-    return int(steps.cumsum().max()) + 3 * 4 * batch.mask.numel() * batch.n_genes
+    # On the CPU the dense batch is numpy's memory, which the profiler does not see.
+    return int(steps.cumsum().max()) + 2 * 4 * batch.mask.numel() * batch.n_genes
 
 
 @pytest.mark.parametrize("precision", ["'no'", "bf16"])
@@ -244,7 +244,8 @@ def test_a_batch_takes_the_bytes_of_one_of_an_atlas_of_the_same_density(tmp_path
     assert batch.mask.all()
     stored = (len(batch.cells.values) + len(batch.controls.values)) / (2 * batch.mask.numel())
     size = replace(SIZE, n_genes=batch.n_genes, values_per_cell=stored)
-    assert round(batch_bytes(config, size, 9)) == nbytes(batch)
+    noise = training_draws(batch, config.diffusion, 0).noise
+    assert round(batch_bytes(config, size, 9)) == nbytes(batch) + noise.nbytes
 
 
 def test_sizes_of_a_screen_are_those_that_train_would_find(screen):
@@ -329,6 +330,7 @@ def test_an_estimate_adds_up():
     assert (found.sets_per_gpu, found.cells_per_step) == (4, 64 * 16)
     work = step_work(config, found.data, 4)
     assert found.memory["DDP"]["activations"] == work.activations
+    assert found.memory["DDP"]["batch"] == round(batch_bytes(config, found.data, 4) * (1 + config.data.prefetch))
     assert math.isclose(sum(found.flops_per_cell.values()), sum(work.flops.values()) / (4 * 16))
     seconds = {
         "compute": (work.flops["bfloat16"] / 989e12 + work.flops["float32"] / 67e12) / 0.5,
