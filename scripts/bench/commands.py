@@ -64,7 +64,7 @@ LARGE = {
     ),
     "train": ("train", "--screen", "large.h5ad", *ONE_STEP, "--no-score", "--out", "large"),
     "predict": (
-        "predict", "large/model", "--controls", "large.h5ad", "--perturbation", "pert_0", "--out", "all.h5ad",
+        "predict", "large/model", "--controls", "large.h5ad", "--perturbation", "pert_00", "--out", "all.h5ad",
     ),
     "evaluate": (
         "evaluate", "large/model", "--screen", "large.h5ad", "--split", "large/split.json", "--out", "large/scores",

@@ -76,8 +76,16 @@ def _table(record: dict[str, Any]) -> str:
             continue
         own = record[name]
         text += f"\n## {about[0].upper()}{about[1:]}\n\n`scripts/bench/{command}`, {own['date']}: {own['machine']}; "
-        text += f"{own['versions']}.\n\n| | |\n|---|---|\n"
-        text += "".join(f"| {' / '.join(path)} | {value} |\n" for path, value in _leaves(own["found"]))
+        text += f"{own['versions']}.\n\n"
+        rows: dict[str, dict[str, str]] = {}
+        for path, value in _leaves(own["found"]):
+            rows.setdefault(" / ".join(path[:-1]), {})[path[-1]] = value
+        columns = list(next(iter(rows.values())))
+        if any(list(row) != columns for row in rows.values()):  # of different things: a line each
+            rows = {f"{name} / {key}".removeprefix(" / "): {"": row[key]} for name, row in rows.items() for key in row}
+            columns = [""]
+        text += f"| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}\n"
+        text += "".join(f"| {name} | {' | '.join(row.values())} |\n" for name, row in rows.items())
     return text
 
 
