@@ -66,10 +66,8 @@ LARGE = {
     "predict": (
         "predict", "large/model", "--controls", "large.h5ad", "--perturbation", "pert_00", "--out", "all.h5ad",
     ),
-    "evaluate": (
-        "evaluate", "large/model", "--screen", "large.h5ad", "--split", "large/split.json", "--out", "large/scores",
-    ),
-    "report": ("report", "large/scores", "--out", "large.html"),
+    "evaluate": ("evaluate", "large"),
+    "report": ("report", "large", "--out", "large.html"),
 }  # fmt: skip
 
 
