@@ -62,7 +62,10 @@ LARGE = {
         "simulate", "large.h5ad", "--genes", "6000", "--perturbations", "50", "--cell-types", "4", "--cells", "200",
         "--control-cells", "2500",
     ),
-    "train": ("train", "--screen", "large.h5ad", *ONE_STEP, "--no-score", "--out", "large"),
+    "train and score": (
+        "train", "--screen", "large.h5ad", "--recipe", "cross_cell_type", "--hold-out", "*:type_0",
+        "training.n_steps=10", "--out", "large",
+    ),
     "predict": (
         "predict", "large/model", "--controls", "large.h5ad", "--perturbation", "pert_00", "--out", "all.h5ad",
     ),
