@@ -9,9 +9,11 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
+from multiprocessing.synchronize import Lock
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -35,7 +37,13 @@ class Crew(Generic[Job]):
             context = get_context("spawn")
             # Nothing is ever sent. Workers see the end of it when this process closes it, or dies of whatever.
             there, self._alive = context.Pipe(duplex=False)
-            self._pool = ProcessPoolExecutor(n_workers, context, initializer=_start, initargs=(job, there))
+            # Each worker takes the job from a pipe when it is up. As an argument, this process would write it while a
+            # worker starts, one after the other, and for ever where one dies meanwhile.
+            self._jobs, sender = context.Pipe(duplex=False)
+            handing = (sender, ForkingPickler.dumps(job), n_workers)
+            threading.Thread(target=_hand_out, args=handing, name="jobs", daemon=True).start()
+            given = (there, self._jobs, context.Lock())
+            self._pool = ProcessPoolExecutor(n_workers, context, initializer=_start, initargs=given)
 
     def __enter__(self) -> Crew[Job]:
         if self._pool is None:
@@ -53,6 +61,7 @@ class Crew(Generic[Job]):
             self._alive.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._alive.close()
+        self._jobs.close()
 
     def run(self, function: Callable[[Job, Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
         """Each item with its result, as they are done.
@@ -60,20 +69,22 @@ class Crew(Generic[Job]):
         Raises
         ------
         OSError
-            A process was killed; else the first error of any.
+            A process was killed or could not start; else the first error of any.
         """
         if self._pool is None:
             for item in items:
                 yield item, function(self.job, item)
             return
-        futures = {self._pool.submit(_call, function, item): item for item in items}
         try:
+            with _deaf():
+                futures = {self._pool.submit(_call, function, item): item for item in items}
             for future in as_completed(futures):
                 yield futures.pop(future), future.result()
         except BrokenProcessPool as error:
             raise OSError(
-                "a worker process was killed, perhaps for want of memory; give fewer of them, or less max_memory, "
-                "and run the same command again: it goes on where it was."
+                "a worker process was killed, perhaps for want of memory (give fewer of them, or less max_memory), or "
+                'could not start, and said why (a script needs `if __name__ == "__main__":`); the same command goes '
+                "on where it was."
             ) from error
 
 
@@ -105,12 +116,34 @@ _job: Any = None  # of a worker process
 _memory = memory_kept()  # dropped, it would end
 
 
-def _start(job: Any, alive: Connection) -> None:
+@contextmanager
+def _deaf() -> Iterator[None]:
+    # Processes that are started within do not hear Ctrl-C before `_start`: each would show where it was.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _hand_out(sender: Connection, job: memoryview, n_workers: int) -> None:
+    with sender, suppress(OSError):  # the crew ended before all took theirs
+        for _ in range(n_workers):
+            sender.send_bytes(job)
+
+
+def _start(alive: Connection, jobs: Connection, one_by_one: Lock) -> None:
     global _job
-    _job = job
-    _memory.__enter__()  # until the process ends
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one tells the others
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with, args=(alive,), daemon=True).start()
+    try:
+        with one_by_one:
+            job = jobs.recv_bytes()
+    except (EOFError, OSError):  # the first process is gone
+        os._exit(1)
+    _job = ForkingPickler.loads(job)
+    _memory.__enter__()  # until the process ends
 
 
 def _end_with(alive: Connection) -> None:
