@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perturbdiff.cards import plain
 from perturbdiff.cli.command import add_command, refuse_missing
+from perturbdiff.cli.interrupts import SAID
 from perturbdiff.cli.predict import add_columns, add_sampling, load_model, sampling_of
 
 if TYPE_CHECKING:
@@ -73,31 +76,40 @@ def _rank(arguments: argparse.Namespace) -> None:
     out = check_output(arguments.out, ".csv", overwrite=arguments.overwrite)
     refuse_missing(arguments.model)
     from perturbdiff.inference.ranking import rank_perturbations
+    from perturbdiff.training.signals import Stopped, StopRequest
 
     up, down = _names(arguments.up, "--up"), _names(arguments.down, "--down")
     which = arguments.candidates
     model = load_model(arguments.model, arguments.features, arguments.settings, arguments.controls)
     knows = model.vocabularies.knows
     candidates = None if which == "trained" else which if which == "all" else _names(which, "--candidates", knows)
-    table = rank_perturbations(
-        model,
-        arguments.controls,
-        up=up,
-        down=down,
-        towards=arguments.towards,
-        candidates=candidates,
-        cell_type=arguments.cell_type,
-        batch=arguments.batch,
-        layer=arguments.layer,
-        n_cells=arguments.n_cells,
-        n_populations=arguments.n_populations,
-        seed=arguments.seed,
-        n_processes=arguments.n_processes,
-        kept=out.with_name(f"{out.name}.part"),
-        **sampling_of(arguments),
-    )
+    kept = out.with_name(f"{out.name}.part")
+    try:
+        with StopRequest(at_once=True):  # SIGTERM and SIGUSR1 too: what is done is kept, and nothing is left in /tmp
+            table = rank_perturbations(
+                model,
+                arguments.controls,
+                up=up,
+                down=down,
+                towards=arguments.towards,
+                candidates=candidates,
+                cell_type=arguments.cell_type,
+                batch=arguments.batch,
+                layer=arguments.layer,
+                n_cells=arguments.n_cells,
+                n_populations=arguments.n_populations,
+                seed=arguments.seed,
+                n_processes=arguments.n_processes,
+                kept=kept,
+                **sampling_of(arguments),
+            )
+    except Stopped as stop:
+        number = signal.Signals[stop.signal_name]
+        print(f"perturbdiff: {SAID[number]}", file=sys.stderr)
+        sys.exit(128 + number)
     with written(out) as temporary:
         table.to_csv(temporary, index=False)
+    kept.unlink(missing_ok=True)
     print(_shown(table.head(SHOWN)))
     untold, known = table["verdict"] == "cannot tell", table["expected_pearson"].notna()
     if names := table["perturbation"][untold & known].tolist():

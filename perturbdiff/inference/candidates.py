@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -21,7 +21,7 @@ from scipy.special import ndtri
 
 from perturbdiff._version import __version__
 from perturbdiff.data.expression import as_csr
-from perturbdiff.files import json_sha256, progress, read_json, sha256, typed, write_json
+from perturbdiff.files import json_sha256, progress, read_json, sha256, short, typed, write_json
 from perturbdiff.generation import Wanted
 from perturbdiff.hub.records import Calibration
 from perturbdiff.inference.intervals import calibration_for, population_summary
@@ -94,26 +94,31 @@ def answers(
         That share the candidates. Each loads the model; a candidate has the same cells, to rounding, in any.
     kept
         A file of what was done, written each minute and where the call is ended; taken up by one that asks the same of
-        the same model and cells; gone once all is done.
+        the same model and cells. Of a call that took longer than a minute it has all in the end.
 
     Raises
     ------
     ValueError
         n_processes is less than 1; `kept` is damaged.
     OSError
-        A process was killed, perhaps for want of memory.
+        `kept` cannot be written; a process was killed, perhaps for want of memory.
     """
     if n_processes < 1:
         raise ValueError(f"n_processes ({n_processes}) must be at least 1.")
+    if kept is not None:
+        _check_writable(kept)
     with TemporaryDirectory(prefix="perturbdiff-") as temporary:
         copy = _Copy(model, question, Path(temporary) / "model")
         found = _taken_up(kept, copy, labels)
         left = [label for label in labels if label not in found]
         of_each = question.n_cells * question.n_populations
         total, done = len(labels) * of_each, len(found) * of_each
-        last = time.monotonic()
+        began = last = time.monotonic()
         with progress(total, "rank", "cell", initial=done) as bar:
-            some = _alone(model, question, left, bar) if n_processes == 1 else _shared(copy, left, n_processes, bar)
+            some: Iterable[tuple[str, Answer]] = ()
+            if left:
+                one = n_processes == 1
+                some = _alone(model, question, left, bar) if one else _shared(copy, left, n_processes, bar)
             try:
                 for label, answer in some:
                     found[label] = answer
@@ -121,13 +126,12 @@ def answers(
                         _keep(kept, copy, found)
                         last = time.monotonic()
             except BaseException:
-                if kept is not None and found:
-                    _keep(kept, copy, found)
+                if kept is not None and found and _keep(kept, copy, found):
                     n = f"{len(found):,} of {len(labels):,}"
                     print(f"kept        {n} candidates in {kept}; the same command goes on", flush=True)
                 raise
-    if kept is not None:
-        kept.unlink(missing_ok=True)
+        if kept is not None and time.monotonic() - began > KEPT_EVERY:
+            _keep(kept, copy, found)
     return [found[label] for label in labels]
 
 
@@ -143,25 +147,28 @@ class _Copy:
             self.model.save_pretrained(self._folder)
         return self._folder
 
+    @cached_property
     def identity(self) -> str:
         """By content: of the files of the model, the cells, and how they are scored."""
         asked = self.question
         cells, content = asked.controls, hashlib.sha256()
         X = as_csr(cells.X)
-        names = (
-            pd.util.hash_pandas_object(of).to_numpy() for of in (cells.obs.astype(str), cells.var_names.to_frame())
-        )
+        names = (pd.util.hash_pandas_object(of).to_numpy() for of in (cells.obs.map(ascii), cells.var_names.to_frame()))
         for part in [X.indptr, X.indices, X.data, *names, *asked.score.parts()]:
             content.update(np.ascontiguousarray(part).tobytes())
-        settings = [__version__, asked.n_cells, asked.n_populations, dict(asked.how)]
-        return json_sha256([sha256(self.folder / "config.json"), content.hexdigest(), settings])
+        settings: list[Any] = [asked.n_cells, asked.n_populations, *(asked.how[name] for name in sorted(asked.how))]
+        settings = [of.item() if isinstance(of, np.generic) else of for of in settings]
+        return json_sha256([sha256(self.folder / "config.json"), content.hexdigest(), __version__, settings])
 
 
 def _taken_up(kept: Path | None, copy: _Copy, labels: Sequence[str]) -> dict[str, Answer]:
     if kept is None or not kept.is_file():
         return {}
-    before: _Kept = typed(_Kept, read_json(kept, MAX_KEPT_BYTES), kept.name)
-    if before.of != copy.identity():
+    try:
+        before: _Kept = typed(_Kept, read_json(kept, MAX_KEPT_BYTES), kept.name)
+    except ValueError as error:
+        raise ValueError(f"{kept} is not what a ranking has kept ({short(error)}); remove it to begin anew.") from error
+    if before.of != copy.identity:
         print(f"note        {kept} is of another question, and is written over", flush=True)
         return {}
     found = {label: before.answers[label] for label in labels if label in before.answers}
@@ -169,8 +176,26 @@ def _taken_up(kept: Path | None, copy: _Copy, labels: Sequence[str]) -> dict[str
     return found
 
 
-def _keep(kept: Path, copy: _Copy, found: Mapping[str, Answer]) -> None:
-    write_json(kept, asdict(_Kept(copy.identity(), dict(found))))
+def _check_writable(kept: Path) -> None:
+    # Before the work: nothing else writes there until it is done.
+    if kept.exists() and not kept.is_file():
+        raise FileExistsError(f"{kept}, where what is done is kept, is not a file; remove it, or choose another name.")
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=kept.parent):
+            pass
+    except OSError as error:
+        raise OSError(f"nothing can be written in {kept.parent} ({short(error)}); choose another folder.") from error
+
+
+def _keep(kept: Path, copy: _Copy, found: Mapping[str, Answer]) -> bool:
+    """Whether it could be written: a full disk does not end the work."""
+    try:
+        write_json(kept, asdict(_Kept(copy.identity, dict(found))))
+    except OSError as error:
+        print(f"note        what is done cannot be kept in {kept} ({short(error)}); make room", flush=True)
+        return False
+    return True
 
 
 def _alone(
@@ -191,32 +216,35 @@ def _alone(
 
 def _shared(copy: _Copy, labels: Sequence[str], n_processes: int, bar: tqdm[Any]) -> Iterator[tuple[str, Answer]]:
     size = min(MOST_AT_ONCE, -(-len(labels) // (n_processes * SHARES)))
-    shares = [tuple(labels[start : start + size]) for start in range(0, len(labels), size or 1)]
+    shares = [tuple(labels[start : start + size]) for start in range(0, len(labels), size)]
     n_threads = max(1, (os.cpu_count() or 1) // n_processes)
-    job = copy.folder, copy.model.device, n_threads, copy.question
+    dtype = next(copy.model.denoiser.parameters()).dtype
+    job = copy.folder, copy.model.device, dtype, n_threads, copy.question
     with Crew(job, n_processes) as crew:
         for share, found in crew.run(_of_share, shares):
             bar.update(len(share) * copy.question.n_cells * copy.question.n_populations)
             yield from zip(share, found, strict=True)
 
 
-def _of_share(job: tuple[Path, torch.device, int, Question], labels: Sequence[str]) -> list[Answer]:
-    folder, device, n_threads, question = job
+def _of_share(job: tuple[Path, torch.device, torch.dtype, int, Question], labels: Sequence[str]) -> list[Answer]:
+    folder, device, dtype, n_threads, question = job
     torch.set_num_threads(n_threads)
     with progress(0, "rank", "cell", shown=False) as unseen:
-        return [answer for _, answer in _alone(_opened(folder, device), question, labels, unseen)]
+        return [answer for _, answer in _alone(_opened(folder, device, dtype), question, labels, unseen)]
 
 
 @lru_cache(maxsize=1)
-def _opened(folder: Path, device: torch.device) -> PerturbDiff:
-    return PerturbDiff.from_pretrained(folder, device=device, golden_check=False)
+def _opened(folder: Path, device: torch.device, dtype: torch.dtype) -> PerturbDiff:
+    return PerturbDiff.from_pretrained(folder, device=device, dtype=dtype, golden_check=False)
 
 
-def _error(weights: np.ndarray, summary: pd.DataFrame, calibration: Calibration) -> float:
-    # Standard error of a weighted sum of genes that err apart, by the half widths of their intervals.
+def _error(weights: np.ndarray, summary: pd.DataFrame, calibration: Calibration) -> float | None:
+    # Standard error of a weighted sum of genes that err apart, by the half widths of their intervals; one population
+    # has none.
     half = calibration.half_width(summary["spread"].to_numpy(), summary["delta"].to_numpy())
     used = weights != 0
-    return float(np.linalg.norm(weights[used] * half[used]) / ndtri((1 + calibration.level) / 2))
+    error = float(np.linalg.norm(weights[used] * half[used]) / ndtri((1 + calibration.level) / 2))
+    return None if np.isnan(error) else error
 
 
 def _of_populations(predicted: AnnData, controls: AnnData, score: Score) -> tuple[float, ...]:

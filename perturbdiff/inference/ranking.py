@@ -96,7 +96,8 @@ def rank_perturbations(
     n_processes
         That share the candidates; a script that asks for several needs `if __name__ == "__main__":`.
     kept
-        A file of what was done, for a long ranking: where this call is ended, the same one takes it up.
+        A file of what was done, for a long ranking: where this call is ended, the same one takes it up. Remove it once
+        the table is safe.
 
     Returns
     -------
@@ -118,7 +119,7 @@ def rank_perturbations(
     FileNotFoundError
         No such file or model.
     OSError
-        One of several processes was killed.
+        One of several processes was killed; `kept` cannot be written.
     """
     up, down = _names(up), _names(down)
     if (towards is None) == (not up and not down):

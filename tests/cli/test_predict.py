@@ -3,6 +3,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +17,7 @@ from scipy import sparse
 from perturbdiff.cli.main import main
 from perturbdiff.cli.rank import _shown
 from perturbdiff.hub.records import Calibration, Coverage, Width
+from perturbdiff.inference import candidates
 from perturbdiff.inference.output import read_predicted
 from perturbdiff.model import PerturbDiff
 from tests.cli.test_main import assert_says, here, refused  # noqa: F401 (fixtures)
@@ -239,6 +241,41 @@ def test_rank_prints_the_best_and_writes_all(here, capsys, model, screen):
     reference = written(adata[(adata.obs["perturbation"] == "A") & (adata.obs["cell_type"] == "T")], here / "a.h5ad")
     call(*rank, "--towards", reference, "--candidates", "A+B,B", "--out", "towards.csv")
     assert set(pd.read_csv(here / "towards.csv")["perturbation"]) == {"A+B", "B"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_ranking_keeps_what_is_done_until_it_is_written(here, capsys, model, screen, monkeypatch, number):
+    rank = ["screen", "rank", model, "--controls", screen, "--n-cells", 5, "--up", "gene_1,gene_4"]
+    call(*rank, "--out", "whole.csv")
+    score, seen = candidates._of_populations, []
+
+    def ended(*given):
+        seen.append(given)
+        if len(seen) == 2:
+            signal.raise_signal(number)
+        return score(*given)
+
+    monkeypatch.setattr(candidates, "_of_populations", ended)
+    with pytest.raises(SystemExit) as stop:
+        call(*rank, "--out", "r.csv")
+    assert stop.value.code == 128 + number
+    said = capsys.readouterr()
+    assert "kept        1 of 2 candidates in r.csv.part; the same command goes on" in said.out
+    assert said.err.endswith(f"perturbdiff: ended by {number.name}\n")
+
+    monkeypatch.setattr(candidates, "KEPT_EVERY", -1.0)
+    with monkeypatch.context() as full:
+        full.setattr(pd.DataFrame, "to_csv", refuse)
+        with pytest.raises(SystemExit):
+            call(*rank, "--out", "r.csv")
+    call(*rank, "--out", "r.csv")
+    assert len(seen) == 2 + 1
+    assert not (here / "r.csv.part").exists()
+    pd.testing.assert_frame_equal(pd.read_csv("r.csv"), pd.read_csv("whole.csv"), rtol=1e-4)
+
+
+def refuse(*given, **how):
+    raise OSError("No space left on device")
 
 
 BAD_RANKS = {  # more in tests/inference

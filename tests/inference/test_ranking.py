@@ -1,5 +1,6 @@
 """Orders of perturbations that a double loop confirms, and that the truth of a simulated screen does."""
 
+import errno
 from dataclasses import replace
 
 import anndata
@@ -344,7 +345,9 @@ def test_what_lowers_a_gene_is_its_own_knock_down_also_where_no_cell_received_it
 # Many candidates.
 
 
-def test_several_processes_give_the_same_ranking(model, controls):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_several_processes_give_the_same_ranking(controls, dtype):
+    model = untrained(perturbations=NAMES, std=0.5).to(dtype=dtype)
     asked = {"up": UP, "down": DOWN, "candidates": [*NAMES, "A+B"], "n_cells": 9, "n_populations": 2, "seed": 3}
     alone = rank_perturbations(model, controls, **asked)
     pd.testing.assert_frame_equal(rank_perturbations(model, controls, **asked, n_processes=2), alone, rtol=1e-4)
@@ -370,7 +373,6 @@ def test_a_ranking_that_was_ended_is_taken_up(model, controls, towards, tmp_path
     before = kept.read_text()
     again = rank_perturbations(model, controls, **asked, kept=kept)
     assert len(seen) == 3 + 2
-    assert not kept.exists()
     pd.testing.assert_frame_equal(again, whole, rtol=1e-4)
 
     kept.write_text(before)
@@ -382,8 +384,46 @@ def test_a_ranking_that_was_ended_is_taken_up(model, controls, towards, tmp_path
 
 def test_what_was_kept_and_is_damaged_is_refused(model, controls, tmp_path):
     kept = tmp_path / "ranking.csv.part"
-    kept.write_text("{}")
-    with pytest.raises(ValueError, match=r"ranking\.csv\.part lacks"):
-        rank_perturbations(model, controls, up=UP, kept=kept)
+    for content in ("{}", "", '{"of": "x", "answers": {"A": 1}}'):
+        kept.write_text(content)
+        with pytest.raises(ValueError, match=r"part is not what a ranking has kept \(.*\); remove it to begin anew"):
+            rank_perturbations(model, controls, up=UP, kept=kept)
     with pytest.raises(ValueError, match=r"n_processes \(0\) must be at least 1"):
         rank_perturbations(model, controls, up=UP, n_processes=0)
+
+
+def test_what_was_done_can_be_kept_whatever_was_asked(controls, tmp_path, monkeypatch):
+    monkeypatch.setattr(candidates, "KEPT_EVERY", -1.0)
+    model, kept = untrained(perturbations=NAMES, std=0.5), tmp_path / "new" / "ranking.csv.part"
+    coverage = Coverage("test", 3, 0.9, None)
+    calibration = Calibration(0.9, 0.2, Width(1.0, 0.1), Width(2.0, 0.3), 4, coverage)
+    model.training = replace(model.training, calibration=calibration)
+    odd = controls.copy()
+    odd.obs["mixed"] = [b"\xff", "x", None, *[1.5] * (odd.n_obs - 3)]
+    asked = {"up": UP, "n_cells": np.int64(5), "seed": np.int64(2), "n_populations": 1}  # one has no intervals
+    whole = rank_perturbations(model, odd, **asked, kept=kept)
+    monkeypatch.setattr(candidates, "_alone", None)  # all is there: nothing is predicted again
+    pd.testing.assert_frame_equal(rank_perturbations(model, odd, **asked, kept=kept), whole)
+
+
+def test_where_nothing_can_be_kept_is_refused_before_the_work(model, controls, tmp_path, monkeypatch):
+    monkeypatch.setattr(candidates, "_alone", None)
+    (tmp_path / "ranking.csv.part").mkdir()
+    with pytest.raises(FileExistsError, match=r"ranking\.csv\.part, where .* is not a file; remove it"):
+        rank_perturbations(model, controls, up=UP, kept=tmp_path / "ranking.csv.part")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"nothing can be written in .*file .*choose another folder"):
+        rank_perturbations(model, controls, up=UP, kept=tmp_path / "file" / "ranking.csv.part")
+
+
+def test_a_disk_that_fills_up_does_not_end_the_work(model, controls, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(candidates, "KEPT_EVERY", -1.0)
+    whole = rank_perturbations(model, controls, up=UP, n_cells=4)
+
+    def full(*given):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(candidates, "write_json", full)
+    kept = tmp_path / "ranking.csv.part"
+    pd.testing.assert_frame_equal(rank_perturbations(model, controls, up=UP, n_cells=4, kept=kept), whole)
+    assert f"cannot be kept in {kept} ([Errno 28] No space left on device)" in capsys.readouterr().out
