@@ -97,7 +97,7 @@ def _leaves(of: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ..
         for i, value in enumerate(of):
             yield from _leaves(value, (*path, str(i + 1)))
     else:
-        yield path, f"{of:,}" if isinstance(of, int | float) and not isinstance(of, bool) else str(of)
+        yield path, f"{round(of, 3):,}" if isinstance(of, int | float) and not isinstance(of, bool) else str(of)
 
 
 if __name__ == "__main__":
