@@ -21,8 +21,9 @@ from scipy.special import ndtri
 
 from perturbdiff._version import __version__
 from perturbdiff.data.expression import as_csr
-from perturbdiff.files import json_sha256, progress, read_json, sha256, short, typed, write_json
+from perturbdiff.files import json_sha256, progress, read_json, short, typed, write_json
 from perturbdiff.generation import Wanted
+from perturbdiff.hub.model_folder import CONFIG, GOLDEN, MAX_JSON_BYTES
 from perturbdiff.hub.records import Calibration
 from perturbdiff.inference.intervals import calibration_for, population_summary
 from perturbdiff.model import PerturbDiff
@@ -158,7 +159,9 @@ class _Copy:
             content.update(np.ascontiguousarray(part).tobytes())
         settings: list[Any] = [asked.n_cells, asked.n_populations, *(asked.how[name] for name in sorted(asked.how))]
         settings = [of.item() if isinstance(of, np.generic) else of for of in settings]
-        return json_sha256([sha256(self.folder / "config.json"), content.hexdigest(), __version__, settings])
+        files = read_json(self.folder / CONFIG, MAX_JSON_BYTES)["sha256"]
+        del files[GOLDEN]  # to the last bit it is the machine's
+        return json_sha256([files, self.model.device.type, content.hexdigest(), __version__, settings])
 
 
 def _taken_up(kept: Path | None, copy: _Copy, labels: Sequence[str]) -> dict[str, Answer]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
+from perturbdiff import model as model_module
 from perturbdiff.config import DataConfig, ObsColumns, find_recipe, load_config
 from perturbdiff.data.screen import Screen, control_cells
 from perturbdiff.data.simulate import SimulationConfig, simulate
@@ -404,6 +405,24 @@ def test_what_was_done_can_be_kept_whatever_was_asked(controls, tmp_path, monkey
     whole = rank_perturbations(model, odd, **asked, kept=kept)
     monkeypatch.setattr(candidates, "_alone", None)  # all is there: nothing is predicted again
     pd.testing.assert_frame_equal(rank_perturbations(model, odd, **asked, kept=kept), whole)
+
+
+def test_what_was_kept_is_of_the_weights_not_of_the_machine(controls, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(candidates, "KEPT_EVERY", -1.0)
+    kept, asked = tmp_path / "ranking.csv.part", {"up": UP, "n_cells": 4, "n_populations": 2}
+    rank_perturbations(untrained(perturbations=NAMES, std=0.5), controls, **asked, kept=kept)
+    golden = model_module.make_golden
+
+    def on_another(*given):
+        made = golden(*given)
+        return {**made, "x0_pred": made["x0_pred"] * (1 + 1e-6)}
+
+    with monkeypatch.context() as other:
+        other.setattr(model_module, "make_golden", on_another)
+        rank_perturbations(untrained(perturbations=NAMES, std=0.5), controls, **asked, kept=kept)
+    assert "resuming    4 of 4 candidates" in capsys.readouterr().out
+    rank_perturbations(untrained(perturbations=NAMES, std=0.4), controls, **asked, kept=kept)
+    assert "is of another question" in capsys.readouterr().out
 
 
 def test_where_nothing_can_be_kept_is_refused_before_the_work(model, controls, tmp_path, monkeypatch):
