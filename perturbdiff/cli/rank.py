@@ -33,7 +33,7 @@ def add_rank_command(screen_commands: Any) -> None:
         "rise minus that of those that should fall; or with --towards, how much of the energy distance between the\n"
         "controls and a reference population goes away. No change scores 0. The column verdict says of which\n"
         "candidates nobody can tell more than what all perturbations do, by training conditions left out.\n"
-        "What is done is kept beside --out, each minute: the same command goes on where it was ended.",
+        "What is done is kept beside --out as it comes: the same command goes on where it was ended.",
         "examples:\n  perturbdiff screen rank runs/kang/model --controls kang.h5ad --up ISG15,IFIT1,MX1 "
         "--out ranking.csv\n"
         "  perturbdiff screen rank owner/name --controls sick.h5ad --towards healthy.h5ad --out ranking.csv\n"
@@ -62,7 +62,8 @@ def add_rank_command(screen_commands: Any) -> None:
     )  # fmt: skip
     rank.add_argument(
         "--n-processes", type=int, default=1, metavar="N",
-        help="that share the candidates; each takes the memory of a prediction (default: %(default)s)",
+        help="that share the candidates, at most one a core; each takes the memory of a prediction (default: "
+        "%(default)s)",
     )  # fmt: skip
     add_sampling(rank)
     add_columns(rank)

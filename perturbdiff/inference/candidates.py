@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 SHARES = 2  # of each process, at least: what a share does not have in common with others is done anew for each
-MOST_AT_ONCE = 128  # candidates of a share: what was done is kept after each
+MOST_AT_ONCE = 64  # candidates of a share: what was done is kept after each
 KEPT_EVERY = 60.0  # s
 MAX_KEPT_BYTES = 1 << 30
 
@@ -92,10 +92,12 @@ def answers(
     Parameters
     ----------
     n_processes
-        That share the candidates. Each loads the model; a candidate has the same cells, to rounding, in any.
+        That share the candidates, at most one a core. Each loads the model; a candidate has the same cells, to
+        rounding, in any.
     kept
-        A file of what was done, written each minute and where the call is ended; taken up by one that asks the same of
-        the same model and cells. Of a call that took longer than a minute it has all in the end.
+        A file of what was done, written each minute at most and where the call is ended; taken up by one that asks the
+        same of the same model and cells. Several processes give back some dozen candidates at a time. Of a call that
+        took longer than a minute it has all in the end.
 
     Raises
     ------
@@ -218,6 +220,7 @@ def _alone(
 
 
 def _shared(copy: _Copy, labels: Sequence[str], n_processes: int, bar: tqdm[Any]) -> Iterator[tuple[str, Answer]]:
+    n_processes = min(n_processes, os.cpu_count() or 1)
     size = min(MOST_AT_ONCE, -(-len(labels) // (n_processes * SHARES)))
     shares = [tuple(labels[start : start + size]) for start in range(0, len(labels), size)]
     n_threads = max(1, (os.cpu_count() or 1) // n_processes)
