@@ -59,8 +59,7 @@ def training_draws(batch: CellSetBatch, config: DiffusionConfig, seed: int, with
         torch.randn(set_size, batch.n_genes, generator=generator, out=noise[b])
     p_context, p_perturbation = config.p_drop_label, config.p_drop_perturbation
     p_drop = [p_context if p_perturbation is None else p_perturbation, p_context, p_context]
-    p_chosen = torch.tensor([*p_drop, config.p_drop_cond, config.p_self_cond])
-    chosen = uniform < p_chosen
+    chosen = uniform < torch.tensor([*p_drop, config.p_drop_cond, config.p_self_cond])
     hide_perturbation, hide_cell_type, hide_batch, hide = chosen[:, :4].to(device, non_blocking=True).unbind(1)
     labels = replace(
         batch.labels,

@@ -412,7 +412,7 @@ def estimate(config: Config, cluster: Cluster) -> Estimate:
     read = (cell + value * max(data.values_per_cell, 1)) / min(cluster.cores_per_gpu, 1.0)
     sent = engine_link_bytes(engine, n, cluster.gpus, parts, config.diffusion.p_self_cond > 0)
     seconds = {
-        **_seconds_on_gpu(work, cluster, sets / part, parts),
+        **seconds_on_gpu(work, cluster, sets / part, parts),
         "optimizer": optimizer_bytes / gpu.bandwidth,
         "network": sent / cluster.link,
         "data": sets * set_size * (1 + data.with_controls) * read,
@@ -438,7 +438,9 @@ def estimate(config: Config, cluster: Cluster) -> Estimate:
     return replace(result, notes=(_memory_note(result, config), *_speed_notes(result, config, busy)))
 
 
-def _seconds_on_gpu(work: Work, cluster: Cluster, times: float, launched: float) -> dict[str, float]:
+def seconds_on_gpu(work: Work, cluster: Cluster, times: float = 1.0, launched: float = 1.0) -> dict[str, float]:
+    """Of matrix products, other operations and their launches; `work` is of a part that comes so many `times`, cut into
+    calls that are `launched`."""
     gpu = GPUS[cluster.gpu]
     peak = {"bfloat16": gpu.bf16, "float32": gpu.float32}
     return {
@@ -456,7 +458,7 @@ def _validation(config: Config, cluster: Cluster, work: StepWork, part: int) -> 
         return 0.0
     sets = -(-config.training.validate_sets // cluster.gpus)
     calls = sampling.n_calls * (2 if sampling.guidance_scale > 0 else 1) + 1
-    once = _seconds_on_gpu(work.estimate, cluster, sets / part, math.ceil(sets / part))
+    once = seconds_on_gpu(work.estimate, cluster, sets / part, math.ceil(sets / part))
     return calls * max(once["compute"] + once["memory traffic"], once["launches"])
 
 

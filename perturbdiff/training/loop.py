@@ -63,6 +63,8 @@ from perturbdiff.training.state import (
 from perturbdiff.training.validation import validate
 from perturbdiff.training.watchdog import WAITING, Watchdog
 
+Drawn = tuple[CellSetBatch, Draws]  # a batch, and all that is random in its loss
+
 
 @dataclass(frozen=True)
 class TrainingResult:
@@ -293,7 +295,7 @@ class _Run:
             )
         return TrainingResult(self._model(self.best or self.ema.full(), self.device), self.out, done.step, stopped_by)
 
-    def _batches(self, step: int) -> tuple[list[tuple[CellSetBatch, Draws]], int]:
+    def _batches(self, step: int) -> tuple[list[Drawn], int]:
         """This process's part of a step, cut for accumulation, and the cells of the whole step; by a thread that is
         ahead of the training."""
         epoch, position = self.sampler.position(step)
@@ -301,18 +303,16 @@ class _Run:
         parts = self.data.train.batches(self.sampler, epoch, position, self.rank, self.world_size, n_parts)
         return [self._drawn(part.to(self.device)) for part in parts], self.sampler.n_cells(epoch, position)
 
-    def _drawn(self, part: CellSetBatch) -> tuple[CellSetBatch, Draws]:
+    def _drawn(self, part: CellSetBatch) -> Drawn:
         with_features = bool(self.data.vocabularies.tables)
         return part, training_draws(part, self.config.diffusion, self.config.training.seed, with_features)
 
-    def _nothing(self) -> tuple[list[tuple[CellSetBatch, Draws]], int]:
+    def _nothing(self) -> tuple[list[Drawn], int]:
         """Empty batches, for a process without data: the others meet it in every pass through the denoiser."""
         empty = self.data.train.batch_of([], self.sampler).to(self.device)
         return [self._drawn(empty)] * self.config.training.accumulation_steps, 1
 
-    def _step(
-        self, made: tuple[list[tuple[CellSetBatch, Draws]], int] | None
-    ) -> tuple[dict[str, float] | None, str | None]:
+    def _step(self, made: tuple[list[Drawn], int] | None) -> tuple[dict[str, float] | None, str | None]:
         """One optimizer step: means over all its cells, and the signal that any process got.
 
         Where a signal kept one of them from waiting for its data, all leave the weights as they are: no means then.
@@ -350,7 +350,7 @@ class _Run:
 
     def _loss(
         self,
-        drawn: tuple[CellSetBatch, Draws],
+        drawn: Drawn,
         n_cells: int,
         sums: Tensor,
         totals: list[tuple[CellSetBatch, Tensor]],

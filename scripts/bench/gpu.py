@@ -1,4 +1,4 @@
-"""What a GPU does in a training step: time, part of its peak, memory, kernels, gaps; five minutes.
+"""What a GPU does in a training step: time, part of its peak, memory, kernels, gaps.
 
     python scripts/bench/gpu.py                                 # of the recipe tahoe100m, 32 sets of 256 cells
     python scripts/bench/gpu.py --genes 12626 --sets 8          # of more genes
@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from step import random_batch, random_cells
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -40,7 +41,7 @@ from perturbdiff.diffusion.losses import DiffusionLoss
 from perturbdiff.nn.conditioning import VocabSizes
 from perturbdiff.nn.denoiser import Denoiser, compile_blocks
 from perturbdiff.training.ema import EMA
-from perturbdiff.training.estimate import GPUS, DataSize, StepWork, step_work
+from perturbdiff.training.estimate import GPUS, Cluster, DataSize, StepWork, seconds_on_gpu, step_work
 from perturbdiff.training.optim import make_optimizer
 
 SIZES, TOP, WARM_UP = VocabSizes(1137, 50, 14), 10, 5
@@ -99,10 +100,10 @@ def _measured(
     work: StepWork,
 ) -> dict[str, Any]:  # fmt: skip
     denoiser = _denoiser(config, n_genes).to(device)
-    graphs: list[object] = []
+    counters.clear()
     if compiled:
         torch._dynamo.reset()
-        compile_blocks(denoiser, _counting(graphs))
+        compile_blocks(denoiser)
     optimizer = make_optimizer(denoiser, config.optim)
     ema, loss = EMA(denoiser, config.optim.ema_decay), DiffusionLoss(config.diffusion)
     in_bf16 = config.training.mixed_precision == "bf16"
@@ -132,7 +133,7 @@ def _measured(
         "step_ms": round(1e3 * step_s, 2),
         "cells_per_s": round(sum(int(batch.mask.sum()) for batch in batches) / len(batches) / step_s),
         "tflops": round(flops / step_s / 1e12, 3),
-        "graphs": len(graphs),
+        "graphs": counters["stats"]["unique_graphs"],
     }
     copies = [_seconds(lambda batch=batch: batch.to(device), device) for batch in batches]
     found["copies_ms"] = round(1e3 * statistics.median(copies), 3)
@@ -146,12 +147,12 @@ def _beside_the_plan(name: str, step_s: float, work: StepWork) -> dict[str, floa
     known = [key for key in GPUS if key.split("-")[0] in name.lower().replace(" ", "")]
     if not known:
         return {}
-    gpu, flops = GPUS[known[0]], sum(work.flops.values())
-    moving = work.traffic / gpu.bandwidth
-    products = sum(count / (gpu.bf16 if kind == "bfloat16" else gpu.float32) for kind, count in work.flops.items())
+    cluster = Cluster(1, known[0])
+    planned = seconds_on_gpu(work, cluster)
+    products, moving = planned["compute"] * cluster.efficiency, planned["memory traffic"]
     return {
-        "mfu": round(flops / step_s / gpu.bf16, 4),
-        "planned_ms": round(1e3 * (products / 0.35 + moving), 2),
+        "mfu": round(sum(work.flops.values()) / step_s / GPUS[known[0]].bf16, 4),
+        "planned_ms": round(1e3 * max(planned["compute"] + moving, planned["launches"]), 2),
         "efficiency": round(products / max(step_s - moving, 1e-9), 3),
     }
 
@@ -172,16 +173,6 @@ def _profiled(step: Callable[[int], None], device: torch.device, repeats: int) -
         "waits": round(sum(event.count for event in events if event.key in WAITS) / repeats, 1),
         "top_ms": {name[:80]: round(1e3 * of_kernel / repeats, 3) for name, of_kernel in top},
     }
-
-
-def _counting(graphs: list[object]) -> Callable[..., Any]:
-    from torch._inductor.compile_fx import compile_fx
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        graphs.append(graph)
-        return compile_fx(graph, inputs)
-
-    return backend
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
